@@ -1,0 +1,63 @@
+"""What each stage of a run cost."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Cost:
+    """The cost of one stage; where a result came from the store, of making it.
+
+    Args:
+        stage: ``final_model``, ``further_training``, a method's name, ``evaluation`` or ``report``.
+        seconds: wall-clock time.
+        peak_memory_mb: the process's largest resident memory during the stage (where the system can reset
+            that mark, else since the process began), plus the accelerator's.
+        gradient_evaluations: gradients of one instance's loss (or products with its Jacobian).
+        reused: share of the result that came from the store.
+    """
+
+    stage: str
+    seconds: float = 0.0
+    peak_memory_mb: float = 0.0
+    gradient_evaluations: int = 0
+    reused: float = 0.0
+
+
+@contextlib.contextmanager
+def measured(stage: str) -> Iterator[Cost]:
+    """Time a stage and record its peak memory; the body may set the other fields."""
+    cost = Cost(stage)
+    _reset_peak()
+    start = time.perf_counter()
+    try:
+        yield cost
+    finally:
+        cost.seconds += time.perf_counter() - start
+        cost.peak_memory_mb = max(cost.peak_memory_mb, _peak_mb())
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # Linux only
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_mb() -> float:
+    accelerator = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024 + accelerator
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, kilobytes elsewhere
+    return peak / (2**20 if sys.platform == "darwin" else 1024) + accelerator

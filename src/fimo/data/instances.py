@@ -1,0 +1,58 @@
+"""Instances in memory: inputs and targets with one leading axis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Inputs = Tensor | dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Instances:
+    """A set of n instances.
+
+    Args:
+        inputs: ``[n, ...]``, or a dict of such tensors (a tokenizer's output) passed to the network by name.
+        targets: class indices ``[n]`` (int64), or values ``[n, D]`` (floating point).
+    """
+
+    inputs: Inputs
+    targets: Tensor
+
+    def __post_init__(self) -> None:
+        sizes = {len(part) for part in self.tensors().values()}
+        if len(sizes) != 1:
+            raise ValueError(f"inputs and targets differ in their number of instances: {sorted(sizes)}")
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: Tensor | slice | list[int]) -> Instances:
+        """Return the instances at ``index`` (an index tensor of any shape, a slice, or a list)."""
+        if isinstance(self.inputs, Mapping):
+            return Instances({k: v[index] for k, v in self.inputs.items()}, self.targets[index])
+        return Instances(self.inputs[index], self.targets[index])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by name: what is hashed and moved."""
+        inputs = self.inputs if isinstance(self.inputs, Mapping) else {"inputs": self.inputs}
+        return {**inputs, "targets": self.targets}
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Instances:
+        """Return the instances on ``device``, with floating-point tensors as ``dtype``."""
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+
+        if isinstance(self.inputs, Mapping):
+            return Instances({k: move(v) for k, v in self.inputs.items()}, move(self.targets))
+        return Instances(move(self.inputs), move(self.targets))
+
+    def batches(self, size: int) -> Iterator[Instances]:
+        """Yield consecutive batches of at most ``size`` instances."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]

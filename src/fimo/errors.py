@@ -1,0 +1,19 @@
+"""The one exception for bad input."""
+
+
+class InputError(ValueError):
+    """Bad input, found before any long work starts.
+
+    Args:
+        key: the configuration key, file or argument at fault, e.g. ``dataset.path``.
+        problem: what was found and what is allowed, in one line.
+    """
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key}: {problem}")
+        self.key = key
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[type["InputError"], tuple[str, str]]:
+        # launchers send exceptions between processes; the default would call __init__ with one argument
+        return type(self), (self.key, self.problem)

@@ -1,0 +1,70 @@
+"""From runs' test losses to the sensitivity: the gold standard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from fimo.store import read_tensors, write_tensors
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Changes of test losses when an instance is left out of further training.
+
+    Args:
+        raw: ``[S, E, J, L]`` float32, loss of j leaving out i minus loss of j in the full run, per seed.
+        step: ``[E]`` int64, optimizer steps of the full run at each evaluation point.
+        epoch: ``[E]`` int64, epochs completed or begun at each evaluation point.
+        left_out: ``[L]`` int64, indices into the training set.
+        test: ``[J]`` int64, indices into the test set.
+        seeds: ``[S]`` int64.
+        subtract_mean: whether the adjusted change subtracts the mean over left-out instances (paper,
+            eq. 17) or is the raw change (eq. 13).
+    """
+
+    raw: Tensor
+    step: Tensor
+    epoch: Tensor
+    left_out: Tensor
+    test: Tensor
+    seeds: Tensor
+    subtract_mean: bool = True
+
+    @property
+    def adjusted(self) -> Tensor:
+        """Adjusted changes ``[S, E, J, L]`` of each seed."""
+        return adjust(self.raw, self.subtract_mean)
+
+    @property
+    def sensitivity(self) -> Tensor:
+        """The gold standard ``[E, J, L]``: adjusted changes averaged over seeds."""
+        return adjust(self.raw.mean(0), self.subtract_mean)
+
+    def save(self, path: Path, with_raw: bool = True) -> None:
+        """Write ``sensitivity.safetensors``: ``sensitivity, step, epoch, left_out, test, seeds`` and ``raw``."""
+        tensors = {
+            "sensitivity": self.sensitivity,
+            "step": self.step,
+            "epoch": self.epoch,
+            "left_out": self.left_out,
+            "test": self.test,
+            "seeds": self.seeds,
+        }
+        if with_raw:
+            tensors["raw"] = self.raw
+        write_tensors(path, tensors, {"subtract_mean": str(self.subtract_mean).lower()})
+
+    @classmethod
+    def load(cls, path: Path, subtract_mean: bool = True) -> Sensitivity:
+        """Read what :meth:`save` wrote, with its raw changes."""
+        tensors = read_tensors(path)
+        tensors.pop("sensitivity")
+        return cls(**tensors, subtract_mean=subtract_mean)
+
+
+def adjust(raw: Tensor, subtract_mean: bool = True) -> Tensor:
+    """Return raw changes ``[..., J, L]``, minus their mean over left-out instances if asked (eqs. 13, 17)."""
+    return raw - raw.mean(-1, keepdim=True) if subtract_mean else raw.clone()

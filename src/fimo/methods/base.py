@@ -1,0 +1,65 @@
+"""What an attribution method is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from enum import StrEnum
+from typing import ClassVar
+
+from torch import Tensor
+
+from fimo.data.instances import Instances
+from fimo.models.final_model import FinalModel
+
+
+class Access(StrEnum):
+    """What a method needs to see (paper, section 2)."""
+
+    FINAL_MODEL = "FiMO"
+    CHECKPOINTS = "CPA"
+    TRAINING_ALGORITHM = "TAA"
+
+
+class AttributionMethod(ABC):
+    """Attributes test instances' losses to training instances, given a frozen final model.
+
+    Sign: a positive score means that removing the training instance raises the test loss.
+
+    A subclass checks its arguments in ``__init__`` (:class:`~fimo.errors.InputError`), precomputes on
+    the training set in :meth:`fit`, and returns scores from :meth:`scores`.
+    """
+
+    access: ClassVar[Access] = Access.FINAL_MODEL
+    estimates_loss_change: ClassVar[bool] = False
+    """Whether a score is in units of test loss per removed instance (else only its order matters)."""
+
+    gradient_evaluations: int = 0
+    """Instance gradients (or products of one instance's Jacobian) computed so far: the declared cost."""
+
+    def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
+        """Return why the method can't run on this model and data, or None; must be cheap."""
+        return None
+
+    def fit(self, final_model: FinalModel, train: Instances) -> None:
+        """Precompute what depends on the training set alone."""
+        self.final_model, self.train = final_model, train
+
+    @abstractmethod
+    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+        """Return the scores ``[J, L]`` of test instances for left-out training instances."""
+
+    def attribute(
+        self, final_model: FinalModel, train: Instances, test: Instances, left_out: Tensor | None = None
+    ) -> Tensor:
+        """Fit, then score.
+
+        Args:
+            train: all N training instances.
+            test: the J instances to explain.
+            left_out: ``[L]`` indices into ``train``; all N when None.
+
+        Returns:
+            ``[J, L]`` in the final model's dtype, on its device.
+        """
+        self.fit(final_model, train)
+        return self.scores(test, train if left_out is None else train[left_out])

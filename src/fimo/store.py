@@ -1,0 +1,94 @@
+"""The content-addressed store: results under a name derived from all that produced them.
+
+A key is a JSON-able description of everything that a result depends on; its hash names a folder, which
+holds ``key.json`` beside the results. A changed description is another folder, so results of different
+configurations never mix. Every file is written aside, flushed and renamed, so a reader sees a whole file
+or none, whatever was killed and when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+VERSION = 1
+"""Part of every key: raised when the meaning of stored results changes."""
+
+
+def content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of tensors' names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name].detach().cpu().numpy())
+        digest.update(f"{name}:{array.dtype}:{array.shape};".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:32]
+
+
+class Store:
+    """A folder of results, shared by runs and by processes.
+
+    Args:
+        root: the store's folder; made when first written to.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def folder(self, kind: str, key: Mapping[str, Any]) -> Path:
+        """Return the folder of one result, made if needed, with its description in ``key.json``."""
+        text = json.dumps({"version": VERSION, **key}, sort_keys=True, indent=1)
+        folder = self.root / kind / hashlib.sha256(text.encode()).hexdigest()[:24]
+        if not (folder / "key.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with written_aside(folder / "key.json") as path:
+                path.write_text(text)
+        return folder
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success flush it to disk and rename it to ``path``."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    aside = Path(name)
+    try:
+        yield aside
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write named tensors to a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or not writable; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contents = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with written_aside(path) as aside:
+        try:
+            save_file(contents, aside, dict(metadata) if metadata else None)
+        except Exception as error:  # safetensors reports a full disk as its own error
+            raise OSError(f"{path}: could not be written ({error})") from error
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Read a safetensors file as a dict of tensors."""
+    return load_file(path, device=str(device))
