@@ -1,5 +1,9 @@
 """The one exception for bad input."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """Bad input, found before any long work starts.
@@ -17,3 +21,9 @@ class InputError(ValueError):
     def __reduce__(self) -> tuple[type["InputError"], tuple[str, str]]:
         # launchers send exceptions between processes; the default would call __init__ with one argument
         return type(self), (self.key, self.problem)
+
+
+def shortened(names: Sequence[object], most: int = 8) -> str:
+    """Return names for an error message: the first ``most``, and how many more."""
+    shown = ", ".join(map(str, names[:most]))
+    return shown if len(names) <= most else f"{shown}, … ({len(names)} in all)"

@@ -9,6 +9,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from fimo.data.instances import Instances
+from fimo.errors import InputError
+from fimo.further_training.trajectory import FurtherTraining
 from fimo.models.final_model import FinalModel
 
 
@@ -33,6 +35,12 @@ class AttributionMethod(ABC):
     estimates_loss_change: ClassVar[bool] = False
     """Whether a score is in units of test loss per removed instance (else only its order matters)."""
 
+    follows_further_training: ClassVar[bool] = False
+    """Whether scores are ``[E, J, L]``, one for each amount of further training given to :meth:`attribute`."""
+
+    further_training: FurtherTraining | None = None
+    """The further training to predict, where the method follows it."""
+
     gradient_evaluations: int = 0
     """Instance gradients (or products of one instance's Jacobian) computed so far: the declared cost."""
 
@@ -46,10 +54,19 @@ class AttributionMethod(ABC):
 
     @abstractmethod
     def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        """Return the scores ``[J, L]`` of test instances for left-out training instances."""
+        """Return the scores of test instances for left-out training instances.
+
+        Returns:
+            ``[J, L]``, or ``[E, J, L]`` where the method follows further training.
+        """
 
     def attribute(
-        self, final_model: FinalModel, train: Instances, test: Instances, left_out: Tensor | None = None
+        self,
+        final_model: FinalModel,
+        train: Instances,
+        test: Instances,
+        left_out: Tensor | None = None,
+        further_training: FurtherTraining | None = None,
     ) -> Tensor:
         """Fit, then score.
 
@@ -57,9 +74,17 @@ class AttributionMethod(ABC):
             train: all N training instances.
             test: the J instances to explain.
             left_out: ``[L]`` indices into ``train``; all N when None.
+            further_training: what the scores predict; methods that follow it require it.
 
         Returns:
-            ``[J, L]`` in the final model's dtype, on its device.
+            ``[J, L]`` (``[E, J, L]`` where the method follows further training) in the final model's dtype,
+            on its device.
+
+        Raises:
+            InputError: the method follows further training and none was given.
         """
+        if self.follows_further_training and further_training is None:
+            raise InputError("further_training", f"{type(self).__name__} follows it, but none was given")
+        self.further_training = further_training
         self.fit(final_model, train)
         return self.scores(test, train if left_out is None else train[left_out])

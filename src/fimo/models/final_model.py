@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+import fnmatch
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fimo.data.instances import Inputs, Instances
+from fimo.errors import InputError, shortened
 from fimo.models.losses import Loss
 
 
@@ -24,20 +26,41 @@ class FinalModel:
         loss: per-instance loss ``(outputs, targets) -> [n]``.
         measurement: what is explained on test instances, of the same form as ``loss``; the loss itself
             when None.
+        trainable: name patterns (``fnmatch``) of the parameters that further training moves and that
+            attribution differentiates; all when empty.
+
+    Raises:
+        InputError: no parameter's name matches a pattern of ``trainable``.
     """
 
     network: nn.Module
     loss: Loss
-    measurement: Loss | None = field(default=None)
+    measurement: Loss | None = None
+    trainable: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         network = copy.deepcopy(self.network).eval()
         network.requires_grad_(False)
         object.__setattr__(self, "network", network)
+        object.__setattr__(self, "trainable", tuple(self.trainable))
+        names = [name for name, _ in network.named_parameters()]
+        for pattern in self.trainable:
+            if not fnmatch.filter(names, pattern):
+                raise InputError(
+                    "model.trainable", f"no parameter matches {pattern!r}; there are {shortened(names)}"
+                )
 
     def parameters(self) -> dict[str, Tensor]:
-        """Return the parameters by name (tied ones once), detached; θ^f."""
-        return {name: p.detach() for name, p in self.network.named_parameters()}
+        """Return the trainable parameters by name (tied ones once), detached; θ^f."""
+        return {
+            name: p.detach()
+            for name, p in self.network.named_parameters()
+            if not self.trainable or any(fnmatch.fnmatch(name, pattern) for pattern in self.trainable)
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that the outputs depend on by name, frozen parameters and buffers included."""
+        return {name: t.detach() for name, t in self.network.state_dict().items()}
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the buffers by name (batch statistics, position indices)."""
@@ -45,13 +68,16 @@ class FinalModel:
 
     @property
     def size(self) -> int:
-        """P, the number of parameters."""
-        return sum(p.numel() for p in self.network.parameters())
+        """P, the number of trainable parameters."""
+        return sum(p.numel() for p in self.parameters().values())
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FinalModel:
         """Return a copy on ``device`` in ``dtype``."""
         return FinalModel(
-            copy.deepcopy(self.network).to(device=device, dtype=dtype), self.loss, self.measurement
+            copy.deepcopy(self.network).to(device=device, dtype=dtype),
+            self.loss,
+            self.measurement,
+            self.trainable,
         )
 
     @torch.no_grad()

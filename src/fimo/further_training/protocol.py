@@ -1,0 +1,150 @@
+"""The protocol of further training: everything that defines its runs but their seeds and left-out instances."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from fimo.errors import InputError
+
+OptimizerName = Literal["sgd", "adam", "adamw"]
+LeaveOutRule = Literal["shift", "mask", "every_batch"]
+ScheduleName = Literal["constant", "linear", "cosine"]
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How further training proceeds from the final model.
+
+    The optimizer starts afresh (no state of the original training is known). The network is in train mode
+    where that only means dropout; batch normalisation keeps the final model's statistics, since updating
+    them would couple instances and change the model without a gradient step.
+
+    Args:
+        optimizer: ``sgd``, ``adam`` or ``adamw``, as torch.optim implements them.
+        lr: learning rate.
+        batch_size: instances per optimizer step.
+        epochs: passes over the training set; exactly one of ``epochs`` and ``steps`` is given.
+        steps: optimizer steps.
+        leave_out: ``shift`` removes the instance from the seed's permutation, so that later batches move
+            up by one; ``mask`` keeps the batches and drops the instance's loss where it occurs, the divisor
+            staying the batch's full size; ``every_batch`` subtracts its loss / N from every batch's mean
+            loss.
+        evaluate_every: ``epoch``, or a number of optimizer steps.
+        momentum, nesterov: of SGD.
+        betas, eps: of Adam and AdamW.
+        weight_decay: as the optimizer defines it (L2 for SGD and Adam, decoupled for AdamW).
+        clip_norm: largest norm of a step's gradient; None for no clipping.
+        schedule: learning rate over the whole of further training: ``constant``, or ``linear`` or
+            ``cosine`` decay to zero.
+        dtype: of the runs, ``float32`` or ``float64``.
+        evaluation_dtype: of the test losses. Leaving one instance out changes a loss by about 1e-4 of it,
+            which float32 resolves to three digits at best; parameters are widened before the losses.
+
+    Raises:
+        InputError: naming the key under ``further_training`` at fault.
+    """
+
+    optimizer: OptimizerName = "sgd"
+    lr: float = 0.01
+    batch_size: int = 32
+    epochs: int | None = None
+    steps: int | None = None
+    leave_out: LeaveOutRule = "shift"
+    evaluate_every: Literal["epoch"] | int = "epoch"
+    momentum: float = 0.0
+    nesterov: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    schedule: ScheduleName = "constant"
+    dtype: str = "float32"
+    evaluation_dtype: str = "float64"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        _one_of("optimizer", self.optimizer, ("sgd", "adam", "adamw"))
+        _one_of("leave_out", self.leave_out, ("shift", "mask", "every_batch"))
+        _one_of("schedule", self.schedule, ("constant", "linear", "cosine"))
+        _one_of("dtype", self.dtype, tuple(DTYPES))
+        _one_of("evaluation_dtype", self.evaluation_dtype, tuple(DTYPES))
+        _require(
+            "epochs",
+            (self.epochs is None) != (self.steps is None),
+            f"expected exactly one of epochs and steps but got epochs={self.epochs}, steps={self.steps}",
+        )
+        for key in ("batch_size", "epochs", "steps"):
+            value = getattr(self, key)
+            _require(key, value is None or value >= 1, f"expected at least 1 but got {value}")
+        _require("lr", 0 < self.lr < math.inf, f"expected a positive number but got {self.lr}")
+        _require("momentum", 0 <= self.momentum < 1, f"expected a number in [0, 1) but got {self.momentum}")
+        _require(
+            "nesterov", not self.nesterov or self.momentum > 0, "expected momentum > 0 where nesterov is true"
+        )
+        _require("weight_decay", self.weight_decay >= 0, f"expected at least 0 but got {self.weight_decay}")
+        _require(
+            "clip_norm",
+            self.clip_norm is None or self.clip_norm > 0,
+            f"expected a positive number or null but got {self.clip_norm}",
+        )
+        _require(
+            "evaluate_every",
+            self.evaluate_every == "epoch" or (isinstance(self.evaluate_every, int) and self.evaluate_every >= 1),
+            f"expected 'epoch' or a number of steps but got {self.evaluate_every!r}",
+        )
+
+    def key(self) -> dict[str, Any]:
+        """Return what a run's result depends on: all but the horizon, unless the schedule depends on it.
+
+        A shorter horizon is a prefix of a longer one, so that raising the epochs reuses what is there.
+        """
+        key = asdict(self)
+        if self.schedule == "constant":
+            del key["epochs"], key["steps"]
+        return key
+
+    def batches_per_epoch(self, instances: int) -> int:
+        """Return the number of optimizer steps of one epoch over ``instances``; the last may be short."""
+        return -(-instances // self.batch_size)
+
+    def evaluation_steps(self, instances: int, total: int) -> list[int]:
+        """Return the optimizer steps at which a run over ``instances`` records test losses.
+
+        Args:
+            instances: of the run, which is fewer than ``total`` where ``shift`` leaves some out.
+            total: N.
+        """
+        full_epoch, epoch = self.batches_per_epoch(total), self.batches_per_epoch(instances)
+        if self.evaluate_every == "epoch":
+            if self.epochs is not None:
+                return [epoch * (e + 1) for e in range(self.epochs)]
+            assert self.steps is not None
+            complete = self.steps // full_epoch
+            points = [epoch * (e + 1) for e in range(complete)]
+            return points if complete * full_epoch == self.steps else [*points, self.steps]
+        horizon = self.steps if self.steps is not None else full_epoch * (self.epochs or 0)
+        points = list(range(self.evaluate_every, horizon + 1, self.evaluate_every))
+        return points if points and points[-1] == horizon else [*points, horizon]
+
+    def learning_rate(self, step: int, total: int) -> float:
+        """Return the learning rate of optimizer step ``step`` (from 0), where a full run takes ``total``."""
+        if self.schedule == "linear":
+            return self.lr * max(0.0, 1 - step / total)
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
+        return self.lr
+
+
+def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
+    _require(key, value in allowed, f"expected one of {', '.join(allowed)} but got {value!r}")
+
+
+def _require(key: str, condition: bool, problem: str) -> None:
+    if not condition:
+        raise InputError(f"further_training.{key}", problem)

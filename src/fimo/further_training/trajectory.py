@@ -1,0 +1,42 @@
+"""Further training as methods see it: the protocol, and the trajectories of the full runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fimo.further_training.protocol import Protocol
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One seed's full run, at the final model and at every evaluation point.
+
+    Args:
+        seed: of the run.
+        parameters: E + 1 dicts by name; the first is θ^f.
+        second_moment: E + 1 dicts, Adam's bias-corrected second moment (the first is zero); None for SGD.
+    """
+
+    seed: int
+    parameters: tuple[Mapping[str, Tensor], ...]
+    second_moment: tuple[Mapping[str, Tensor], ...] | None = None
+
+
+@dataclass(frozen=True)
+class FurtherTraining:
+    """What a method that follows further training is handed.
+
+    Args:
+        protocol: optimizer, learning rate, batch size, leave-out rule.
+        steps: optimizer steps of the full run at the E evaluation points, ascending.
+        seeds: whose runs the gold standard averages.
+        full_runs: runs the seeds' full runs (or reads them) and yields their trajectories, one at a time.
+    """
+
+    protocol: Protocol
+    steps: tuple[int, ...]
+    seeds: tuple[int, ...]
+    full_runs: Callable[[], Iterator[Trajectory]]
