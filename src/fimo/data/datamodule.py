@@ -66,10 +66,14 @@ class InstancesModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         # a generator of its own, seeded from the global one, which the experiment seeds
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-        return _loader(self.train, BatchSampler(RandomSampler(self.train, generator=generator), self.batch_size, False))  # type: ignore[arg-type]
+        return _loader(
+            self.train, BatchSampler(RandomSampler(self.train, generator=generator), self.batch_size, False)
+        )  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader:
-        return _loader(self.test, BatchSampler(SequentialSampler(self.test), max(self.batch_size, 256), False))  # type: ignore[arg-type]
+        return _loader(
+            self.test, BatchSampler(SequentialSampler(self.test), max(self.batch_size, 256), False)
+        )  # type: ignore[arg-type]
 
     test_dataloader = val_dataloader
 

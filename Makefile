@@ -1,0 +1,40 @@
+# Two commands do everything on a machine with Python 3.11 or newer: `make run` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+# torch's own threads and one test process per core would compete
+TEST_WORKERS ?= 2
+
+.PHONY: help setup run test lint clean
+
+help:
+	@echo 'make run    set up, then attribute the embedded default and write a report'
+	@echo 'make test   set up, then all tests'
+	@echo 'make lint   formatting, lint and types'
+	@echo 'make setup  the virtual environment in $(VENV)'
+
+setup: $(READY)
+
+$(READY): pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'fimo needs Python 3.11 or newer; set PYTHON=/path/to/python3.11'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@# compiled now: where PYTHONDONTWRITEBYTECODE is set, every import would take twice as long
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null 2>&1 || true
+	@touch $@
+
+run: setup
+	$(BIN)/python -m src.run
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

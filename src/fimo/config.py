@@ -1,0 +1,184 @@
+"""Typed schemas of the configuration, checked after composing and before anything heavy is imported.
+
+Importing this module must stay cheap (no torch), so that a mistake is answered in about a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from fimo.errors import InputError, shortened
+
+
+@dataclass
+class Model:
+    """``model``: the network, and how the final model is trained where no checkpoint is given."""
+
+    network: Any = MISSING
+    loss: Any = "auto"
+    measurement: Any = None
+    trainable: list[str] = field(default_factory=list)
+    checkpoint: str | None = None
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+
+@dataclass
+class Trainer:
+    """``trainer``: arguments of the Lightning Trainer; ``max_epochs`` is of the final model's training."""
+
+    max_epochs: int = 100
+    accelerator: str = "cpu"
+    devices: Any = 1
+    strategy: str = "auto"
+    precision: Any = "32-true"
+    gradient_clip_val: float | None = None
+    enable_progress_bar: bool = True
+
+
+@dataclass
+class FurtherTraining:
+    """``further_training``: the protocol, the seeds, and whose loss changes are measured."""
+
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    batch_size: int = 32
+    epochs: int | None = None
+    steps: int | None = None
+    leave_out: str = "shift"
+    evaluate_every: Any = "epoch"
+    momentum: float = 0.0
+    nesterov: bool = False
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    schedule: str = "constant"
+    dtype: str = "float32"
+    evaluation_dtype: str = "float64"
+    seeds: Any = 10
+    left_out: Any = 50
+    test: Any = None
+    subtract_mean: bool = True
+    chunk: Any = "auto"
+    save_raw: bool = True
+
+
+@dataclass
+class Evaluation:
+    """``evaluation``: how scores are compared with the sensitivity."""
+
+    metrics: list[str] = field(default_factory=lambda: ["cosine", "spearman", "pearson"])
+    seed_counts: list[int] | None = None
+    bootstrap: int = 200
+    shown: int = 12
+    tasks: Any = field(default_factory=dict)
+
+
+@dataclass
+class Logger:
+    """``logger``: Weights & Biases; offline unless asked otherwise."""
+
+    enabled: bool = True
+    mode: str = "offline"
+    project: str = "fimo"
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Config:
+    """The whole configuration; ``dataset`` and each of ``methods`` are arguments of their ``_target_``."""
+
+    dataset: Any = MISSING
+    model: Model = field(default_factory=Model)
+    trainer: Trainer = field(default_factory=Trainer)
+    further_training: FurtherTraining = field(default_factory=FurtherTraining)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    logger: Logger = field(default_factory=Logger)
+    methods: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    threads: int | None = None
+    store: str = "outputs/store"
+    scale: float = 1.0
+    report: bool = True
+
+
+def validated(config: DictConfig) -> DictConfig:
+    """Return the composed configuration, checked against the schemas.
+
+    Raises:
+        InputError: naming the first key at fault: unknown (with the nearest known one), of the wrong type,
+            missing, or a file that is not there.
+    """
+    _check_keys(OmegaConf.structured(Config), config, "")
+    try:
+        checked = OmegaConf.merge(OmegaConf.structured(Config), config)
+        OmegaConf.resolve(checked)
+    except (ValidationError, ConfigKeyError) as error:
+        raise InputError(
+            str(error.full_key or "configuration"), str(error.msg or error).splitlines()[0]
+        ) from None
+    except OmegaConfBaseException as error:
+        raise InputError(
+            str(getattr(error, "full_key", None) or "configuration"), str(error).splitlines()[0]
+        ) from None
+    assert isinstance(checked, DictConfig)
+    _check_mandatory(checked)
+    if checked.dataset.get("path") is not None and not Path(checked.dataset.path).exists():
+        raise InputError("dataset.path", f"no such file: {checked.dataset.path}")
+    if checked.model.checkpoint is not None and not Path(checked.model.checkpoint).exists():
+        raise InputError("model.checkpoint", f"no such file: {checked.model.checkpoint}")
+    for key, value in {"trainer.max_epochs": checked.trainer.max_epochs}.items():
+        if value < 0:
+            raise InputError(key, f"expected at least 0 but got {value}")
+    if checked.threads is not None and checked.threads < 1:
+        raise InputError("threads", f"expected at least 1 but got {checked.threads}")
+    if checked.logger.mode not in ("offline", "online", "disabled"):
+        raise InputError(
+            "logger.mode", f"expected offline, online or disabled but got {checked.logger.mode!r}"
+        )
+    return checked
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Return a configuration as plain containers."""
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return {str(k): v for k, v in container.items()}
+
+
+def nearest(name: str, allowed: Sequence[str]) -> str:
+    """Return a hint for a misspelt name: the nearest allowed ones, else all of them (shortened)."""
+    close = difflib.get_close_matches(name, allowed, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {shortened(list(allowed), 20)}"
+
+
+def _check_keys(schema: DictConfig, config: DictConfig, prefix: str) -> None:
+    for key in config:
+        full = f"{prefix}{key}"
+        if key not in schema:
+            raise InputError(full, f"unknown key; {nearest(str(key), [str(k) for k in schema])}")
+        known, given = schema._get_node(key), config._get_node(key)
+        typed = OmegaConf.is_dict(known) and known._metadata.object_type not in (dict, None)  # type: ignore[union-attr]
+        if typed and isinstance(known, DictConfig):
+            if not isinstance(given, DictConfig):
+                raise InputError(full, f"expected a group of settings but got {given}")
+            _check_keys(known, given, f"{full}.")
+
+
+def _check_mandatory(config: DictConfig) -> None:
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise InputError(missing[0], "must be given")

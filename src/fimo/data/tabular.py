@@ -1,0 +1,167 @@
+"""Tables: features and a target in columns, split and standardised as in the paper."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.model_selection import train_test_split
+
+from fimo.data.datamodule import InstancesModule, Split
+from fimo.data.display import Display
+from fimo.data.instances import Instances
+from fimo.errors import InputError, shortened
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as read: numbers only, in original units.
+
+    Args:
+        features: ``[n, d]``, one named column per feature.
+        target: ``[n]``, values, or class names as text or numbers.
+        unit: of a regression target, for display.
+    """
+
+    features: pd.DataFrame
+    target: pd.Series
+    unit: str = ""
+
+
+class TabularModule(InstancesModule):
+    """A table as a data set.
+
+    Protocol (paper, appendix): a random split, then features, and the target of a regression, standardised
+    by the training part's mean and standard deviation. Constant features become zero.
+
+    Args:
+        name: of the data set.
+        task: ``regression`` or ``classification``.
+        batch_size: of the final model's training.
+        test_size: share of instances held out.
+        split_seed: ``random_state`` of the split.
+    """
+
+    def __init__(self, name: str, task: str, batch_size: int, test_size: float, split_seed: int) -> None:
+        super().__init__(name, batch_size)
+        if task not in ("regression", "classification"):
+            raise InputError("dataset.task", f"expected regression or classification but got {task!r}")
+        if not 0 < test_size < 1:
+            raise InputError("dataset.test_size", f"expected a share between 0 and 1 but got {test_size}")
+        self.task = task  # type: ignore[assignment]
+        self.test_size, self.split_seed = test_size, split_seed
+
+    @abstractmethod
+    def read(self) -> Table:
+        """Read the whole table."""
+
+    def load(self) -> None:
+        table = self.read()
+        check_numeric(table.features)
+        self._features, self.unit = table.features, table.unit
+        if len(table.features) < 4:
+            raise InputError("dataset", f"expected at least 4 rows but got {len(table.features)}")
+        train, test = train_test_split(
+            np.arange(len(table.features)), test_size=self.test_size, random_state=self.split_seed
+        )
+        self._rows = {"train": train, "test": test}
+        targets = self._encode(table.target)
+        features = table.features.to_numpy(dtype=np.float64)
+        inputs = standardise(features, train)
+        if self.task == "regression":
+            targets = standardise(targets[:, None], train)
+        self.train, self.test = (
+            Instances(
+                torch.tensor(inputs[rows], dtype=torch.float32),
+                torch.tensor(
+                    targets[rows], dtype=torch.float32 if self.task == "regression" else torch.int64
+                ),
+            )
+            for rows in (train, test)
+        )
+        self.outputs = len(self.class_names) if self.task == "classification" else 1
+
+    def _encode(self, target: pd.Series) -> np.ndarray:
+        """Return the target as values, or as class indices; keeps what displays show."""
+        name = str(target.name)
+        if target.isna().any():
+            row = int(np.flatnonzero(target.isna())[0])
+            raise InputError("dataset.target", f"column {name!r} has a missing value in data row {row}")
+        self._shown_target = target
+        if self.task == "regression":
+            check_numeric(target.to_frame(), key="dataset.target")
+            values = target.to_numpy(dtype=np.float64)
+            if np.ptp(values) == 0:
+                raise InputError("dataset.target", f"column {name!r} has one value only ({values[0]:g})")
+            return values
+        classes = sorted(target.unique().tolist())
+        if len(classes) < 2:
+            raise InputError("dataset.target", f"column {name!r} has one class only ({classes[0]!r})")
+        if len(classes) > max(2, len(target) // 2):
+            raise InputError(
+                "dataset.target",
+                f"column {name!r} has {len(classes)} classes in {len(target)} rows; is this regression?",
+            )
+        self.class_names = tuple(map(str, classes))
+        return target.map({c: k for k, c in enumerate(classes)}).to_numpy(dtype=np.int64)
+
+    def display(self, split: Split, index: int) -> Display:
+        row = self._rows[split][index]
+        target = self._shown_target.iloc[row]
+        text = f"{target:.6g}" if isinstance(target, (float, np.floating)) else str(target)
+        values = {str(c): float(v) for c, v in self._features.iloc[row].items()}
+        return Display(f"{text} {self.unit}".strip(), values)
+
+
+def standardise(values: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Subtract the training rows' mean and divide by their standard deviation (population, as scikit-learn).
+
+    Args:
+        values: ``[n, d]``.
+        train: row indices of the training part.
+    """
+    deviation = values[train].std(0)
+    deviation[deviation == 0] = 1.0
+    return (values - values[train].mean(0)) / deviation
+
+
+def check_numeric(frame: pd.DataFrame, key: str = "dataset.path") -> None:
+    """Refuse text, missing and infinite values, naming the first column and row at fault.
+
+    Raises:
+        InputError: with ``key``.
+    """
+    if frame.shape[1] == 0:
+        raise InputError(key, "there is no feature column besides the target")
+    for column in frame:
+        values = pd.to_numeric(frame[column], errors="coerce")
+        bad = ~np.isfinite(values.to_numpy(dtype=np.float64))
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            found = frame[column].iloc[row]
+            what = "a missing value (NaN)" if pd.isna(found) else f"{found!r}"
+            raise InputError(
+                key, f"column {column!r} has {what} in data row {row}; expected finite numbers only"
+            )
+
+
+def pick_target(frame: pd.DataFrame, target: str | int) -> tuple[pd.DataFrame, pd.Series]:
+    """Split a frame into features and the target column, given by name or by index (-1 the last).
+
+    Raises:
+        InputError: there is no such column.
+    """
+    columns = list(frame.columns)
+    if target in columns:
+        name = target
+    elif isinstance(target, int) or str(target).lstrip("-").isdigit():
+        index = int(target)
+        if not -len(columns) <= index < len(columns):
+            raise InputError("dataset.target", f"expected an index below {len(columns)} but got {index}")
+        name = columns[index]
+    else:
+        raise InputError("dataset.target", f"no column {target!r}; there are {shortened(columns)}")
+    return frame.drop(columns=[name]), frame[name]

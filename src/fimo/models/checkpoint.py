@@ -1,0 +1,91 @@
+"""Reading a user's checkpoint without executing code from it."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fimo.errors import InputError, shortened
+from fimo.store import read_tensors
+
+KEY = "model.checkpoint"
+
+
+def load_checkpoint(network: nn.Module, path: str | Path) -> None:
+    """Load a Lightning checkpoint, a plain state_dict or a safetensors file into a network, in place.
+
+    Names may carry a prefix that all of the network's own names share in the file (``network.``,
+    ``model.``, ``module.`` and so on); other entries of the file are then ignored.
+
+    Raises:
+        InputError: naming ``model.checkpoint``: no such file, not a checkpoint, a missing or unexpected
+            parameter, or a parameter of another shape.
+    """
+    path = Path(path)
+    tensors = read_checkpoint(path)
+    wanted = network.state_dict()
+    prefix = _prefix(list(tensors), list(wanted))
+    found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise InputError(KEY, f"{path} lacks {shortened(missing, 3)}; it holds {shortened(list(tensors), 6)}")
+    extra = [name for name in found if name not in wanted]
+    if extra:
+        raise InputError(KEY, f"{path} has {shortened(extra, 3)}, which this network lacks")
+    for name, tensor in wanted.items():
+        if found[name].shape != tensor.shape:
+            raise InputError(
+                KEY,
+                f"layer {name} has shape {tuple(found[name].shape)} in {path}, "
+                f"but the configured network expects {tuple(tensor.shape)}",
+            )
+        if not torch.isfinite(found[name]).all():
+            raise InputError(KEY, f"layer {name} in {path} holds NaN or infinite values")
+    network.load_state_dict(found)
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors by name.
+
+    Raises:
+        InputError: no such file, or nothing that can be read without executing code.
+    """
+    if not path.is_file():
+        raise InputError(KEY, f"no such file: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return read_tensors(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(
+            KEY,
+            f"{path} holds objects besides tensors and plain containers, and code is never executed; "
+            "save network.state_dict() instead",
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise InputError(KEY, f"{path} is not a checkpoint ({str(error).splitlines()[0]})") from None
+    return _state_dict(content, path)
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content:
+        raise InputError(KEY, f"{path} holds no state_dict but {type(content).__name__}")
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise InputError(KEY, f"{path} holds no tensors; its keys are {shortened(list(content))}")
+    return tensors
+
+
+def _prefix(found: list[str], wanted: list[str]) -> str:
+    """Return the prefix under which the file holds most of the network's names (the shortest such)."""
+    candidates = {name.removesuffix(wanted[0]) for name in found if name.endswith(wanted[0])} | {""}
+    names = set(found)
+    return max(sorted(candidates, key=len), key=lambda prefix: sum(prefix + name in names for name in wanted))

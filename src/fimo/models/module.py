@@ -1,0 +1,83 @@
+"""The final model's training as a LightningModule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from fimo.data.datamodule import Task
+from fimo.data.instances import Instances
+from fimo.errors import InputError
+from fimo.models.final_model import apply
+from fimo.models.losses import Loss
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+
+
+class FinalModelModule(pl.LightningModule):
+    """A network trained on the mean of its per-instance loss.
+
+    Args:
+        network: maps a batch of inputs to outputs.
+        loss: per-instance loss.
+        task: accuracy is recorded for a classification.
+        outputs: classes.
+        optimizer: ``sgd``, ``adam`` or ``adamw``.
+        lr, momentum, weight_decay: of the optimizer (momentum of SGD only).
+        description: what built the network, kept in the checkpoint; plain containers only, so that it
+            loads without executing code.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: Loss,
+        task: Task,
+        outputs: int,
+        optimizer: str = "sgd",
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        description: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if optimizer not in OPTIMIZERS:
+            raise InputError(
+                "model.optimizer", f"expected one of {', '.join(OPTIMIZERS)} but got {optimizer!r}"
+            )
+        if not lr > 0:
+            raise InputError("model.lr", f"expected a positive number but got {lr}")
+        self.save_hyperparameters({"description": description or {}})
+        self.network, self.loss = network, loss
+        self.optimizer_name, self.lr = optimizer, lr
+        self.momentum, self.weight_decay = momentum, weight_decay
+        self.accuracy = MulticlassAccuracy(outputs, average="micro") if task == "classification" else None
+        self.mean_loss = MeanMetric()
+
+    def forward(self, inputs: Any) -> Tensor:
+        return apply(self.network, inputs)
+
+    def training_step(self, batch: Instances, batch_idx: int) -> Tensor:
+        loss = self.loss(self(batch.inputs), batch.targets).mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def test_step(self, batch: Instances, batch_idx: int) -> None:
+        outputs = self(batch.inputs)
+        self.mean_loss.update(self.loss(outputs, batch.targets))
+        self.log("loss", self.mean_loss, on_step=False, on_epoch=True, batch_size=len(batch))
+        if self.accuracy is not None:
+            self.accuracy.update(outputs, batch.targets)
+            self.log("accuracy", self.accuracy, on_step=False, on_epoch=True, batch_size=len(batch))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        moved = [p for p in self.network.parameters() if p.requires_grad]
+        if self.optimizer_name == "sgd":
+            return torch.optim.SGD(moved, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        kind = torch.optim.Adam if self.optimizer_name == "adam" else torch.optim.AdamW
+        return kind(moved, self.lr, weight_decay=self.weight_decay)

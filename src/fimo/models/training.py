@@ -1,0 +1,110 @@
+"""The final model: trained by the Trainer and cached, or the user's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from filelock import FileLock
+
+from fimo.cost import Cost
+from fimo.data.datamodule import InstancesModule
+from fimo.models.final_model import FinalModel
+from fimo.models.module import FinalModelModule
+from fimo.store import Store, content_hash, read_tensors, write_tensors
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good a model is, so that a bad one is seen.
+
+    Args:
+        train_loss, test_loss: means over instances.
+        baseline_loss: test loss of the best constant prediction made from the training targets (their mean,
+            or the class frequencies).
+        train_accuracy, test_accuracy: shares; None for regression.
+    """
+
+    train_loss: float
+    test_loss: float
+    baseline_loss: float
+    train_accuracy: float | None = None
+    test_accuracy: float | None = None
+
+
+def train_final_model(
+    module: FinalModelModule,
+    data: InstancesModule,
+    trainer: pl.Trainer,
+    store: Store,
+    key: Mapping[str, Any],
+    seed: int,
+    cost: Cost,
+) -> None:
+    """Train a module in place, or read its parameters from the store.
+
+    Args:
+        key: everything of the configuration that the result depends on, besides data and initial parameters.
+        seed: of the data order.
+        cost: gets the gradient evaluations and what was reused.
+    """
+    full_key = {
+        **key,
+        "seed": seed,
+        "batch_size": data.batch_size,
+        "train": content_hash(data.train.tensors()),
+        "initial": content_hash(module.network.state_dict()),
+    }
+    folder = store.folder("final_model", full_key)
+    path = folder / "model.safetensors"
+    cost.gradient_evaluations = len(data.train) * (trainer.max_epochs or 0)
+    with FileLock(folder / "lock"):  # several jobs of a sweep want the same model
+        if path.exists():
+            module.network.load_state_dict(read_tensors(path))
+            cost.reused = 1.0
+            return
+        torch.manual_seed(seed)
+        trainer.fit(module, train_dataloaders=data.train_dataloader())
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        write_tensors(path, copy.deepcopy(module.network).cpu().state_dict())
+
+
+def save_checkpoint(module: FinalModelModule, trainer: pl.Trainer, path: Path) -> None:
+    """Write a Lightning checkpoint that ``model.checkpoint`` reads back."""
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path, weights_only=True)
+
+
+def quality(final_model: FinalModel, data: InstancesModule) -> Quality:
+    """Measure a model on its training and test instances, in eval mode."""
+
+    def accuracy(instances: Any) -> float | None:
+        if data.task != "classification":
+            return None
+        return float((final_model.outputs(instances).argmax(-1) == instances.targets).double().mean())
+
+    return Quality(
+        float(final_model.losses(data.train).double().mean()),
+        float(final_model.losses(data.test).double().mean()),
+        constant_loss(final_model, data),
+        accuracy(data.train),
+        accuracy(data.test),
+    )
+
+
+def constant_loss(final_model: FinalModel, data: InstancesModule) -> float:
+    """Return the mean test loss of the best constant prediction made from the training targets."""
+    targets = data.train.targets
+    if data.task == "regression":
+        constant = targets.mean(0)
+    else:
+        share = torch.bincount(targets.flatten(), minlength=data.outputs).double() + 1e-12
+        constant = (share / share.sum()).log().float()
+    outputs = constant.expand(len(data.test), *constant.shape)
+    return float(final_model.loss(outputs, data.test.targets).double().mean())
