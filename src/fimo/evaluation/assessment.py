@@ -1,0 +1,204 @@
+"""Judge methods' scores by the sensitivity: one table, with its uncertainty beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fimo.errors import InputError
+from fimo.evaluation.bootstrap import bootstrap_agreement
+from fimo.evaluation.ceiling import ceiling_undefined, noise_ceiling
+from fimo.evaluation.metrics import (
+    METRICS,
+    MetricName,
+    agreement,
+    check_shapes,
+    comparable,
+    cosines,
+    mean_and_sem,
+)
+from fimo.evaluation.slope import fitted_slope
+from fimo.further_training.sensitivity import Sensitivity, adjust
+from fimo.store import written_aside
+
+COLUMNS = ["method", "access", "metric", "step", "epoch", "seeds", "mean", "sem", "ceiling"]
+
+Scores = Mapping[str, tuple[str, Tensor]]
+"""By method: its access level (``FiMO``, ``CPA``, ``TAA``) and its scores ``[J, L]`` or ``[E, J, L]``."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well methods agree with the sensitivity.
+
+    Args:
+        table: ``evaluation.csv``, columns :data:`COLUMNS`; mean and SEM over test instances.
+        bootstrap: ``method,metric,step,epoch,seeds,mean,low,high,undefined,instances``: 95 % intervals over
+            seeds and test instances, and how many of the instances' agreements are undefined.
+        slopes: ``method,step,epoch,slope``, for methods that estimate a loss change.
+        instances: agreement ``[E, J]`` with the mean over all seeds by ``(method, metric)``.
+        notes: what a reader must know: undefined values, no ceiling.
+    """
+
+    table: pd.DataFrame
+    bootstrap: pd.DataFrame
+    slopes: pd.DataFrame
+    instances: Mapping[tuple[str, str], Tensor]
+    notes: tuple[str, ...] = ()
+
+    def save(self, folder: Path) -> None:
+        """Write ``evaluation.csv``, ``evaluation_bootstrap.csv`` and ``evaluation_slopes.csv``."""
+        frames = {"": self.table, "_bootstrap": self.bootstrap, "_slopes": self.slopes}
+        for suffix, frame in frames.items():
+            with written_aside(folder / f"evaluation{suffix}.csv") as path:
+                frame.to_csv(path, index=False)
+
+
+def evaluate(
+    scores: Scores,
+    sensitivity: Sensitivity,
+    metrics: Sequence[MetricName] = METRICS,
+    seed_counts: Sequence[int] | None = None,
+) -> pd.DataFrame:
+    """Return one row per method, metric, evaluation point and number of seeds averaged.
+
+    Columns ``method,access,metric,step,epoch,seeds,mean,sem,ceiling``; see :func:`assess`.
+    """
+    return assess(scores, sensitivity, metrics, seed_counts, resamples=0).table
+
+
+def assess(
+    scores: Scores,
+    sensitivity: Sensitivity,
+    metrics: Sequence[MetricName] = METRICS,
+    seed_counts: Sequence[int] | None = None,
+    estimate_loss_change: Collection[str] = (),
+    resamples: int = 100,
+    subsets: int = 10,
+    seed: int = 0,
+) -> Evaluation:
+    """Judge scores by the sensitivity, with intervals, slopes and every test instance's agreement.
+
+    Args:
+        scores: by method, its access level and its scores.
+        seed_counts: numbers k of seeds averaged; 1, 2, 5, 10, 20, 50, … and all S when None. For k < S a
+            test instance's agreement is its mean over about ``subsets`` subsets of k seeds, disjoint where
+            they were cut from one random order; the SEM is over test instances only, since subsets of
+            the same seeds are no independent samples.
+        estimate_loss_change: methods whose scores are in units of loss, for which a slope is fitted.
+        resamples: of the bootstrap; none when 0.
+        seed: of all randomness here.
+
+    Raises:
+        InputError: no scores, scores of another shape, an unknown metric, a number of seeds out of range.
+    """
+    if not scores:
+        raise InputError("method", "there are no scores to evaluate")
+    total = len(sensitivity.seeds)
+    counts = sorted(set(seed_counts)) if seed_counts else default_seed_counts(total)
+    truth = sensitivity.sensitivity
+    for name, (_, values) in scores.items():
+        check_shapes(values, truth, f"scores of {name}")
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[pd.DataFrame] = []
+    bounds: list[pd.DataFrame] = []
+    instances: dict[tuple[str, str], Tensor] = {}
+    points = {"step": sensitivity.step.tolist(), "epoch": sensitivity.epoch.tolist()}
+    for metric in metrics:
+        ceiling = noise_ceiling(
+            sensitivity.raw, metric, sensitivity.subtract_mean, counts, generator=generator
+        )
+        by_count = {
+            k: _over_subsets(scores, sensitivity, metric, seed_subsets(total, k, subsets, generator))
+            for k in counts
+            if k < total
+        }
+        intervals = bootstrap_agreement(
+            {name: s for name, (_, s) in scores.items()},
+            sensitivity.raw,
+            metric,
+            sensitivity.subtract_mean,
+            resamples,
+            generator=generator,
+        )
+        for name, (access, values) in scores.items():
+            full = agreement(values, truth, metric)
+            instances[name, metric] = full
+            fixed = {"method": name, "access": str(access), "metric": metric}
+            for column, k in enumerate(counts):
+                mean, sem = mean_and_sem(full if k == total else by_count[k][name])
+                numbers = {"mean": mean.tolist(), "sem": sem.tolist(), "ceiling": ceiling[:, column].tolist()}
+                rows.append(pd.DataFrame({**fixed, **points, "seeds": k, **numbers}))
+            low, high = intervals[name]
+            numbers = {"mean": mean_and_sem(full)[0].tolist(), "low": low.tolist(), "high": high.tolist()}
+            defined = {"undefined": full.isnan().sum(-1).tolist(), "instances": full.shape[-1]}
+            fixed = {"method": name, "metric": metric}
+            bounds.append(pd.DataFrame({**fixed, **points, "seeds": total, **numbers, **defined}))
+    slopes = [
+        pd.DataFrame({"method": name, **points, "slope": fitted_slope(scores[name][1], truth).tolist()})
+        for name in scores
+        if name in estimate_loss_change
+    ]
+    return Evaluation(
+        table=pd.concat(rows, ignore_index=True)[COLUMNS],
+        bootstrap=pd.concat(bounds, ignore_index=True),
+        slopes=pd.concat(slopes, ignore_index=True)
+        if slopes
+        else pd.DataFrame(columns=["method", "step", "epoch", "slope"]),
+        instances=instances,
+        notes=_notes(instances, total),
+    )
+
+
+def default_seed_counts(seeds: int) -> list[int]:
+    """Return 1, 2, 5, 10, 20, 50, … below S, and S."""
+    below = [m * 10**p for p in range(6) for m in (1, 2, 5) if m * 10**p < seeds]
+    return [*below, seeds]
+
+
+def seed_subsets(seeds: int, k: int, least: int, generator: torch.Generator) -> list[list[int]]:
+    """Return at least ``least`` subsets of k seeds: random orders cut into disjoint pieces of k.
+
+    Fewer where there are fewer in all (k = 1: each seed once).
+    """
+    if k == 1:
+        return [[s] for s in range(seeds)]
+    chosen: dict[tuple[int, ...], list[int]] = {}
+    for _ in range(least):
+        order = torch.randperm(seeds, generator=generator).tolist()
+        for start in range(0, seeds - k + 1, k):
+            piece = sorted(order[start : start + k])
+            chosen.setdefault(tuple(piece), piece)
+        if len(chosen) >= least:
+            break
+    return list(chosen.values())
+
+
+def _over_subsets(
+    scores: Scores, sensitivity: Sensitivity, metric: MetricName, subsets: Sequence[Sequence[int]]
+) -> dict[str, Tensor]:
+    """Return each method's agreement ``[E, J]``, the mean over subsets of the seeds."""
+    u = {name: comparable(values, metric) for name, (_, values) in scores.items()}
+    values: dict[str, list[Tensor]] = {name: [] for name in scores}
+    for subset in subsets:
+        mean = sensitivity.raw[list(subset)].mean(0)
+        v = comparable(adjust(mean, sensitivity.subtract_mean), metric)
+        for name, agreements in cosines(u, v).items():
+            values[name].append(agreements)
+    return {name: torch.stack(v).nanmean(0) for name, v in values.items()}
+
+
+def _notes(instances: Mapping[tuple[str, str], Tensor], seeds: int) -> tuple[str, ...]:
+    notes = [reason] if (reason := ceiling_undefined(seeds)) else []
+    for (name, metric), values in instances.items():
+        if undefined := int(values.isnan().sum()):
+            notes.append(
+                f"{name}: {metric} is undefined for {undefined} of {values.numel()} test instances and "
+                "evaluation points (constant or non-finite vectors); means are over the others"
+            )
+    return tuple(notes)
