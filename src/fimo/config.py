@@ -168,7 +168,7 @@ def nearest(name: str, allowed: Sequence[str]) -> str:
 def _check_keys(schema: DictConfig, config: DictConfig, prefix: str) -> None:
     for key in config:
         full = f"{prefix}{key}"
-        if key not in schema:
+        if key not in list(schema):  # `in` alone is false for values that must be given
             raise InputError(full, f"unknown key; {nearest(str(key), [str(k) for k in schema])}")
         known, given = schema._get_node(key), config._get_node(key)
         typed = OmegaConf.is_dict(known) and known._metadata.object_type not in (dict, None)  # type: ignore[union-attr]

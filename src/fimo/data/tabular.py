@@ -142,7 +142,7 @@ def check_numeric(frame: pd.DataFrame, key: str = "dataset.path") -> None:
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
             found = frame[column].iloc[row]
-            what = "a missing value (NaN)" if pd.isna(found) else f"{found!r}"
+            what = "a missing value (NaN)" if pd.isna(found) else repr(str(found))
             raise InputError(
                 key, f"column {column!r} has {what} in data row {row}; expected finite numbers only"
             )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fimo.errors import InputError, shortened
@@ -67,8 +66,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             f"{path} holds objects besides tensors and plain containers, and code is never executed; "
             "save network.state_dict() instead",
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise InputError(KEY, f"{path} is not a checkpoint ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # a damaged file fails in many ways inside torch and safetensors
+        raise InputError(KEY, f"{path} is not a checkpoint ({type(error).__name__})") from None
     return _state_dict(content, path)
 
 

@@ -1,0 +1,173 @@
+"""From a checked configuration to the objects of a run; every mistake is an error here, before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.errors import HydraException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+from fimo.data.datamodule import InstancesModule
+from fimo.errors import InputError
+from fimo.further_training.protocol import Protocol
+from fimo.methods.base import AttributionMethod
+from fimo.models.checkpoint import load_checkpoint
+from fimo.models.losses import LOSSES, Loss
+from fimo.models.module import FinalModelModule
+from fimo.models.progress import EpochProgress
+
+PROTOCOL_FIELDS = tuple(f.name for f in dataclasses.fields(Protocol))
+LOSS_OF_TASK = {
+    "regression": "mse",
+    "classification": "cross_entropy",
+    "language_modelling": "language_modelling",
+}
+
+
+def build(config: Any, key: str, **arguments: Any) -> Any:
+    """Instantiate a node with a ``_target_``.
+
+    Raises:
+        InputError: what the object's constructor refused, or an argument that it does not have, naming ``key``.
+    """
+    try:
+        return instantiate(config, **arguments)
+    except HydraException as error:
+        cause = error.__cause__
+        if isinstance(cause, InputError):
+            raise cause from None
+        raise InputError(key, str(cause or error).splitlines()[0]) from error
+
+
+def build_data(config: DictConfig) -> InstancesModule:
+    """Build and load the data set."""
+    data = build(config.dataset, "dataset")
+    if not isinstance(data, InstancesModule):
+        raise InputError("dataset._target_", f"expected an InstancesModule but got {type(data).__name__}")
+    if data.batch_size < 1:
+        raise InputError("dataset.batch_size", f"expected at least 1 but got {data.batch_size}")
+    data.setup()
+    return data
+
+
+def build_module(config: DictConfig, data: InstancesModule) -> FinalModelModule:
+    """Build the network with its loss; reads ``model.checkpoint`` where given.
+
+    ``inputs`` and ``outputs`` of the network's arguments that say ``auto`` become the data set's.
+    """
+    model = config.model
+    arguments = {
+        name: getattr(data, name) for name in ("inputs", "outputs") if model.network.get(name) == "auto"
+    }
+    torch.manual_seed(config.seed)
+    network = build(model.network, "model.network", **arguments)
+    if not isinstance(network, nn.Module):
+        raise InputError("model.network", f"expected a torch.nn.Module but got {type(network).__name__}")
+    if model.checkpoint is not None:
+        load_checkpoint(network, model.checkpoint)
+    description = {"network": OmegaConf.to_container(model.network, resolve=True), **arguments}
+    return FinalModelModule(
+        network,
+        build_loss(model.loss if model.loss != "auto" else LOSS_OF_TASK[data.task], "model.loss"),
+        data.task,
+        data.outputs,
+        model.optimizer,
+        model.lr,
+        model.momentum,
+        model.weight_decay,
+        description,
+    )
+
+
+def build_loss(name: Any, key: str) -> Loss:
+    """Return a per-instance loss by its configured name, dotted path, or ``_target_``."""
+    if OmegaConf.is_config(name):
+        return build(name, key)
+    if name in LOSSES:
+        return LOSSES[name]
+    if "." in str(name):
+        try:
+            return get_object(str(name))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise InputError(key, f"{name} can't be imported ({error})") from None
+    raise InputError(key, f"expected one of {', '.join(LOSSES)} or a dotted path but got {name!r}")
+
+
+def build_trainer(config: DictConfig) -> pl.Trainer:
+    """Build the Trainer of the final model's training."""
+    settings = OmegaConf.to_container(config.trainer, resolve=True)
+    assert isinstance(settings, dict)
+    return pl.Trainer(
+        **{str(k): v for k, v in settings.items() if k != "enable_progress_bar"},
+        callbacks=[EpochProgress()] if config.trainer.enable_progress_bar else [],
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        logger=False,
+    )
+
+
+def build_protocol(config: DictConfig) -> Protocol:
+    """Build the protocol of further training."""
+    node = config.further_training
+    values = {name: node[name] for name in PROTOCOL_FIELDS}
+    return Protocol(**{k: list(v) if isinstance(v, ListConfig) else v for k, v in values.items()})
+
+
+def build_methods(config: DictConfig) -> dict[str, AttributionMethod]:
+    """Build every configured method by name."""
+    methods = {}
+    for name, node in config.methods.items():
+        method = build(node, f"methods.{name}")
+        if not isinstance(method, AttributionMethod):
+            raise InputError(
+                f"methods.{name}", f"expected an AttributionMethod but got {type(method).__name__}"
+            )
+        methods[str(name)] = method
+    return methods
+
+
+def choose(value: Any, total: int, key: str) -> list[Any]:
+    """Return indices: a number of evenly spaced ones, or the list given.
+
+    Args:
+        value: a number, a list (of indices, or of lists of them), or None for all.
+        total: how many there are.
+
+    Raises:
+        InputError: with ``key``.
+    """
+    if value is None:
+        return list(range(total))
+    if isinstance(value, (ListConfig, Sequence)) and not isinstance(value, str):
+        chosen = [list(v) if isinstance(v, (ListConfig, list)) else v for v in value]
+        flat = [i for v in chosen for i in (v if isinstance(v, list) else [v])]
+        if not chosen:
+            raise InputError(key, "expected at least one index but got an empty list")
+        for index in flat:
+            if not isinstance(index, int) or not 0 <= index < total:
+                raise InputError(key, f"expected indices from 0 to {total - 1} but got {index!r}")
+        return chosen
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= total:
+        raise InputError(key, f"expected a number from 1 to {total}, or a list of indices, but got {value!r}")
+    return [k * total // value for k in range(value)]
+
+
+def choose_seeds(value: Any) -> list[int]:
+    """Return seeds: ``N`` means 0 to N - 1; a list is taken as it is."""
+    if isinstance(value, ListConfig):
+        seeds = list(value)
+        if not seeds or any(not isinstance(s, int) or s < 0 for s in seeds) or len(set(seeds)) < len(seeds):
+            raise InputError(
+                "further_training.seeds", f"expected distinct numbers of at least 0 but got {seeds}"
+            )
+        return seeds
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError("further_training.seeds", f"expected at least 1 seed but got {value!r}")
+    return list(range(value))

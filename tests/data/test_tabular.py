@@ -1,0 +1,140 @@
+"""Tables: the paper's protocol, and clear answers to bad files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_diabetes
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
+
+from fimo.data.bundled import BundledData
+from fimo.data.concrete import ConcreteData
+from fimo.data.csv import CsvData
+from fimo.errors import InputError
+
+FIMO_DATA = os.environ.get("FIMO_DATA")
+
+
+def test_the_split_and_standardisation_are_the_papers() -> None:
+    data = BundledData("diabetes")
+    data.setup()
+    x, y = load_diabetes(return_X_y=True, scaled=False)
+    x_train, x_test, y_train, y_test = train_test_split(x, y[:, None], test_size=0.1, random_state=0)
+    features, target = StandardScaler().fit(x_train), StandardScaler().fit(y_train)
+    np.testing.assert_allclose(data.train.inputs, features.transform(x_train), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(data.test.inputs, features.transform(x_test), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(data.test.targets, target.transform(y_test), rtol=1e-5, atol=1e-6)
+
+
+def test_displays_are_in_original_units() -> None:
+    data = BundledData("diabetes")
+    data.setup()
+    x, y = load_diabetes(return_X_y=True, scaled=False)
+    _, x_test, _, y_test = train_test_split(x, y, test_size=0.1, random_state=0)
+    shown = data.display("test", 3)
+    assert list(shown.row.values()) == list(x_test[3])
+    assert shown.target == f"{y_test[3]:g} progression"
+
+
+def test_classes_are_numbered_and_named() -> None:
+    data = BundledData("breast_cancer")
+    data.setup()
+    assert data.outputs == 2
+    assert data.class_names == ("benign", "malignant")
+    assert data.display("train", 0).target == data.class_names[data.train.targets[0]]
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "table.csv"
+    path.write_text(text)
+    return str(path)
+
+
+ROWS = "\n".join(f"{k},{k * k % 7},{'yes' if k % 3 else 'no'}" for k in range(20))
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", " "])
+def test_the_separator_is_found(tmp_path: Path, separator: str) -> None:
+    path = write(tmp_path, ("a,b,label\n" + ROWS).replace(",", separator))
+    data = CsvData(path, target="label", task="classification")
+    data.setup()
+    assert data.class_names == ("no", "yes")
+    assert len(data.train) + len(data.test) == 20
+    assert list(data.display("train", 0).row) == ["a", "b"]
+
+
+def test_a_target_is_picked_by_name_or_index_and_a_header_may_be_absent(tmp_path: Path) -> None:
+    path = write(tmp_path, ROWS)
+    by_index = CsvData(path, target=-1, task="classification", header=False)
+    by_index.setup()
+    assert by_index.class_names == ("no", "yes")
+    first = CsvData(write(tmp_path, "a,b,label\n" + ROWS), target="a", task="regression")
+    with pytest.raises(InputError, match=r"'label' has '(yes|no)' in data row 0"):
+        first.setup()
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "key", "said"),
+    [
+        ("a,b,label\n" + ROWS, {"target": "lable"}, "dataset.target", "no column 'lable'; there are a, b"),
+        ("a,b,label\n" + ROWS, {"target": 7}, "dataset.target", "below 3 but got 7"),
+        ("a,b,label\n" + ROWS + "\n1,x,no", {}, "dataset.path", "column 'b' has 'x' in data row 20"),
+        ("a,b,label\n" + ROWS + "\n1,,no", {}, "dataset.path", "'b' has a missing value (NaN) in data row 20"),
+        ("a,b,label\n" + ROWS + "\n1,inf,no", {}, "dataset.path", "'inf' in data row 20"),
+        ("a,b,label\n" + ROWS + "\n1,2,", {}, "dataset.target", "missing value in data row 20"),
+        ("a,b,label\n" + ROWS.replace("yes", "no"), {}, "dataset.target", "one class only ('no')"),
+        ("", {}, "dataset.path", "is empty"),
+        ("a\n1\n2", {}, "dataset.separator", "one column only"),
+        ("1,2,3\n" * 9, {}, "dataset.header", "numbers only; set dataset.header=false"),
+        ("a,b,label\n" + ROWS + "\n1,2,x,4", {}, "dataset.path", "not a table"),
+    ],
+)  # fmt: skip
+def test_a_bad_table_is_answered_with_what_was_found(
+    tmp_path: Path, text: str, arguments: dict, key: str, said: str
+) -> None:
+    data = CsvData(write(tmp_path, text), **{"target": -1, "task": "classification", **arguments})
+    with pytest.raises(InputError) as caught:
+        data.setup()
+    assert caught.value.key == key
+    assert said in caught.value.problem
+
+
+def test_a_missing_file_and_an_unknown_task_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"dataset.path: no such file"):
+        CsvData(str(tmp_path / "none.csv")).setup()
+    with pytest.raises(InputError, match=r"dataset\.task"):
+        CsvData(str(tmp_path), task="ranking")
+
+
+def test_concrete_offline_says_where_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIMO_CACHE", str(tmp_path))
+    monkeypatch.setattr("fimo.data.concrete.HOME", "http://127.0.0.1:9/concrete.zip")
+    with pytest.raises(
+        InputError, match=r"dataset.path: not given, and http.*can't be fetched.*set dataset.path"
+    ):
+        ConcreteData().setup()
+
+
+@pytest.mark.skipif(FIMO_DATA is None, reason="FIMO_DATA is not set")
+def test_concrete_reads_the_public_table_without_a_header() -> None:
+    data = ConcreteData(f"{FIMO_DATA}/concrete/concrete.txt")
+    data.setup()
+    assert (len(data.train), len(data.test), data.inputs) == (927, 103, 8)
+    assert data.display("train", 0).target.endswith("MPa")
+
+
+def test_batches_cover_the_training_set_once_per_epoch_in_a_seeded_order() -> None:
+    data = BundledData("diabetes", batch_size=50)
+    data.setup()
+    torch.manual_seed(0)
+    first = [b.targets for b in data.train_dataloader()]
+    torch.manual_seed(0)
+    again = [b.targets for b in data.train_dataloader()]
+    assert [len(b) for b in first] == [50] * 7 + [47]
+    assert all(map(torch.equal, first, again))
+    assert torch.equal(torch.cat(first).sort(0).values, data.train.targets.sort(0).values)

@@ -1,0 +1,87 @@
+"""The final model: trained as a plain loop would, cached by content, read back from its checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+
+from fimo.cost import Cost
+from fimo.data.bundled import BundledData
+from fimo.models.checkpoint import load_checkpoint
+from fimo.models.final_model import FinalModel
+from fimo.models.losses import cross_entropy, mean_squared_error
+from fimo.models.mlp import mlp
+from fimo.models.module import FinalModelModule
+from fimo.models.training import constant_loss, quality, save_checkpoint, train_final_model
+from fimo.store import Store
+
+
+def trainer(epochs: int = 2) -> pl.Trainer:
+    return pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+
+
+def diabetes() -> BundledData:
+    data = BundledData("diabetes", batch_size=64)
+    data.setup()
+    return data
+
+
+def module(seed: int = 0) -> FinalModelModule:
+    torch.manual_seed(seed)
+    return FinalModelModule(mlp(10, 1, (8,)), mean_squared_error, "regression", 1, lr=0.05)
+
+
+def test_training_equals_a_plain_loop(tmp_path: Path) -> None:
+    data, trained = diabetes(), module()
+    train_final_model(trained, data, trainer(), Store(tmp_path), {"m": 1}, 0, Cost("final_model"))
+    plain = module().network
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05)
+    torch.manual_seed(0)
+    loader = data.train_dataloader()
+    for _ in range(2):
+        for batch in loader:
+            optimizer.zero_grad()
+            F.mse_loss(plain(batch.inputs), batch.targets).backward()
+            optimizer.step()
+    for a, b in zip(trained.network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_same_configuration_is_read_from_the_store_and_another_is_not(tmp_path: Path) -> None:
+    data, store = diabetes(), Store(tmp_path)
+    first, second, third = module(), module(), module()
+    costs = [Cost("final_model") for _ in range(3)]
+    train_final_model(first, data, trainer(), store, {"lr": 1}, 0, costs[0])
+    train_final_model(second, data, trainer(), store, {"lr": 1}, 0, costs[1])
+    train_final_model(third, data, trainer(), store, {"lr": 2}, 0, costs[2])
+    assert [c.reused for c in costs] == [0.0, 1.0, 0.0]
+    for a, b in zip(first.network.parameters(), second.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_written_checkpoint_is_read_back_without_executing_code(tmp_path: Path) -> None:
+    trained, fresh = module(1), module(2)
+    save_checkpoint(trained, trainer(), tmp_path / "final_model.ckpt")
+    load_checkpoint(fresh.network, tmp_path / "final_model.ckpt")
+    x = torch.randn(3, 10)
+    assert torch.equal(trained.network(x), fresh.network(x))
+
+
+def test_quality_compares_with_the_best_constant_prediction() -> None:
+    data = diabetes()
+    final_model = FinalModel(module().network, mean_squared_error)
+    measured = quality(final_model, data)
+    expected = (data.test.targets - data.train.targets.mean()).square().mean()
+    assert abs(measured.baseline_loss - expected) < 1e-5
+    assert measured.train_accuracy is None
+    cancer = BundledData("breast_cancer")
+    cancer.setup()
+    share = torch.bincount(cancer.train.targets) / len(cancer.train)
+    loss = -share.log()[cancer.test.targets].mean()
+    assert abs(constant_loss(FinalModel(mlp(30, 2), cross_entropy), cancer) - loss) < 1e-5
