@@ -35,8 +35,8 @@ class AttributionMethod(ABC):
     estimates_loss_change: ClassVar[bool] = False
     """Whether a score is in units of test loss per removed instance (else only its order matters)."""
 
-    follows_further_training: ClassVar[bool] = False
-    """Whether scores are ``[E, J, L]``, one for each amount of further training given to :meth:`attribute`."""
+    follows_further_training: bool = False
+    """Whether scores are ``[E, J, L]``, one for each amount of further training that is given."""
 
     further_training: FurtherTraining | None = None
     """The further training to predict, where the method follows it."""

@@ -1,0 +1,325 @@
+"""Rows: per-instance vectors in parameter space (gradients, Jacobians), n instances with R rows each.
+
+Three forms with one interface, so that methods and solvers never ask which they hold: factors of linear
+layers (a gradient is an outer product and is never formed), dense blocks in memory, and a stream of blocks
+recomputed (or read from disk) when needed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Shapes = Mapping[str, torch.Size]
+"""Parameters by name, in the order in which flat vectors of length P concatenate them."""
+
+
+class Rows(ABC):
+    """n·R vectors of length P.
+
+    Args of every operation are in the rows' dtype and on their device.
+
+    Attributes:
+        n, r: numbers of instances and of rows per instance.
+        shapes: the parameters that the P entries belong to.
+    """
+
+    n: int
+    r: int
+    shapes: Shapes
+
+    @property
+    def p(self) -> int:
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @abstractmethod
+    def blocks(self) -> Iterator[Rows]:
+        """Yield consecutive instances as rows held in memory."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """Return ``[n, R, P]``."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Rows:
+        """Return the same rows, converted to ``dtype`` before they are used."""
+
+    def gram(self, other: Rows, weight: Tensor | None = None) -> Tensor:
+        """Return inner products ``[n, R, m, S]`` with the rows of ``other``.
+
+        Args:
+            weight: ``[P]``, of the entries of the inner product; ones when None.
+        """
+        return _by_blocks(self, other, lambda a, b: _block_gram(a, b, weight), 0)
+
+    def grams(self, other: Rows) -> dict[str, Tensor]:
+        """Return the inner products ``[n, R, m, S]`` of each parameter's entries, by its name."""
+        stacked = _by_blocks(self, other, lambda a, b: torch.stack(list(_block_grams(a, b).values())), 1)
+        return dict(zip(self.shapes, stacked, strict=True))
+
+    def squared_norms(self) -> Tensor:
+        """Return ``[n, R]``."""
+        return torch.cat([sum_of(b.parameter_norms()) for b in self.blocks()])
+
+    def parameter_norms(self) -> dict[str, Tensor]:
+        """Return the squared norm ``[n, R]`` of each parameter's entries, by its name."""
+        found = [b.parameter_norms() for b in self.blocks()]
+        return {name: torch.cat([f[name] for f in found]) for name in self.shapes}
+
+    def times(self, vectors: Tensor) -> Tensor:
+        """Return the products ``[n, R, K]`` with vectors ``[P, K]``."""
+        return torch.cat([b.times(vectors) for b in self.blocks()])
+
+    def transposed_times(self, weights: Tensor) -> Tensor:
+        """Return the sums ``[P, K]`` of all rows, weighted with ``[n, R, K]``."""
+        total = torch.zeros(self.p, weights.shape[2], dtype=self.dtype, device=self.device)
+        start = 0
+        for block in self.blocks():
+            total += block.transposed_times(weights[start : start + block.n])
+            start += block.n
+        return total
+
+
+@dataclass(frozen=True)
+class DenseRows(Rows):
+    """Rows in memory.
+
+    Args:
+        values: ``[n, R, P]``.
+    """
+
+    values: Tensor
+    shapes: Shapes
+
+    @property
+    def n(self) -> int:  # type: ignore[override]
+        return self.values.shape[0]
+
+    @property
+    def r(self) -> int:  # type: ignore[override]
+        return self.values.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def blocks(self) -> Iterator[Rows]:
+        yield self
+
+    def dense(self) -> Tensor:
+        return self.values
+
+    def to(self, dtype: torch.dtype) -> Rows:
+        return DenseRows(self.values.to(dtype), self.shapes)
+
+    def parameter_norms(self) -> dict[str, Tensor]:
+        return {name: part.square().sum(-1) for name, part in split(self.values, self.shapes).items()}
+
+    def times(self, vectors: Tensor) -> Tensor:
+        return self.values @ vectors
+
+    def transposed_times(self, weights: Tensor) -> Tensor:
+        return self.values.flatten(0, 1).T @ weights.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """The rows of one linear layer: row (i, r) of its weight is ``delta[i, r] entering[i]^T``.
+
+    Args:
+        weight, bias: names of the layer's parameters among the trainable ones, or None.
+        entering: ``[n, in]``, what enters the layer.
+        delta: ``[n, R, out]``, derivatives in what leaves it.
+    """
+
+    weight: str | None
+    bias: str | None
+    entering: Tensor
+    delta: Tensor
+
+
+@dataclass(frozen=True)
+class FactoredRows(Rows):
+    """Rows of a network of linear layers, as factors: memory n·(in + R·out) per layer instead of n·R·P.
+
+    <row, row'> = sum over layers of (a·a' + 1) (delta·delta'), the 1 standing for the bias.
+    """
+
+    layers: tuple[LayerFactors, ...]
+    shapes: Shapes
+
+    @property
+    def n(self) -> int:  # type: ignore[override]
+        return self.layers[0].delta.shape[0]
+
+    @property
+    def r(self) -> int:  # type: ignore[override]
+        return self.layers[0].delta.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].delta.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].delta.device
+
+    def blocks(self) -> Iterator[Rows]:
+        yield self
+
+    def dense(self) -> Tensor:
+        parts: dict[str, Tensor] = {}
+        for layer in self.layers:
+            if layer.weight:
+                parts[layer.weight] = (layer.delta[..., None] * layer.entering[:, None, None, :]).flatten(2)
+            if layer.bias:
+                parts[layer.bias] = layer.delta
+        return torch.cat([parts[name] for name in self.shapes], -1)
+
+    def to(self, dtype: torch.dtype) -> Rows:
+        layers = tuple(
+            LayerFactors(f.weight, f.bias, f.entering.to(dtype), f.delta.to(dtype)) for f in self.layers
+        )
+        return FactoredRows(layers, self.shapes)
+
+    def parameter_norms(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for layer in self.layers:
+            squares = layer.delta.square().sum(-1)
+            if layer.weight:
+                found[layer.weight] = squares * layer.entering.square().sum(-1)[:, None]
+            if layer.bias:
+                found[layer.bias] = squares
+        return {name: found[name] for name in self.shapes}
+
+    def times(self, vectors: Tensor) -> Tensor:
+        parts = split(vectors.T, self.shapes)
+        k = vectors.shape[1]
+        total = torch.zeros(self.n, self.r, k, dtype=self.dtype, device=self.device)
+        for layer in self.layers:
+            out = layer.delta.shape[2]
+            leaving = torch.zeros(self.n, k, out, dtype=self.dtype, device=self.device)
+            if layer.weight:
+                matrix = parts[layer.weight].reshape(k * out, -1)
+                leaving += (layer.entering @ matrix.T).view(self.n, k, out)
+            if layer.bias:
+                leaving += parts[layer.bias]
+            total += layer.delta @ leaving.transpose(1, 2)
+        return total
+
+    def transposed_times(self, weights: Tensor) -> Tensor:
+        k = weights.shape[2]
+        parts: dict[str, Tensor] = {}
+        for layer in self.layers:
+            out = layer.delta.shape[2]
+            delta = weights.transpose(1, 2) @ layer.delta  # [n, K, out]
+            if layer.weight:
+                summed = delta.view(self.n, k * out).T @ layer.entering  # [K·out, in]
+                parts[layer.weight] = summed.view(k, -1)
+            if layer.bias:
+                parts[layer.bias] = delta.sum(0)
+        return torch.cat([parts[name] for name in self.shapes], 1).T
+
+
+@dataclass(frozen=True)
+class StreamedRows(Rows):
+    """Rows made block by block, every time they are used.
+
+    Args:
+        make_blocks: returns an iterator over the blocks.
+        n, r: their totals.
+        converted: dtype that the blocks are converted to.
+    """
+
+    make_blocks: Callable[[], Iterator[Rows]]
+    n: int
+    r: int
+    shapes: Shapes
+    converted: torch.dtype
+    on: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.converted
+
+    @property
+    def device(self) -> torch.device:
+        return self.on
+
+    def blocks(self) -> Iterator[Rows]:
+        for block in self.make_blocks():
+            yield block if block.dtype == self.converted else block.to(self.converted)
+
+    def dense(self) -> Tensor:
+        return torch.cat([b.dense() for b in self.blocks()])
+
+    def to(self, dtype: torch.dtype) -> Rows:
+        return StreamedRows(self.make_blocks, self.n, self.r, self.shapes, dtype, self.on)
+
+
+def split(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:
+    """Return the parts ``[..., numel]`` of flat vectors ``[..., P]`` by the parameters' names."""
+    return dict(zip(shapes, flat.split([s.numel() for s in shapes.values()], -1), strict=True))
+
+
+def sum_of(parts: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of the tensors of a mapping."""
+    return torch.stack(list(parts.values())).sum(0)
+
+
+def _by_blocks(left: Rows, right: Rows, product: Callable[[Rows, Rows], Tensor], axis: int) -> Tensor:
+    """Assemble a product of all pairs of blocks; ``axis`` is that of the left instances."""
+    strips = [torch.cat([product(a, b) for b in right.blocks()], axis + 2) for a in left.blocks()]
+    return strips[0] if len(strips) == 1 else torch.cat(strips, axis)
+
+
+def _block_gram(left: Rows, right: Rows, weight: Tensor | None) -> Tensor:
+    if weight is None and isinstance(left, FactoredRows) and isinstance(right, FactoredRows):
+        total: Tensor | None = None
+        for a, b in zip(left.layers, right.layers, strict=True):
+            part = _layer_gram(a, b, bool(a.weight), bool(a.bias))
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
+    dense = left.dense() if weight is None else left.dense() * weight
+    return torch.tensordot(dense, right.dense(), dims=([2], [2]))
+
+
+def _block_grams(left: Rows, right: Rows) -> dict[str, Tensor]:
+    if isinstance(left, FactoredRows) and isinstance(right, FactoredRows):
+        found: dict[str, Tensor] = {}
+        for a, b in zip(left.layers, right.layers, strict=True):
+            if a.weight:
+                found[a.weight] = _layer_gram(a, b, True, False)
+            if a.bias:
+                found[a.bias] = _layer_gram(a, b, False, True)
+        return {name: found[name] for name in left.shapes}
+    ours, theirs = split(left.dense(), left.shapes), split(right.dense(), left.shapes)
+    return {name: torch.tensordot(ours[name], theirs[name], dims=([2], [2])) for name in left.shapes}
+
+
+def _layer_gram(a: LayerFactors, b: LayerFactors, weight: bool, bias: bool) -> Tensor:
+    """Return ``[n, R, m, S]``: the delta products, times what enters (and 1 for the bias)."""
+    deltas = torch.tensordot(a.delta, b.delta, dims=([2], [2]))
+    if not weight:
+        return deltas
+    entering = a.entering @ b.entering.T
+    if bias:
+        entering += 1
+    return deltas.mul_(entering[:, None, :, None])

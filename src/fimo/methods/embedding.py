@@ -1,0 +1,91 @@
+"""Similarity of hidden representations."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fimo.data.instances import Instances
+from fimo.errors import InputError
+from fimo.methods.base import AttributionMethod
+from fimo.models.final_model import FinalModel, apply
+
+
+class EmbeddingSimilarity(AttributionMethod):
+    """Similarity of a test and a training instance as the final model's last layer sees them (a baseline).
+
+    score[j, i] = similarity(h_j, h_i), h the input of the network's last linear layer, flattened; with
+    ``signed`` a training instance with another class counts negatively (classification), so that the sign has
+    the meaning of all methods: removing a near instance of one's own class hurts.
+
+    Args:
+        similarity: ``cosine``, ``dot`` or ``euclidean`` (minus the distance).
+        signed: negative for another class; needs class indices as targets, ignored otherwise.
+        layer: name of the module whose input is the representation; the last linear layer when None.
+        batch_size: instances per forward pass.
+    """
+
+    def __init__(
+        self,
+        similarity: Literal["cosine", "dot", "euclidean"] = "cosine",
+        signed: bool = False,
+        layer: str | None = None,
+        batch_size: int = 1024,
+    ) -> None:
+        if similarity not in ("cosine", "dot", "euclidean"):
+            raise InputError("similarity", f"expected one of cosine, dot, euclidean but got {similarity!r}")
+        self.similarity, self.signed, self.layer, self.batch_size = similarity, signed, layer, batch_size
+
+    def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
+        if self.layer is not None:
+            found = dict(final_model.network.named_modules())
+            return None if self.layer in found else f"the network has no module {self.layer!r}"
+        linear = [m for m in final_model.network.modules() if isinstance(m, nn.Linear)]
+        if not linear:
+            return "the network has no linear layer, whose input would be the representation"
+        only = (
+            isinstance(final_model.network, nn.Sequential)
+            and len(list(final_model.network.parameters())) <= 2
+        )
+        return (
+            "the network has no hidden representation" if only or final_model.network is linear[0] else None
+        )
+
+    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+        if reason := self.inapplicable(self.final_model, self.train):
+            raise InputError("layer", reason)
+        ours = representations(self.final_model, test, self.layer, self.batch_size)
+        theirs = representations(self.final_model, left_out, self.layer, self.batch_size)
+        if self.similarity == "euclidean":
+            found = -torch.cdist(ours, theirs)
+        else:
+            found = ours @ theirs.T
+            if self.similarity == "cosine":
+                norms = ours.norm(dim=1)[:, None] * theirs.norm(dim=1)
+                found = found / norms.where(norms > 0, 1)
+        if self.signed and not test.targets.is_floating_point() and test.targets.dim() == 1:
+            same = test.targets[:, None] == left_out.targets
+            found = torch.where(same, found, -found)
+        return found
+
+
+@torch.no_grad()
+def representations(
+    final_model: FinalModel, instances: Instances, layer: str | None = None, batch_size: int = 1024
+) -> Tensor:
+    """Return ``[n, d]``: the flattened input of a module (by default the last linear one) per instance."""
+    network = final_model.network
+    if layer is not None:
+        module = network.get_submodule(layer)
+    else:
+        module = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1)))
+    try:
+        for batch in instances.batches(batch_size):
+            apply(network, batch.inputs)
+    finally:
+        handle.remove()
+    return torch.cat(seen)

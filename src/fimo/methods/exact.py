@@ -1,0 +1,72 @@
+"""Exact influence."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fimo.curvature.damping import DampingValue
+from fimo.curvature.kernel import MAX_DIMENSION, KernelSpectrum, Phi, kernel_dimension
+from fimo.curvature.rows import Rows
+from fimo.data.instances import Instances
+from fimo.errors import InputError
+from fimo.methods.gradient import CurvatureMethod
+from fimo.models.final_model import FinalModel
+
+
+class ExactInfluence(CurvatureMethod):
+    """Influence function with the whole damped Gauss-Newton matrix (Koh and Liang, 2017).
+
+    score[j, i] = (1/N) g_j^T (G + damping I)^-1 g_i, by an eigendecomposition of G or of its N·R x N·R
+    kernel, whichever is smaller; a sweep over dampings, and ``time_matched`` for all evaluation
+    points, reuse it.
+
+    Args:
+        damping, propagate: see :class:`~fimo.methods.gradient.CurvatureMethod`.
+        curvature: ``gauss_newton`` or ``empirical`` (the empirical Fisher, of the training gradients).
+        max_dimension: the largest eigenproblem that is tried; beyond it the method doesn't apply.
+    """
+
+    def __init__(
+        self,
+        damping: DampingValue = "auto",
+        propagate: Literal["loss", "outputs"] = "loss",
+        curvature: Literal["gauss_newton", "empirical"] = "gauss_newton",
+        max_dimension: int = MAX_DIMENSION,
+        memory_mb: float = 1024,
+        storage: str | None = None,
+        cache: str | None = None,
+    ) -> None:
+        super().__init__(damping, propagate, memory_mb, storage, cache)
+        if curvature not in ("gauss_newton", "empirical"):
+            raise InputError("curvature", f"expected one of gauss_newton, empirical but got {curvature!r}")
+        self.curvature, self.max_dimension = curvature, max_dimension
+
+    def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
+        dimension = kernel_dimension(final_model, train)
+        if self.curvature == "empirical":
+            dimension = min(dimension, len(train))
+        if dimension <= self.max_dimension:
+            return None
+        return f"its eigenproblem is {dimension} x {dimension} (max_dimension={self.max_dimension})"
+
+    def fit(self, final_model: FinalModel, train: Instances) -> None:
+        if reason := self.inapplicable(final_model, train):
+            raise InputError("method.exact", reason)
+        super().fit(final_model, train)
+        rows = self.gradients.losses(train) if self.curvature == "empirical" else None
+        self.spectrum = KernelSpectrum(final_model, train, self.gradients, rows)
+
+    def mean_eigenvalue(self) -> float:
+        return self.spectrum.mean_eigenvalue
+
+    def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Tensor:
+        pair = self.spectrum.pair(left, right)
+        return torch.stack([pair.apply(inverse(d))[..., 0] for d in dampings.tolist()])
+
+
+def inverse(damping: float) -> Phi:
+    """Return the spectral function of a damped inverse, 1 / (c + damping)."""
+    return lambda c: 1 / (c + damping)

@@ -1,0 +1,25 @@
+"""Random scores: the level that every method must beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fimo.data.instances import Instances
+from fimo.methods.base import AttributionMethod
+
+
+class RandomScores(AttributionMethod):
+    """Independent standard normal scores, the same in every run with the same seed.
+
+    Args:
+        seed: of the scores.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        first = next(iter(self.final_model.parameters().values()))
+        return torch.randn(len(test), len(left_out), generator=generator).to(first)
