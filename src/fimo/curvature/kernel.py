@@ -140,11 +140,10 @@ class SpectralPair:
 
 
 def second_moment(rows: Rows) -> Tensor:
-    """Return ``A^T A`` ``[P, P]``, block by block."""
+    """Return ``A^T A`` ``[P, P]``, piece by piece."""
     total = torch.zeros(rows.p, rows.p, dtype=rows.dtype, device=rows.device)
-    for block in rows.blocks():
-        # the dense form of factored rows in pieces of about 256 MB
-        dense = block.dense().flatten(0, 1)
+    for piece in rows.pieces():
+        dense = piece.dense().flatten(0, 1)
         total.addmm_(dense.T, dense)
     return total
 

@@ -48,6 +48,17 @@ class Rows(ABC):
     def blocks(self) -> Iterator[Rows]:
         """Yield consecutive instances as rows held in memory."""
 
+    def part(self, start: int, stop: int) -> Rows:
+        """Return the rows of instances ``start`` to ``stop`` of rows held in memory."""
+        raise NotImplementedError
+
+    def pieces(self, megabytes: float = 256) -> Iterator[Rows]:
+        """Yield consecutive instances whose dense form has at most this size (at least one instance)."""
+        size = max(1, int(megabytes * 2**20 / (self.r * self.p * self.dtype.itemsize)))
+        for block in self.blocks():
+            for start in range(0, block.n, size):
+                yield block.part(start, start + size)
+
     @abstractmethod
     def dense(self) -> Tensor:
         """Return ``[n, R, P]``."""
@@ -62,7 +73,9 @@ class Rows(ABC):
         Args:
             weight: ``[P]``, of the entries of the inner product; ones when None.
         """
-        return _by_blocks(self, other, lambda a, b: _block_gram(a, b, weight), 0)
+        if weight is not None:
+            return torch.cat([_weighted_gram(piece, other, weight) for piece in self.pieces()])
+        return _by_blocks(self, other, _block_gram, 0)
 
     def grams(self, other: Rows) -> dict[str, Tensor]:
         """Return the inner products ``[n, R, m, S]`` of each parameter's entries, by its name."""
@@ -121,6 +134,9 @@ class DenseRows(Rows):
 
     def blocks(self) -> Iterator[Rows]:
         yield self
+
+    def part(self, start: int, stop: int) -> Rows:
+        return DenseRows(self.values[start:stop], self.shapes)
 
     def dense(self) -> Tensor:
         return self.values
@@ -182,6 +198,12 @@ class FactoredRows(Rows):
 
     def blocks(self) -> Iterator[Rows]:
         yield self
+
+    def part(self, start: int, stop: int) -> Rows:
+        layers = tuple(
+            LayerFactors(f.weight, f.bias, f.entering[start:stop], f.delta[start:stop]) for f in self.layers
+        )
+        return FactoredRows(layers, self.shapes)
 
     def dense(self) -> Tensor:
         parts: dict[str, Tensor] = {}
@@ -289,16 +311,21 @@ def _by_blocks(left: Rows, right: Rows, product: Callable[[Rows, Rows], Tensor],
     return strips[0] if len(strips) == 1 else torch.cat(strips, axis)
 
 
-def _block_gram(left: Rows, right: Rows, weight: Tensor | None) -> Tensor:
-    if weight is None and isinstance(left, FactoredRows) and isinstance(right, FactoredRows):
+def _weighted_gram(left: Rows, right: Rows, weight: Tensor) -> Tensor:
+    # a diagonal weight breaks the product form of one side; the other keeps it
+    vectors = (left.dense() * weight).flatten(0, 1).T
+    return right.times(vectors).permute(2, 0, 1).reshape(left.n, left.r, right.n, right.r)
+
+
+def _block_gram(left: Rows, right: Rows) -> Tensor:
+    if isinstance(left, FactoredRows) and isinstance(right, FactoredRows):
         total: Tensor | None = None
         for a, b in zip(left.layers, right.layers, strict=True):
             part = _layer_gram(a, b, bool(a.weight), bool(a.bias))
             total = part if total is None else total.add_(part)
         assert total is not None
         return total
-    dense = left.dense() if weight is None else left.dense() * weight
-    return torch.tensordot(dense, right.dense(), dims=([2], [2]))
+    return torch.tensordot(left.dense(), right.dense(), dims=([2], [2]))
 
 
 def _block_grams(left: Rows, right: Rows) -> dict[str, Tensor]:
