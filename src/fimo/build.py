@@ -18,7 +18,8 @@ from fimo.errors import InputError
 from fimo.further_training.protocol import Protocol
 from fimo.methods.base import AttributionMethod
 from fimo.models.checkpoint import load_checkpoint
-from fimo.models.losses import LOSSES, Loss
+from fimo.models.final_model import FinalModel
+from fimo.models.losses import LOSSES, Loss, loss_name
 from fimo.models.module import FinalModelModule
 from fimo.models.progress import EpochProgress
 
@@ -34,7 +35,7 @@ def build(config: Any, key: str, **arguments: Any) -> Any:
     """Instantiate a node with a ``_target_``.
 
     Raises:
-        InputError: what the object's constructor refused, or an argument that it does not have, naming ``key``.
+        InputError: what the constructor refused, or an argument that it does not have, naming ``key``.
     """
     try:
         return instantiate(config, **arguments)
@@ -99,6 +100,27 @@ def build_loss(name: Any, key: str) -> Loss:
     raise InputError(key, f"expected one of {', '.join(LOSSES)} or a dotted path but got {name!r}")
 
 
+def training_key(config: DictConfig, module: FinalModelModule) -> dict[str, Any]:
+    """Return what the final model's training depends on, besides data, seed and initial parameters."""
+    return {
+        **{name: config.model[name] for name in ("optimizer", "lr", "momentum", "weight_decay")},
+        **{name: config.trainer[name] for name in ("max_epochs", "precision", "gradient_clip_val")},
+        "network": repr(module.network),
+        "loss": loss_name(module.loss),
+    }
+
+
+def build_final_model(module: FinalModelModule, config: DictConfig) -> FinalModel:
+    """Freeze a module as the final model, with the configured measurement and trainable parameters."""
+    measurement = config.model.measurement
+    return FinalModel(
+        module.network,
+        module.loss,
+        None if measurement is None else build_loss(measurement, "model.measurement"),
+        tuple(config.model.trainable),
+    )
+
+
 def build_trainer(config: DictConfig) -> pl.Trainer:
     """Build the Trainer of the final model's training."""
     settings = OmegaConf.to_container(config.trainer, resolve=True)
@@ -116,8 +138,9 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
 def build_protocol(config: DictConfig) -> Protocol:
     """Build the protocol of further training."""
     node = config.further_training
-    values = {name: node[name] for name in PROTOCOL_FIELDS}
-    return Protocol(**{k: list(v) if isinstance(v, ListConfig) else v for k, v in values.items()})
+    values: dict[str, Any] = {name: node[name] for name in PROTOCOL_FIELDS}
+    values["betas"] = tuple(values["betas"])
+    return Protocol(**values)
 
 
 def build_methods(config: DictConfig) -> dict[str, AttributionMethod]:

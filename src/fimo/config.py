@@ -65,6 +65,7 @@ class FurtherTraining:
     schedule: str = "constant"
     dtype: str = "float32"
     evaluation_dtype: str = "float64"
+    autocast: str | None = None
     seeds: Any = 10
     left_out: Any = 50
     test: Any = None
@@ -166,10 +167,10 @@ def nearest(name: str, allowed: Sequence[str]) -> str:
 
 
 def _check_keys(schema: DictConfig, config: DictConfig, prefix: str) -> None:
-    for key in config:
+    for key in map(str, config):
         full = f"{prefix}{key}"
         if key not in list(schema):  # `in` alone is false for values that must be given
-            raise InputError(full, f"unknown key; {nearest(str(key), [str(k) for k in schema])}")
+            raise InputError(full, f"unknown key; {nearest(key, [str(k) for k in schema])}")
         known, given = schema._get_node(key), config._get_node(key)
         typed = OmegaConf.is_dict(known) and known._metadata.object_type not in (dict, None)  # type: ignore[union-attr]
         if typed and isinstance(known, DictConfig):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import pandas as pd
 import torch
+
+from fimo.store import written_aside
 
 
 @dataclass
@@ -31,6 +35,22 @@ class Cost:
     peak_memory_mb: float = 0.0
     gradient_evaluations: int = 0
     reused: float = 0.0
+    started: float = field(default_factory=time.perf_counter, repr=False, compare=False)
+
+    def keep(self, folder: Path) -> None:
+        """Write beside a stored result what it has cost to make so far."""
+        kept = asdict(self) | {"seconds": self.seconds + time.perf_counter() - self.started}
+        kept["peak_memory_mb"] = max(self.peak_memory_mb, _peak_mb())
+        with written_aside(folder / "cost.json") as path:
+            path.write_text(json.dumps(kept))
+
+    def recall(self, folder: Path) -> None:
+        """Take over what a stored result cost to make, if that is known, and mark it as reused."""
+        with contextlib.suppress(OSError, ValueError):
+            kept = json.loads((folder / "cost.json").read_text())
+            for name in ("seconds", "peak_memory_mb", "gradient_evaluations"):
+                setattr(self, name, kept[name])
+        self.reused = 1.0
 
 
 @contextlib.contextmanager
@@ -42,8 +62,24 @@ def measured(stage: str) -> Iterator[Cost]:
     try:
         yield cost
     finally:
-        cost.seconds += time.perf_counter() - start
-        cost.peak_memory_mb = max(cost.peak_memory_mb, _peak_mb())
+        if cost.reused < 1:
+            cost.seconds += time.perf_counter() - start
+            cost.peak_memory_mb = max(cost.peak_memory_mb, _peak_mb())
+
+
+def cost_table(costs: Sequence[Cost]) -> pd.DataFrame:
+    """Return ``stage,seconds,peak_memory_mb,gradient_evaluations,reused``, a row per stage."""
+    return (
+        pd.DataFrame([asdict(c) for c in costs])
+        .drop(columns="started")
+        .round({"seconds": 4, "peak_memory_mb": 1})
+    )
+
+
+def write_costs(costs: Sequence[Cost], path: Path) -> None:
+    """Write ``cost.csv``."""
+    with written_aside(path) as aside:
+        cost_table(costs).to_csv(aside, index=False)
 
 
 def _reset_peak() -> None:

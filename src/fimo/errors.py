@@ -18,7 +18,7 @@ class InputError(ValueError):
         self.key = key
         self.problem = problem
 
-    def __reduce__(self) -> tuple[type["InputError"], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str]]:
         # launchers send exceptions between processes; the default would call __init__ with one argument
         return type(self), (self.key, self.problem)
 

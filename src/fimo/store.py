@@ -81,7 +81,8 @@ def write_tensors(
         OSError: the disk is full or not writable; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    contents = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    # cloned, since safetensors refuses tensors that share memory, as tied weights do
+    contents = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     with written_aside(path) as aside:
         try:
             save_file(contents, aside, dict(metadata) if metadata else None)

@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from fimo.data.display import Display
@@ -52,6 +53,12 @@ class InstancesModule(pl.LightningDataModule):
     def display(self, split: Split, index: int) -> Display:
         """Return an instance as a person reads it, in original units."""
 
+    def prediction(self, outputs: Tensor) -> str:
+        """Return one instance's network outputs as a person reads them: the class, or the values."""
+        if self.task == "classification":
+            return self.class_names[int(outputs.argmax())] if self.class_names else str(int(outputs.argmax()))
+        return ", ".join(f"{v:.4g}" for v in outputs.flatten()[:3].tolist())
+
     @property
     def inputs(self) -> int:
         """Width of an instance's flattened input (what an MLP is built for)."""
@@ -66,14 +73,12 @@ class InstancesModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         # a generator of its own, seeded from the global one, which the experiment seeds
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-        return _loader(
-            self.train, BatchSampler(RandomSampler(self.train, generator=generator), self.batch_size, False)
-        )  # type: ignore[arg-type]
+        order = RandomSampler(range(len(self.train)), generator=generator)
+        return _loader(self.train, BatchSampler(order, self.batch_size, drop_last=False))
 
     def val_dataloader(self) -> DataLoader:
-        return _loader(
-            self.test, BatchSampler(SequentialSampler(self.test), max(self.batch_size, 256), False)
-        )  # type: ignore[arg-type]
+        order = SequentialSampler(range(len(self.test)))
+        return _loader(self.test, BatchSampler(order, max(self.batch_size, 256), drop_last=False))
 
     test_dataloader = val_dataloader
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.model_selection import train_test_split
+from torch import Tensor
 
 from fimo.data.datamodule import InstancesModule, Split
 from fimo.data.display import Display
@@ -108,11 +109,17 @@ class TabularModule(InstancesModule):
         self.class_names = tuple(map(str, classes))
         return target.map({c: k for k, c in enumerate(classes)}).to_numpy(dtype=np.int64)
 
+    def prediction(self, outputs: Tensor) -> str:
+        if self.task == "classification":
+            return super().prediction(outputs)
+        train = self._shown_target.to_numpy(dtype=np.float64)[self._rows["train"]]
+        return f"{float(outputs) * train.std() + train.mean():.4g} {self.unit}".strip()
+
     def display(self, split: Split, index: int) -> Display:
         row = self._rows[split][index]
         target = self._shown_target.iloc[row]
         text = f"{target:.6g}" if isinstance(target, (float, np.floating)) else str(target)
-        values = {str(c): float(v) for c, v in self._features.iloc[row].items()}
+        values: dict[str, float | str] = {str(c): float(v) for c, v in self._features.iloc[row].items()}
         return Display(f"{text} {self.unit}".strip(), values)
 
 

@@ -66,13 +66,14 @@ def train_final_model(
     with FileLock(folder / "lock"):  # several jobs of a sweep want the same model
         if path.exists():
             module.network.load_state_dict(read_tensors(path))
-            cost.reused = 1.0
+            cost.recall(folder)
             return
         torch.manual_seed(seed)
         trainer.fit(module, train_dataloaders=data.train_dataloader())
         if trainer.interrupted:
             raise KeyboardInterrupt
         write_tensors(path, copy.deepcopy(module.network).cpu().state_dict())
+        cost.keep(folder)
 
 
 def save_checkpoint(module: FinalModelModule, trainer: pl.Trainer, path: Path) -> None:

@@ -1,0 +1,38 @@
+"""The process around a run: what libraries print, which versions they have, the Trainer's settings."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import warnings
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+PACKAGES = ("fimo", "torch", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy", "scikit-learn")
+TRAINER_KEYS = ("accelerator", "devices", "strategy", "enable_progress_bar")
+
+
+def quiet_libraries() -> None:
+    """Silence notices that say nothing about the run (Lightning's hardware lines, data-loader hints)."""
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*is deprecated, use `isinstance.*",
+        ".*log_every_n_steps.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    return {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}}
+
+
+def trainer_settings(config: DictConfig) -> dict[str, Any]:
+    """Return the part of ``trainer`` that holds for further training too: devices, and progress."""
+    settings = OmegaConf.to_container(config.trainer, resolve=True)
+    assert isinstance(settings, dict)
+    return {key: settings[key] for key in TRAINER_KEYS}

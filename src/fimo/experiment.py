@@ -1,0 +1,123 @@
+"""The story of a run: data, final model, gold standard, methods, their agreement, the report."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+
+from fimo.build import build_data, build_final_model, build_methods, build_module, build_trainer, training_key
+from fimo.config import plain
+from fimo.cost import Cost, measured, write_costs
+from fimo.environment import quiet_libraries, trainer_settings
+from fimo.evaluation import assess
+from fimo.further_training import further_train
+from fimo.models.training import quality, save_checkpoint, train_final_model
+from fimo.plan import Plan
+from fimo.reporting.report import write_report
+from fimo.reporting.wandb import log_run
+from fimo.scoring import applicable, score
+from fimo.store import Store, write_tensors
+from fimo.summary import summarise
+
+log = logging.getLogger(__name__)
+
+
+def run_experiment(config: DictConfig, run_dir: Path) -> float:
+    """Run what a checked configuration describes, and write the run's folder.
+
+    Returns:
+        The best method's agreement with the sensitivity at the last evaluation point (of the first
+        metric), for sweepers that search.
+
+    Raises:
+        InputError: bad input, before any training.
+    """
+    quiet_libraries()
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    store = Store(config.store)
+    costs: list[Cost] = []
+
+    data = build_data(config)
+    plan = Plan.of(config, data)
+    methods = build_methods(config)
+    module = build_module(config, data)
+    trainer = build_trainer(config)
+    device = trainer.strategy.root_device
+
+    with measured("final_model") as cost:
+        if config.model.checkpoint is None:
+            key = training_key(config, module)
+            train_final_model(module, data, trainer, store, key, config.seed, cost)
+        final_model = build_final_model(module, config)
+        save_checkpoint(module, trainer, run_dir / "final_model.ckpt")
+        final_quality = quality(final_model, data)
+    costs.append(cost)
+    log.info("final model: %s", final_quality)
+
+    methods, skipped = applicable(methods, final_model, data.train, plan)
+    for name, reason in skipped.items():
+        log.warning("%s is skipped: %s", name, reason)
+
+    with measured("further_training") as cost:
+        sensitivity = further_train(
+            final_model,
+            data.train,
+            data.test[plan.test],
+            plan.protocol,
+            plan.seeds,
+            plan.left_out,
+            test_index=plan.test,
+            store=store,
+            chunk=plan.chunk,
+            subtract_mean=plan.subtract_mean,
+            trainer=trainer_settings(config),
+            cost=cost,
+        )
+        sensitivity.save(run_dir / "sensitivity.safetensors", with_raw=config.further_training.save_raw)
+    costs.append(cost)
+
+    scores = {}
+    for name, method in methods.items():
+        with measured(name) as cost:
+            tensors = score(name, method, final_model.to(device), data, plan, config, store, cost)
+            scores[name] = (str(method.access), tensors["scores"])
+            indices = {"left_out": sensitivity.left_out, "test": sensitivity.test}
+            write_tensors(run_dir / "scores" / f"{name}.safetensors", {**tensors, **indices})
+        costs.append(cost)
+        log.info("%s: %.1f s", name, cost.seconds)
+
+    with measured("evaluation") as cost:
+        evaluation = assess(
+            scores,
+            sensitivity,
+            list(config.evaluation.metrics),
+            config.evaluation.seed_counts,
+            estimate_loss_change=[n for n, m in methods.items() if m.estimates_loss_change],
+            resamples=config.evaluation.bootstrap,
+        )
+        evaluation.save(run_dir)
+    costs.append(cost)
+
+    with measured("report") as cost:
+        results = summarise(
+            plain(config), data, final_model, final_quality, sensitivity, methods, scores, evaluation,
+            costs, skipped,
+        )  # fmt: skip
+        results.save(run_dir)
+        write_costs(costs, run_dir / "cost.csv")
+        if config.report:
+            write_report(results, run_dir / "report.html")
+        log_run(results, config.logger, run_dir)
+    write_costs([*costs, cost], run_dir / "cost.csv")
+    log.info("report: %s", run_dir / "report.html")
+    return best_agreement(evaluation.table, config.evaluation.metrics[0])
+
+
+def best_agreement(table: pd.DataFrame, metric: str) -> float:
+    """Return the best method's mean agreement at the last evaluation point, all seeds averaged."""
+    last = table[(table["metric"] == metric) & (table["step"] == table["step"].max())]
+    return float(last[last["seeds"] == last["seeds"].max()]["mean"].max())

@@ -1,0 +1,137 @@
+"""Methods' scores of a run, cached by content."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from filelock import FileLock
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from fimo.cost import Cost
+from fimo.data.datamodule import InstancesModule
+from fimo.data.instances import Instances
+from fimo.errors import InputError
+from fimo.further_training import evaluation_points, full_runs
+from fimo.further_training.trajectory import FurtherTraining
+from fimo.methods.base import AttributionMethod
+from fimo.models.final_model import FinalModel
+from fimo.models.losses import loss_name
+from fimo.plan import Plan
+from fimo.store import Store, content_hash, read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
+
+
+def applicable(
+    methods: Mapping[str, AttributionMethod], final_model: FinalModel, train: Instances, plan: Plan
+) -> tuple[dict[str, AttributionMethod], dict[str, str]]:
+    """Split methods into those that can run here, and the reasons of those that can't.
+
+    Raises:
+        InputError: none can.
+    """
+    skipped = {
+        name: reason
+        for name, method in methods.items()
+        if (reason := method.inapplicable(final_model, train)) is not None
+    }
+    kept = {name: method for name, method in methods.items() if name not in skipped}
+    if not kept:
+        raise InputError("method", "; ".join(f"{n} does not apply: {r}" for n, r in skipped.items()))
+    return kept, skipped
+
+
+def score(
+    name: str,
+    method: AttributionMethod,
+    final_model: FinalModel,
+    data: InstancesModule,
+    plan: Plan,
+    config: DictConfig,
+    store: Store,
+    cost: Cost,
+) -> dict[str, Tensor]:
+    """Return a method's ``scores`` ``[J, L]`` or ``[E, J, L]`` on the CPU (and ``sem`` where it gives one).
+
+    A group's score is the sum of its members' scores.
+
+    Args:
+        final_model: on the device to use.
+        cost: gets the gradient evaluations, and what was reused.
+    """
+    key = {
+        "method": OmegaConf.to_container(config.methods[name], resolve=True),
+        "model": content_hash(final_model.state()),
+        "network": repr(final_model.network),
+        "trainable": list(final_model.trainable),
+        "loss": [loss_name(x) for x in (final_model.loss, final_model.measurement) if x is not None],
+        "train": content_hash(data.train.tensors()),
+        "test": content_hash(data.test[plan.test].tensors()),
+        "left_out": plan.left_out,
+    }
+    if method.follows_further_training:
+        points = evaluation_points(plan.protocol, len(data.train))[0]
+        key |= {"protocol": plan.protocol.key(), "steps": list(map(int, points)), "seeds": plan.seeds}
+    folder = store.folder("scores", key)
+    path = folder / "scores.safetensors"
+    with FileLock(folder / "lock"):
+        if path.exists():
+            cost.recall(folder)
+            return read_tensors(path)
+        tensors = _compute(method, final_model, data, plan, config, store)
+        cost.gradient_evaluations = method.gradient_evaluations
+        write_tensors(path, tensors)
+        cost.keep(folder)
+    return tensors
+
+
+def _compute(
+    method: AttributionMethod,
+    final_model: FinalModel,
+    data: InstancesModule,
+    plan: Plan,
+    config: DictConfig,
+    store: Store,
+) -> dict[str, Tensor]:
+    device = next(iter(final_model.parameters().values())).device
+    train, test = data.train.to(device), data.test[plan.test].to(device)
+    groups = [list(u) if isinstance(u, list) else [u] for u in plan.left_out]
+    members = sorted({i for group in groups for i in group})
+    position = {i: k for k, i in enumerate(members)}
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)  # methods that draw do so alike in any run
+        found = method.attribute(
+            final_model,
+            train,
+            test,
+            torch.tensor(members, device=device),
+            further_training(final_model, train, plan, store),
+        )
+    membership = torch.zeros(len(members), len(groups), dtype=found.dtype)
+    for column, group in enumerate(groups):
+        membership[[position[i] for i in group], column] = 1
+    tensors = {"scores": found.cpu() @ membership}
+    sem = getattr(method, "score_sem", None)
+    if sem is not None:
+        tensors["sem"] = (sem.cpu().square() @ membership).sqrt()
+    if not torch.isfinite(tensors["scores"]).all():
+        log.warning("%s gave scores that are not finite", type(method).__name__)
+    return tensors
+
+
+def further_training(
+    final_model: FinalModel, train: Instances, plan: Plan, store: Store
+) -> FurtherTraining:
+    """Return what a method that follows further training is handed; runs nothing yet."""
+    steps = tuple(int(s) for s in evaluation_points(plan.protocol, len(train))[0])
+    return FurtherTraining(
+        plan.protocol,
+        steps,
+        tuple(plan.seeds),
+        lambda: full_runs(
+            final_model, train, plan.protocol, plan.seeds, store=store, device=train.targets.device
+        ),
+    )
