@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +19,16 @@ from fimo.models.final_model import FinalModel, functional_apply
 
 log = logging.getLogger(__name__)
 
+ALIGNMENT = 64
+"""Bytes; a cache line, and the alignment that matrix libraries ask for."""
+
 
 class StackedNetwork(ABC):
     """R copies of the final model's network, started from the same parameters.
+
+    All parameters of a copy lie in one row of :attr:`flat`, each at an offset of a multiple of 64 bytes, so
+    that optimizers work on one tensor, and a copy's results depend neither on its place nor on R: the
+    matrix library chooses its kernels by the alignment of the operands.
 
     Args:
         final_model: on the device and in the dtype of the runs.
@@ -26,16 +36,41 @@ class StackedNetwork(ABC):
         evaluation_model: the same in the dtype of the test losses.
 
     Attributes:
-        parameters: by name, ``[R, ...]``; updated in place.
-        gradients: of the same shapes, filled by :meth:`differentiate`.
+        flat, flat_gradient: ``[R, P']``, with zeros between parameters.
+        parameters, gradients: views of them by name, ``[R, ...]``; gradients are filled by
+            :meth:`differentiate`.
     """
 
     def __init__(self, final_model: FinalModel, replicas: int, evaluation_model: FinalModel) -> None:
         self.replicas, self.loss = replicas, final_model.loss
+        self.measurement = final_model.measurement or final_model.loss
         self.evaluation_model = evaluation_model
         self.initial = final_model.parameters()
-        self.parameters = {n: p.expand(replicas, *p.shape).clone() for n, p in self.initial.items()}
-        self.gradients = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
+        first = next(iter(self.initial.values()))
+        self.dtype, self.device = first.dtype, first.device
+        self.evaluation_dtype = next(iter(evaluation_model.parameters().values())).dtype
+        aligned = ALIGNMENT // first.element_size()
+        self.offsets: dict[str, int] = {}
+        end = 0
+        for name, p in self.initial.items():
+            self.offsets[name] = end
+            end += -(-p.numel() // aligned) * aligned
+        self.flat = torch.zeros(replicas, end, dtype=self.dtype, device=self.device)
+        self.flat_gradient = torch.zeros_like(self.flat)
+        self.parameters = self.views(self.flat)
+        self.gradients = self.views(self.flat_gradient)
+        for name, p in self.initial.items():
+            self.parameters[name].copy_(p.expand_as(self.parameters[name]))
+        self.start = self.flat[0].clone()
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return the parameters in rows ``[n, P']`` by name, ``[n, ...]``, sharing memory."""
+        return {
+            name: flat[:, self.offsets[name] : self.offsets[name] + p.numel()].unflatten(1, p.shape)
+            if p.ndim
+            else flat[:, self.offsets[name]]
+            for name, p in self.initial.items()
+        }
 
     @abstractmethod
     def differentiate(self, train: Instances, batch: Batch, seed: int) -> None:
@@ -56,15 +91,12 @@ class StackedNetwork(ABC):
         for batch in test.batches(batch_size):
             outputs = self.outputs(batch.inputs)
             targets = batch.targets.expand(self.replicas, *batch.targets.shape).flatten(0, 1)
-            losses.append(self.loss(outputs.flatten(0, 1), targets).view(self.replicas, -1))
+            losses.append(self.measurement(outputs.flatten(0, 1), targets).view(self.replicas, -1))
         return torch.cat(losses, 1)
 
     def distance(self) -> Tensor:
         """Return the Euclidean distance ``[R]`` (float64) of the parameters from the final model's."""
-        squares = torch.zeros(self.replicas, dtype=torch.float64, device=next(iter(self.initial.values())).device)
-        for name, p in self.parameters.items():
-            squares += (p - self.initial[name]).double().flatten(1).square().sum(1)
-        return squares.sqrt()
+        return torch.linalg.vector_norm(self.flat.double() - self.start.double(), dim=1)
 
 
 class FunctionalNetwork(StackedNetwork):
@@ -75,10 +107,15 @@ class FunctionalNetwork(StackedNetwork):
     """
 
     def __init__(
-        self, final_model: FinalModel, replicas: int, evaluation_model: FinalModel, vectorise: bool = True
+        self,
+        final_model: FinalModel,
+        replicas: int,
+        evaluation_model: FinalModel,
+        vectorise: bool = True,
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__(final_model, replicas, evaluation_model)
-        self.vectorise = vectorise
+        self.vectorise, self.autocast = vectorise, autocast
         # a copy, so that the final model's own network stays in eval mode
         self.network = training_mode(FinalModel(final_model.network, final_model.loss).network)
         self.buffers = final_model.buffers()
@@ -92,11 +129,14 @@ class FunctionalNetwork(StackedNetwork):
             # a forward of its own: were it appended, the batch's dropout masks would depend on it
             extra = self._weighted(train[batch.extra], batch.extra_weight, False, seed + 1)
             gradients = {n: g + extra[n] for n, g in gradients.items()}
-        self.gradients = gradients
+        for name, g in gradients.items():
+            self.gradients[name].copy_(g)
 
     def _weighted(self, instances: Instances, weight: Tensor, shared: bool, seed: int) -> dict[str, Tensor]:
         def loss(parameters: dict[str, Tensor], inputs: Inputs, targets: Tensor, weight: Tensor) -> Tensor:
-            outputs = functional_apply(self.network, {**self.buffers, **parameters}, inputs)
+            with torch.autocast(targets.device.type, self.autocast, enabled=self.autocast is not None):
+                outputs = functional_apply(self.network, {**self.buffers, **parameters}, inputs)
+            outputs = outputs.to(weight.dtype)
             return (self.loss(outputs, targets) * weight).sum()
 
         inputs, targets = instances.inputs, instances.targets
@@ -118,7 +158,7 @@ class FunctionalNetwork(StackedNetwork):
 
     def outputs(self, inputs: Inputs) -> Tensor:
         model = self.evaluation_model
-        dtype = next(iter(model.parameters().values())).dtype
+        dtype = self.evaluation_dtype
         wide = {n: p.to(dtype) for n, p in self.parameters.items()}
         buffers = model.buffers()
 
@@ -149,54 +189,66 @@ def is_stochastic(network: nn.Module) -> bool:
     return False
 
 
-class _seeded:
+@contextlib.contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Run a block with the random state of ``seed`` and put the caller's back; nothing if None."""
-
-    def __init__(self, seed: int | None, device: torch.device) -> None:
-        self.seed = seed
-        devices = [device] if device.type == "cuda" else []
-        self.fork = torch.random.fork_rng(devices=devices, enabled=seed is not None)
-
-    def __enter__(self) -> None:
-        self.fork.__enter__()
-        if self.seed is not None:
-            torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: object) -> None:
-        self.fork.__exit__(*error)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 def _row(inputs: Inputs, r: int) -> Inputs:
     return {k: v[r] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[r]
 
 
+Engine = Literal["linear", "functional", "loop"]
+
+
 def stack_network(
-    final_model: FinalModel, replicas: int, evaluation_model: FinalModel, engine: str
+    final_model: FinalModel,
+    replicas: int,
+    evaluation_model: FinalModel,
+    engine: Engine,
+    autocast: torch.dtype | None = None,
 ) -> StackedNetwork:
-    """Return the stacked network of an engine: ``linear``, ``functional`` or ``loop``."""
+    """Return the stacked network of an engine."""
     from fimo.further_training.linear import LinearNetwork
 
     if engine == "linear":
         return LinearNetwork(final_model, replicas, evaluation_model)
-    return FunctionalNetwork(final_model, replicas, evaluation_model, vectorise=engine == "functional")
+    return FunctionalNetwork(final_model, replicas, evaluation_model, engine == "functional", autocast)
 
 
-def choose_engine(final_model: FinalModel, train: Instances) -> str:
+def choose_engine(final_model: FinalModel, train: Instances, autocast: torch.dtype | None = None) -> Engine:
     """Return the fastest engine that can run a network: ``linear``, else ``functional``, else ``loop``.
 
     Whether ``torch.func`` can vectorise it is tried on two replicas and two instances.
     """
-    from fimo.further_training.linear import linear_layers
-
-    if linear_layers(final_model.network) is not None and not isinstance(train.inputs, dict):
+    if autocast is None and _is_linear(final_model, train):
         return "linear"
-    probe = FunctionalNetwork(final_model, 2, final_model)
-    weight = torch.ones(2, 2, dtype=next(iter(final_model.parameters().values())).dtype, device=train.targets.device)
-    index = torch.arange(2, device=train.targets.device).expand(2, 2)
+    dtype, device = next(iter(final_model.parameters().values())).dtype, train.targets.device
+    weight = torch.ones(2, 2, dtype=dtype, device=device)
+    index = torch.arange(2, device=device).clamp(max=len(train) - 1).expand(2, 2)
+    probe = FunctionalNetwork(final_model, 2, final_model, autocast=autocast)
     try:
         probe.differentiate(train, Batch(index, weight), 0)
-        probe.outputs(train[:2].inputs)
+        probe.test_losses(train[:2])
     except Exception as error:
-        log.warning("further training runs replicas one by one: torch.func can't vectorise this network (%s)", error)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        log.warning("replicas run one by one: torch.func can't vectorise this network (%s)", reason)
         return "loop"
     return "functional"
+
+
+def _is_linear(final_model: FinalModel, train: Instances) -> bool:
+    from fimo.further_training.linear import linear_layers
+
+    layers, inputs = linear_layers(final_model.network), train.inputs
+    if layers is None or not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        return False
+    if len(final_model.parameters()) < len(list(final_model.network.parameters())):
+        return False  # some are frozen
+    # without a leading nn.Flatten, linear layers map the last axis of inputs with more than two
+    return inputs.ndim == 2 or final_model.outputs(train[:1]).ndim == 2

@@ -1,4 +1,4 @@
-"""The protocol of further training: everything that defines its runs but their seeds and left-out instances."""
+"""The protocol of further training: all that defines its runs but seeds and left-out instances."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ class Protocol:
         dtype: of the runs, ``float32`` or ``float64``.
         evaluation_dtype: of the test losses. Leaving one instance out changes a loss by about 1e-4 of it,
             which float32 resolves to three digits at best; parameters are widened before the losses.
+        autocast: ``bfloat16`` runs forward and backward passes under autocast (for GPUs); null for none.
 
     Raises:
         InputError: naming the key under ``further_training`` at fault.
@@ -66,6 +67,7 @@ class Protocol:
     schedule: ScheduleName = "constant"
     dtype: str = "float32"
     evaluation_dtype: str = "float64"
+    autocast: Literal["bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -73,6 +75,11 @@ class Protocol:
         _one_of("leave_out", self.leave_out, ("shift", "mask", "every_batch"))
         _one_of("schedule", self.schedule, ("constant", "linear", "cosine"))
         _one_of("dtype", self.dtype, tuple(DTYPES))
+        _require(
+            "autocast",
+            self.autocast in (None, "bfloat16"),
+            f"expected bfloat16 or null but got {self.autocast!r}",
+        )
         _one_of("evaluation_dtype", self.evaluation_dtype, tuple(DTYPES))
         _require(
             "epochs",
@@ -95,7 +102,8 @@ class Protocol:
         )
         _require(
             "evaluate_every",
-            self.evaluate_every == "epoch" or (isinstance(self.evaluate_every, int) and self.evaluate_every >= 1),
+            self.evaluate_every == "epoch"
+            or (isinstance(self.evaluate_every, int) and self.evaluate_every >= 1),
             f"expected 'epoch' or a number of steps but got {self.evaluate_every!r}",
         )
 
@@ -108,6 +116,11 @@ class Protocol:
         if self.schedule == "constant":
             del key["epochs"], key["steps"]
         return key
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype of autocast, or None."""
+        return torch.bfloat16 if self.autocast == "bfloat16" else None
 
     def batches_per_epoch(self, instances: int) -> int:
         """Return the number of optimizer steps of one epoch over ``instances``; the last may be short."""
@@ -128,9 +141,13 @@ class Protocol:
             complete = self.steps // full_epoch
             points = [epoch * (e + 1) for e in range(complete)]
             return points if complete * full_epoch == self.steps else [*points, self.steps]
-        horizon = self.steps if self.steps is not None else full_epoch * (self.epochs or 0)
+        horizon = self.total_steps(total)
         points = list(range(self.evaluate_every, horizon + 1, self.evaluate_every))
         return points if points and points[-1] == horizon else [*points, horizon]
+
+    def total_steps(self, total: int) -> int:
+        """Return the number of optimizer steps of a full run over all N = ``total`` instances."""
+        return self.steps if self.steps is not None else self.batches_per_epoch(total) * (self.epochs or 0)
 
     def learning_rate(self, step: int, total: int) -> float:
         """Return the learning rate of optimizer step ``step`` (from 0), where a full run takes ``total``."""

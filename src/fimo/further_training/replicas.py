@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,23 +19,30 @@ class Replica:
     left_out: Unit = ()
 
 
-def plan_chunks(
-    replicas: Sequence[Replica], size: int, protocol: Protocol, one_seed_each: bool
-) -> list[list[Replica]]:
-    """Group replicas that take the same steps into chunks of at most ``size``.
+def next_chunk(
+    waiting: Sequence[Replica], size: int, protocol: Protocol, one_seed_each: bool
+) -> list[Replica]:
+    """Return the first chunk of waiting replicas: at most ``size`` that take the same steps.
 
-    Under ``shift`` these leave out equally many instances, so that all batches of a step are equally large.
+    The order of ``waiting`` decides, so chunks taken one after another cut a list at the same places
+    whether some were finished before or not.
 
     Args:
+        waiting: replicas to run, in an order that does not depend on what is finished.
         one_seed_each: keep the replicas of a chunk to one seed (they share their dropout masks).
     """
 
-    def group(replica: Replica) -> tuple[int, int]:
+    def group(replica: Replica) -> tuple[int, int, bool]:
+        # replicas that leave out equally many have equally large batches (`shift`), or equally many extra
+        # instances (`every_batch`), which none needs to be padded to
         seed = replica.seed if one_seed_each else 0
-        return seed, len(replica.left_out) if protocol.leave_out == "shift" else 0
+        width = 0 if protocol.leave_out == "mask" else len(replica.left_out)
+        return seed, width, not replica.left_out
 
-    chunks: list[list[Replica]] = []
-    for _, members in itertools.groupby(sorted(replicas, key=lambda r: (group(r), r)), key=group):
-        same = list(members)
-        chunks.extend(same[start : start + size] for start in range(0, len(same), size))
-    return chunks
+    chunk: list[Replica] = []
+    for replica in waiting:
+        if group(replica) == group(waiting[0]):
+            chunk.append(replica)
+            if len(chunk) == size:
+                break
+    return chunk

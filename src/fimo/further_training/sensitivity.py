@@ -23,6 +23,11 @@ class Sensitivity:
         seeds: ``[S]`` int64.
         subtract_mean: whether the adjusted change subtracts the mean over left-out instances (paper,
             eq. 17) or is the raw change (eq. 13).
+        distance_full: ``[S, E]``, Euclidean distance of the full run's parameters from the final model's.
+        distance: ``[S, E, L]``, the same of the runs leaving out instances.
+        full_losses: ``[S, E, J]`` float64, test losses of the full runs.
+        groups: ``[L, G]`` int64, where groups are left out: their members, padded with -1 (``left_out`` then
+            holds the first of each).
     """
 
     raw: Tensor
@@ -32,6 +37,10 @@ class Sensitivity:
     test: Tensor
     seeds: Tensor
     subtract_mean: bool = True
+    distance_full: Tensor | None = None
+    distance: Tensor | None = None
+    full_losses: Tensor | None = None
+    groups: Tensor | None = None
 
     @property
     def adjusted(self) -> Tensor:
@@ -44,7 +53,7 @@ class Sensitivity:
         return adjust(self.raw.mean(0), self.subtract_mean)
 
     def save(self, path: Path, with_raw: bool = True) -> None:
-        """Write ``sensitivity.safetensors``: ``sensitivity, step, epoch, left_out, test, seeds`` and ``raw``."""
+        """Write ``sensitivity.safetensors``: the sensitivity, all axes, and the raw changes if asked."""
         tensors = {
             "sensitivity": self.sensitivity,
             "step": self.step,
@@ -53,6 +62,9 @@ class Sensitivity:
             "test": self.test,
             "seeds": self.seeds,
         }
+        for name in ("distance_full", "distance", "full_losses", "groups"):
+            if (tensor := getattr(self, name)) is not None:
+                tensors[name] = tensor
         if with_raw:
             tensors["raw"] = self.raw
         write_tensors(path, tensors, {"subtract_mean": str(self.subtract_mean).lower()})

@@ -1,0 +1,149 @@
+"""A chunk: replicas advanced together, from the final model or from a saved state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fimo.data.instances import Instances
+from fimo.further_training.linear import LinearNetwork
+from fimo.further_training.networks import Engine, choose_engine, stack_network
+from fimo.further_training.optimizers import StackedOptimizer
+from fimo.further_training.protocol import DTYPES, Protocol
+from fimo.further_training.replicas import Replica
+from fimo.further_training.schedule import BatchStream
+from fimo.models.final_model import FinalModel
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a job share, on one device.
+
+    Args:
+        final_model, train: in the dtype of the runs.
+        evaluation_model, test: in the dtype of the test losses.
+    """
+
+    final_model: FinalModel
+    evaluation_model: FinalModel
+    train: Instances
+    test: Instances
+    protocol: Protocol
+    engine: Engine
+
+    @classmethod
+    def build(
+        cls,
+        final_model: FinalModel,
+        train: Instances,
+        test: Instances,
+        protocol: Protocol,
+        device: torch.device | str = "cpu",
+    ) -> Setting:
+        """Move everything to ``device`` and choose the engine."""
+        dtype, wide = DTYPES[protocol.dtype], DTYPES[protocol.evaluation_dtype]
+        model, train = final_model.to(device, dtype), train.to(device, dtype)
+        engine = choose_engine(model, train, protocol.autocast_dtype)
+        return cls(model, final_model.to(device, wide), train, test.to(device, wide), protocol, engine)
+
+    @property
+    def device(self) -> torch.device:
+        return self.train.targets.device
+
+
+class Chunk:
+    """Replicas that take the same optimizer steps, advanced together.
+
+    Args:
+        replicas: R of them; none twice.
+    """
+
+    def __init__(self, setting: Setting, replicas: Sequence[Replica]) -> None:
+        self.setting, self.replicas = setting, tuple(replicas)
+        # the linear engine needs two: a single run has a companion, which is dropped
+        rows = self.replicas * 2 if setting.engine == "linear" and len(replicas) == 1 else self.replicas
+        self.network = stack_network(
+            setting.final_model,
+            len(rows),
+            setting.evaluation_model,
+            setting.engine,
+            setting.protocol.autocast_dtype,
+        )
+        self.optimizer = StackedOptimizer(self.network, setting.protocol)
+        self.stream = BatchStream(
+            rows, len(setting.train), setting.protocol, self.network.dtype, setting.device
+        )
+        self.total_steps = setting.protocol.total_steps(len(setting.train))
+        self.step = 0
+        self._batches = self.stream.starting_at(0)
+
+    def start_from_full_run(self, steps: int) -> None:
+        """Take the first ``steps``, which all replicas share with their seed's full run, once for all."""
+        full = Chunk(self.setting, [Replica(self.replicas[0].seed)])
+        full.advance(steps)
+        self.restore({name: t[:1] for name, t in full.state().items()}, steps)
+
+    @property
+    def evaluation_steps(self) -> list[int]:
+        """Optimizer steps ``[E]`` of these replicas' evaluation points."""
+        return self.setting.protocol.evaluation_steps(self.stream.kept, len(self.setting.train))
+
+    def advance(self, to_step: int) -> None:
+        """Take optimizer steps until ``to_step``."""
+        setting, network = self.setting, self.network
+        fused = isinstance(network, LinearNetwork) and self.optimizer.fusible
+        with torch.no_grad():
+            while self.step < to_step:
+                batch = next(self._batches)
+                lr = setting.protocol.learning_rate(self.step, self.total_steps)
+                if fused:
+                    assert isinstance(network, LinearNetwork)
+                    network.descend(setting.train, batch, lr, setting.protocol.weight_decay)
+                else:
+                    network.differentiate(setting.train, batch, step_seed(self.stream.seeds[0], self.step))
+                    self.optimizer.step(lr)
+                self.step += 1
+
+    def evaluate(self) -> tuple[Tensor, Tensor]:
+        """Return the test losses ``[R, J]`` and the distances from the final model ``[R]`` (float64)."""
+        r = len(self.replicas)
+        with torch.no_grad():
+            losses = self.network.test_losses(self.setting.test)
+            return losses[:r].double().cpu(), self.network.distance()[:r].cpu()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that the rest of the runs depends on, ``[R, ...]`` each; see :meth:`restore`."""
+        return {"parameters": self.network.flat, **self.optimizer.state}
+
+    def restore(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Continue from a state after ``step`` optimizer steps."""
+        rows = len(self.network.flat)
+        for name, tensor in self.state().items():
+            saved = state[name].to(tensor.device)
+            tensor.copy_(saved[:1].expand_as(tensor) if len(saved) < rows else saved)
+        self.step = self.optimizer.steps = step
+        self._batches = self.stream.starting_at(step)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Return the seed of a step's randomness (dropout): the same for all runs of a seed."""
+    return (seed * 1_000_003 + step) * 2
+
+
+def shared_steps(replicas: Sequence[Replica], instances: int, protocol: Protocol) -> int:
+    """Return how many first optimizer steps replicas have in common with their seed's full run.
+
+    Under ``shift`` and ``mask`` a run equals the full one until the batch where its first left-out instance
+    occurs in the first epoch; zero for replicas of several seeds and under ``every_batch``.
+    """
+    if protocol.leave_out == "every_batch" or len({r.seed for r in replicas}) > 1:
+        return 0
+    order = torch.randperm(instances, generator=torch.Generator().manual_seed(replicas[0].seed))
+    position = torch.argsort(order)
+    left_out = [i for r in replicas for i in r.left_out]
+    if not left_out or not all(r.left_out for r in replicas):
+        return 0
+    return int(position[left_out].min()) // protocol.batch_size

@@ -1,0 +1,236 @@
+"""The gold standard: sensitivities by further training with and without instances."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fimo.cost import Cost
+from fimo.data.instances import Instances
+from fimo.errors import InputError, shortened
+from fimo.further_training.chunk import Setting
+from fimo.further_training.chunk_size import chunk_size
+from fimo.further_training.identity import describe
+from fimo.further_training.job import Job
+from fimo.further_training.protocol import Protocol
+from fimo.further_training.records import Records
+from fimo.further_training.replicas import Replica, Unit
+from fimo.further_training.sensitivity import Sensitivity
+from fimo.models.final_model import FinalModel
+from fimo.store import Store
+
+KEEP_BYTES = 2**30
+"""States of finished runs are kept, for adding epochs later, up to this size in all."""
+
+
+def further_train(
+    final_model: FinalModel,
+    train: Instances,
+    test: Instances,
+    protocol: Protocol,
+    seeds: Sequence[int],
+    left_out: Sequence[int | Sequence[int]],
+    *,
+    test_index: Sequence[int] | None = None,
+    store: Store | None = None,
+    chunk: int | Literal["auto"] = "auto",
+    subtract_mean: bool = True,
+    trainer: Mapping[str, Any] | None = None,
+    cost: Cost | None = None,
+    keep_states: bool | Literal["auto"] = "auto",
+) -> Sensitivity:
+    """Continue training from the final model with and without instances, and compare test losses.
+
+    For every seed s the full run and one run for each left-out instance (or group) i are made; then
+    raw[s, t, j, i] = loss_j(leaving out i, at t) - loss_j(full, at t).
+
+    Args:
+        train: all N training instances.
+        test: the J instances whose losses (the final model's measurement) are recorded.
+        seeds: S of them; a seed fixes the data order and all other randomness of its runs.
+        left_out: L indices into ``train``, or lists of indices that are left out together.
+        test_index: ``[J]``, what :attr:`Sensitivity.test` shall say; 0 to J - 1 when None.
+        store: where results are kept as they are made, and read from; nothing is kept when None.
+        chunk: replicas advanced together; ``auto`` chooses by cache or device memory.
+        subtract_mean: see :class:`Sensitivity`.
+        trainer: arguments of the Lightning Trainer (``accelerator``, ``devices``, ``callbacks``, ``logger``,
+            ``enable_progress_bar``).
+        cost: gets the gradients of all runs, the share found in the store and the time those took.
+        keep_states: keep the runs' last states in the store, so that evaluation points can be added later;
+            ``auto`` does so up to 1 GiB in all.
+
+    Returns:
+        The sensitivity, with distances and the full runs' losses; on the CPU.
+
+    Raises:
+        InputError: naming the key under ``further_training`` at fault.
+        OSError: the store can't be written.
+    """
+    seeds, units = check_seeds(seeds), check_left_out(left_out, len(train), protocol)
+    index = list(range(len(test))) if test_index is None else list(test_index)
+    if len(index) != len(test):
+        raise InputError("further_training.test_index", f"expected {len(test)} indices but got {len(index)}")
+    if chunk != "auto" and (not isinstance(chunk, int) or chunk < 1):
+        raise InputError("further_training.chunk", f"expected 'auto' or at least 1 but got {chunk!r}")
+    points, epochs = evaluation_points(protocol, len(train))
+    with _folder(store, final_model, train, test, protocol) as folder:
+        records = Records(folder)
+
+        def make_job(device: torch.device) -> Job:
+            setting = Setting.build(final_model, train, test, protocol, device)
+            replicas = len(seeds) * (len(units) + 1)
+            size = chunk if isinstance(chunk, int) else chunk_size(setting, replicas)
+            keep = keep_states
+            if keep == "auto":
+                keep = store is not None and _state_bytes(final_model, protocol) * replicas <= KEEP_BYTES
+            return Job(setting, seeds, units, points, records, size, keep)
+
+        job = _run(make_job, trainer)
+        if cost is not None:
+            per_run = _gradients(protocol, len(train))
+            cost.gradient_evaluations += per_run * job.replicas
+            cost.reused = job.found / job.replicas
+            cost.seconds += job.found_seconds
+        return _assemble(job, seeds, units, points, epochs, index, subtract_mean)
+
+
+def evaluation_points(protocol: Protocol, instances: int) -> tuple[list[int], list[int]]:
+    """Return the optimizer steps ``[E]`` of the full run at evaluation points, and the epochs ``[E]`` begun.
+
+    Args:
+        instances: N.
+    """
+    steps = protocol.evaluation_steps(instances, instances)
+    per_epoch = protocol.batches_per_epoch(instances)
+    return steps, [-(-step // per_epoch) for step in steps]
+
+
+def check_seeds(seeds: Sequence[int]) -> list[int]:
+    """Return the seeds; refuse none, negative ones and duplicates."""
+    seeds = [int(s) for s in seeds]
+    if not seeds:
+        raise InputError("further_training.seeds", "expected at least one seed but got none")
+    if any(not 0 <= s < 2**31 for s in seeds):
+        raise InputError("further_training.seeds", f"expected seeds in [0, 2^31) but got {shortened(seeds)}")
+    if twice := sorted({s for s in seeds if seeds.count(s) > 1}):
+        raise InputError("further_training.seeds", f"seeds occur twice: {shortened(twice)}")
+    return seeds
+
+
+def check_left_out(
+    left_out: Sequence[int | Sequence[int]], instances: int, protocol: Protocol | None = None
+) -> list[Unit]:
+    """Return left-out instances as units; refuse none, indices out of range, and duplicates.
+
+    Args:
+        instances: N.
+    """
+    key = "further_training.left_out"
+    units: list[Unit] = []
+    for entry in left_out:
+        members = _members(entry)
+        if not members:
+            raise InputError(key, "a group is empty")
+        if bad := [i for i in members if not 0 <= i < instances]:
+            raise InputError(key, f"expected indices in [0, {instances}) but got {shortened(bad)}")
+        if len(set(members)) < len(members):
+            raise InputError(key, f"a group has an index twice: {shortened(members)}")
+        units.append(tuple(sorted(members)))
+    if not units:
+        raise InputError(key, "expected at least one index but got none")
+    if len(set(units)) < len(units):
+        twice = sorted({u for u in units if units.count(u) > 1})
+        raise InputError(key, f"left out twice: {shortened([u[0] if len(u) == 1 else u for u in twice])}")
+    if any(len(u) == instances for u in units):
+        raise InputError(key, f"a group leaves out all {instances} training instances")
+    return units
+
+
+def _members(entry: Any) -> list[int]:
+    one = isinstance(entry, int) or getattr(entry, "ndim", 1) == 0
+    return [int(entry)] if one else [int(i) for i in entry]
+
+
+@contextlib.contextmanager
+def _folder(
+    store: Store | None, final_model: FinalModel, train: Instances, test: Instances, protocol: Protocol
+) -> Iterator[Path]:
+    """Yield the folder of the job's records: in the store, or one that is deleted afterwards."""
+    if store is not None:
+        yield store.folder("further_training", describe(final_model, train, test, protocol))
+        return
+    with tempfile.TemporaryDirectory(prefix="fimo-") as name:
+        yield Path(name)
+
+
+def _run(make_job: Any, trainer: Mapping[str, Any] | None) -> Job:
+    from fimo.further_training.driver import run_job  # Lightning takes seconds to import
+
+    return run_job(make_job, trainer)
+
+
+def _state_bytes(final_model: FinalModel, protocol: Protocol) -> int:
+    copies = 1 + (protocol.momentum > 0) + 2 * (protocol.optimizer != "sgd")
+    return copies * final_model.size * (8 if protocol.dtype == "float64" else 4)
+
+
+def _gradients(protocol: Protocol, instances: int) -> int:
+    """Return the gradients of single instances in a full run."""
+    whole, rest = divmod(protocol.total_steps(instances), protocol.batches_per_epoch(instances))
+    return whole * instances + rest * protocol.batch_size
+
+
+def _assemble(
+    job: Job,
+    seeds: Sequence[int],
+    units: Sequence[Unit],
+    points: Sequence[int],
+    epochs: Sequence[int],
+    test_index: Sequence[int],
+    subtract_mean: bool,
+) -> Sensitivity:
+    """Read a finished job's records, one seed at a time, into one result."""
+    s, e, j, n = len(seeds), len(points), len(test_index), len(units)
+    raw = array(s, e, j, n)
+    distance_full, distance = torch.empty(s, e), torch.empty(s, e, n)
+    full_losses = torch.empty(s, e, j, dtype=torch.float64)
+    for at, seed in enumerate(seeds):
+        rows = job.seed_rows(seed)
+        full = rows[Replica(seed)]
+        full_losses[at], distance_full[at] = full["values"], full["distance"]
+        runs = [rows[Replica(seed, unit)] for unit in units]
+        raw[at] = torch.stack([run["values"] for run in runs], -1)
+        distance[at] = torch.stack([run["distance"] for run in runs], -1)
+    width = max(len(u) for u in units)
+    members = torch.tensor([[*u, *[-1] * (width - len(u))] for u in units])
+    return Sensitivity(
+        raw=raw,
+        step=torch.tensor(points),
+        epoch=torch.tensor(epochs),
+        left_out=members[:, 0].clone(),
+        test=torch.tensor(test_index, dtype=torch.int64),
+        seeds=torch.tensor(seeds),
+        subtract_mean=subtract_mean,
+        distance_full=distance_full,
+        distance=distance,
+        full_losses=full_losses,
+        groups=members if width > 1 else None,
+    )
+
+
+MAPPED_BYTES = 2**28
+
+
+def array(*shape: int) -> Tensor:
+    """Return an uninitialised float32 array, in a deleted temporary file where it is large."""
+    size = int(torch.Size(shape).numel())
+    if 4 * size < MAPPED_BYTES:
+        return torch.full(shape, torch.nan)
+    with tempfile.NamedTemporaryFile(prefix="fimo-raw-") as file:
+        return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(shape)

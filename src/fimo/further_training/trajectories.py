@@ -1,0 +1,128 @@
+"""The full runs' trajectories, for methods that follow further training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import safe_open
+from torch import Tensor
+
+from fimo.data.instances import Instances
+from fimo.further_training.chunk import Chunk, Setting
+from fimo.further_training.gold_standard import check_seeds, evaluation_points
+from fimo.further_training.identity import describe
+from fimo.further_training.protocol import Protocol
+from fimo.further_training.replicas import Replica
+from fimo.further_training.trajectory import Trajectory
+from fimo.models.final_model import FinalModel
+from fimo.store import Store, write_tensors
+
+TENSORS = ("parameters", "second_moment")
+
+
+class _StoredTensors(Mapping[str, Tensor]):
+    """Parameters at one evaluation point, read from the store when asked for."""
+
+    def __init__(self, path: Path, prefix: str, names: Sequence[str], device: torch.device) -> None:
+        self.path, self.prefix, self.names, self.device = path, prefix, tuple(names), str(device)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        with safe_open(self.path, "pt", device=self.device) as file:
+            return file.get_tensor(f"{self.prefix}.{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def full_runs(
+    final_model: FinalModel,
+    train: Instances,
+    protocol: Protocol,
+    seeds: Sequence[int],
+    *,
+    store: Store | None = None,
+    trainer: Mapping[str, Any] | None = None,
+) -> Iterator[Trajectory]:
+    """Yield the seeds' full runs: parameters at θ^f and at each evaluation point.
+
+    Args:
+        store: keeps them, one file for each evaluation point, read when a tensor is asked for; without one
+            a trajectory is in memory while it is used.
+        trainer: arguments of the Lightning Trainer; its accelerator is where the runs are made.
+
+    Yields:
+        One :class:`Trajectory` for each seed, in the protocol's dtype on the Trainer's device. For Adam,
+        ``second_moment`` is its second moment divided by 1 - beta2^t.
+    """
+    seeds = check_seeds(seeds)
+    setting = Setting.build(final_model, train, train[:1], protocol, trainer_device(trainer))
+    for seed in seeds:
+        if store is None:
+            yield _in_memory(setting, seed)
+        else:
+            key = {**describe(final_model, train, train[:0], protocol), "seed": seed}
+            yield _stored(setting, seed, store.folder("trajectory", key))
+
+
+def trainer_device(trainer: Mapping[str, Any] | None) -> torch.device:
+    """Return the device on which a Trainer of these arguments would run."""
+    if trainer is None or trainer.get("accelerator", "cpu") == "cpu":
+        return torch.device("cpu")
+    from fimo.further_training.driver import make_trainer  # Lightning takes seconds to import
+
+    return make_trainer(trainer).strategy.root_device
+
+
+def _points(setting: Setting, seed: int) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
+    """Yield (step, tensors by kind and name) at θ^f and at each evaluation point."""
+    chunk = Chunk(setting, [Replica(seed)])
+    for step in [0, *evaluation_points(setting.protocol, len(setting.train))[0]]:
+        chunk.advance(step)
+        yield step, _tensors(chunk)
+
+
+def _tensors(chunk: Chunk) -> dict[str, dict[str, Tensor]]:
+    network, optimizer = chunk.network, chunk.optimizer
+    found = {"parameters": {n: p[0].clone() for n, p in network.parameters.items()}}
+    if "second_moment" in optimizer.state:
+        beta2 = chunk.setting.protocol.betas[1]
+        correction = 1 - beta2**optimizer.steps if optimizer.steps else 1.0
+        moments = network.views(optimizer.state["second_moment"])
+        found["second_moment"] = {n: m[0] / correction for n, m in moments.items()}
+    return found
+
+
+def _trajectory(seed: int, points: Sequence[Mapping[str, Any]]) -> Trajectory:
+    moments = tuple(p["second_moment"] for p in points) if "second_moment" in points[0] else None
+    return Trajectory(seed, tuple(p["parameters"] for p in points), moments)
+
+
+def _in_memory(setting: Setting, seed: int) -> Trajectory:
+    return _trajectory(seed, [tensors for _, tensors in _points(setting, seed)])
+
+
+def _stored(setting: Setting, seed: int, folder: Path) -> Trajectory:
+    names = list(setting.final_model.parameters())
+    kinds = TENSORS if setting.protocol.optimizer != "sgd" else TENSORS[:1]
+    paths = [
+        folder / f"step-{s:09d}.safetensors"
+        for s in [0, *evaluation_points(setting.protocol, len(setting.train))[0]]
+    ]
+    with contextlib.ExitStack() as stack:
+        if not all(p.exists() for p in paths):
+            stack.enter_context(FileLock(folder / ".lock"))
+        if not all(p.exists() for p in paths):
+            for path, (_, tensors) in zip(paths, _points(setting, seed), strict=True):
+                if not path.exists():
+                    write_tensors(path, {f"{k}.{n}": t for k in kinds for n, t in tensors[k].items()})
+    return _trajectory(seed, [{k: _StoredTensors(p, k, names, setting.device) for k in kinds} for p in paths])

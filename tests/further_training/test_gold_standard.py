@@ -1,0 +1,179 @@
+"""The gold standard against a plain loop over single runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fimo.data.instances import Instances
+from fimo.errors import InputError
+from fimo.further_training import Protocol, further_train
+from fimo.further_training.chunk import Setting
+from fimo.models.final_model import FinalModel
+from fimo.models.losses import binary_cross_entropy, cross_entropy, mean_squared_error
+from tests.cases import CASES, LINEAR_CASES, Case, mlp
+from tests.reference.further_training import plain_sensitivity
+
+OPTIMIZERS: dict[str, dict] = {
+    "sgd": {"lr": 0.05},
+    "sgd_decayed": {"lr": 0.05, "weight_decay": 0.1},
+    "momentum": {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.01},
+    "nesterov": {"lr": 0.02, "momentum": 0.8, "nesterov": True},
+    "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.05},
+    "adamw": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95)},
+    "clipped": {"lr": 0.05, "clip_norm": 0.5},
+    "clipped_adam": {"optimizer": "adam", "lr": 0.01, "clip_norm": 0.2},
+    "linear_schedule": {"lr": 0.05, "schedule": "linear"},
+    "cosine_schedule": {"optimizer": "adam", "lr": 0.01, "schedule": "cosine"},
+}
+RULES = ["shift", "mask", "every_batch"]
+UNITS = [[0], [7], [11], [4, 9]]
+
+
+def assert_equals_plain_loop(case: Case, protocol: Protocol, tolerance: float = 1e-9, **arguments) -> None:
+    """Compare raw changes, losses and distances; tolerance is relative to their largest value."""
+    seeds = [3, 0]
+    units = arguments.pop("units", UNITS)
+    found = further_train(case.final_model, case.train, case.test, protocol, seeds, units, **arguments)
+    expected = plain_sensitivity(case.final_model, case.train, case.test, protocol, seeds, units)
+    assert found.raw.shape == (2, len(found.step), len(case.test), len(units))
+    for name, value in expected.items():
+        own = getattr(found, name).double()
+        # raw changes are handed out in float32
+        atol = max(tolerance, 1e-7 if name != "full_losses" else 0.0) * value.abs().max().item()
+        torch.testing.assert_close(own, value, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_linear_engine_equals_the_plain_loop(optimizer: str, rule: str) -> None:
+    protocol = Protocol(batch_size=5, epochs=3, leave_out=rule, dtype="float64", **OPTIMIZERS[optimizer])
+    case = CASES["mlp_classification" if optimizer in ("adam", "sgd") else "mlp_regression"]()
+    assert_equals_plain_loop(case, protocol, chunk=3)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["conv_net", "transformer"])
+@pytest.mark.parametrize("optimizer", ["momentum", "clipped_adam"])
+def test_functional_engine_equals_the_plain_loop(name: str, rule: str, optimizer: str) -> None:
+    protocol = Protocol(batch_size=5, epochs=2, leave_out=rule, dtype="float64", **OPTIMIZERS[optimizer])
+    case = CASES[name]()
+    assert Setting.build(case.final_model, case.train, case.test, protocol).engine == "functional"
+    assert_equals_plain_loop(case, protocol, chunk=3)
+
+
+class Branching(nn.Module):
+    """A network that torch.func can't vectorise: it asks for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.dropout = nn.Linear(4, 3, dtype=torch.float64), nn.Dropout(0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.dropout(self.layer(x))
+        return y if y.sum().item() > 0 else 2 * y
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_networks_that_cannot_be_vectorised_equal_the_plain_loop(
+    rule: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    data = CASES["mlp_classification"]()
+    case = Case("branching", FinalModel(Branching(), cross_entropy), data.train, data.test)
+    protocol = Protocol(batch_size=5, epochs=2, leave_out=rule, dtype="float64")
+    assert_equals_plain_loop(case, protocol)
+    assert "one by one" in caplog.text
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_dropout_equals_the_plain_loop(rule: str) -> None:
+    torch.manual_seed(1)
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.4), nn.Linear(8, 3)).double()
+    data = CASES["mlp_classification"]()
+    case = Case("dropout", FinalModel(network, cross_entropy), data.train, data.test)
+    # batches of runs that leave out instances have as many instances as those of full runs
+    protocol = Protocol(batch_size=5, steps=8, evaluate_every=3, leave_out=rule, dtype="float64", lr=0.1)
+    assert_equals_plain_loop(case, protocol, chunk=3)
+
+
+@pytest.mark.parametrize(
+    ("rule", "horizon"),
+    [("shift", {"steps": 13}), ("mask", {"steps": 13}), ("shift", {"epochs": 3, "evaluate_every": 4}),
+     ("mask", {"epochs": 3, "evaluate_every": 2}), ("shift", {"steps": 10}), ("every_batch", {"steps": 3})],
+)  # fmt: skip
+def test_any_horizon_and_evaluation_points_equal_the_plain_loop(rule: str, horizon: dict) -> None:
+    protocol = Protocol(batch_size=5, leave_out=rule, dtype="float64", lr=0.05, momentum=0.5, **horizon)
+    assert_equals_plain_loop(CASES["mlp_regression"](), protocol)
+
+
+def test_an_epoch_that_loses_its_last_batch_equals_the_plain_loop() -> None:
+    case = CASES["mlp_regression"]()
+    assert len(case.train) % 11 == 1
+    assert_equals_plain_loop(case, Protocol(batch_size=11, epochs=4, dtype="float64", lr=0.05))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU])
+@pytest.mark.parametrize(
+    "loss", [mean_squared_error, binary_cross_entropy, lambda o, t: (o - t).abs().sum(1)]
+)
+def test_every_activation_and_loss_of_the_linear_engine(activation: type[nn.Module], loss) -> None:
+    torch.manual_seed(2)
+    network = nn.Sequential(nn.Flatten(), mlp(4, (6,), 2, activation), activation()).double()
+    data = CASES["mlp_regression"]()
+    train, test = (
+        Instances(d.inputs, torch.rand(len(d), 2).round().double()) for d in (data.train, data.test)
+    )
+    case = Case("activation", FinalModel(network, loss), train, test)
+    protocol = Protocol(batch_size=6, epochs=2, dtype="float64", lr=0.1)
+    assert Setting.build(case.final_model, train, test, protocol).engine == "linear"
+    assert_equals_plain_loop(case, protocol)
+
+
+@pytest.mark.parametrize("name", LINEAR_CASES)
+def test_float32_changes_equal_those_of_a_float32_loop_to_rounding(name: str) -> None:
+    case = CASES[name]()
+    assert_equals_plain_loop(case, Protocol(batch_size=5, epochs=4, lr=0.05), tolerance=2e-5)
+
+
+def test_only_trainable_parameters_move() -> None:
+    data = CASES["mlp_classification"]()
+    network = data.final_model.network
+    case = Case("head", FinalModel(network, cross_entropy, trainable=("4.*",)), data.train, data.test)
+    assert_equals_plain_loop(case, Protocol(batch_size=5, epochs=2, dtype="float64", lr=0.1))
+
+
+def test_another_measurement_than_the_loss() -> None:
+    data = CASES["mlp_regression"]()
+
+    def measurement(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return outputs[:, 0].exp()
+
+    model = FinalModel(data.final_model.network, mean_squared_error, measurement)
+    case = Case("measurement", model, data.train, data.test)
+    assert_equals_plain_loop(case, Protocol(batch_size=5, epochs=2, dtype="float64", lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [1, 1]}, "seeds"),
+        ({"seeds": [-1]}, "seeds"),
+        ({"left_out": []}, "left_out"),
+        ({"left_out": [23]}, "left_out"),
+        ({"left_out": [-1]}, "left_out"),
+        ({"left_out": [1, [1]]}, "left_out"),
+        ({"left_out": [[1, 1]]}, "left_out"),
+        ({"left_out": [[]]}, "left_out"),
+        ({"left_out": [list(range(23))]}, "left_out"),
+        ({"chunk": 0}, "chunk"),
+        ({"test_index": [0]}, "test_index"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(arguments: dict, key: str) -> None:
+    case = CASES["mlp_regression"]()
+    good = {"seeds": [0], "left_out": [0]}
+    with pytest.raises(InputError, match=f"^further_training.{key}: "):
+        further_train(case.final_model, case.train, case.test, Protocol(epochs=1), **{**good, **arguments})

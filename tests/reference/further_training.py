@@ -1,0 +1,143 @@
+"""The gold standard by a plain PyTorch loop: one run at a time, torch.optim, plain modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fimo.data.instances import Instances
+from fimo.further_training.protocol import DTYPES, Protocol
+from fimo.models.final_model import FinalModel, apply
+
+
+def plain_run(
+    final_model: FinalModel,
+    train: Instances,
+    test: Instances,
+    protocol: Protocol,
+    seed: int,
+    left_out: Sequence[int] = (),
+    weight: float = 0.0,
+) -> tuple[Tensor, Tensor, nn.Module]:
+    """Continue training once.
+
+    Args:
+        left_out: training indices without which to train.
+        weight: under ``mask``, what the losses of left-out instances are multiplied with.
+
+    Returns:
+        Test losses ``[E, J]`` (float64), distances ``[E]`` from the final model, and the network.
+    """
+    device = train.targets.device
+    network = copy.deepcopy(final_model.network).to(DTYPES[protocol.dtype]).train()
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    train = train.to(dtype=DTYPES[protocol.dtype])
+    test = test.to(dtype=DTYPES[protocol.evaluation_dtype])
+    names = list(final_model.parameters())
+    for name, p in network.named_parameters():
+        p.requires_grad_(name in names)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in trained]
+    optimizer = make_optimizer(trained, protocol)
+    n, size = len(train), protocol.batch_size
+    horizon = protocol.total_steps(n)
+    generator = torch.Generator().manual_seed(seed)
+    losses, distances, step, epoch = [], [], 0, 0
+    while True:
+        order = torch.randperm(n, generator=generator).tolist()
+        if protocol.leave_out == "shift":
+            order = [i for i in order if i not in left_out]
+        for first in range(0, len(order), size):
+            index = order[first : first + size]
+            batch = train[torch.tensor(index, device=device)]
+            for group in optimizer.param_groups:
+                group["lr"] = protocol.learning_rate(step, horizon)
+            optimizer.zero_grad()
+            torch.manual_seed((seed * 1_000_003 + step) * 2)
+            each = final_model.loss(apply(network, batch.inputs), batch.targets)
+            if protocol.leave_out == "mask":
+                each = each * torch.tensor(
+                    [weight if i in left_out else 1.0 for i in index], dtype=each.dtype
+                )
+            loss = each.sum() / len(index)
+            if protocol.leave_out == "every_batch" and left_out:
+                torch.manual_seed((seed * 1_000_003 + step) * 2 + 1)
+                out = train[torch.tensor(list(left_out), device=device)]
+                loss = loss - final_model.loss(apply(network, out.inputs), out.targets).sum() / n
+            loss.backward()
+            if protocol.clip_norm is not None:
+                nn.utils.clip_grad_norm_(trained, protocol.clip_norm)
+            optimizer.step()
+            step += 1
+            at_end = first + size >= len(order)
+            last = (
+                step == horizon if protocol.steps is not None or protocol.evaluate_every != "epoch" else False
+            )
+            every = protocol.evaluate_every
+            if last or (at_end if every == "epoch" else step % int(every) == 0):
+                losses.append(test_losses(final_model, network, test, protocol))
+                distances.append(
+                    sum((p - q).detach().double().square().sum() for p, q in zip(trained, start, strict=True))
+                )
+            if last:
+                break
+        epoch += 1
+        if step >= horizon or (protocol.evaluate_every == "epoch" and epoch == protocol.epochs):
+            return torch.stack(losses), torch.stack(distances).sqrt(), network
+
+
+def make_optimizer(parameters: list[nn.Parameter], protocol: Protocol) -> torch.optim.Optimizer:
+    """Return torch's own optimizer of a protocol."""
+    if protocol.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            protocol.lr,
+            momentum=protocol.momentum,
+            nesterov=protocol.nesterov,
+            weight_decay=protocol.weight_decay,
+        )
+    kind = torch.optim.Adam if protocol.optimizer == "adam" else torch.optim.AdamW
+    return kind(
+        parameters, protocol.lr, betas=protocol.betas, eps=protocol.eps, weight_decay=protocol.weight_decay
+    )
+
+
+@torch.no_grad()
+def test_losses(final_model: FinalModel, network: nn.Module, test: Instances, protocol: Protocol) -> Tensor:
+    """Return the losses ``[J]`` of a network in eval mode, in the evaluation dtype."""
+    wide = copy.deepcopy(network).to(DTYPES[protocol.evaluation_dtype]).eval()
+    measurement = final_model.measurement or final_model.loss
+    return measurement(apply(wide, test.inputs), test.targets).double()
+
+
+test_losses.__test__ = False  # type: ignore[attr-defined]
+
+
+def plain_sensitivity(
+    final_model: FinalModel,
+    train: Instances,
+    test: Instances,
+    protocol: Protocol,
+    seeds: Sequence[int],
+    units: Sequence[Sequence[int]],
+) -> dict[str, Tensor]:
+    """Return ``raw [S, E, J, L]``, ``full_losses``, ``distance_full`` and ``distance``, in float64."""
+    raw, full_losses, distance_full, distance = [], [], [], []
+    for seed in seeds:
+        full, d, _ = plain_run(final_model, train, test, protocol, seed)
+        runs = [plain_run(final_model, train, test, protocol, seed, unit) for unit in units]
+        raw.append(torch.stack([losses - full for losses, _, _ in runs], -1))
+        distance.append(torch.stack([di for _, di, _ in runs], -1))
+        full_losses.append(full)
+        distance_full.append(d)
+    return {
+        "raw": torch.stack(raw),
+        "full_losses": torch.stack(full_losses),
+        "distance_full": torch.stack(distance_full),
+        "distance": torch.stack(distance),
+    }
