@@ -28,24 +28,24 @@ def choices(group: str) -> list[str]:
 @pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
 def test_every_choice_of_every_group_composes_and_passes_its_schema(group: str, choice: str) -> None:
     needed = [f"dataset.path={CONF}"] if choice in ("csv",) else []
-    config = validated(composed(f"{group}={choice}", *needed))
+    config = validated(composed(f"{group}={choice}", *needed), CONF)
     assert set(config[group])
 
 
 @pytest.mark.parametrize("choice", choices("method"))
 def test_every_method_composes_under_its_own_name(choice: str) -> None:
-    config = validated(composed(f"+method={choice}"))
+    config = validated(composed(f"+method={choice}"), CONF)
     assert list(config.methods) == [choice.split("/")[-1]]
     assert config.methods[choice.split("/")[-1]]._target_.startswith("fimo.methods.")
 
 
 @pytest.mark.parametrize("choice", choices("experiment"))
 def test_every_experiment_composes(choice: str) -> None:
-    assert validated(composed(f"experiment={choice}")).further_training.lr > 0
+    assert validated(composed(f"experiment={choice}"), CONF).further_training.lr > 0
 
 
 def test_several_methods_compose() -> None:
-    assert set(validated(composed("+method=[tracin,datainf]")).methods) == {"tracin", "datainf"}
+    assert set(validated(composed("+method=[tracin,datainf]"), CONF).methods) == {"tracin", "datainf"}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_several_methods_compose() -> None:
 )
 def test_a_mistake_is_answered_with_its_key(override: str, key: str, said: str) -> None:
     with pytest.raises(InputError) as caught:
-        validated(composed(*override.split()))
+        validated(composed(*override.split()), CONF)
     assert caught.value.key == key
     assert said in caught.value.problem
     assert "\n" not in str(caught.value)

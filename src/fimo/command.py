@@ -36,7 +36,7 @@ def job(composed: DictConfig) -> float | None:
     """
     single = HydraConfig.get().mode == RunMode.RUN
     try:
-        config = validated(composed)
+        config = validated(composed, conf_folder())
         from fimo.experiment import run_experiment  # torch and Lightning take seconds to import
 
         return run_experiment(config, Path(HydraConfig.get().runtime.output_dir))
@@ -45,6 +45,12 @@ def job(composed: DictConfig) -> float | None:
             _fail(error)
         log.error("%s", error)
         raise  # so that the launcher counts this job as failed and goes on with the next
+
+
+def conf_folder() -> Path:
+    """Return the folder of configuration groups that Hydra composed from (known in a launcher's process too)."""
+    sources = HydraConfig.get().runtime.config_sources
+    return Path(next(source.path for source in sources if source.provider == "main"))
 
 
 def check_choices(arguments: list[str], conf: Path) -> None:

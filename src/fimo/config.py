@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from fimo.errors import InputError, shortened
@@ -116,14 +116,22 @@ class Config:
     report: bool = True
 
 
-def validated(config: DictConfig) -> DictConfig:
+def validated(config: DictConfig, conf: Path) -> DictConfig:
     """Return the composed configuration, checked against the schemas.
+
+    Where no method was chosen, all of ``conf/method`` are in it.
+
+    Args:
+        conf: the folder of configuration groups.
 
     Raises:
         InputError: naming the first key at fault: unknown (with the nearest known one), of the wrong type,
             missing, or a file that is not there.
     """
     _check_keys(OmegaConf.structured(Config), config, "")
+    if not config.get("methods"):
+        with open_dict(config):
+            config.methods = all_methods(conf)
     try:
         checked = OmegaConf.merge(OmegaConf.structured(Config), config)
         OmegaConf.resolve(checked)
@@ -151,6 +159,14 @@ def validated(config: DictConfig) -> DictConfig:
             "logger.mode", f"expected offline, online or disabled but got {checked.logger.mode!r}"
         )
     return checked
+
+
+def all_methods(conf: Path) -> DictConfig:
+    """Return the settings of every method that has a file in ``conf/method``, by name."""
+    files = sorted((conf / "method").glob("*.yaml"))
+    merged = OmegaConf.merge({}, *(OmegaConf.load(file) for file in files))
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -43,8 +43,10 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
 
     data = build_data(config)
     plan = Plan.of(config, data)
-    methods = build_methods(config)
     module = build_module(config, data)
+    methods, skipped = applicable(build_methods(config), build_final_model(module, config), data.train)
+    for name, reason in skipped.items():
+        log.warning("%s is skipped: %s", name, reason)
     trainer = build_trainer(config)
     device = trainer.strategy.root_device
 
@@ -57,10 +59,6 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
         final_quality = quality(final_model, data)
     costs.append(cost)
     log.info("final model: %s", final_quality)
-
-    methods, skipped = applicable(methods, final_model, data.train, plan)
-    for name, reason in skipped.items():
-        log.warning("%s is skipped: %s", name, reason)
 
     with measured("further_training") as cost:
         sensitivity = further_train(

@@ -26,9 +26,12 @@ log = logging.getLogger(__name__)
 
 
 def applicable(
-    methods: Mapping[str, AttributionMethod], final_model: FinalModel, train: Instances, plan: Plan
+    methods: Mapping[str, AttributionMethod], final_model: FinalModel, train: Instances
 ) -> tuple[dict[str, AttributionMethod], dict[str, str]]:
     """Split methods into those that can run here, and the reasons of those that can't.
+
+    Args:
+        final_model: trained or not; only its structure matters.
 
     Raises:
         InputError: none can.
@@ -122,9 +125,7 @@ def _compute(
     return tensors
 
 
-def further_training(
-    final_model: FinalModel, train: Instances, plan: Plan, store: Store
-) -> FurtherTraining:
+def further_training(final_model: FinalModel, train: Instances, plan: Plan, store: Store) -> FurtherTraining:
     """Return what a method that follows further training is handed; runs nothing yet."""
     steps = tuple(int(s) for s in evaluation_points(plan.protocol, len(train))[0])
     return FurtherTraining(
