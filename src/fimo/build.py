@@ -48,7 +48,8 @@ def build(config: Any, key: str, **arguments: Any) -> Any:
 
 def build_data(config: DictConfig) -> InstancesModule:
     """Build and load the data set."""
-    data = build(config.dataset, "dataset")
+    node = {str(k): v for k, v in config.dataset.items() if k != "recommended"}  # read by model and trainer
+    data = build(OmegaConf.create(node), "dataset")
     if not isinstance(data, InstancesModule):
         raise InputError("dataset._target_", f"expected an InstancesModule but got {type(data).__name__}")
     if data.batch_size < 1:
