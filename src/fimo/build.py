@@ -15,6 +15,7 @@ from torch import nn
 
 from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError
+from fimo.evaluation import METRICS
 from fimo.further_training.protocol import Protocol
 from fimo.methods.base import AttributionMethod
 from fimo.models.checkpoint import load_checkpoint
@@ -155,6 +156,26 @@ def build_methods(config: DictConfig) -> dict[str, AttributionMethod]:
             )
         methods[str(name)] = method
     return methods
+
+
+def check_evaluation(config: DictConfig, seeds: int) -> None:
+    """Refuse unknown metrics and numbers of seeds that there are not.
+
+    Raises:
+        InputError: naming the key of ``evaluation`` at fault.
+    """
+    for metric in config.evaluation.metrics:
+        if metric not in METRICS:
+            raise InputError(
+                "evaluation.metrics", f"expected some of {', '.join(METRICS)} but got {metric!r}"
+            )
+    if not config.evaluation.metrics:
+        raise InputError("evaluation.metrics", f"expected some of {', '.join(METRICS)} but got none")
+    for count in config.evaluation.seed_counts or []:
+        if not 1 <= count <= seeds:
+            raise InputError("evaluation.seed_counts", f"expected numbers from 1 to {seeds} but got {count}")
+    if config.evaluation.bootstrap < 0:
+        raise InputError("evaluation.bootstrap", f"expected at least 0 but got {config.evaluation.bootstrap}")
 
 
 def choose(value: Any, total: int, key: str) -> list[Any]:

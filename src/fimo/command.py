@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 def main(conf: Path) -> None:
     """Run the command line given in ``sys.argv``, with configuration groups from the folder ``conf``."""
+    conf = conf.resolve()  # Hydra would take a relative folder as relative to this file
     sys.argv[1:] = [_as_addition(argument) for argument in sys.argv[1:]]
     try:
         check_choices(sys.argv[1:], conf)
@@ -48,7 +49,7 @@ def job(composed: DictConfig) -> float | None:
 
 
 def conf_folder() -> Path:
-    """Return the folder of configuration groups that Hydra composed from (known in a launcher's process too)."""
+    """Return the folder of groups that Hydra composed from (known in a launcher's process too)."""
     sources = HydraConfig.get().runtime.config_sources
     return Path(next(source.path for source in sources if source.provider == "main"))
 

@@ -9,7 +9,15 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig
 
-from fimo.build import build_data, build_final_model, build_methods, build_module, build_trainer, training_key
+from fimo.build import (
+    build_data,
+    build_final_model,
+    build_methods,
+    build_module,
+    build_trainer,
+    check_evaluation,
+    training_key,
+)
 from fimo.config import plain
 from fimo.cost import Cost, measured, write_costs
 from fimo.environment import quiet_libraries, trainer_settings
@@ -43,6 +51,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
 
     data = build_data(config)
     plan = Plan.of(config, data)
+    check_evaluation(config, len(plan.seeds))
     module = build_module(config, data)
     methods, skipped = applicable(build_methods(config), build_final_model(module, config), data.train)
     for name, reason in skipped.items():

@@ -1,0 +1,105 @@
+"""The command line: mistakes are one line, with the key and exit status, before any training."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fimo.command import main
+from fimo.models.mlp import mlp
+
+ROOT = Path(__file__).parents[1]
+CSV = "dataset=csv dataset.target=label dataset.task=classification dataset.path="
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
+    """Run a command line that must fail; return what it printed. Training raises, so it comes too late."""
+
+    def run(arguments: str) -> str:
+        places = f"hydra.run.dir={tmp_path}/run store={tmp_path}/store logger=none"
+        monkeypatch.setattr(sys, "argv", ["src.run", *places.split(), *arguments.split()])
+        monkeypatch.setattr("pytorch_lightning.Trainer.fit", lambda *a, **k: pytest.fail("training began"))
+        with pytest.raises(SystemExit) as caught:
+            main(ROOT / "conf")
+        assert caught.value.code not in (0, None)
+        return capsys.readouterr().err
+
+    return run
+
+
+def table(folder: Path, rows: str) -> str:
+    path = folder / "table.csv"
+    path.write_text("a,b,label\n" + "\n".join(f"{k},{k % 7},{'yn'[k % 2]}" for k in range(20)) + rows)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("dataset=concrete dataset.path=/nowhere", "error: dataset.path: no such file: /nowhere"),
+        ("+method=trasin", "error: method: no choice 'trasin'; did you mean tracin"),
+        ("dataset=diabetis", "error: dataset: no choice 'diabetis'; did you mean diabetes"),
+        ("further_training.left_out=[0,397]", "further_training.left_out: expected indices from 0 to 396"),
+        ("further_training.left_out=398", "further_training.left_out: expected a number from 1 to 397"),
+        ("further_training.test=[-1]", "further_training.test: expected indices from 0 to 44 but got -1"),
+        ("further_training.seeds=0", "further_training.seeds: expected at least 1 seed but got 0"),
+        ("further_training.seeds=[1,1]", "further_training.seeds: expected distinct"),
+        ("further_training.lr=-1", "further_training.lr: expected a positive number but got -1"),
+        ("further_training.optimizer=sgdd", "further_training.optimizer: expected one of sgd, adam, adamw"),
+        ("further_training.leave_out=skip", "further_training.leave_out: expected one of shift, mask"),
+        ("model.optimizer=lbfgs", "model.optimizer: expected one of sgd, adam, adamw"),
+        ("model.loss=hinge", "model.loss: expected one of mse"),
+        ("model.network.hidden=[0]", "model.network.hidden: expected widths of at least 1"),
+        ("+model.network.widht=3", "model.network: "),
+        ("model.trainable=[head.*]", "model.trainable: no parameter matches 'head.*'"),
+        ("dataset.test_size=1.5", "dataset.test_size: expected a share between 0 and 1"),
+        ("+dataset.typo=1", "dataset: "),
+        ("+method=datainf methods.datainf.damping=-1", "damping"),
+        ("evaluation.metrics=[kendall]", "kendall"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_with_its_key(refused, arguments: str, said: str) -> None:
+    printed = refused(arguments)
+    line = [text for text in printed.splitlines() if text.startswith("error: ")]
+    assert len(line) == 1, printed
+    assert said in line[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("\n1,x,y", "dataset.path: column 'b' has 'x' in data row 20"),
+        ("\n1,,y", "dataset.path: column 'b' has a missing value (NaN)"),
+    ],
+)
+def test_a_bad_table_is_one_line(refused, tmp_path: Path, rows: str, said: str) -> None:
+    assert said in refused(CSV + table(tmp_path, rows))
+    assert "dataset.target: no column 'lable'" in refused(
+        CSV.replace("=label", "=lable") + table(tmp_path, "")
+    )
+
+
+def test_a_checkpoint_of_another_shape_is_refused_naming_the_layer(refused, tmp_path: Path) -> None:
+    torch.save(mlp(10, 1, (64, 128)).state_dict(), tmp_path / "m.pt")
+    assert "model.checkpoint: layer 1.weight has shape (64, 10)" in refused(
+        f"model.checkpoint={tmp_path}/m.pt"
+    )
+
+
+def test_help_explains_the_groups_without_importing_torch() -> None:
+    code = (
+        "import sys; from pathlib import Path; from fimo.command import main\n"
+        "sys.argv = ['src.run', '--help']\n"
+        "try: main(Path('conf'))\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for group in ("dataset: breast_cancer", "further_training: ", "+method=[tracin,datainf]", "logger: none"):
+        assert group in printed.stdout

@@ -1,0 +1,148 @@
+"""The whole path, reduced: from the command line to every file of the contract."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "trainer.max_epochs=15",
+    "further_training.epochs=2",
+    "further_training.seeds=3",
+    "further_training.left_out=5",
+    "further_training.test=4",
+    "trainer.enable_progress_bar=false",
+    "model.network.hidden=[16]",
+]
+
+
+def run(*arguments: str, folder: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+    command = [sys.executable, "-m", "src.run", f"store={folder}/store", *SMALL, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=check)
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("default")
+    run(f"hydra.run.dir={folder}/run", folder=folder)
+    return folder
+
+
+def test_every_file_of_the_contract_is_there(default_run: Path) -> None:
+    folder = default_run / "run"
+    methods = {p.stem for p in (ROOT / "conf" / "method").glob("*.yaml")}
+    scores = {p.stem for p in (folder / "scores").glob("*.safetensors")}
+    assert {"graddot", "gradcos", "tracin", "datainf", "exact", "random"} <= scores <= methods
+    for name in (".hydra/config.yaml", "final_model.ckpt", "report.html"):
+        assert (folder / name).stat().st_size > 0
+    found = load_file(folder / "sensitivity.safetensors")
+    shapes = {name: tuple(found[name].shape) for name in ("sensitivity", "raw", "step", "epoch", "left_out")}
+    assert shapes == {
+        "sensitivity": (2, 4, 5), "raw": (3, 2, 4, 5), "step": (2,), "epoch": (2,), "left_out": (5,),
+    }  # fmt: skip
+    assert found["seeds"].tolist() == [0, 1, 2]
+    assert found["step"].tolist() == [13, 26]
+    assert found["epoch"].tolist() == [1, 2]
+    assert found["left_out"].tolist() == [0, 79, 158, 238, 317]
+    assert found["sensitivity"].dtype == found["raw"].dtype == torch.float32
+    for name in scores:
+        stored = load_file(folder / "scores" / f"{name}.safetensors")
+        assert tuple(stored["scores"].shape) in ((4, 5), (2, 4, 5))
+        assert stored["left_out"].tolist() == found["left_out"].tolist()
+        assert torch.isfinite(stored["scores"]).all()
+
+
+def test_the_sensitivity_is_the_mean_of_raw_changes_minus_its_mean_over_left_out(default_run: Path) -> None:
+    found = load_file(default_run / "run" / "sensitivity.safetensors")
+    mean = found["raw"].double().mean(0)
+    torch.testing.assert_close(
+        found["sensitivity"].double(), mean - mean.mean(-1, keepdim=True), rtol=1e-4, atol=1e-9
+    )
+
+
+def test_the_tables_have_the_contracts_columns(default_run: Path) -> None:
+    evaluation = pd.read_csv(default_run / "run" / "evaluation.csv")
+    assert list(evaluation) == [
+        "method",
+        "access",
+        "metric",
+        "step",
+        "epoch",
+        "seeds",
+        "mean",
+        "sem",
+        "ceiling",
+    ]
+    assert set(evaluation["metric"]) == {"cosine", "spearman", "pearson"}
+    assert set(evaluation["epoch"]) == {1, 2}
+    assert evaluation["seeds"].max() == 3
+    cost = pd.read_csv(default_run / "run" / "cost.csv")
+    assert list(cost) == ["stage", "seconds", "peak_memory_mb", "gradient_evaluations", "reused"]
+    assert list(cost["stage"])[:2] == ["final_model", "further_training"]
+    assert list(cost["stage"])[-2:] == ["evaluation", "report"]
+    full = 2 * 397  # gradients of a full run; shift drops one instance in each epoch
+    assert cost.set_index("stage").loc["further_training", "gradient_evaluations"] == pytest.approx(
+        3 * 6 * full, rel=0.01
+    )
+
+
+def test_the_report_shows_rows_methods_and_the_ceiling_offline(default_run: Path) -> None:
+    page = (default_run / "run" / "report.html").read_text()
+    for wanted in ("diabetes", "graddot", "datainf", "ceiling", "bmi", "progression"):
+        assert wanted in page
+    outside = re.findall(r"""(?:src|href)=["'](https?://[^"']+)""", page)
+    assert [a for a in outside if a.endswith((".js", ".css"))] == []
+
+
+def test_a_rerun_reuses_everything_and_gives_the_same_bytes(default_run: Path) -> None:
+    run(f"hydra.run.dir={default_run}/again", "report=false", "logger=none", folder=default_run)
+    cost = pd.read_csv(default_run / "again" / "cost.csv").set_index("stage")
+    assert (cost.loc[["final_model", "further_training", "graddot"], "reused"] == 1).all()
+    first = pd.read_csv(default_run / "run" / "cost.csv").set_index("stage")
+    assert cost.loc["graddot", "seconds"] == pytest.approx(
+        first.loc["graddot", "seconds"], rel=0.05, abs=0.01
+    )
+    for name in ("sensitivity.safetensors", "scores/datainf.safetensors", "evaluation.csv"):
+        assert (default_run / "again" / name).read_bytes() == (default_run / "run" / name).read_bytes()
+
+
+def test_the_written_checkpoint_starts_another_run_with_the_same_model(default_run: Path) -> None:
+    checkpoint = default_run / "run" / "final_model.ckpt"
+    run(
+        f"hydra.run.dir={default_run}/own", f"model.checkpoint={checkpoint}", "+method=graddot",
+        "report=false", "logger=none", folder=default_run,
+    )  # fmt: skip
+    for name in ("sensitivity.safetensors", "scores/graddot.safetensors"):
+        assert (default_run / "own" / name).read_bytes() == (default_run / "run" / name).read_bytes()
+
+
+def test_a_sweep_over_methods_makes_a_job_each_and_one_gold_standard(default_run: Path) -> None:
+    sweep = default_run / "sweep"
+    run("-m", "+method=tracin,datainf", f"hydra.sweep.dir={sweep}", "report=false", folder=default_run)
+    found = [sorted(p.stem for p in (sweep / job / "scores").glob("*")) for job in ("0", "1")]
+    assert found == [["tracin"], ["datainf"]]
+    costs = [pd.read_csv(sweep / job / "cost.csv").set_index("stage") for job in ("0", "1")]
+    assert all(cost.loc["further_training", "reused"] == 1 for cost in costs)
+
+
+def test_classification_and_adam_run_on_a_table_of_ones_own(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 3, generator=generator)
+    lines = [f"{a:.4f};{b:.4f};{c:.4f};{'good' if a + b > 0 else 'bad'}" for a, b, c in x.tolist()]
+    (tmp_path / "mine.csv").write_text("one;two;three;quality\n" + "\n".join(lines))
+    run(
+        "dataset=csv", f"dataset.path={tmp_path}/mine.csv", "dataset.target=quality",
+        "dataset.task=classification", "further_training=adam", "further_training.leave_out=mask",
+        "+method=[graddot,exact]", "logger=none", f"hydra.run.dir={tmp_path}/run", folder=tmp_path,
+    )  # fmt: skip
+    assert len(load_file(tmp_path / "run" / "scores" / "exact.safetensors")["scores"]) == 4
