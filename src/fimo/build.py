@@ -16,11 +16,12 @@ from torch import nn
 from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError
 from fimo.evaluation import METRICS
+from fimo.further_training.identity import describe_loss, describe_network
 from fimo.further_training.protocol import Protocol
 from fimo.methods.base import AttributionMethod
 from fimo.models.checkpoint import load_checkpoint
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import LOSSES, Loss, loss_name
+from fimo.models.losses import LOSSES, Loss
 from fimo.models.module import FinalModelModule
 from fimo.models.progress import EpochProgress
 
@@ -107,8 +108,8 @@ def training_key(config: DictConfig, module: FinalModelModule) -> dict[str, Any]
     return {
         **{name: config.model[name] for name in ("optimizer", "lr", "momentum", "weight_decay")},
         **{name: config.trainer[name] for name in ("max_epochs", "precision", "gradient_clip_val")},
-        "network": repr(module.network),
-        "loss": loss_name(module.loss),
+        "network": describe_network(module.network),
+        "loss": describe_loss(module.loss),
     }
 
 
@@ -141,6 +142,8 @@ def build_protocol(config: DictConfig) -> Protocol:
     """Build the protocol of further training."""
     node = config.further_training
     values: dict[str, Any] = {name: node[name] for name in PROTOCOL_FIELDS}
+    for name in ("epochs", "steps"):
+        values[name] = scaled(values[name], config.scale)
     values["betas"] = tuple(values["betas"])
     return Protocol(**values)
 
@@ -202,6 +205,13 @@ def choose(value: Any, total: int, key: str) -> list[Any]:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= total:
         raise InputError(key, f"expected a number from 1 to {total}, or a list of indices, but got {value!r}")
     return [k * total // value for k in range(value)]
+
+
+def scaled(number: Any, scale: float, least: int = 1) -> Any:
+    """Return a number times ``scale``, rounded, at least ``least``; lists and None as they are."""
+    if scale == 1 or not isinstance(number, int) or isinstance(number, bool):
+        return number
+    return max(min(least, number), round(number * scale))
 
 
 def choose_seeds(value: Any) -> list[int]:

@@ -149,9 +149,10 @@ def validated(config: DictConfig, conf: Path) -> DictConfig:
         raise InputError("dataset.path", f"no such file: {checked.dataset.path}")
     if checked.model.checkpoint is not None and not Path(checked.model.checkpoint).exists():
         raise InputError("model.checkpoint", f"no such file: {checked.model.checkpoint}")
-    for key, value in {"trainer.max_epochs": checked.trainer.max_epochs}.items():
-        if value < 0:
-            raise InputError(key, f"expected at least 0 but got {value}")
+    if checked.trainer.max_epochs < 0:
+        raise InputError("trainer.max_epochs", f"expected at least 0 but got {checked.trainer.max_epochs}")
+    if not 0 < checked.scale <= 1:
+        raise InputError("scale", f"expected a share in (0, 1] but got {checked.scale}")
     if checked.threads is not None and checked.threads < 1:
         raise InputError("threads", f"expected at least 1 but got {checked.threads}")
     if checked.logger.mode not in ("offline", "online", "disabled"):

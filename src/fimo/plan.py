@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fimo.build import build_protocol, choose, choose_seeds
+from fimo.build import build_protocol, choose, choose_seeds, scaled
 from fimo.data.datamodule import InstancesModule
 from fimo.further_training.protocol import Protocol
 
@@ -34,7 +34,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: DictConfig, data: InstancesModule) -> Plan:
-        """Read the plan from a configuration.
+        """Read the plan from a configuration; ``scale`` multiplies its numbers of seeds, instances and epochs.
 
         Raises:
             InputError: naming the key of ``further_training`` at fault.
@@ -42,9 +42,11 @@ class Plan:
         node = config.further_training
         return cls(
             build_protocol(config),
-            choose_seeds(node.seeds),
-            choose(node.left_out, len(data.train), "further_training.left_out"),
-            choose(node.test, len(data.test), "further_training.test"),
+            choose_seeds(scaled(node.seeds, config.scale, least=2)),
+            choose(
+                scaled(node.left_out, config.scale, least=3), len(data.train), "further_training.left_out"
+            ),
+            choose(scaled(node.test, config.scale, least=3), len(data.test), "further_training.test"),
             node.subtract_mean,
             node.chunk,
         )

@@ -15,10 +15,10 @@ from fimo.data.datamodule import InstancesModule
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training import evaluation_points, full_runs
+from fimo.further_training.identity import describe_loss, describe_network
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import loss_name
 from fimo.plan import Plan
 from fimo.store import Store, content_hash, read_tensors, write_tensors
 
@@ -68,9 +68,9 @@ def score(
     key = {
         "method": OmegaConf.to_container(config.methods[name], resolve=True),
         "model": content_hash(final_model.state()),
-        "network": repr(final_model.network),
-        "trainable": list(final_model.trainable),
-        "loss": [loss_name(x) for x in (final_model.loss, final_model.measurement) if x is not None],
+        "network": describe_network(final_model.network),
+        "trainable": sorted(final_model.parameters()),
+        "losses": [describe_loss(x) for x in (final_model.loss, final_model.measurement) if x is not None],
         "train": content_hash(data.train.tensors()),
         "test": content_hash(data.test[plan.test].tensors()),
         "left_out": plan.left_out,
