@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fimo.models.losses import Loss, binary_cross_entropy, cross_entropy, mean_squared_error, output_hessian
+from fimo.models.losses import (
+    IGNORED,
+    Loss,
+    binary_cross_entropy,
+    cross_entropy,
+    language_modelling,
+    mean_squared_error,
+    output_hessian,
+)
 
 
 def output_gradient(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -19,13 +27,13 @@ def output_hessian_rows(loss: Loss, outputs: Tensor, targets: Tensor, tolerance:
     """Return square roots of the loss's Hessians in the outputs.
 
     Args:
-        outputs: ``[n, D]``.
+        outputs: ``[n, ...]``, D values for each instance.
         tolerance: eigenvalues of at most this share of an instance's largest count as zero. A loss whose
             Hessian has negative eigenvalues is not convex in the outputs; Gauss-Newton then leaves those
             directions out.
 
     Returns:
-        ``[n, R, D]`` with ``sum_r row_r row_r^T = H``; R is D, or D - 1 for cross-entropy.
+        ``[n, R, ...]`` with ``sum_r row_r row_r^T = H``; R is D, or D - 1 for cross-entropy.
     """
     n = outputs.shape[0]
     shape = outputs.shape[1:]
@@ -37,7 +45,7 @@ def output_hessian_rows(loss: Loss, outputs: Tensor, targets: Tensor, tolerance:
         # diag(p) - p p^T = p_0 p_1 (1, -1)(1, -1)^T
         root = outputs.softmax(-1).prod(-1).sqrt()
         return torch.stack([root, -root], -1)[:, None]
-    hessians = output_hessian(loss, outputs, targets) if outputs.dim() == 2 else _flat(loss, outputs, targets)
+    hessians = output_hessian(loss, outputs, targets)
     values, vectors = torch.linalg.eigh(hessians.double())
     largest = values.abs().amax(-1, keepdim=True)
     values = torch.where(values > tolerance * largest, values, torch.zeros_like(values))
@@ -75,16 +83,14 @@ def sampled_gradients(
             # losses are averaged over D outputs: rescaled so that the outer product is the Hessian
             d = outputs.shape[1:].numel()
             drawn.append(output_gradient(loss, outputs, labels) * d**0.5)
+        elif loss is language_modelling:
+            classes = outputs.flatten(0, 1).softmax(-1)
+            labels = torch.multinomial(classes, 1, generator=generator).view(targets.shape)
+            kept = targets != IGNORED
+            # averaged over tokens, which are drawn independently: rescaled likewise
+            tokens = kept.sum(1).clamp(min=1)[:, None, None]
+            labels = torch.where(kept, labels, IGNORED)
+            drawn.append(output_gradient(loss, outputs, labels) * tokens**0.5)
         else:
             raise NotImplementedError(f"no sampling rule for the loss {loss!r}")
     return torch.stack(drawn, 1) / samples**0.5
-
-
-def _flat(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return ``[n, D, D]`` for outputs of any shape, flattened to D."""
-    shape = outputs.shape[1:]
-
-    def one(output: Tensor, target: Tensor) -> Tensor:
-        return loss(output.view(1, *shape), target[None])[0]
-
-    return torch.func.vmap(torch.func.hessian(one))(outputs.flatten(1), targets)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.base import Access
 from fimo.methods.gradient import GradientMethod
+from fimo.models.checkpoint import load_checkpoint
 from fimo.models.final_model import FinalModel
 
 
@@ -68,47 +68,23 @@ class TracIn(GradientMethod):
     def _models(self) -> list[FinalModel]:
         if self.checkpoints is None:
             return [self.final_model]
-        return [with_state(self.final_model, read_state(c)) for c in self.checkpoints]
+        return [at_checkpoint(self.final_model, c) for c in self.checkpoints]
 
 
-def read_state(checkpoint: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors by the network's names, without executing code from the file.
-
-    Raises:
-        InputError: the file is missing or holds no state_dict.
-    """
-    if isinstance(checkpoint, Mapping):
-        return dict(checkpoint)
-    path = Path(checkpoint)
-    if not path.is_file():
-        raise InputError("checkpoints", f"no file {str(path)!r}")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError("checkpoints", f"{str(path)!r} holds no state_dict")
-    return state
-
-
-def with_state(final_model: FinalModel, state: Mapping[str, Tensor]) -> FinalModel:
-    """Return the same model with other parameters and buffers; a common prefix of names is dropped.
+def at_checkpoint(final_model: FinalModel, checkpoint: str | Path | Mapping[str, Tensor]) -> FinalModel:
+    """Return the same model at another checkpoint: a file, or a state_dict with the network's own names.
 
     Raises:
-        InputError: names or shapes don't fit the network.
+        InputError: the file can't be read, or names or shapes don't fit the network.
     """
-    names = final_model.network.state_dict().keys()
-    for prefix in ("", "network.", "model."):
-        found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        if names <= found.keys():
-            break
-    else:
-        raise InputError("checkpoints", f"a checkpoint lacks {sorted(names - state.keys())[0]!r}")
     network = copy.deepcopy(final_model.network)
     try:
-        network.load_state_dict({k: found[k] for k in names})
+        if isinstance(checkpoint, Mapping):
+            network.load_state_dict(dict(checkpoint))
+        else:
+            load_checkpoint(network, checkpoint)
+    except InputError as error:
+        raise InputError("checkpoints", error.problem) from error
     except RuntimeError as error:
         raise InputError("checkpoints", str(error).splitlines()[-1].strip()) from error
     return FinalModel(network, final_model.loss, final_model.measurement, final_model.trainable)

@@ -28,16 +28,74 @@ def binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return losses.flatten(1).mean(1)
 
 
+def language_modelling(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each position's token, averaged over an instance's tokens.
+
+    Args:
+        outputs: logits ``[n, T, V]``; position t predicts ``targets[:, t]`` (the data set shifts them).
+        targets: token indices ``[n, T]`` int64; -100 where there is nothing to predict.
+
+    Returns:
+        ``[n]``; 0 for an instance without tokens.
+    """
+    losses = F.cross_entropy(outputs.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    return losses.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)
+
+
+def logit_margin(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Log-odds of the correct class, ``log p / (1 - p)`` (Park et al., 2023): ``[n, C], [n] -> [n]``.
+
+    Sequences ``[n, T, V], [n, T]`` are averaged over their tokens. It rises as the loss falls, so a training
+    instance that helps has a negative score.
+    """
+
+    def margin(logits: Tensor, correct: Tensor) -> Tensor:
+        own = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, correct[..., None], True)
+        others = logits.masked_fill(own, -torch.inf).logsumexp(-1)
+        return logits.gather(-1, correct[..., None])[..., 0] - others
+
+    return _over_tokens(margin, outputs, targets)
+
+
+def correct_probability(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Probability of the correct class: ``[n, C], [n] -> [n]``, or averaged over tokens, as in a margin."""
+
+    def probability(logits: Tensor, correct: Tensor) -> Tensor:
+        return logits.softmax(-1).gather(-1, correct[..., None])[..., 0]
+
+    return _over_tokens(probability, outputs, targets)
+
+
+def _over_tokens(value: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return ``value`` per instance, averaged over the tokens of sequences."""
+    if outputs.dim() == 2:
+        return value(outputs, targets)
+    kept = targets != IGNORED
+    values = value(outputs, targets.clamp(min=0))
+    return torch.where(kept, values, 0).sum(1) / kept.sum(1).clamp(min=1)
+
+
+IGNORED = -100
+"""Target of a position without a loss."""
+
 LOSSES: dict[str, Loss] = {
     "mse": mean_squared_error,
     "cross_entropy": cross_entropy,
     "binary_cross_entropy": binary_cross_entropy,
+    "language_modelling": language_modelling,
 }
+
+MEASUREMENTS: dict[str, Loss] = {
+    **LOSSES,
+    "logit_margin": logit_margin,
+    "correct_probability": correct_probability,
+}
+"""What may be explained on test instances, by name."""
 
 
 def loss_name(loss: Loss) -> str:
     """Return the configured name of a known loss, else the callable's qualified name."""
-    for name, known in LOSSES.items():
+    for name, known in MEASUREMENTS.items():
         if loss is known:
             return name
     return f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', repr(loss))}"
@@ -47,20 +105,22 @@ def output_hessian(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     """Second derivative of each instance's loss in its own outputs.
 
     Args:
-        outputs: ``[n, D]``.
-        targets: ``[n]`` or ``[n, D]``.
+        outputs: ``[n, ...]``, D values for each instance.
+        targets: ``[n, ...]``.
 
     Returns:
-        ``[n, D, D]``; for cross-entropy ``diag(p) - p p^T``, for the mean squared error ``2 I / D``.
+        ``[n, D, D]`` of the flattened outputs; for cross-entropy ``diag(p) - p p^T``, for the mean squared
+        error ``2 I / D``.
     """
+    n, shape = len(outputs), outputs.shape[1:]
     if loss is mean_squared_error:
-        n, d = outputs.shape
+        d = shape.numel()
         return (2.0 / d) * torch.eye(d, dtype=outputs.dtype, device=outputs.device).expand(n, d, d)
     if loss is cross_entropy:
         p = outputs.softmax(-1)
         return torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
 
     def one(output: Tensor, target: Tensor) -> Tensor:
-        return loss(output[None], target[None])[0]
+        return loss(output.view(1, *shape), target[None])[0]
 
-    return torch.func.vmap(torch.func.hessian(one))(outputs, targets)
+    return torch.func.vmap(torch.func.hessian(one))(outputs.flatten(1), targets)
