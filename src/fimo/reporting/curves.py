@@ -1,0 +1,109 @@
+"""The numbers behind each figure as tidy tables, from which interactive and static figures are drawn."""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+
+from fimo.evaluation.metrics import MetricName, agreement, mean_and_sem
+from fimo.further_training.sensitivity import adjust
+from fimo.reporting.findings import at_last_point, method_order
+from fimo.reporting.results import Results
+
+
+def agreement_table(run: Results, metric: str) -> pd.DataFrame:
+    """Return ``method,epoch,step,mean,sem,ceiling`` with all seeds, best method first."""
+    table = run.evaluation
+    rows = table[(table["metric"] == metric) & (table["seeds"] == run.seeds)]
+    return _ordered(run, with_epochs(run, rows))
+
+
+def seeds_table(run: Results, metric: str) -> pd.DataFrame:
+    """Return ``method,seeds,mean,sem,ceiling`` at the last evaluation point."""
+    table = run.evaluation
+    rows = table[(table["metric"] == metric) & (table["step"] == table["step"].max())]
+    return _ordered(run, rows).sort_values("seeds", kind="stable")
+
+
+def cost_table(run: Results, metric: str) -> pd.DataFrame:
+    """Return ``method,seconds,peak_memory_mb,gradient_evaluations,mean,sem`` at the last point."""
+    rows = at_last_point(run, metric)[["method", "mean", "sem"]]
+    table = rows.merge(run.cost.rename(columns={"stage": "method"}), on="method")
+    return table.assign(seconds=table["seconds"].clip(lower=1e-4))
+
+
+def mean_effect_table(run: Results, metric: str) -> pd.DataFrame:
+    """Return ``method,subtract_mean,step,epoch,mean,sem``: agreement with raw and with adjusted changes."""
+    if not run.has_raw:
+        return pd.DataFrame(columns=["method", "subtract_mean", "step", "epoch", "mean", "sem"])
+    frames = []
+    average = run.sensitivity.raw.mean(0)
+    for method in method_order(run):
+        for subtract in (True, False):
+            values = agreement(run.scores[method], adjust(average, subtract), _metric(metric))
+            mean, sem = mean_and_sem(values)
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "method": method,
+                        "subtract_mean": subtract,
+                        **_points(run),
+                        "mean": mean.tolist(),
+                        "sem": sem.tolist(),
+                    }
+                )
+            )
+    return with_epochs(run, pd.concat(frames, ignore_index=True))
+
+
+def distance_table(run: Results) -> pd.DataFrame | None:
+    """Return ``step,epoch,mean,sem`` over seeds of the relative distance moved, or None."""
+    if run.distance is None:
+        return None
+    table = run.distance.groupby(["step", "epoch"])["relative"].agg(["mean", "sem"]).reset_index()
+    return with_epochs(run, table)
+
+
+def retraining_table(run: Results, metric: str) -> pd.DataFrame | None:
+    """Return ``method,step,epoch,mean,sem``: agreement with retraining from scratch, or None.
+
+    The method named ``further training`` is the sensitivity itself.
+    """
+    if run.retraining is None:
+        return None
+    truth = run.retraining.sensitivity[-1:]
+    rows = {"further training": run.sensitivity.sensitivity} | {m: run.scores[m] for m in method_order(run)}
+    frames = []
+    for method, scores in rows.items():
+        values = agreement(scores, truth.expand(len(run.sensitivity.step), -1, -1), _metric(metric))
+        mean, sem = mean_and_sem(values)
+        numbers = {"mean": mean.tolist(), "sem": sem.tolist()}
+        frames.append(pd.DataFrame({"method": method, **_points(run), **numbers}))
+    return with_epochs(run, pd.concat(frames, ignore_index=True))
+
+
+def with_epochs(run: Results, table: pd.DataFrame) -> pd.DataFrame:
+    """Make ``epoch`` fractional where evaluation points lie within epochs, so that they stand apart."""
+    step, epoch = run.sensitivity.step, run.sensitivity.epoch
+    if len(torch.unique(epoch)) == len(epoch):
+        return table
+    size = run.dataset.get("steps_per_epoch") or _steps_per_epoch(step.tolist(), epoch.tolist())
+    return table.assign(epoch=table["step"] / size)
+
+
+def _steps_per_epoch(step: list[int], epoch: list[int]) -> float:
+    # epoch e covers steps (e - 1) n + 1 ... e n: the most steps seen within the epochs begun
+    return max(s / e for s, e in zip(step, epoch, strict=True) if e > 0)
+
+
+def _ordered(run: Results, rows: pd.DataFrame) -> pd.DataFrame:
+    place = {method: i for i, method in enumerate(method_order(run))}
+    return rows.sort_values("method", key=lambda c: c.map(place), kind="stable")
+
+
+def _points(run: Results) -> dict[str, list[int]]:
+    return {"step": run.sensitivity.step.tolist(), "epoch": run.sensitivity.epoch.tolist()}
+
+
+def _metric(name: str) -> MetricName:
+    return name  # type: ignore[return-value]

@@ -1,0 +1,62 @@
+"""What the report's page needs to let a reader choose a test instance: plain numbers, a bounded number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fimo.evaluation.metrics import agreement
+from fimo.reporting.display import chosen_tests
+from fimo.reporting.findings import influences, method_order
+from fimo.reporting.results import Results
+
+MOST_NUMBERS = 400_000
+"""Sensitivities and scores embedded in a page, about 8 bytes each."""
+
+
+def explorer_data(run: Results, per_test: int = 5) -> dict[str, Any]:
+    """Return the last evaluation point's sensitivities and scores of the test instances to choose from.
+
+    Keys: ``left_out [L]``; ``tests``, each with ``index``, ``display``, ``sensitivity [L]``, ``scores`` by
+    method ``[L]``, ``agreement`` by method, ``helpful`` and ``harmful`` (``index, effect, error,
+    seeds_agreeing``); ``train``: displays by index; ``methods``, best first.
+    """
+    methods = [m for m in method_order(run) if m in run.scores]
+    left_out = len(run.sensitivity.left_out)
+    most = max(1, min(30, MOST_NUMBERS // ((len(methods) + 1) * left_out)))
+    last = run.sensitivity.sensitivity[-1]
+    scores = {m: run.scores[m][-1] if run.scores[m].ndim == 3 else run.scores[m] for m in methods}
+    metric = run.metrics[0]
+    values = {m: agreement(s, last[None], metric)[0] for m, s in scores.items()}  # type: ignore[arg-type]
+    tests: list[dict[str, Any]] = []
+    mentioned: set[int] = set()
+    for j in chosen_tests(run.sensitivity, most):
+        helpful, harmful = influences(run, j, per_test)
+        mentioned.update(row.index for row in [*helpful, *harmful])
+        index = int(run.sensitivity.test[j])
+        display = run.show("test", index)
+        tests.append(
+            {
+                "index": index,
+                "display": display.as_dict() if display else None,
+                "sensitivity": rounded(last[j]),
+                "scores": {m: rounded(s[j]) for m, s in scores.items()},
+                "agreement": {m: round(v[j].item(), 3) for m, v in values.items()},
+                "helpful": [vars(row) for row in helpful],
+                "harmful": [vars(row) for row in harmful],
+            }
+        )
+    shown = {i: d.as_dict() for i, d in run.shown.get("train", {}).items() if i in mentioned}
+    return {
+        "left_out": run.sensitivity.left_out.tolist(),
+        "tests": tests,
+        "train": shown,
+        "methods": methods,
+        "metric": metric,
+    }
+
+
+def rounded(values: Tensor, digits: int = 4) -> list[float]:
+    """Return values with few significant digits, so that a page stays small."""
+    return [float(f"{value:.{digits}g}") for value in values.tolist()]

@@ -1,0 +1,188 @@
+"""What a run says, in rows and sentences: the headline, the verdict on methods, the warnings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fimo.reporting.results import Results
+
+ABSENT = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+SUPERSCRIPTS = "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"
+
+
+@dataclass(frozen=True)
+class Influence:
+    """How much leaving one training instance out changes the test loss.
+
+    Args:
+        index: into the training set.
+        effect: adjusted change of the loss, mean over seeds.
+        error: its standard error over seeds; NaN with one seed.
+        seeds_agreeing: in how many seeds the change has the sign of the mean.
+        seeds: in all.
+    """
+
+    index: int
+    effect: float
+    error: float
+    seeds_agreeing: int
+    seeds: int
+
+    @property
+    def clear(self) -> bool | None:
+        """Whether the effect is more than two standard errors from zero; None with one seed."""
+        return None if math.isnan(self.error) else abs(self.effect) > 2 * self.error
+
+
+def influences(
+    results: Results, position: int | None = None, k: int = 10
+) -> tuple[list[Influence], list[Influence]]:
+    """Return the k most helpful and k most harmful left-out instances at the last evaluation point.
+
+    Args:
+        position: of a test instance along J; the mean over all test instances when None.
+    """
+    last = results.sensitivity.adjusted[:, -1].double()
+    per_seed = last.mean(1) if position is None else last[:, position]  # [S, L]
+    effect = per_seed.mean(0)
+    seeds = len(per_seed)
+    many = seeds > 1 and results.has_raw
+    error = per_seed.std(0) / seeds**0.5 if many else torch.full_like(effect, torch.nan)
+    agreeing = (per_seed.sign() == effect.sign()).sum(0)
+
+    def describe(order: Tensor) -> list[Influence]:
+        return [
+            Influence(
+                int(results.sensitivity.left_out[i]),
+                effect[i].item(),
+                error[i].item(),
+                int(agreeing[i]),
+                seeds,
+            )
+            for i in order.tolist()
+        ]
+
+    order = effect.argsort(descending=True)
+    helpful, harmful = order[:k], order.flip(0)[:k]
+    return describe(helpful[effect[helpful] > 0]), describe(harmful[effect[harmful] < 0])
+
+
+def at_last_point(results: Results, metric: str) -> pd.DataFrame:
+    """Return each method's row of the evaluation at the last point with all seeds, best first."""
+    table = results.evaluation
+    rows = table[(table.metric == metric) & (table.seeds == results.seeds) & (table.step == table.step.max())]
+    return rows.sort_values("mean", ascending=False, na_position="last")
+
+
+def method_order(results: Results) -> list[str]:
+    """Return methods by agreement at the last point, best first."""
+    return list(at_last_point(results, results.metrics[0])["method"])
+
+
+def mean_test_loss(results: Results) -> float:
+    """Return the final model's test loss, NaN where unknown."""
+    return float(results.final_model.get("test_loss") or math.nan)
+
+
+def model_warnings(results: Results) -> list[str]:
+    """Return what is wrong with the final model: a reader should not trust attributions of a bad one."""
+    found = []
+    numbers = results.final_model
+    test, train, baseline = (numbers.get(k) for k in ("test_loss", "train_loss", "baseline_loss"))
+    if test is not None and baseline is not None and test >= baseline:
+        found.append(
+            f"The final model is bad: its test loss ({test:.4g}) is no better than that of always predicting "
+            f"the training targets' mean or class shares ({baseline:.4g}). What it is sensitive to says "
+            "little about the data."
+        )
+    accuracy, most = numbers.get("test_accuracy"), numbers.get("baseline_accuracy")
+    if accuracy is not None and most is not None and accuracy <= most:
+        found.append(
+            f"The final model is bad: its test accuracy ({accuracy:.1%}) is no better than that of always "
+            f"predicting the most common class ({most:.1%})."
+        )
+    if test is not None and train is not None and train > 0 and test > 20 * train:
+        found.append(
+            f"The final model fits its training set far better than new data (test loss {test:.4g}, training "
+            f"loss {train:.4g}): it has probably memorised it."
+        )
+    return found
+
+
+def further_training_warnings(results: Results) -> list[str]:
+    """Return what limits the gold standard."""
+    found = []
+    if results.seeds == 1:
+        found.append(
+            "Further training was run with one seed: how much of a sensitivity is chance can't be told, and "
+            "there is no noise ceiling. Use further_training.seeds=5 or more."
+        )
+    last = at_last_point(results, results.metrics[0])
+    ceiling = float(last["ceiling"].iloc[0]) if len(last) else math.nan
+    if ceiling < 0.7:
+        found.append(
+            f"The gold standard is noisy: even a perfect method would reach only {ceiling:.2f} "
+            f"({results.metrics[0]}). More seeds raise that."
+        )
+    return found
+
+
+def all_warnings(results: Results) -> list[str]:
+    """Return every warning, the gravest first, each once."""
+    return list(
+        dict.fromkeys([*model_warnings(results), *further_training_warnings(results), *results.warnings])
+    )
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people say them: 0.35 s, 12 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def number(value: float | int | str | None, digits: int = 4) -> str:
+    """Return a value for a table's cell; a true minus sign, no needless zeros."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ABSENT
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int) or float(value).is_integer():
+        return f"{int(value)}".replace("-", MINUS)
+    mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
+    return mantissa.replace("-", MINUS) + (
+        f" \N{MULTIPLICATION SIGN} {power(int(exponent))}" if exponent else ""
+    )
+
+
+def power(exponent: int) -> str:
+    """Return a power of ten in superscript digits."""
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", SUPERSCRIPTS))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A power of ten that a column of small numbers shares; ``label`` is empty where none is needed."""
+
+    size: float
+    label: str
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Unit:
+        largest = max(map(abs, values), default=0.0)
+        exponent = math.floor(math.log10(largest)) if largest > 0 else 0
+        if -1 <= exponent <= 3:
+            return cls(1.0, "")
+        return cls(10.0**exponent, f"\N{MULTIPLICATION SIGN} {power(exponent)}")

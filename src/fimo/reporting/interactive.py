@@ -1,0 +1,197 @@
+"""The report's figures as plotly figures: hover, toggle methods in the legend, overlay runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from fimo.reporting.curves import (
+    agreement_table,
+    cost_table,
+    distance_table,
+    mean_effect_table,
+    retraining_table,
+    seeds_table,
+)
+from fimo.reporting.findings import method_order
+from fimo.reporting.results import Results
+from fimo.reporting.style import CEILING, DASHES, colors, translucent
+
+Table = pd.DataFrame
+EPOCHS = "epochs of further training"
+
+
+def agreement_figure(runs: Sequence[Results], metric: str) -> go.Figure:
+    """Agreement against the amount of further training, with SEM bands and the noise ceiling."""
+    return _lines(runs, lambda run: agreement_table(run, metric), "epoch", EPOCHS, metric)
+
+
+def seeds_figure(runs: Sequence[Results], metric: str) -> go.Figure:
+    """Agreement at the last evaluation point against the number of seeds averaged."""
+    figure = _lines(runs, lambda run: seeds_table(run, metric), "seeds", "seeds averaged", metric)
+    counts = sorted({int(k) for run in runs for k in run.evaluation["seeds"].unique()})
+    figure.update_xaxes(type="log", tickvals=counts, ticktext=[str(k) for k in counts])
+    return figure
+
+
+def cost_figure(runs: Sequence[Results], metric: str) -> go.Figure:
+    """Agreement at the last evaluation point against what a method costs."""
+    figure = go.Figure()
+    palette = colors(_methods(runs))
+    for position, run in enumerate(runs):
+        table = cost_table(run, metric)
+        for row in table.to_dict("records"):
+            method = row["method"]
+            figure.add_scatter(
+                x=[row["seconds"]],
+                y=[row["mean"]],
+                error_y={"type": "data", "array": [row["sem"]], "thickness": 1.5, "width": 0},
+                mode="markers+text",
+                marker={"size": 12, "color": palette[method], "symbol": position},
+                text=[method],
+                textposition="top center",
+                cliponaxis=False,
+                name=_label(method, run, runs),
+                legendgroup=method,
+                customdata=[[row["gradient_evaluations"], row["peak_memory_mb"]]],
+                hovertemplate="%{y:.3f}, %{x:.3g} s<br>%{customdata[0]:,.0f} gradient evaluations<br>"
+                "%{customdata[1]:,.0f} MB at peak<extra>" + _label(method, run, runs) + "</extra>",
+            )
+    _axes(figure, "seconds (one-off precomputation and scores)", metric)
+    figure.update_xaxes(type="log", dtick=1)
+    figure.update_layout(showlegend=False)
+    return figure
+
+
+def mean_effect_figure(runs: Sequence[Results], metric: str) -> go.Figure:
+    """Agreement with (solid) and without (dotted) subtracting the mean over left-out instances."""
+    figure = go.Figure()
+    palette = colors(_methods(runs))
+    for run in runs:
+        table = mean_effect_table(run, metric)
+        for (method, subtracted), rows in table.groupby(["method", "subtract_mean"], sort=False):
+            figure.add_scatter(
+                x=rows["epoch"],
+                y=rows["mean"],
+                mode="lines",
+                name=_label(method, run, runs),
+                legendgroup=method,
+                showlegend=bool(subtracted),
+                line={"color": palette[str(method)], "dash": "solid" if subtracted else "dot", "width": 2},
+                hovertemplate="%{y:.3f}<extra>"
+                + _label(method, run, runs)
+                + (", mean subtracted" if subtracted else ", raw change")
+                + "</extra>",
+            )
+    _axes(figure, EPOCHS, metric)
+    return figure
+
+
+def distance_figure(runs: Sequence[Results]) -> go.Figure:
+    """How far further training moved from the final model, as a share of its norm."""
+    figure = go.Figure()
+    for position, run in enumerate(runs):
+        table = distance_table(run)
+        if table is None:
+            continue
+        color = list(colors([str(i) for i in range(len(runs))]).values())[position]
+        _band(figure, table, "epoch", color, run.name, "solid", run.name)
+    _axes(figure, EPOCHS, "distance / norm of the final model")
+    figure.update_yaxes(range=None, rangemode="tozero")
+    figure.update_layout(showlegend=len(runs) > 1)
+    return figure
+
+
+def retraining_figure(runs: Sequence[Results], metric: str) -> go.Figure:
+    """Agreement with retraining from scratch leaving one out: of further training, and of the methods."""
+    figure = go.Figure()
+    palette = {"further training": CEILING} | colors(_methods(runs))
+    for position, run in enumerate(runs):
+        table = retraining_table(run, metric)
+        if table is None:
+            continue
+        dash = DASHES[position % len(DASHES)]
+        for method, rows in table.groupby("method", sort=False):
+            _band(figure, rows, "epoch", palette[str(method)], _label(method, run, runs), dash, method)
+    _axes(figure, EPOCHS, f"{metric} with retraining")
+    return figure
+
+
+def _lines(
+    runs: Sequence[Results], make: Callable[[Results], Table], x: str, x_title: str, y_title: str
+) -> go.Figure:
+    figure = go.Figure()
+    palette = colors(_methods(runs))
+    for position, run in enumerate(runs):
+        table = make(run)
+        dash = DASHES[position % len(DASHES)]
+        for method, rows in table.groupby("method", sort=False):
+            _band(figure, rows, x, palette[str(method)], _label(method, run, runs), dash, method)
+        ceiling = table.drop_duplicates(x)
+        if ceiling["ceiling"].notna().any():
+            name = _label("noise ceiling", run, runs)
+            figure.add_scatter(
+                x=ceiling[x],
+                y=ceiling["ceiling"],
+                mode="lines" if len(ceiling) > 1 else "markers",
+                name=name,
+                line={"color": CEILING, "dash": dash if len(runs) > 1 else "dash", "width": 2},
+                hovertemplate="%{y:.3f}<extra>" + name + "</extra>",
+            )
+    _axes(figure, x_title, y_title)
+    return figure
+
+
+def _band(figure: go.Figure, rows: Table, x: str, color: str, name: str, dash: str, group: Any) -> None:
+    """Add a line with a band of ± SEM that its legend entry toggles too."""
+    upper, lower = rows["mean"] + rows["sem"], rows["mean"] - rows["sem"]
+    if rows["sem"].notna().any() and len(rows) > 1:
+        figure.add_scatter(
+            x=[*rows[x], *rows[x][::-1]],
+            y=[*upper, *lower[::-1]],
+            mode="lines",
+            fill="toself",
+            fillcolor=translucent(color),
+            line={"width": 0},
+            hoverinfo="skip",
+            legendgroup=group,
+            showlegend=False,
+        )
+    figure.add_scatter(
+        x=rows[x],
+        y=rows["mean"],
+        customdata=rows[["sem"]],
+        mode="lines+markers" if len(rows) < 15 else "lines",
+        name=name,
+        legendgroup=group,
+        line={"color": color, "width": 2, "dash": dash},
+        marker={"size": 6},
+        hovertemplate="%{y:.3f} ± %{customdata[0]:.3f}<extra>" + name + "</extra>",
+    )
+
+
+def _axes(figure: go.Figure, x_title: str, y_title: str) -> None:
+    figure.update_layout(
+        template="none",
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 60, "r": 12, "t": 16, "b": 52},
+        hovermode="closest",
+        legend={"groupclick": "togglegroup", "itemsizing": "constant"},
+    )
+    last = max((float(max(trace.x)) for trace in figure.data if len(trace.x)), default=0.0)
+    if x_title == EPOCHS and last <= 10:
+        figure.update_xaxes(dtick=1)
+    figure.update_xaxes(title=x_title, zeroline=False, automargin=True)
+    figure.update_yaxes(title=y_title, zeroline=True, automargin=True)
+
+
+def _methods(runs: Sequence[Results]) -> list[str]:
+    return list(dict.fromkeys(method for run in runs for method in method_order(run)))
+
+
+def _label(method: Any, run: Results, runs: Sequence[Results]) -> str:
+    return str(method) if len(runs) == 1 else f"{method} · {run.name}"

@@ -1,0 +1,173 @@
+"""The report: one HTML file that opens offline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import plotly.offline
+
+from fimo.reporting import interactive
+from fimo.reporting.display import InstanceDisplay
+from fimo.reporting.explorer import explorer_data
+from fimo.reporting.findings import (
+    Unit,
+    all_warnings,
+    at_last_point,
+    duration,
+    influences,
+    mean_test_loss,
+    method_order,
+    number,
+)
+from fimo.reporting.results import Results, plain
+from fimo.reporting.style import colors
+from fimo.store import written_aside
+
+
+def write_report(results: Results | Sequence[Results], path: str | Path) -> Path:
+    """Write one self-contained page about one run, or several side by side with their curves overlaid.
+
+    The page holds plotly.js once and every number it shows; it asks nothing of a network.
+
+    Returns:
+        its path.
+    """
+    runs = [results] if isinstance(results, Results) else list(results)
+    page = files("fimo.reporting") / "page"
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (page / name).read_text("utf-8")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"number": number, "duration": duration}
+    html = environment.get_template("report.html").render(
+        runs=[run_context(run) for run in runs],
+        comparison=figures(runs) if len(runs) > 1 else None,
+        data={
+            "runs": [{"figures": figures([run]), "explorer": plain(explorer_data(run))} for run in runs],
+            "comparison": figures(runs) if len(runs) > 1 else None,
+        },
+        plotly=plotly.offline.get_plotlyjs(),
+        style=(page / "report.css").read_text("utf-8"),
+        script=(page / "report.js").read_text("utf-8"),
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(path) as aside:
+        aside.write_text(html, encoding="utf-8")
+    path.chmod(0o644)
+    return path
+
+
+def figures(runs: Sequence[Results]) -> dict[str, dict[str, Any]]:
+    """Return figures as plotly's JSON by name, then by metric (``""`` where there is none)."""
+    metrics = [m for m in runs[0].metrics if all(m in run.metrics for run in runs)]
+    by_metric = {
+        "agreement": interactive.agreement_figure,
+        "seeds": interactive.seeds_figure,
+        "cost": interactive.cost_figure,
+        "mean": interactive.mean_effect_figure,
+        "retraining": interactive.retraining_figure,
+    }
+    made = {name: {m: make(runs, m) for m in metrics} for name, make in by_metric.items()}
+    made["distance"] = {"": interactive.distance_figure(runs)}
+    return {
+        name: {m: json.loads(figure.to_json()) for m, figure in by.items()}
+        for name, by in made.items()
+        if any(figure.data for figure in by.values())
+    }
+
+
+def run_context(run: Results) -> dict[str, Any]:
+    """Return what the template says about one run."""
+    helpful, harmful = influences(run)
+    metric = run.metrics[0]
+    ranking = at_last_point(run, metric)
+    further = run.config.get("further_training")
+    return {
+        "run": run,
+        "metric": metric,
+        "ranking": ranking.to_dict("records"),
+        "best": ranking.iloc[0].to_dict(),
+        "helpful": [(row, run.show("train", row.index)) for row in helpful],
+        "harmful": [(row, run.show("train", row.index)) for row in harmful],
+        "columns": columns([run.show("train", row.index) for row in [*helpful, *harmful]]),
+        "unit": Unit.of([row.effect for row in [*helpful, *harmful]]),
+        "test_loss": mean_test_loss(run),
+        "warnings": all_warnings(run),
+        "methods": method_rows(run),
+        "further": dict.fromkeys(["optimizer", "lr", "batch_size", "leave_out"])
+        | (dict(further) if isinstance(further, Mapping) else {}),
+        "dataset": dict.fromkeys(["name", "description", "train", "test"]) | dict(run.dataset),
+        "model": dict.fromkeys(["test_accuracy", "baseline_loss"]) | dict(run.final_model),
+        "left_out": len(run.sensitivity.left_out),
+        "tests": len(run.sensitivity.test),
+        "seeds": run.seeds,
+        "steps": int(run.sensitivity.step[-1]),
+        "epochs": int(run.sensitivity.epoch[-1]),
+        "ceiling": float(ranking["ceiling"].iloc[0]),
+        "config": flat(run.config),
+        "cost": run.cost.to_dict("records"),
+        "total_seconds": float(run.cost["seconds"].sum()),
+        "facts": final_model_facts(run.final_model),
+    }
+
+
+def method_rows(run: Results) -> list[dict[str, Any]]:
+    """Return one row per method: what it is, how well it agrees with each metric, its slope and cost."""
+    last = {m: at_last_point(run, m).set_index("method") for m in run.metrics}
+    slope: dict[str, float] = {}
+    if run.slopes is not None and len(run.slopes):
+        final = run.slopes[run.slopes["step"] == run.slopes["step"].max()]
+        slope = dict(zip(final["method"], final["slope"], strict=True))
+    seconds = dict(zip(run.cost["stage"], run.cost["seconds"], strict=True))
+    reused = dict(zip(run.cost["stage"], run.cost["reused"], strict=True))
+    palette = colors(method_order(run))
+    return [
+        {
+            "name": method,
+            "color": palette[method],
+            "access": run.access[method],
+            "description": run.descriptions.get(method, ""),
+            "agreement": {m: (last[m].loc[method, "mean"], last[m].loc[method, "sem"]) for m in run.metrics},
+            "slope": slope.get(method),
+            "seconds": seconds.get(method),
+            "reused": reused.get(method, 0.0),
+        }
+        for method in method_order(run)
+    ]
+
+
+def columns(displays: Sequence[InstanceDisplay | None]) -> list[str]:
+    """Return the columns of tabular displays, in their order."""
+    return list(
+        dict.fromkeys(name for display in displays if display and display.row for name in display.row)
+    )
+
+
+def final_model_facts(numbers: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return rows of the final model's quality: training, test, and what knowing nothing would give."""
+    rows = [("training set", "train"), ("test set", "test"), ("always predicting the average", "baseline")]
+    return [
+        {"name": name, "loss": numbers.get(f"{key}_loss"), "accuracy": numbers.get(f"{key}_accuracy")}
+        for name, key in rows
+        if numbers.get(f"{key}_loss") is not None or numbers.get(f"{key}_accuracy") is not None
+    ]
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested configuration by dotted keys, as the command line takes them."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

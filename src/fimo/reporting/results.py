@@ -1,0 +1,213 @@
+"""Everything that a report shows of one run, and a run's folder as its form on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fimo.errors import InputError
+from fimo.further_training.sensitivity import Sensitivity
+from fimo.reporting.display import InstanceDisplay, Shown
+from fimo.store import read_tensors, write_tensors, written_aside
+
+JSON_FIELDS = ("name", "final_model", "versions", "dataset", "descriptions", "skipped", "warnings")
+OPTIONAL_TABLES = {"bootstrap": "evaluation_bootstrap.csv", "slopes": "evaluation_slopes.csv"}
+
+
+@dataclass(frozen=True)
+class Results:
+    """What one run found, as values.
+
+    Args:
+        name: of the run, for legends.
+        sensitivity: the gold standard.
+        scores: by method, ``[J, L]`` or ``[E, J, L]``.
+        evaluation: ``evaluation.csv``.
+        cost: ``cost.csv``.
+        final_model: ``train_loss, test_loss``, and where known ``train_accuracy, test_accuracy``, and
+            ``baseline_loss, baseline_accuracy`` of predicting the training targets' mean or class shares.
+        config: the composed configuration as plain containers.
+        versions: by package.
+        dataset: ``name``; where known ``description, task, target, train, test`` (sizes) and ``features``.
+        shown: the instances that the report shows, see :func:`fimo.reporting.display.collect`.
+        descriptions: by method, in one sentence, what it is.
+        skipped: by method, why it did not run.
+        warnings: what a reader must know.
+        bootstrap, slopes: of :class:`fimo.evaluation.Evaluation`.
+        distance: ``step,epoch,seed,distance,relative``: how far the full runs moved in parameter space, and
+            as a share of the final model's norm.
+        retraining: the sensitivity to leaving instances out of training from scratch, on the same left-out
+            and test instances.
+        has_raw: whether the sensitivity holds every seed; else its one "seed" is the mean over all.
+    """
+
+    name: str
+    sensitivity: Sensitivity
+    scores: Mapping[str, Tensor]
+    evaluation: pd.DataFrame
+    cost: pd.DataFrame
+    final_model: Mapping[str, float] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    dataset: Mapping[str, Any] = field(default_factory=dict)
+    shown: Shown = field(default_factory=lambda: {"train": {}, "test": {}})
+    descriptions: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    bootstrap: pd.DataFrame | None = None
+    slopes: pd.DataFrame | None = None
+    distance: pd.DataFrame | None = None
+    retraining: Sensitivity | None = None
+    has_raw: bool = True
+
+    @property
+    def access(self) -> dict[str, str]:
+        """Access level by method."""
+        return dict(self.evaluation.drop_duplicates("method").set_index("method")["access"])
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that were evaluated."""
+        return list(self.evaluation["metric"].unique())
+
+    @property
+    def seeds(self) -> int:
+        """S, the largest number of seeds averaged."""
+        return int(self.evaluation["seeds"].max())
+
+    def show(self, split: str, index: int) -> InstanceDisplay | None:
+        """Return an instance as people read it, or None where it was not kept."""
+        return self.shown.get(split, {}).get(index)
+
+    def save(self, folder: Path, everything: bool = False) -> None:
+        """Write ``report.json``: what no other file of the run's folder holds.
+
+        Args:
+            everything: also write the files that an experiment writes itself: the sensitivity, scores,
+                ``evaluation*.csv``, ``cost.csv`` and ``.hydra/config.yaml``.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {key: getattr(self, key) for key in JSON_FIELDS}
+        content["shown"] = {
+            split: {str(index): display.as_dict() for index, display in instances.items()}
+            for split, instances in self.shown.items()
+        }
+        if self.distance is not None:
+            content["distance"] = self.distance.to_dict("list")
+        with written_aside(folder / "report.json") as path:
+            path.write_text(json.dumps(_plain(content), ensure_ascii=False))
+        if self.retraining is not None:
+            self.retraining.save(folder / "retraining.safetensors")
+        if everything:
+            self._save_shared(folder)
+
+    def _save_shared(self, folder: Path) -> None:
+        self.sensitivity.save(folder / "sensitivity.safetensors")
+        for name, scores in self.scores.items():
+            tensors = {"scores": scores, "left_out": self.sensitivity.left_out, "test": self.sensitivity.test}
+            write_tensors(folder / "scores" / f"{name}.safetensors", tensors)
+        self.evaluation.to_csv(folder / "evaluation.csv", index=False)
+        self.cost.to_csv(folder / "cost.csv", index=False)
+        for key, file in OPTIONAL_TABLES.items():
+            if (table := getattr(self, key)) is not None:
+                table.to_csv(folder / file, index=False)
+        (folder / ".hydra").mkdir(exist_ok=True)
+        (folder / ".hydra" / "config.yaml").write_text(json.dumps(_plain(self.config)))  # JSON is YAML
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Results:
+        """Read a run's folder.
+
+        Raises:
+            InputError: a file is missing, so that the run did not finish.
+        """
+        folder = Path(folder)
+        for file in ("sensitivity.safetensors", "evaluation.csv", "cost.csv", "report.json"):
+            if not (folder / file).exists():
+                raise InputError(str(folder), f"{file} is missing: this is no folder of a finished run")
+        content = json.loads((folder / "report.json").read_text())
+        sensitivity, has_raw = load_sensitivity(folder / "sensitivity.safetensors")
+        evaluation = pd.read_csv(folder / "evaluation.csv")
+        order = list(evaluation["method"].unique())
+        scores = {
+            p.stem: read_tensors(p)["scores"] for p in sorted((folder / "scores").glob("*.safetensors"))
+        }
+        shown = {
+            split: {int(index): InstanceDisplay(**display) for index, display in instances.items()}
+            for split, instances in content.pop("shown").items()
+        }
+        distance = content.pop("distance", None)
+        optional: dict[str, Any] = {
+            key: pd.read_csv(folder / file)
+            for key, file in OPTIONAL_TABLES.items()
+            if (folder / file).exists()
+        }
+        again = folder / "retraining.safetensors"
+        content["warnings"] = tuple(content["warnings"])
+        return cls(
+            sensitivity=sensitivity,
+            scores={name: scores[name] for name in order if name in scores},
+            evaluation=evaluation,
+            cost=pd.read_csv(folder / "cost.csv"),
+            config=_read_config(folder / ".hydra" / "config.yaml"),
+            shown=shown,
+            distance=pd.DataFrame(distance) if distance else None,
+            retraining=load_sensitivity(again)[0] if again.exists() else None,
+            has_raw=has_raw,
+            **optional,
+            **content,
+        )
+
+
+def load_sensitivity(path: Path) -> tuple[Sensitivity, bool]:
+    """Read a sensitivity with its adjustment, and whether its raw changes were kept.
+
+    Where they were not, the adjusted mean over seeds stands for the raw change of one seed: agreements with
+    all seeds are the same, and nothing that needs single seeds is shown.
+    """
+    tensors = read_tensors(path)
+    with safe_open(path, "pt") as file:
+        adjusted = (file.metadata() or {}).get("subtract_mean", "true") == "true"
+    mean = tensors.pop("sensitivity")
+    has_raw = "raw" in tensors
+    if not has_raw:
+        tensors["raw"] = mean[None]
+    return Sensitivity(**tensors, subtract_mean=adjusted), has_raw
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON can hold it; what is not finite becomes None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if hasattr(value, "item"):  # numpy's scalars
+        value = value.item()
+    if isinstance(value, float) and not torch.isfinite(torch.tensor(value)):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+plain = _plain

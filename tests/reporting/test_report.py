@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from fimo.errors import InputError
+from fimo.reporting import Results, write_report
+from fimo.reporting.findings import ABSENT, MINUS, Unit, all_warnings, duration, influences, number
+from tests.reporting.example import example, show_row, show_text
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def page_text(path: Path) -> str:
+    """Return the page without the plotly library."""
+    html = path.read_text("utf-8")
+    start = html.index("<script>")
+    return html[:start] + html[html.index("</script>", start) + len("</script>") :]
+
+
+def page_data(path: Path) -> dict:
+    found = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.S
+    )
+    assert found
+    return json.loads(found[1])
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(example(), tmp_path_factory.mktemp("report") / "report.html")
+
+
+def test_the_page_is_one_file_that_asks_nothing_of_a_network(report: Path) -> None:
+    text = page_text(report)
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert "@import" not in text
+    assert "url(" not in text
+    assert report.read_text("utf-8").count("plotly.js v") == 1
+    assert report.stat().st_mode & 0o444 == 0o444, "others may read it"
+
+
+def test_the_headline_names_the_rows_with_the_largest_and_smallest_effect(report: Path) -> None:
+    run = example()
+    effect = run.sensitivity.sensitivity[-1].mean(0)
+    most, least = (int(run.sensitivity.left_out[i]) for i in (effect.argmax(), effect.argmin()))
+    cards = re.findall(r'<p class="big">(.*?)</p>', page_text(report))
+    assert cards[:3] == [f"#{most}", f"#{least}", "follows"]
+    assert f"<td>{100 + most} mg</td>" in page_text(report), "the row is shown in its own units"
+
+
+def test_rows_show_every_feature_with_its_name(report: Path) -> None:
+    text = page_text(report)
+    for column in ("age", "blood pressure", "sex"):
+        assert re.search(rf"<th[^>]*>{column}</th>", text)
+
+
+def test_everything_a_reader_needs_is_there(report: Path) -> None:
+    text = page_text(report)
+    for said in (
+        "further_training.leave_out",  # configuration
+        "torch 2.13.0",  # versions
+        "the network has 1,000,000 parameters",  # why a method was skipped
+        "Inner product of loss gradients.",  # what a method is
+        "noise ceiling",
+        "186 runs",  # 6 seeds, 30 left out and the full run
+        "always predicting the average",
+    ):
+        assert said in text
+
+
+def test_figures_hold_the_evaluation_s_numbers(report: Path) -> None:
+    run = example()
+    figure = page_data(report)["runs"][0]["figures"]["agreement"]["spearman"]
+    line = next(t for t in figure["data"] if t.get("name") == "graddot")
+    table = run.evaluation
+    rows = table[(table.method == "graddot") & (table.metric == "spearman") & (table.seeds == 6)]
+    assert plain_numbers(line["y"]) == pytest.approx(rows["mean"].tolist())
+    assert any(t.get("name") == "noise ceiling" for t in figure["data"])
+
+
+def test_each_test_instance_comes_with_its_sensitivities_scores_and_rows(report: Path) -> None:
+    run = example()
+    explorer = page_data(report)["runs"][0]["explorer"]
+    assert [t["index"] for t in explorer["tests"]] == [0, 1, 2, 3, 4]
+    chosen = explorer["tests"][3]
+    assert chosen["sensitivity"] == pytest.approx(run.sensitivity.sensitivity[-1, 3].tolist(), rel=1e-3)
+    assert set(chosen["scores"]) == {"graddot", "datainf", "follows", "random"}
+    best = run.sensitivity.left_out[run.sensitivity.sensitivity[-1, 3].argmax()]
+    assert chosen["helpful"][0]["index"] == int(best)
+    assert explorer["train"][str(int(best))]["target"] == f"{100 + int(best)} mg"
+
+
+def test_text_of_instances_can_t_become_part_of_the_page(tmp_path: Path) -> None:
+    path = write_report(example(show=show_text), tmp_path / "report.html")
+    assert "<script>alert" not in page_text(path)
+    assert "&lt;script&gt;alert(" in page_text(path)
+
+
+class Balance(HTMLParser):
+    """Checks that elements are closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in {"meta", "link", "img", "br", "input"}:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        example(),
+        example(seeds=1),
+        example(show=show_text),
+        example(config={}, versions={}, dataset={}, final_model={}, descriptions={}, skipped={}),
+        example(shown={"train": {}, "test": {}}),
+    ],
+    ids=["rows", "one seed", "text", "bare", "nothing kept"],
+)
+def test_every_kind_of_run_gives_a_well_formed_page(run: Results, tmp_path: Path) -> None:
+    path = write_report(run, tmp_path / "report.html")
+    parser = Balance()
+    parser.feed(page_text(path))
+    assert parser.stack == []
+    visible = re.sub(r"<(script|style).*?</\1>", "", page_text(path), flags=re.S)
+    assert not re.search(r"\b(nan|None|undefined is|Undefined)\b", visible)
+
+
+def test_runs_are_overlaid_with_a_tab_for_each(tmp_path: Path) -> None:
+    path = write_report([example("sgd"), example("adam", noise=3.0)], tmp_path / "report.html")
+    names = {t.get("name") for t in page_data(path)["comparison"]["agreement"]["cosine"]["data"]}
+    assert {"graddot · sgd", "graddot · adam", "noise ceiling · adam"} <= names
+    assert page_text(path).count('role="tab"') == 3
+    assert path.read_text("utf-8").count("plotly.js v") == 1
+
+
+def test_a_bad_model_one_seed_and_noise_are_warned_of() -> None:
+    bad = example(final_model={"train_loss": 1.0, "test_loss": 1.2, "baseline_loss": 1.02})
+    assert any("no better than" in w for w in all_warnings(bad))
+    assert any("one seed" in w for w in all_warnings(example(seeds=1)))
+    assert any("noisy" in w for w in all_warnings(example(noise=12.0)))
+    assert not all_warnings(example())
+
+
+def test_influences_come_with_their_error_over_seeds() -> None:
+    run = example()
+    helpful, harmful = influences(run, k=4)
+    per_seed = run.sensitivity.adjusted[:, -1].double().mean(1)
+    i = int(torch.nonzero(run.sensitivity.left_out == helpful[0].index))
+    assert helpful[0].effect == pytest.approx(per_seed[:, i].mean().item())
+    assert helpful[0].error == pytest.approx(per_seed[:, i].std().item() / 6**0.5)
+    assert [row.effect for row in helpful] == sorted((row.effect for row in helpful), reverse=True)
+    assert all(row.effect > 0 for row in helpful)
+    assert all(row.effect < 0 for row in harmful)
+
+
+def test_a_folder_gives_the_same_results_back(tmp_path: Path) -> None:
+    run = example(retraining=example(seeds=2).sensitivity)
+    run.save(tmp_path, everything=True)
+    again = Results.load(tmp_path)
+    pd.testing.assert_frame_equal(again.evaluation, run.evaluation)
+    pd.testing.assert_frame_equal(again.cost, run.cost)
+    assert again.distance is not None
+    pd.testing.assert_frame_equal(again.distance, run.distance)
+    torch.testing.assert_close(again.sensitivity.raw, run.sensitivity.raw)
+    for key in ("name", "final_model", "config", "shown", "skipped", "descriptions", "warnings", "access"):
+        assert getattr(again, key) == getattr(run, key), key
+    assert list(again.scores) == list(run.scores)
+    assert again.retraining is not None
+    write_report(run, tmp_path / "a.html")
+    write_report(again, tmp_path / "b.html")
+    assert (tmp_path / "a.html").read_text() == (tmp_path / "b.html").read_text()
+
+
+def test_a_run_without_raw_changes_keeps_its_curves_and_says_nothing_of_single_seeds(tmp_path: Path) -> None:
+    run = example()
+    run.save(tmp_path, everything=True)
+    run.sensitivity.save(tmp_path / "sensitivity.safetensors", with_raw=False)
+    again = Results.load(tmp_path)
+    assert not again.has_raw
+    torch.testing.assert_close(again.sensitivity.sensitivity, run.sensitivity.sensitivity)
+    text = page_text(write_report(again, tmp_path / "report.html"))
+    assert "standard error over 6 seeds, and faded" not in text
+
+
+def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"sensitivity\.safetensors is missing"):
+        Results.load(tmp_path)
+
+
+def test_instances_keep_their_kind() -> None:
+    assert show_row("train", 3).as_dict()["row"]["sex"] == "female"
+    assert "row" not in show_text("train", 3).as_dict()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, ABSENT),
+        (float("nan"), ABSENT),
+        (3, "3"),
+        (-0.25, f"{MINUS}0.25"),
+        (1.2345e-5, f"1.234 {TIMES} 10⁻⁵"),
+        ("a", "a"),
+    ],
+)
+def test_numbers_are_written_as_people_write_them(value: object, text: str) -> None:
+    assert number(value) == text  # type: ignore[arg-type]
+
+
+def test_small_numbers_of_a_column_share_a_unit() -> None:
+    assert Unit.of([2e-4, -3e-5]) == Unit(1e-4, f"{TIMES} 10⁻⁴")
+    assert Unit.of([0.5, 20.0]) == Unit(1.0, "")
+    assert Unit.of([]) == Unit(1.0, "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0012, "0.0012 s"), (12.4, "12 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
+def test_durations_are_readable(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def plain_numbers(values: object) -> list[float]:
+    """Return numbers that plotly may have packed as base64."""
+    if isinstance(values, dict):
+        import base64
+
+        import numpy as np
+
+        return np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"]).tolist()
+    return list(values)  # type: ignore[call-overload]
