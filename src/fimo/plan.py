@@ -34,7 +34,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: DictConfig, data: InstancesModule) -> Plan:
-        """Read the plan from a configuration; ``scale`` multiplies its numbers of seeds, instances and epochs.
+        """Read the plan from a configuration; ``scale`` multiplies its numbers of seeds and so on.
 
         Raises:
             InputError: naming the key of ``further_training`` at fault.
