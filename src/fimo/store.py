@@ -63,7 +63,10 @@ def written_aside(path: Path) -> Iterator[Path]:
     # not by tempfile, whose files only their owner may read
     aside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode  # the usual permissions, whatever the body's writer would set
         yield aside
+        aside.chmod(mode)
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
         aside.replace(path)
