@@ -24,6 +24,21 @@ Table = pd.DataFrame
 EPOCHS = "epochs of further training"
 
 
+def all_figures(runs: Sequence[Results]) -> dict[str, dict[str, go.Figure]]:
+    """Return every figure that the runs have data for, by name, then by metric (``""``: none)."""
+    metrics = [m for m in runs[0].metrics if all(m in run.metrics for run in runs)]
+    by_metric = {
+        "agreement": agreement_figure,
+        "seeds": seeds_figure,
+        "cost": cost_figure,
+        "mean": mean_effect_figure,
+        "retraining": retraining_figure,
+    }
+    made = {name: {m: make(runs, m) for m in metrics} for name, make in by_metric.items()}
+    made["distance"] = {"": distance_figure(runs)}
+    return {name: by for name, by in made.items() if any(figure.data for figure in by.values())}
+
+
 def agreement_figure(runs: Sequence[Results], metric: str) -> go.Figure:
     """Agreement against the amount of further training, with SEM bands and the noise ceiling."""
     return _lines(runs, lambda run: agreement_table(run, metric), "epoch", EPOCHS, metric)

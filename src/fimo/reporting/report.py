@@ -11,7 +11,6 @@ from typing import Any
 import jinja2
 import plotly.offline
 
-from fimo.reporting import interactive
 from fimo.reporting.display import InstanceDisplay
 from fimo.reporting.explorer import explorer_data
 from fimo.reporting.findings import (
@@ -24,6 +23,8 @@ from fimo.reporting.findings import (
     method_order,
     number,
 )
+from fimo.reporting.flat import flat
+from fimo.reporting.interactive import all_figures
 from fimo.reporting.results import Results, plain
 from fimo.reporting.style import colors
 from fimo.store import written_aside
@@ -68,20 +69,9 @@ def write_report(results: Results | Sequence[Results], path: str | Path) -> Path
 
 def figures(runs: Sequence[Results]) -> dict[str, dict[str, Any]]:
     """Return figures as plotly's JSON by name, then by metric (``""`` where there is none)."""
-    metrics = [m for m in runs[0].metrics if all(m in run.metrics for run in runs)]
-    by_metric = {
-        "agreement": interactive.agreement_figure,
-        "seeds": interactive.seeds_figure,
-        "cost": interactive.cost_figure,
-        "mean": interactive.mean_effect_figure,
-        "retraining": interactive.retraining_figure,
-    }
-    made = {name: {m: make(runs, m) for m in metrics} for name, make in by_metric.items()}
-    made["distance"] = {"": interactive.distance_figure(runs)}
     return {
-        name: {m: json.loads(figure.to_json()) for m, figure in by.items()}
-        for name, by in made.items()
-        if any(figure.data for figure in by.values())
+        name: {metric: json.loads(figure.to_json()) for metric, figure in by_metric.items()}
+        for name, by_metric in all_figures(runs).items()
     }
 
 
@@ -160,14 +150,3 @@ def final_model_facts(numbers: Mapping[str, float]) -> list[dict[str, Any]]:
         for name, key in rows
         if numbers.get(f"{key}_loss") is not None or numbers.get(f"{key}_accuracy") is not None
     ]
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested configuration by dotted keys, as the command line takes them."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
