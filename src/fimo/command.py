@@ -17,11 +17,14 @@ from fimo.errors import InputError
 
 log = logging.getLogger(__name__)
 
+MULTIRUN = ("-m", "--multirun")
+"""Goes first: Hydra refuses settings on both sides of it."""
+
 
 def main(conf: Path) -> None:
     """Run the command line given in ``sys.argv``, with configuration groups from the folder ``conf``."""
     conf = conf.resolve()  # Hydra would take a relative folder as relative to this file
-    sys.argv[1:] = [_as_addition(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = sorted(map(_as_addition, sys.argv[1:]), key=lambda argument: argument not in MULTIRUN)
     try:
         check_choices(sys.argv[1:], conf)
     except InputError as error:
