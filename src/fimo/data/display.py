@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Display:
         image: of an image data set, a ``data:image/png;base64,...`` address.
     """
 
-    target: str
-    row: dict[str, float | str] = field(default_factory=dict)
+    target: float | int | str
+    row: Mapping[str, float | int | str] | None = None
     text: str | None = None
     image: str | None = None

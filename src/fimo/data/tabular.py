@@ -119,7 +119,7 @@ class TabularModule(InstancesModule):
         row = self._rows[split][index]
         target = self._shown_target.iloc[row]
         text = f"{target:.6g}" if isinstance(target, (float, np.floating)) else str(target)
-        values: dict[str, float | str] = {str(c): float(v) for c, v in self._features.iloc[row].items()}
+        values = {str(c): float(v) for c, v in self._features.iloc[row].items()}
         return Display(f"{text} {self.unit}".strip(), values)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from fimo.data.display import Display
 from fimo.further_training.sensitivity import Sensitivity
 
 Split = Literal["train", "test"]
@@ -15,22 +16,14 @@ Value = float | int | str
 
 
 @dataclass(frozen=True)
-class InstanceDisplay:
-    """One instance for people to read: exactly one of ``row``, ``text``, ``image`` is usual.
+class InstanceDisplay(Display):
+    """An instance for people to read, with what the final model makes of it.
 
     Args:
-        target: its target in the data's own units, or its class's name.
-        row: column by value, in the data's own units.
-        text: the sentence.
-        image: a PNG as data URI, ``data:image/png;base64,…``.
         prediction: of the final model, as ``target``.
         loss: of the final model.
     """
 
-    target: Value
-    row: Mapping[str, Value] | None = None
-    text: str | None = None
-    image: str | None = None
     prediction: Value | None = None
     loss: float | None = None
 
