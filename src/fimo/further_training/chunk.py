@@ -115,15 +115,17 @@ class Chunk:
             return losses[:r].double().cpu(), self.network.distance()[:r].cpu()
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that the rest of the runs depends on, ``[R, ...]`` each; see :meth:`restore`."""
+        """Return a copy of all that the rest of the runs depends on: by name, ``[R, P']``."""
+        return {name: self.network.rows(flat) for name, flat in self._buffers().items()}
+
+    def _buffers(self) -> dict[str, Tensor]:
         return {"parameters": self.network.flat, **self.optimizer.state}
 
     def restore(self, state: Mapping[str, Tensor], step: int) -> None:
         """Continue from a state after ``step`` optimizer steps."""
-        rows = len(self.network.flat)
-        for name, tensor in self.state().items():
-            saved = state[name].to(tensor.device)
-            tensor.copy_(saved[:1].expand_as(tensor) if len(saved) < rows else saved)
+        for name, flat in self._buffers().items():
+            rows = state[name].to(flat.device)
+            self.network.load_rows(flat, rows if len(rows) == self.network.replicas else rows[:1])
         self.step = self.optimizer.steps = step
         self._batches = self.stream.starting_at(step)
 

@@ -6,8 +6,8 @@ import torch
 
 from fimo.further_training.chunk import Setting
 
-CPU_BYTES = 8 * 2**20
-"""Parameters, gradients and activations of a chunk on a CPU: about what its caches hold."""
+CPU_BYTES = 4 * 2**20
+"""Parameters, gradients and activations of a chunk on a CPU: about a core's share of its caches."""
 
 
 def chunk_size(setting: Setting, replicas: int) -> int:
@@ -23,7 +23,14 @@ def chunk_size(setting: Setting, replicas: int) -> int:
         free, _ = torch.cuda.mem_get_info(setting.device)
         size = int(0.5 * free / one)
         return max(2, min(replicas, 4096, size))
-    return max(2, min(64, int(CPU_BYTES / one), max(replicas, 2)))
+    workers = worker_threads(setting)
+    size = min(64, int(CPU_BYTES / one), -(-replicas // workers))
+    return max(2, size)
+
+
+def worker_threads(setting: Setting) -> int:
+    """Return how many chunks are advanced at a time."""
+    return torch.get_num_threads() if setting.engine == "linear" and setting.device.type == "cpu" else 1
 
 
 def _bytes_per_replica(setting: Setting) -> int:

@@ -12,6 +12,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytorch_lightning as pl
@@ -21,19 +22,25 @@ from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 from torch.utils.data import IterableDataset
 
 from fimo.further_training import records
+from fimo.further_training.chunk_size import worker_threads
 from fimo.further_training.job import Job, Work
 
+POLL_SECONDS = 0.2
 BLOCK_SECONDS = 0.25
 """About the time of one training step of the Trainer."""
 
 
 class FurtherTrainingModule(pl.LightningModule):
-    """Advances a job's chunks, one after another.
+    """Advances a job's chunks.
+
+    On a CPU, batched products of small matrices run on one thread each, and as many chunks at a time as
+    there are threads: none waits for another within a step, and a result does not depend on their number.
 
     Args:
         make_job: builds the job on the Trainer's device.
 
     Attributes:
+        work: the chunks under way.
         replica_steps, total_replica_steps: taken so far in this process, and to take for what the store
             lacked at the start.
     """
@@ -43,10 +50,9 @@ class FurtherTrainingModule(pl.LightningModule):
         self.automatic_optimization = False
         self.make_job = make_job
         self.job: Job | None = None
-        self.work: Work | None = None
+        self.work: list[Work] = []
         self.finished = False
         self.replica_steps = self.total_replica_steps = 0
-        self._pace = 0.0
 
     def configure_optimizers(self) -> None:
         """The replicas' optimizers are the engine's own."""
@@ -55,69 +61,82 @@ class FurtherTrainingModule(pl.LightningModule):
         self.job = self.make_job(self.device)
         steps = self.job.setting.protocol.total_steps(len(self.job.setting.train))
         self.total_replica_steps = steps * (self.job.replicas - int(self.job.found))
+        self.threads = torch.get_num_threads()
+        self.workers = worker_threads(self.job.setting)
+        self.pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def train_dataloader(self) -> Iterator[int]:
         return _Rounds(self)  # type: ignore[return-value]
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         assert self.job is not None
-        start = time.monotonic()
-        if self.work is None:
-            self.work = self.job.next_work()
-            if self.work is None:
-                self.finished = True
-                return
-            self._pace = 0.0
-        while True:
-            self._advance(self.job, self.work, start)
-            elapsed = time.monotonic() - start
-            if self.work.done == len(self.job.points) or elapsed > BLOCK_SECONDS / 2:
-                self.work.seconds += elapsed
-                return
-
-    def _advance(self, job: Job, work: Work, start: float) -> None:
-        """Go to the next evaluation point, or as far towards it as the time of a block allows."""
-        if work.done == len(job.points):
+        while len(self.work) < self.workers and (work := self.job.next_work()):
+            self.work.append(work)
+        if not self.work:
+            self.finished = self.job.is_finished
+            if not self.finished:
+                time.sleep(POLL_SECONDS)  # another process works on all that is left
             return
-        chunk = work.chunk
-        before, began = chunk.step, time.monotonic()
+        points = len(self.job.points)
+        if self.workers == 1:
+            steps = [advance(work, points, BLOCK_SECONDS) for work in self.work]
+        else:
+            steps = list(self.pool.map(lambda work: advance(work, points, BLOCK_SECONDS), self.work))
+        self.replica_steps += sum(steps)
+
+    def on_fit_end(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up claims and threads."""
+        pool = getattr(self, "pool", None)
+        if pool is not None:
+            pool.shutdown()
+            torch.set_num_threads(self.threads)  # workers' setting reaches the matrix library's own
+        for work in self.work:  # interrupted
+            assert self.job is not None
+            self.job.records.release(work.chunk.replicas, work.lock)
+        self.work = []
+
+
+def advance(work: Work, points: int, seconds: float) -> int:
+    """Advance a chunk through evaluation points, for about the given time; return its replica-steps.
+
+    What is computed does not depend on the time.
+    """
+    chunk, began = work.chunk, time.monotonic()
+    first = chunk.step
+    while work.done < points and time.monotonic() - began < seconds:
         target = chunk.evaluation_steps[work.done]
-        block = max(1, int(self._pace * (start + BLOCK_SECONDS - began))) if self._pace else 1
+        pace = (chunk.step - first) / max(time.monotonic() - began, 1e-9)
+        block = max(1, int(pace * (began + seconds - time.monotonic()))) if chunk.step > first else 1
         chunk.advance(min(target, chunk.step + block))
-        taken = chunk.step - before
-        if taken and chunk.network.device.type == "cpu":
-            self._pace = taken / max(time.monotonic() - began, 1e-9)
-        elif taken:
-            self._pace = 2.0 * block  # launches return at once; grow until evaluations set the rhythm
-        self.replica_steps += taken * len(chunk.replicas)
         if chunk.step == target:
             losses, distance = chunk.evaluate()
             e = work.done
             work.values[:, e] = losses if work.full_losses is None else losses - work.full_losses[:, e]
             work.distance[:, e] = distance
             work.done += 1
+        elif chunk.network.device.type == "cuda":
+            torch.cuda.synchronize(chunk.network.device)  # launches return at once
+    work.seconds += time.monotonic() - began
+    return (chunk.step - first) * len(chunk.replicas)
 
 
 class SaveToStore(pl.Callback):
     """Writes a chunk's results when it is finished, and its state every ``SAVE_SECONDS`` until then."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        job, work = module.job, module.work
-        if work is None:
-            return
-        if work.done == len(job.points):
-            module.work = None
-            job.finish(work)
-        elif time.monotonic() - work.saved > records.SAVE_SECONDS:
-            job.save(work)
+        job = module.job
+        for work in list(module.work):
+            if work.done == len(job.points):
+                job.finish(work)
+                module.work.remove(work)
+            elif time.monotonic() - work.saved > records.SAVE_SECONDS:
+                job.save(work)
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
-        self.teardown(trainer, module, "fit")
-
-    def teardown(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
-        work, module.work = module.work, None
-        if work is not None and module.job is not None:  # interrupted
-            module.job.records.release(work.chunk.replicas, work.lock)
+        module.close()
 
 
 class ReplicaProgress(TQDMProgressBar):

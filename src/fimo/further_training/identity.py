@@ -60,9 +60,12 @@ def _source(thing: Any) -> str:
         return f"{_source(thing.func)}{thing.args!r}{sorted(thing.keywords.items())!r}"
     closure = getattr(thing, "__closure__", None) or ()
     cells = [repr(cell.cell_contents) for cell in closure] + [repr(getattr(thing, "__defaults__", None))]
+    code = getattr(thing, "__code__", None)
+    if code is not None:  # two functions on one line have the same source
+        cells.append(
+            f"{code.co_code!r}{code.co_names!r}{[c for c in code.co_consts if not inspect.iscode(c)]!r}"
+        )
     try:
         return inspect.getsource(thing) + "".join(cells)
     except (OSError, TypeError):
-        code = getattr(thing, "__code__", None)
-        body = f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}" if code else repr(thing)
-        return body + "".join(cells)
+        return "".join(cells) if code is not None else repr(thing)

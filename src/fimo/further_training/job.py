@@ -70,6 +70,7 @@ class Job:
         self.found = sum(r in done for r in [*self.full, *self.runs])
         self.found_seconds = _seconds(done)
         self._full_losses: dict[int, Tensor] = {}
+        self._say_what_starts_again(done)
 
     def _by_occurrence(self, seed: int, units: Sequence[Unit]) -> list[Unit]:
         """Return units by where they first occur, so that a chunk's replicas share most with the full run."""
@@ -82,38 +83,45 @@ class Job:
         """Return the record of each finished replica."""
         return {r: rec for rec in self.records.finished() if rec.holds(self.points) for r in rec.replicas}
 
+    def _say_what_starts_again(self, done: dict[Replica, Record]) -> None:
+        shorter = {r for record in self.records.finished() for r in record.replicas} - set(done)
+        saved = {r for record in self.records.states() for r in record.replicas}
+        if again := (shorter - saved) & {*self.full, *self.runs}:
+            log.warning(
+                "%d runs in the store lack evaluation points and have no saved state: they start again",
+                len(again),
+            )
+
     @property
     def replicas(self) -> int:
         """The number of runs asked for."""
         return len(self.full) + len(self.runs)
 
-    def next_work(self, poll: float = 0.2) -> Work | None:
-        """Claim and set up the next chunk; None when all is finished.
+    @property
+    def is_finished(self) -> bool:
+        """Whether the store holds all runs."""
+        done = self._finished()
+        return all(r in done for r in [*self.full, *self.runs])
 
-        Waits where another process works on all that is left.
-        """
-        while True:
-            with self.records.planning():
-                done = self._finished()
-                full = [r for r in self.full if r not in done]
-                runs = [r for r in self.runs if r not in done]
-                if not full and not runs:
-                    return None
-                busy = self.records.claimed()
-                # changes are taken from the full run, so it comes first
-                free = [r for r in full if r not in busy]
-                free = free or [r for r in runs if r not in busy and Replica(r.seed) in done]
-                if free:
-                    state = self._adoptable(free)
-                    stochastic = self.setting.engine != "linear"
-                    chosen = (
-                        list(state.replicas)
-                        if state
-                        else next_chunk(free, self.size, self.setting.protocol, stochastic)
-                    )
-                    lock = self.records.claim(chosen)
-                    break
-            time.sleep(poll)
+    def next_work(self) -> Work | None:
+        """Claim and set up the next chunk; None where all is finished or under way."""
+        with self.records.planning():
+            done = self._finished()
+            full = [r for r in self.full if r not in done]
+            runs = [r for r in self.runs if r not in done]
+            if not full and not runs:
+                return None
+            busy = self.records.claimed()
+            # changes are taken from the full run, so it comes first
+            free = [r for r in full if r not in busy]
+            free = free or [r for r in runs if r not in busy and Replica(r.seed) in done]
+            if not free:
+                return None
+            state = self._adoptable(free)
+            one_seed_each = self.setting.engine != "linear"
+            chosen = next_chunk(free, self.size, self.setting.protocol, one_seed_each)
+            chosen = list(state.replicas) if state else chosen
+            lock = self.records.claim(chosen)
         return self._set_up(chosen, lock, state)
 
     def _adoptable(self, free: Sequence[Replica]) -> Record | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fimo.data.instances import Inputs, Instances
-from fimo.further_training.networks import StackedNetwork
+from fimo.further_training.networks import ALIGNED, StackedNetwork
 from fimo.further_training.schedule import Batch
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import Loss, binary_cross_entropy, cross_entropy, mean_squared_error
@@ -229,27 +229,22 @@ class LinearNetwork(StackedNetwork):
         assert isinstance(inputs, Tensor)
         rows = inputs.to(self.evaluation_dtype).flatten(1)
         n = len(rows)
-        padded = torch.nn.functional.pad(rows, (0, 0, 0, -n % 16))
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, -n % ALIGNED))
         after = padded.expand(self.replicas, -1, -1).transpose(1, 2)
+        if self.evaluation_dtype == self.dtype:
+            parameters = self.parameters
+        else:
+            parameters = self.views(self._wide.copy_(self.flat))
         for layer in self.layers:
-            weight = self._wide(layer.weight)
+            weight = parameters[layer.weight]
             if layer.bias is None:
                 after = torch.bmm(weight, after)
             else:
-                bias = self._wide(layer.bias)
-                after = torch.baddbmm(bias[:, :, None].expand(-1, -1, after.shape[2]), weight, after)
+                bias = parameters[layer.bias][:, :, None].expand(-1, -1, after.shape[2])
+                after = torch.baddbmm(bias, weight, after)
             if layer.activation is not None:
                 layer.activation.forward(after, after)
         return after.transpose(1, 2)[:, :n]
-
-    def _wide(self, name: str) -> Tensor:
-        """Return a parameter in the evaluation dtype, each replica's aligned."""
-        p = self.parameters[name]
-        if self.evaluation_dtype == self.dtype:
-            return p
-        size = p[0].numel()
-        wide = torch.zeros(self.replicas, size + -size % 16, dtype=self.evaluation_dtype, device=self.device)
-        return wide[:, :size].unflatten(1, p.shape[1:]).copy_(p)
 
 
 def _padded(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -258,7 +253,7 @@ def _padded(batch: Batch) -> tuple[Tensor, Tensor]:
     if batch.extra is not None and batch.extra_weight is not None:
         index = torch.cat([index.expand(len(batch.extra), -1), batch.extra], 1)
         weight = torch.cat([weight, batch.extra_weight], 1)
-    missing = -index.shape[1] % 16
+    missing = -index.shape[1] % ALIGNED
     if missing:
         index = torch.cat([index, index[:, :1].expand(-1, missing)], 1)
         weight = torch.nn.functional.pad(weight, (0, missing))

@@ -19,16 +19,16 @@ from fimo.models.final_model import FinalModel, functional_apply
 
 log = logging.getLogger(__name__)
 
-ALIGNMENT = 64
-"""Bytes; a cache line, and the alignment that matrix libraries ask for."""
+ALIGNED = 16
+"""Elements that fill cache lines of 64 bytes: the alignment that matrix libraries ask for."""
 
 
 class StackedNetwork(ABC):
     """R copies of the final model's network, started from the same parameters.
 
-    All parameters of a copy lie in one row of :attr:`flat`, each at an offset of a multiple of 64 bytes, so
-    that optimizers work on one tensor, and a copy's results depend neither on its place nor on R: the
-    matrix library chooses its kernels by the alignment of the operands.
+    Each parameter's R copies lie one after another, each at a multiple of 64 bytes, and all parameters in one
+    buffer: optimizers work on one tensor, and a copy's results depend neither on its place nor on R, since
+    the matrix library chooses its kernels by the operands' shapes and alignment.
 
     Args:
         final_model: on the device and in the dtype of the runs.
@@ -36,7 +36,7 @@ class StackedNetwork(ABC):
         evaluation_model: the same in the dtype of the test losses.
 
     Attributes:
-        flat, flat_gradient: ``[R, P']``, with zeros between parameters.
+        flat, flat_gradient: all parameters and gradients, in one dimension, with zeros between them.
         parameters, gradients: views of them by name, ``[R, ...]``; gradients are filled by
             :meth:`differentiate`.
     """
@@ -49,28 +49,47 @@ class StackedNetwork(ABC):
         first = next(iter(self.initial.values()))
         self.dtype, self.device = first.dtype, first.device
         self.evaluation_dtype = next(iter(evaluation_model.parameters().values())).dtype
-        aligned = ALIGNMENT // first.element_size()
-        self.offsets: dict[str, int] = {}
+        self._blocks: dict[str, tuple[int, int]] = {}
         end = 0
         for name, p in self.initial.items():
-            self.offsets[name] = end
-            end += -(-p.numel() // aligned) * aligned
-        self.flat = torch.zeros(replicas, end, dtype=self.dtype, device=self.device)
+            width = p.numel() + -p.numel() % ALIGNED
+            self._blocks[name] = (end, width)
+            end += replicas * width
+        self.flat = torch.zeros(end, dtype=self.dtype, device=self.device)
         self.flat_gradient = torch.zeros_like(self.flat)
         self.parameters = self.views(self.flat)
         self.gradients = self.views(self.flat_gradient)
         for name, p in self.initial.items():
             self.parameters[name].copy_(p.expand_as(self.parameters[name]))
-        self.start = self.flat[0].clone()
+        self._wide = torch.zeros(end, dtype=torch.float64, device=self.device)
+        self._wide_start = self.flat.to(torch.float64, copy=True)
+
+    def blocks(self, flat: Tensor) -> list[Tensor]:
+        """Return a buffer of :attr:`flat`'s shape as ``[R, P_k]`` for each parameter k, sharing memory."""
+        return [flat[a : a + self.replicas * w].view(-1, w) for a, w in self._blocks.values()]
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return the parameters in rows ``[n, P']`` by name, ``[n, ...]``, sharing memory."""
+        """Return a buffer of :attr:`flat`'s shape by parameter, ``[R, ...]``, sharing memory."""
+        blocks = zip(self.initial.items(), self.blocks(flat), strict=True)
         return {
-            name: flat[:, self.offsets[name] : self.offsets[name] + p.numel()].unflatten(1, p.shape)
-            if p.ndim
-            else flat[:, self.offsets[name]]
-            for name, p in self.initial.items()
+            name: block[:, : p.numel()].unflatten(1, p.shape) if p.ndim else block[:, 0]
+            for (name, p), block in blocks
         }
+
+    def norms(self, flat: Tensor) -> Tensor:
+        """Return each copy's Euclidean norm ``[R]`` of a buffer of :attr:`flat`'s shape."""
+        squares = [torch.linalg.vector_norm(block, dim=1).square() for block in self.blocks(flat)]
+        return torch.stack(squares).sum(0).sqrt()
+
+    def rows(self, flat: Tensor) -> Tensor:
+        """Return a copy of a buffer of :attr:`flat`'s shape as ``[R, P']``: what is saved."""
+        return torch.cat(self.blocks(flat), 1)
+
+    def load_rows(self, flat: Tensor, rows: Tensor) -> None:
+        """Fill a buffer of :attr:`flat`'s shape from ``rows [R or 1, P']``."""
+        blocks = self.blocks(flat)
+        for block, part in zip(blocks, rows.split([b.shape[1] for b in blocks], 1), strict=True):
+            block.copy_(part.expand_as(block))
 
     @abstractmethod
     def differentiate(self, train: Instances, batch: Batch, seed: int) -> None:
@@ -96,7 +115,7 @@ class StackedNetwork(ABC):
 
     def distance(self) -> Tensor:
         """Return the Euclidean distance ``[R]`` (float64) of the parameters from the final model's."""
-        return torch.linalg.vector_norm(self.flat.double() - self.start.double(), dim=1)
+        return self.norms(self._wide.copy_(self.flat).sub_(self._wide_start))
 
 
 class FunctionalNetwork(StackedNetwork):

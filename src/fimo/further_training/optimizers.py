@@ -13,7 +13,7 @@ class StackedOptimizer:
     """Moves a stacked network's R copies, each by its own gradient.
 
     Args:
-        network: whose ``flat`` parameters are moved along its ``flat_gradient``, both ``[R, P']``.
+        network: whose ``flat`` parameters are moved along its ``flat_gradient``.
         protocol: optimizer, momentum, weight decay and clipping.
     """
 
@@ -43,8 +43,9 @@ class StackedOptimizer:
         parameters, gradient = self.network.flat, self.network.flat_gradient
         self.steps += 1
         if p.clip_norm is not None:
-            norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
-            gradient.mul_((p.clip_norm / (norm + 1e-6)).clamp_(max=1.0))
+            scale = (p.clip_norm / (self.network.norms(gradient) + 1e-6)).clamp_(max=1.0)
+            for block in self.network.blocks(gradient):
+                block.mul_(scale[:, None])
         if p.weight_decay and p.optimizer != "adamw":
             gradient.add_(parameters, alpha=p.weight_decay)
         if p.optimizer == "sgd":

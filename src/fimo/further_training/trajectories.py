@@ -51,6 +51,7 @@ def full_runs(
     seeds: Sequence[int],
     *,
     store: Store | None = None,
+    device: torch.device | str | None = None,
     trainer: Mapping[str, Any] | None = None,
 ) -> Iterator[Trajectory]:
     """Yield the seeds' full runs: parameters at θ^f and at each evaluation point.
@@ -58,14 +59,16 @@ def full_runs(
     Args:
         store: keeps them, one file for each evaluation point, read when a tensor is asked for; without one
             a trajectory is in memory while it is used.
-        trainer: arguments of the Lightning Trainer; its accelerator is where the runs are made.
+        device: where the runs are made.
+        trainer: arguments of the Lightning Trainer, whose accelerator is used where ``device`` is None.
 
     Yields:
-        One :class:`Trajectory` for each seed, in the protocol's dtype on the Trainer's device. For Adam,
+        One :class:`Trajectory` for each seed, in the protocol's dtype on the device. For Adam,
         ``second_moment`` is its second moment divided by 1 - beta2^t.
     """
     seeds = check_seeds(seeds)
-    setting = Setting.build(final_model, train, train[:1], protocol, trainer_device(trainer))
+    device = trainer_device(trainer) if device is None else device
+    setting = Setting.build(final_model, train, train[:1], protocol, device)
     for seed in seeds:
         if store is None:
             yield _in_memory(setting, seed)

@@ -1,0 +1,58 @@
+"""Jobs that tests run in processes of their own, to kill them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fimo.further_training import Protocol, Sensitivity, further_train
+from fimo.store import Store
+from tests.cases import CASES
+
+SEEDS = [0, 1]
+UNITS = [0, 2, 3, 5, 7, [8, 9], [11, 12]]
+
+
+def run(store: Path | None, name: str = "mlp_regression", **protocol: Any) -> Sensitivity:
+    """Run a small job whose chunks save their state after nearly every step."""
+    from fimo.further_training import driver, records
+
+    driver.BLOCK_SECONDS, records.SAVE_SECONDS, driver.POLL_SECONDS = 1e-4, 0.0, 0.01
+    torch.set_num_threads(1)
+    case = CASES[name]().to(torch.float32)
+    settings = {"batch_size": 5, "epochs": 6, "optimizer": "adam", "lr": 0.01, **protocol}
+    return further_train(
+        case.final_model, case.train, case.test, Protocol(**settings), SEEDS, UNITS,
+        store=None if store is None else Store(store), chunk=3,
+    )  # fmt: skip
+
+
+def run_and_count(store: Path, counted: Path, name: str, largest_file: int | None = None) -> None:
+    """Run a job and write down how many replica-steps this process took."""
+    from fimo.further_training.chunk import Chunk
+
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    taken, advance = 0, Chunk.advance
+
+    def counting(self: Chunk, to_step: int) -> None:
+        nonlocal taken
+        taken += max(0, to_step - self.step) * len(self.replicas)
+        advance(self, to_step)
+
+    Chunk.advance = counting  # type: ignore[method-assign]
+    run(store, name)
+    counted.write_text(str(taken))
+
+
+def process(*arguments: Any) -> multiprocessing.process.BaseProcess:
+    """Return a started process that runs :func:`run_and_count`; a server with all imports forks it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.further_training.jobs", "fimo.further_training.driver"])
+    started = context.Process(target=run_and_count, args=arguments)
+    started.start()
+    return started

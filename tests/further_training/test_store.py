@@ -1,0 +1,237 @@
+"""Results survive: kills, full disks, two writers; and what is there is reused."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from fimo.cost import Cost
+from fimo.further_training import Protocol, Sensitivity, further_train
+from fimo.further_training.chunk import Chunk
+from fimo.further_training.identity import describe, describe_loss, describe_network
+from fimo.models.final_model import FinalModel
+from fimo.models.losses import mean_squared_error
+from fimo.store import Store
+from tests.cases import CASES, mlp
+from tests.further_training.jobs import process, run
+
+NAMES = ["mlp_regression", "transformer"]
+
+
+def assert_same_bytes(a: Sensitivity, b: Sensitivity) -> None:
+    for field in dataclasses.fields(Sensitivity):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if isinstance(x, torch.Tensor):
+            assert not (x.is_floating_point() and x.isnan().any()), field.name
+            assert torch.equal(x, y), field.name
+
+
+@pytest.fixture
+def counted_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Replica-steps of each call of Chunk.advance."""
+    steps: list[int] = []
+    advance = Chunk.advance
+
+    def counting(self: Chunk, to_step: int) -> None:
+        steps.append(max(0, to_step - self.step) * len(self.replicas))
+        advance(self, to_step)
+
+    monkeypatch.setattr(Chunk, "advance", counting)
+    return steps
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_at_many_random_moments_it_resumes_to_the_same_bytes(name: str, tmp_path: Path) -> None:
+    expected = run(None, name)
+    random.seed(0)
+    kills, wait = 0, 0.1
+    for _ in range(40):
+        job = process(tmp_path / "store", tmp_path / "count", name)
+        job.join(wait)
+        if job.exitcode is not None:
+            break
+        job.kill()
+        job.join()
+        kills += 1
+        wait = random.uniform(0.05, 0.25) + 0.02 * kills
+    assert job.exitcode == 0
+    assert kills >= 2
+    assert_same_bytes(run(tmp_path / "store", name), expected)
+    left = [p.name for p in tmp_path.rglob("*") if p.suffix == ".claim"]
+    assert left == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_writers_share_the_work_and_do_none_twice(name: str, tmp_path: Path) -> None:
+    jobs = [process(tmp_path / "store", tmp_path / f"count{k}", name) for k in range(2)]
+    for job in jobs:
+        job.join(60)
+        assert job.exitcode == 0
+    counts = [int((tmp_path / f"count{k}").read_text()) for k in range(2)]
+    alone = process(tmp_path / "alone", tmp_path / "count", name)
+    alone.join(60)
+    assert sum(counts) == int((tmp_path / "count").read_text())
+    assert_same_bytes(run(tmp_path / "store", name), run(None, name))
+
+
+def test_a_survivor_takes_over_what_a_killed_writer_had_claimed(tmp_path: Path) -> None:
+    jobs = [process(tmp_path / "store", tmp_path / f"count{k}", "mlp_regression") for k in range(2)]
+    while not list(tmp_path.rglob("*.claim")):
+        time.sleep(0.01)
+    jobs[0].kill()
+    jobs[1].join(60)
+    assert jobs[1].exitcode == 0
+    assert_same_bytes(run(tmp_path / "store"), run(None))
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing_false_behind(tmp_path: Path) -> None:
+    for largest_file in (100, 1000, 2500):
+        job = process(tmp_path / "store", tmp_path / "count", "mlp_regression", largest_file)
+        job.join(60)
+        assert job.exitcode == 1
+    assert_same_bytes(run(tmp_path / "store"), run(None))
+
+
+class _StopAt(pl.Callback):
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: object, *arguments: object) -> None:
+        if arguments[-1] == self.batch:
+            raise RuntimeError("stopped")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_after_an_error_the_claims_are_given_up_and_a_rerun_resumes(
+    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted_steps: list[int]
+) -> None:
+    monkeypatch.setattr("fimo.further_training.driver.BLOCK_SECONDS", 1e-4)
+    monkeypatch.setattr("fimo.further_training.records.SAVE_SECONDS", 0.0)
+    case = CASES["mlp_classification"]().to(torch.float32)
+    protocol = Protocol(optimizer, lr=0.01, batch_size=5, epochs=3, momentum=0.5)
+    arguments = (case.final_model, case.train, case.test, protocol, [0, 1], [1, 4, 6])
+    expected = further_train(*arguments, chunk=2)
+    once = sum(counted_steps)
+    counted_steps.clear()
+    for batch in (0, 1, 5, 9):
+        with pytest.raises(RuntimeError, match="stopped"):
+            further_train(*arguments, chunk=2, store=Store(tmp_path), trainer={"callbacks": [_StopAt(batch)]})
+    found = further_train(*arguments, chunk=2, store=Store(tmp_path))
+    assert_same_bytes(found, expected)
+    # what is lost each time is at most the block under way (and steps shared with the full run)
+    assert once <= sum(counted_steps) <= 2 * once
+
+
+def test_a_run_does_not_depend_on_the_runs_beside_it() -> None:
+    """Bit for bit, with sizes that are no multiples of anything."""
+    torch.manual_seed(0)
+    case = CASES["mlp_regression"]().to(torch.float32)
+    model = FinalModel(mlp(4, (37, 70), 1, torch.nn.Tanh), mean_squared_error)
+    for rule in ("shift", "mask", "every_batch"):
+        protocol = Protocol("adam", batch_size=7, epochs=2, leave_out=rule)
+        results = [
+            further_train(model, case.train, case.test, protocol, [0, 1], units, chunk=chunk)
+            for chunk, units in [
+                (1, [0, 3, 9, 20]),
+                (3, [9, 20, 0, 3]),
+                (5, [20, 0, 9, 3]),
+                (64, [0, 3, 9, 20]),
+            ]
+        ]
+        for chosen in results[1:]:
+            columns = [results[0].left_out.tolist().index(i) for i in chosen.left_out.tolist()]
+            assert torch.equal(chosen.raw, results[0].raw[..., columns])
+
+
+def test_what_is_there_is_reused(tmp_path: Path, counted_steps: list[int]) -> None:
+    case = CASES["mlp_regression"]().to(torch.float32)
+
+    def job(
+        seeds: list[int], units: list[int], store: bool = True, **horizon: int
+    ) -> tuple[Sensitivity, int]:
+        counted_steps.clear()
+        protocol = Protocol(batch_size=5, lr=0.02, leave_out="every_batch", **horizon)
+        place = Store(tmp_path) if store else None
+        cost = Cost("further_training")
+        found = further_train(case.final_model, case.train, case.test, protocol, seeds, units,
+                              store=place, chunk=4, cost=cost)  # fmt: skip
+        expected_share = 1 - sum(counted_steps) / (
+            5 * horizon.get("epochs", 0) * len(seeds) * (len(units) + 1) or 1
+        )
+        if "epochs" in horizon and horizon["epochs"] == 2:
+            assert cost.reused == pytest.approx(expected_share)
+        return found, sum(counted_steps)
+
+    _, taken = job([0, 1], [2, 4, 6, 8], epochs=2)
+    assert taken == 2 * 5 * 2 * 5
+    assert job([0, 1], [2, 4, 6, 8], epochs=2)[1] == 0
+    assert job([1], [8, 4], epochs=1)[1] == 0, "fewer of everything"
+    assert job([0, 1, 2], [2, 4, 6, 8], epochs=2)[1] == 2 * 5 * 5, "one more seed"
+    assert job([0, 1], [1, 2, 4, 6, 8], epochs=2)[1] == 2 * 5 * 2, "one more instance"
+    longer, taken = job([0, 1], [1, 2, 4, 6, 8], epochs=5)
+    assert taken == 3 * 5 * 2 * 6, "three more epochs from the saved states"
+    assert_same_bytes(longer, job([0, 1], [1, 2, 4, 6, 8], epochs=5, store=False)[0])
+    assert job([0, 1, 2], [2, 4, 6, 8], epochs=2)[1] == 0, "the shorter job is still there"
+
+
+def test_without_saved_states_more_epochs_start_again_and_say_so(
+    tmp_path: Path, counted_steps: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    case = CASES["mlp_regression"]()
+
+    def job(epochs: int, store: Store | None) -> Sensitivity:
+        protocol = Protocol(batch_size=5, epochs=epochs, leave_out="every_batch")
+        return further_train(
+            case.final_model, case.train, case.test, protocol, [0], [2, 4], store=store, keep_states=False
+        )
+
+    job(1, Store(tmp_path))
+    counted_steps.clear()
+    longer = job(2, Store(tmp_path))
+    assert sum(counted_steps) == 2 * 5 * 3
+    assert "start again" in caplog.text
+    assert_same_bytes(longer, job(2, None))
+
+
+CHANGES = {
+    "optimizer": "adam", "lr": 0.02, "batch_size": 6, "leave_out": "mask", "evaluate_every": 3,
+    "momentum": 0.9, "nesterov": True, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1,
+    "clip_norm": 1.0, "schedule": "linear", "dtype": "float64", "evaluation_dtype": "float32",
+    "autocast": "bfloat16",
+}  # fmt: skip
+
+
+def test_a_changed_protocol_model_or_data_never_reads_anothers_results() -> None:
+    case = CASES["mlp_regression"]()
+    base = Protocol(epochs=2, momentum=0.5)
+    keys = [describe(case.final_model, case.train, case.test, base)]
+    assert {f.name for f in dataclasses.fields(Protocol)} == {*CHANGES, "epochs", "steps"}
+    for name, value in CHANGES.items():
+        protocol = dataclasses.replace(base, **{name: value})
+        keys.append(describe(case.final_model, case.train, case.test, protocol))
+    keys.append(describe(case.final_model, case.train[:-1], case.test, base))
+    keys.append(describe(case.final_model, case.train, case.test[:-1], base))
+    network = mlp(4, (6, 5), 1, torch.nn.Tanh).double()
+    keys.append(describe(FinalModel(network, mean_squared_error), case.train, case.test, base))
+    assert len({str(key) for key in keys}) == len(keys)
+    # a longer run holds a shorter one, unless the learning rate depends on the horizon
+    longer = dataclasses.replace(base, epochs=3)
+    assert longer.key() == base.key()
+    assert (
+        dataclasses.replace(longer, schedule="cosine").key()
+        != dataclasses.replace(base, schedule="cosine").key()
+    )
+
+
+def test_edited_losses_and_networks_of_the_users_own_have_other_descriptions() -> None:
+    losses = [lambda o, t: (o - t).abs().mean(1), lambda o, t: (o - t).abs().sum(1)]
+    scaled = [lambda o, t, scale=scale: scale * mean_squared_error(o, t) for scale in (1.0, 2.0)]
+    assert len({describe_loss(loss) for loss in [*losses, *scaled]}) == 4
+    kinds = {a: mlp(4, (5,), 1, a) for a in (torch.nn.Tanh, torch.nn.ReLU)}
+    assert len({describe_network(n) for n in kinds.values()}) == 2
