@@ -63,6 +63,7 @@ def example(
         "descriptions": {"graddot": "Inner product of loss gradients.", "random": "Knows nothing."},
         "skipped": {"exact": "the network has 1,000,000 parameters"},
         "warnings": evaluation.notes,
+        "distance": distance,
         "shown": collect(sensitivity, show),  # type: ignore[arg-type]
     } | changes
     return Results(
@@ -73,6 +74,5 @@ def example(
         cost=cost,
         bootstrap=evaluation.bootstrap,
         slopes=evaluation.slopes,
-        distance=distance,
         **content,  # type: ignore[arg-type]
     )

@@ -1,0 +1,235 @@
+"""The paper's figures as vector and PNG files, drawn by matplotlib from the report's own tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fimo.reporting.curves import (
+    agreement_table,
+    cost_table,
+    distance_table,
+    mean_effect_table,
+    retraining_table,
+    seeds_table,
+)
+from fimo.reporting.display import chosen_tests
+from fimo.reporting.findings import method_order
+from fimo.reporting.results import Results
+from fimo.reporting.style import CEILING, colors
+
+PANEL = (3.6, 2.8)
+"""Inches of one panel."""
+
+SETTINGS: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e9ee",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,  # text stays text
+    "svg.fonttype": "none",
+}
+
+Runs = Sequence[Results]
+
+
+def agreement_figure(runs: Runs) -> Figure | None:
+    """Agreement against the amount of further training: a row per run, a column per metric."""
+    return _panels(runs, agreement_table, "epoch", "epochs of further training")
+
+
+def seeds_figure(runs: Runs) -> Figure | None:
+    """Agreement at the last evaluation point against the number of seeds averaged."""
+    figure = _panels(runs, seeds_table, "seeds", "seeds averaged")
+    for axes in figure.axes if figure else ():
+        axes.set_xscale("log")
+        counts = sorted({int(k) for run in runs for k in run.evaluation["seeds"].unique()})
+        axes.set_xticks(counts, [str(k) for k in counts], minor=False)
+        axes.minorticks_off()
+    return figure
+
+
+def mean_figure(runs: Runs) -> Figure | None:
+    """Agreement with adjusted changes (solid) and with raw ones (dotted)."""
+
+    def draw(axes: Axes, run: Results, metric: str) -> None:
+        palette = colors(method_order(run))
+        for (method, subtracted), rows in mean_effect_table(run, metric).groupby(
+            ["method", "subtract_mean"], sort=False
+        ):
+            style = "-" if subtracted else ":"
+            label = str(method) if subtracted else None
+            axes.plot(rows["epoch"], rows["mean"], style, color=palette[str(method)], label=label)
+
+    kept = [run for run in runs if run.has_raw]
+    return _grid(kept, draw, "epochs of further training") if kept else None
+
+
+def sorted_figure(runs: Runs, tests: int = 4) -> Figure | None:
+    """Sensitivities of single test instances, sorted, with the three best methods' scores in that order."""
+    run = runs[0]
+    positions = chosen_tests(run.sensitivity, tests)
+    figure = Figure(figsize=(PANEL[0] * len(positions), PANEL[1]), layout="constrained")
+    methods = method_order(run)[:3]
+    palette = colors(method_order(run))
+    for axes, j in zip(_axes(figure, 1, len(positions)), positions, strict=True):
+        sensitivity = run.sensitivity.sensitivity[-1, j].double()
+        order = sensitivity.argsort(descending=True)
+        rank = range(1, len(order) + 1)
+        axes.bar(rank, sensitivity[order].tolist(), width=1.0, color="#c9d3e4", label="sensitivity")
+        for method in methods:
+            scores = run.scores[method]
+            scores = (scores[-1] if scores.ndim == 3 else scores)[j].double()
+            scaled = scores * (sensitivity.norm() / scores.norm().clamp(min=1e-300))
+            axes.plot(rank, scaled[order].tolist(), ".", ms=4, color=palette[method], label=method)
+        axes.set_title(f"test instance {int(run.sensitivity.test[j])}", fontsize=9)
+        axes.set_xlabel("left-out instances, sorted")
+        axes.ticklabel_format(axis="y", scilimits=(-2, 3))
+    figure.axes[0].set_ylabel("change of the test loss")
+    _legend(figure)
+    return figure
+
+
+def cost_figure(runs: Runs) -> Figure | None:
+    """Agreement at the last evaluation point against seconds."""
+
+    def draw(axes: Axes, run: Results, metric: str) -> None:
+        palette = colors(method_order(run))
+        for row in cost_table(run, metric).to_dict("records"):
+            color = palette[row["method"]]
+            axes.errorbar(row["seconds"], row["mean"], row["sem"], fmt="o", color=color, label=row["method"])
+        axes.set_xscale("log")
+
+    return _grid(runs, draw, "seconds")
+
+
+def distance_figure(runs: Runs) -> Figure | None:
+    """Distance of the full runs from the final model, as a share of its norm."""
+    tables = [(run.name, table) for run in runs if (table := distance_table(run)) is not None]
+    if not tables:
+        return None
+    figure = Figure(figsize=PANEL, layout="constrained")
+    axes = figure.subplots()
+    palette = colors([name for name, _ in tables])
+    for name, table in tables:
+        _band(axes, table, "epoch", palette[name], name)
+    axes.set(xlabel="epochs of further training", ylabel="distance / norm of the final model", ylim=(0, None))
+    if len(tables) > 1:
+        axes.legend()
+    return figure
+
+
+def retraining_figure(runs: Runs) -> Figure | None:
+    """Agreement with re-training from scratch leaving one out."""
+
+    def draw(axes: Axes, run: Results, metric: str) -> None:
+        palette = {"further training": CEILING} | colors(method_order(run))
+        table = retraining_table(run, metric)
+        assert table is not None
+        for method, rows in table.groupby("method", sort=False):
+            _band(axes, rows, "epoch", palette[str(method)], str(method))
+
+    kept = [run for run in runs if run.retraining is not None]
+    return _grid(kept, draw, "epochs of further training") if kept else None
+
+
+FIGURES: dict[str, Callable[[Runs], Figure | None]] = {
+    "agreement": agreement_figure,
+    "seeds": seeds_figure,
+    "sorted": sorted_figure,
+    "mean": mean_figure,
+    "distance": distance_figure,
+    "retraining": retraining_figure,
+    "cost": cost_figure,
+}
+"""By the name that the command takes; each returns None where the runs hold nothing to draw."""
+
+
+def write_figures(
+    runs: Results | Sequence[Results],
+    folder: str | Path,
+    names: Iterable[str] = FIGURES,
+    formats: Sequence[str] = ("pdf", "png"),
+    dpi: int = 200,
+) -> list[Path]:
+    """Write figures to ``FOLDER/NAME.pdf`` and ``.png``; those that the runs have no data for are left out.
+
+    Returns:
+        the files written.
+    """
+    runs = [runs] if isinstance(runs, Results) else list(runs)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with matplotlib.rc_context(SETTINGS):
+        for name in names:
+            if (figure := FIGURES[name](runs)) is None:
+                continue
+            for suffix in formats:
+                path = folder / f"{name}.{suffix}"
+                figure.savefig(path, dpi=dpi, metadata={"CreationDate": None} if suffix == "pdf" else None)
+                written.append(path)
+    return written
+
+
+def _panels(runs: Runs, make: Callable[[Results, str], pd.DataFrame], x: str, x_title: str) -> Figure | None:
+    def draw(axes: Axes, run: Results, metric: str) -> None:
+        table = make(run, metric)
+        palette = colors(method_order(run))
+        for method, rows in table.groupby("method", sort=False):
+            _band(axes, rows, x, palette[str(method)], str(method))
+        ceiling = table.drop_duplicates(x)
+        if ceiling["ceiling"].notna().any():
+            axes.plot(ceiling[x], ceiling["ceiling"], "--", color=CEILING, label="noise ceiling")
+
+    return _grid(runs, draw, x_title)
+
+
+def _grid(runs: Runs, draw: Callable[[Axes, Results, str], None], x_title: str) -> Figure:
+    """Draw a row of panels per run, a column per metric, with one legend."""
+    metrics = [m for m in runs[0].metrics if all(m in run.metrics for run in runs)]
+    size = (PANEL[0] * len(metrics) + 1, PANEL[1] * len(runs))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = _axes(figure, len(runs), len(metrics))
+    for i, axes in enumerate(panels):
+        run, metric = runs[i // len(metrics)], metrics[i % len(metrics)]
+        draw(axes, run, metric)
+        axes.set_ylabel(metric)
+        if i // len(metrics) == len(runs) - 1:
+            axes.set_xlabel(x_title)
+        if len(runs) > 1 and i % len(metrics) == 0:
+            axes.set_title(run.name, loc="left", fontsize=9)
+    _legend(figure)
+    return figure
+
+
+def _axes(figure: Figure, rows: int, columns: int) -> list[Axes]:
+    return list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _band(axes: Axes, rows: pd.DataFrame, x: str, color: str, label: str) -> None:
+    marker = "o" if len(rows) < 15 else None
+    axes.plot(rows[x], rows["mean"], color=color, label=label, marker=marker, ms=3, lw=1.5)
+    axes.fill_between(
+        rows[x], rows["mean"] - rows["sem"], rows["mean"] + rows["sem"], color=color, alpha=0.18, lw=0
+    )
+
+
+def _legend(figure: Figure) -> None:
+    """Put one legend to the right of all panels, each label once."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    columns = math.ceil(len(found) / 14)
+    figure.legend(list(found.values()), list(found), loc="outside right upper", ncols=columns)
