@@ -26,7 +26,8 @@ def plain_run(
 
     Args:
         left_out: training indices without which to train.
-        weight: under ``mask``, what the losses of left-out instances are multiplied with.
+        weight: w of left-out instances: under ``mask``, what their losses are multiplied with; under
+            ``every_batch``, (w - 1) / N times their losses is added.
 
     Returns:
         Test losses ``[E, J]`` (float64), distances ``[E]`` from the final model, and the network.
@@ -68,7 +69,9 @@ def plain_run(
             if protocol.leave_out == "every_batch" and left_out:
                 torch.manual_seed((seed * 1_000_003 + step) * 2 + 1)
                 out = train[torch.tensor(list(left_out), device=device)]
-                loss = loss - final_model.loss(apply(network, out.inputs), out.targets).sum() / n
+                loss = (
+                    loss + (weight - 1) * final_model.loss(apply(network, out.inputs), out.targets).sum() / n
+                )
             loss.backward()
             if protocol.clip_norm is not None:
                 nn.utils.clip_grad_norm_(trained, protocol.clip_norm)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fimo.further_training.schedule import Batch as Batch
     from fimo.further_training.schedule import BatchStream as BatchStream
     from fimo.further_training.sensitivity import Sensitivity as Sensitivity
+    from fimo.further_training.tangent import TangentOutputs as TangentOutputs
+    from fimo.further_training.tangent import tangent_outputs as tangent_outputs
     from fimo.further_training.trajectories import full_runs as full_runs
     from fimo.further_training.trajectory import FurtherTraining as FurtherTraining
     from fimo.further_training.trajectory import Trajectory as Trajectory
@@ -25,6 +27,8 @@ _HOMES = {
     "further_train": "gold_standard",
     "evaluation_points": "gold_standard",
     "full_runs": "trajectories",
+    "tangent_outputs": "tangent",
+    "TangentOutputs": "tangent",
     "Protocol": "protocol",
     "Replica": "replicas",
     "Batch": "schedule",

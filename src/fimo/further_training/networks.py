@@ -160,13 +160,13 @@ class FunctionalNetwork(StackedNetwork):
 
         inputs, targets = instances.inputs, instances.targets
         axis = None if shared else 0
-        with sdpa_kernel(SDPBackend.MATH), _seeded(seed if self.stochastic else None, targets.device):
+        with sdpa_kernel(SDPBackend.MATH), seeded(seed if self.stochastic else None, targets.device):
             if self.vectorise:
                 mapped = vmap(grad(loss), in_dims=(0, axis, axis, 0), randomness="same")
                 return mapped(self.parameters, inputs, targets, weight)
         single = []
         for r in range(self.replicas):
-            with _seeded(seed if self.stochastic else None, targets.device):
+            with seeded(seed if self.stochastic else None, targets.device):
                 own = instances if shared else Instances(_row(inputs, r), targets[r])
                 parameters = {n: p[r].detach().requires_grad_() for n, p in self.parameters.items()}
                 with torch.enable_grad():
@@ -209,7 +209,7 @@ def is_stochastic(network: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Run a block with the random state of ``seed`` and put the caller's back; nothing if None."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, enabled=seed is not None):

@@ -1,0 +1,125 @@
+"""Forward-mode derivatives of the full run in the weights of given instances."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+
+from fimo.data.instances import Instances
+from fimo.further_training.differentiable_step import FullRun, State, evaluate_outputs
+from fimo.further_training.gold_standard import check_left_out
+from fimo.further_training.protocol import DTYPES, Protocol
+from fimo.further_training.replicas import Unit
+from fimo.models.final_model import FinalModel
+
+
+@dataclass(frozen=True)
+class TangentOutputs:
+    """Outputs of test instances along a seed's full run, with their derivatives in instances' weights.
+
+    Leaving i out takes its weight from 1 to 0, so to first order outputs change by ``-derivative``, and the
+    raw change of the loss is ``-loss_derivative``.
+
+    Args:
+        outputs: ``[E, J, D]`` at each evaluation point.
+        derivative: ``[E, J, L, D]``.
+        loss_derivative: ``[E, J, L]``, of the test instances' losses (the final model's measurement).
+    """
+
+    outputs: Tensor
+    derivative: Tensor
+    loss_derivative: Tensor
+
+
+def tangent_outputs(
+    final_model: FinalModel,
+    train: Instances,
+    test: Instances,
+    protocol: Protocol,
+    seed: int,
+    left_out: Sequence[int | Sequence[int]],
+    *,
+    chunk: int = 32,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> TangentOutputs:
+    """Differentiate a full run forward in the weights of L training instances (or groups).
+
+    With the state z_t (parameters and the optimizer's moments) after t steps and z_{t+1} = step_t(z_t, w),
+    the tangents dz_t / dw_i follow dz_{t+1} = (d step_t / d z) dz_t + d step_t / d w_i: no difference of runs
+    is taken, so nothing cancels. The weights are those of the leave-out rule: see
+    :class:`~fimo.further_training.differentiable_step.FullRun`.
+
+    Args:
+        seed: whose batches (and dropout masks) are followed.
+        left_out: L indices into ``train``, or groups; a group's derivative is in its common weight.
+        chunk: tangents advanced together; memory grows with it.
+        dtype: of run and tangents; the protocol's when None. Outputs are in the protocol's evaluation dtype.
+
+    Returns:
+        On ``device``, in the evaluation dtype.
+    """
+    units = check_left_out(left_out, len(train))
+    parts = []
+    for first in range(0, len(units), chunk):
+        run = FullRun(final_model, train, protocol, seed, units[first : first + chunk], device, dtype)
+        parts.append(_outputs(final_model, run, units[first : first + chunk], test))
+    return TangentOutputs(
+        parts[0].outputs,
+        torch.cat([p.derivative for p in parts], 2),
+        torch.cat([p.loss_derivative for p in parts], 2),
+    )
+
+
+def tangents(run: FullRun, units: Sequence[Unit]) -> Iterator[tuple[State, State]]:
+    """Yield the state and its derivatives ``[L, ...]`` in the units' weights at each evaluation point."""
+    state = run.start()
+    derivative: State = {
+        kind: {n: t.new_zeros(len(units), *t.shape) for n, t in tensors.items()}
+        for kind, tensors in state.items()
+    }
+    batches, step = run.batches(), 0
+    for point in run.points:
+        while step < point:
+            batch = next(batches)
+
+            def advance(z: State, w: Tensor, batch=batch) -> State:  # type: ignore[no-untyped-def]
+                return run.step(z, batch, w)
+
+            def tangent(dz: State, dw: Tensor, state=state, batch=batch, advance=advance):  # type: ignore[no-untyped-def]
+                return jvp(advance, (state, batch.weight), (dz, dw))
+
+            with run.randomness(step), torch.no_grad():
+                mapped = vmap(tangent, out_dims=(None, 0), randomness="same")  # type: ignore[arg-type]
+                state, derivative = mapped(derivative, run.weight_derivative(batch, units))
+            step += 1
+        yield state, derivative
+
+
+def _outputs(final_model: FinalModel, run: FullRun, units: Sequence[Unit], test: Instances) -> TangentOutputs:
+    wide = DTYPES[run.protocol.evaluation_dtype]
+    model, test = final_model.to(run.device, wide), test.to(run.device, wide)
+    measurement = model.measurement or model.loss
+    outputs, derivatives, losses = [], [], []
+    for state, derivative in tangents(run, units):
+        parameters = {n: p.to(wide) for n, p in state["parameters"].items()}
+        directions = {n: p.to(wide) for n, p in derivative["parameters"].items()}
+
+        def both(p):  # type: ignore[no-untyped-def]
+            found = evaluate_outputs(model, p, test.inputs)
+            return found, measurement(found, test.targets)
+
+        def along(d, parameters=parameters, both=both):  # type: ignore[no-untyped-def]
+            return jvp(both, (parameters,), (d,))
+
+        with run.randomness(0), torch.no_grad():
+            mapped = vmap(along, out_dims=(None, 0))  # type: ignore[arg-type]
+            (at, _), (output, loss) = mapped(directions)
+        outputs.append(at)
+        derivatives.append(output.transpose(0, 1))
+        losses.append(loss.transpose(0, 1))
+    return TangentOutputs(torch.stack(outputs), torch.stack(derivatives), torch.stack(losses))

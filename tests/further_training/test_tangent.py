@@ -1,0 +1,100 @@
+"""The linearised companion against differences of runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fimo.further_training import Protocol
+from fimo.further_training.tangent import tangent_outputs
+from fimo.models.final_model import FinalModel
+from fimo.models.losses import cross_entropy
+from tests.cases import CASES, Case
+from tests.further_training.test_gold_standard import OPTIMIZERS
+from tests.reference.further_training import plain_run
+
+UNITS: list[int | list[int]] = [0, 7, 11, [4, 9]]
+
+
+def differences(case: Case, protocol: Protocol, seed: int, weight_change: float) -> Tensor:
+    """Central differences ``[E, J, L]`` of mask runs' losses in the units' weights."""
+    found = []
+    for unit in UNITS:
+        members = [unit] if isinstance(unit, int) else unit
+        up, down = (
+            plain_run(
+                case.final_model,
+                case.train,
+                case.test,
+                protocol,
+                seed,
+                members,
+                weight=1 + sign * weight_change,
+            )[0]
+            for sign in (1, -1)
+        )
+        found.append((up - down) / (2 * weight_change))
+    return torch.stack(found, -1)
+
+
+def protocol_of(optimizer: str, **more) -> Protocol:
+    settings = {
+        "batch_size": 5,
+        "epochs": 3,
+        "leave_out": "mask",
+        "dtype": "float64",
+        **OPTIMIZERS[optimizer],
+    }
+    return Protocol(**{**settings, **more})
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_tangents_equal_small_differences(optimizer: str) -> None:
+    case, protocol = CASES["mlp_regression"](), protocol_of(optimizer, eps=1e-4)
+    found = tangent_outputs(case.final_model, case.train, case.test, protocol, 1, UNITS, chunk=3)
+    assert found.derivative.shape == (3, 5, 4, 1)
+    expected = differences(case, protocol, 1, 1e-4)
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(found.loss_derivative, expected, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_error_of_central_differences_falls_with_the_square_of_the_weight_change(name: str) -> None:
+    # tanh, GELU: smooth; a ReLU's kinks would hide the order
+    case = CASES[name]()
+    if name == "mlp_classification":
+        pytest.skip("ReLU")
+    protocol = protocol_of("momentum", epochs=2)
+    found = tangent_outputs(case.final_model, case.train, case.test, protocol, 0, UNITS).loss_derivative
+    errors = [(differences(case, protocol, 0, h) - found).abs().max().item() for h in (0.2, 0.1, 0.05)]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.1)
+
+
+def test_dropout_masks_are_those_of_the_run() -> None:
+    torch.manual_seed(1)
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.4), nn.Linear(8, 3)).double()
+    data = CASES["mlp_classification"]()
+    case = Case("dropout", FinalModel(network, cross_entropy), data.train, data.test)
+    protocol = protocol_of("sgd")
+    found = tangent_outputs(case.final_model, case.train, case.test, protocol, 2, UNITS)
+    expected = differences(case, protocol, 2, 1e-4)
+    torch.testing.assert_close(
+        found.loss_derivative, expected, rtol=0, atol=1e-6 * expected.abs().max().item()
+    )
+
+
+def test_every_batch_tangents_equal_small_differences() -> None:
+    case = CASES["mlp_regression"]()
+    protocol = protocol_of("momentum", leave_out="every_batch")
+    found = tangent_outputs(case.final_model, case.train, case.test, protocol, 0, [3, [4, 9]]).loss_derivative
+    for column, unit in enumerate([[3], [4, 9]]):
+        up, down = (
+            plain_run(case.final_model, case.train, case.test, protocol, 0, unit, weight=1 + h)[0]
+            for h in (1e-4, -1e-4)
+        )
+        expected = (up - down) / 2e-4
+        torch.testing.assert_close(
+            found[..., column], expected, rtol=0, atol=1e-6 * expected.abs().max().item()
+        )
