@@ -25,11 +25,13 @@ class Table:
         features: ``[n, d]``, one named column per feature.
         target: ``[n]``, values, or class names as text or numbers.
         unit: of a regression target, for display.
+        indicators: columns of zeros and ones that are left as they are, not standardised.
     """
 
     features: pd.DataFrame
     target: pd.Series
     unit: str = ""
+    indicators: tuple[str, ...] = ()
 
 
 class TabularModule(InstancesModule):
@@ -72,6 +74,8 @@ class TabularModule(InstancesModule):
         targets = self._encode(table.target)
         features = table.features.to_numpy(dtype=np.float64)
         inputs = standardise(features, train)
+        kept = table.features.columns.isin(table.indicators)
+        inputs[:, kept] = features[:, kept]
         if self.task == "regression":
             targets = standardise(targets[:, None], train)
         self.train, self.test = (

@@ -1,0 +1,83 @@
+"""UCI Energy Efficiency (Tsanas and Xifara, 2012): 768 simulated buildings, 8 features, heating load."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import IO
+
+import pandas as pd
+
+from fimo.data.csv import read_frame
+from fimo.data.remote import cached_download
+from fimo.data.tabular import Table, TabularModule
+from fimo.errors import InputError
+
+HOME = "https://archive.ics.uci.edu/static/public/242/energy+efficiency.zip"
+FEATURES = (
+    "relative compactness", "surface area", "wall area", "roof area", "overall height", "orientation",
+    "glazing area", "glazing area distribution",
+)  # fmt: skip
+TARGETS = ("heating", "cooling")
+
+
+class EnergyData(TabularModule):
+    """Heating (or cooling) load of a building; the other load is dropped, as in the paper.
+
+    Args:
+        path: of a text table or an Excel sheet with 8 features and then one or both loads (with or without
+            a header), or None to fetch the public file.
+        target: ``heating`` or ``cooling``; a file with one load only holds the heating load.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        target: str = "heating",
+        name: str = "energy",
+        batch_size: int = 128,
+        test_size: float = 0.1,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__(name, "regression", batch_size, test_size, split_seed)
+        if target not in TARGETS:
+            raise InputError("dataset.target", f"expected heating or cooling but got {target!r}")
+        self.path, self.target = path, target
+
+    def read(self) -> Table:
+        frame = self._from_home() if self.path is None else read_sheet(Path(self.path))
+        frame = (
+            frame.dropna(how="all").dropna(axis=1, how="all").reset_index(drop=True)
+        )  # Excel's blank margin
+        allowed = (len(FEATURES) + 1, len(FEATURES) + 2)
+        if frame.shape[1] not in allowed:
+            raise InputError(
+                "dataset.path",
+                f"expected {len(FEATURES)} features and one or two loads but got {frame.shape[1]} columns",
+            )
+        loads = TARGETS[: frame.shape[1] - len(FEATURES)]
+        if self.target not in loads:
+            raise InputError("dataset.target", f"{self.path} holds the {loads[0]} load only")
+        frame.columns = pd.Index([*FEATURES, *loads])
+        return Table(frame[list(FEATURES)], frame[self.target].rename(f"{self.target} load"), unit="kWh/m²")
+
+    def _from_home(self) -> pd.DataFrame:
+        archive = zipfile.ZipFile(cached_download(HOME, "energy.zip"))
+        member = next(n for n in archive.namelist() if n.lower().endswith((".xlsx", ".csv")))
+        return _excel(archive.open(member)) if member.endswith("x") else pd.read_csv(archive.open(member))
+
+
+def read_sheet(path: Path) -> pd.DataFrame:
+    """Read an Excel sheet by its suffix, else a text table."""
+    if path.suffix.lower() in (".xls", ".xlsx") and path.is_file():
+        return _excel(path)
+    return read_frame(path, None, "auto")
+
+
+def _excel(source: Path | IO[bytes]) -> pd.DataFrame:
+    try:
+        return pd.read_excel(source)
+    except ImportError as error:
+        raise InputError("dataset.path", f"an Excel sheet needs another package ({error})") from None
+    except Exception as error:  # a damaged sheet fails in many ways inside its readers
+        raise InputError("dataset.path", f"not an Excel sheet ({type(error).__name__})") from None
