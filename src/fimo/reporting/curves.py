@@ -64,6 +64,15 @@ def distance_table(run: Results) -> pd.DataFrame | None:
     return with_epochs(run, table)
 
 
+def loss_table(run: Results) -> pd.DataFrame | None:
+    """Return ``step,epoch,mean,sem``: test loss of the full runs, mean ± SEM over seeds, or None."""
+    losses = run.sensitivity.full_losses
+    if losses is None:
+        return None
+    mean, sem = mean_and_sem(losses.mean(-1).T)
+    return with_epochs(run, pd.DataFrame({**_points(run), "mean": mean.tolist(), "sem": sem.tolist()}))
+
+
 def retraining_table(run: Results, metric: str) -> pd.DataFrame | None:
     """Return ``method,step,epoch,mean,sem``: agreement with retraining from scratch, or None.
 

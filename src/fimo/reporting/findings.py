@@ -86,6 +86,22 @@ def method_order(results: Results) -> list[str]:
     return list(at_last_point(results, results.metrics[0])["method"])
 
 
+def same_scores(results: Results) -> list[list[str]]:
+    """Return groups of methods whose scores are the same up to a positive factor, so that curves coincide."""
+    groups: list[list[str]] = []
+    for method in method_order(results):
+        for group in groups:
+            u, v = results.scores[group[0]].double(), results.scores[method].double()
+            if u.shape == v.shape and u.isfinite().all() and v.isfinite().all():
+                u, v = u / u.norm().clamp(min=1e-300), v / v.norm().clamp(min=1e-300)
+                if (u - v).norm() < 1e-4:
+                    group.append(method)
+                    break
+        else:
+            groups.append([method])
+    return [group for group in groups if len(group) > 1]
+
+
 def mean_test_loss(results: Results) -> float:
     """Return the final model's test loss, NaN where unknown."""
     return float(results.final_model.get("test_loss") or math.nan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,11 +13,12 @@ from fimo.reporting.curves import (
     agreement_table,
     cost_table,
     distance_table,
+    loss_table,
     mean_effect_table,
     retraining_table,
     seeds_table,
 )
-from fimo.reporting.findings import method_order
+from fimo.reporting.findings import method_order, same_scores
 from fimo.reporting.results import Results
 from fimo.reporting.style import CEILING, DASHES, colors, translucent
 
@@ -36,6 +38,7 @@ def all_figures(runs: Sequence[Results]) -> dict[str, dict[str, go.Figure]]:
     }
     made = {name: {m: make(runs, m) for m in metrics} for name, make in by_metric.items()}
     made["distance"] = {"": distance_figure(runs)}
+    made["loss"] = {"": loss_figure(runs)}
     return {name: by for name, by in made.items() if any(figure.data for figure in by.values())}
 
 
@@ -58,7 +61,7 @@ def cost_figure(runs: Sequence[Results], metric: str) -> go.Figure:
     palette = colors(_methods(runs))
     for position, run in enumerate(runs):
         table = cost_table(run, metric)
-        for row in table.to_dict("records"):
+        for row, place in zip(table.to_dict("records"), label_places(table), strict=True):
             method = row["method"]
             figure.add_scatter(
                 x=[row["seconds"]],
@@ -67,7 +70,7 @@ def cost_figure(runs: Sequence[Results], metric: str) -> go.Figure:
                 mode="markers+text",
                 marker={"size": 12, "color": palette[method], "symbol": position},
                 text=[method],
-                textposition="top center",
+                textposition=place,
                 cliponaxis=False,
                 name=_label(method, run, runs),
                 legendgroup=method,
@@ -76,9 +79,31 @@ def cost_figure(runs: Sequence[Results], metric: str) -> go.Figure:
                 "%{customdata[1]:,.0f} MB at peak<extra>" + _label(method, run, runs) + "</extra>",
             )
     _axes(figure, "seconds (one-off precomputation and scores)", metric)
-    figure.update_xaxes(type="log", dtick=1)
+    seconds = [float(trace.x[0]) for trace in figure.data] or [1.0]
+    few = math.log10(max(seconds) / min(seconds)) < 2
+    ends = [math.log10(min(seconds)) - 0.4, math.log10(max(seconds)) + 0.4]
+    figure.update_xaxes(type="log", dtick="D2" if few else 1, range=ends)
     figure.update_layout(showlegend=False)
     return figure
+
+
+def label_places(table: Table) -> list[str]:
+    """Return where each point's label goes: below or beside it where one above would cover another's."""
+    x = table["seconds"].map(math.log10)
+    width, height = (
+        max(float(x.max() - x.min()), 0.8),
+        max(float(table["mean"].max() - table["mean"].min()), 0.2),
+    )
+    taken: list[tuple[float, float, str]] = []
+    for here, value in zip(x, table["mean"], strict=True):
+        near = {
+            place
+            for x0, y0, place in taken
+            if abs(here - x0) < 0.17 * width and abs(value - y0) < 0.1 * height
+        }
+        free = [p for p in ("top center", "bottom center", "middle right", "middle left") if p not in near]
+        taken.append((here, value, free[0] if free else "top center"))
+    return [place for _, _, place in taken]
 
 
 def mean_effect_figure(runs: Sequence[Results], metric: str) -> go.Figure:
@@ -107,15 +132,29 @@ def mean_effect_figure(runs: Sequence[Results], metric: str) -> go.Figure:
 
 def distance_figure(runs: Sequence[Results]) -> go.Figure:
     """How far further training moved from the final model, as a share of its norm."""
+    figure = _by_run(runs, distance_table, "distance / norm of the final model")
+    figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
+def loss_figure(runs: Sequence[Results]) -> go.Figure:
+    """Test loss of the full runs, beside the final model's."""
+    figure = _by_run(runs, loss_table, "mean test loss")
+    for run in runs:
+        whole = len(run.sensitivity.test) == run.dataset.get("test")  # or the two are of different instances
+        loss = run.final_model.get("test_loss")
+        if run.sensitivity.full_losses is not None and whole and loss:
+            figure.add_hline(y=loss, line={"color": CEILING, "dash": "dash", "width": 1.5})
+    return figure
+
+
+def _by_run(runs: Sequence[Results], make: Callable[[Results], Table | None], y_title: str) -> go.Figure:
     figure = go.Figure()
-    for position, run in enumerate(runs):
-        table = distance_table(run)
-        if table is None:
-            continue
-        color = list(colors([str(i) for i in range(len(runs))]).values())[position]
-        _band(figure, table, "epoch", color, run.name, "solid", run.name)
-    _axes(figure, EPOCHS, "distance / norm of the final model")
-    figure.update_yaxes(range=None, rangemode="tozero")
+    palette = list(colors([str(i) for i in range(len(runs))]).values())
+    for run, color in zip(runs, palette, strict=True):
+        if (table := make(run)) is not None:
+            _band(figure, table, "epoch", color, run.name, "solid", run.name)
+    _axes(figure, EPOCHS, y_title)
     figure.update_layout(showlegend=len(runs) > 1)
     return figure
 
@@ -143,8 +182,11 @@ def _lines(
     for position, run in enumerate(runs):
         table = make(run)
         dash = DASHES[position % len(DASHES)]
+        covering = {method for group in same_scores(run) for method in group[1:]}
         for method, rows in table.groupby("method", sort=False):
-            _band(figure, rows, x, palette[str(method)], _label(method, run, runs), dash, method)
+            # dashed over its twin's solid line, so that both colours are seen
+            own = "dash" if method in covering and len(runs) == 1 else dash
+            _band(figure, rows, x, palette[str(method)], _label(method, run, runs), own, method)
         ceiling = table.drop_duplicates(x)
         if ceiling["ceiling"].notna().any():
             name = _label("noise ceiling", run, runs)

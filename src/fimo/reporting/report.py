@@ -14,6 +14,8 @@ import plotly.offline
 from fimo.reporting.display import InstanceDisplay
 from fimo.reporting.explorer import explorer_data
 from fimo.reporting.findings import (
+    ABSENT,
+    MINUS,
     Unit,
     all_warnings,
     at_last_point,
@@ -22,6 +24,7 @@ from fimo.reporting.findings import (
     mean_test_loss,
     method_order,
     number,
+    same_scores,
 )
 from fimo.reporting.flat import flat
 from fimo.reporting.interactive import all_figures
@@ -47,7 +50,8 @@ def write_report(results: Results | Sequence[Results], path: str | Path) -> Path
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": number, "duration": duration}
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # columns keep their order
+    environment.filters |= {"number": number, "duration": duration, "decimals": decimals}
     html = environment.get_template("report.html").render(
         runs=[run_context(run) for run in runs],
         comparison=figures(runs) if len(runs) > 1 else None,
@@ -88,6 +92,8 @@ def run_context(run: Results) -> dict[str, Any]:
         "best": ranking.iloc[0].to_dict(),
         "helpful": [(row, run.show("train", row.index)) for row in helpful],
         "harmful": [(row, run.show("train", row.index)) for row in harmful],
+        "noun": noun(run),
+        "same": same_scores(run),
         "columns": columns([run.show("train", row.index) for row in [*helpful, *harmful]]),
         "unit": Unit.of([row.effect for row in [*helpful, *harmful]]),
         "test_loss": mean_test_loss(run),
@@ -119,6 +125,11 @@ def method_rows(run: Results) -> list[dict[str, Any]]:
         slope = dict(zip(final["method"], final["slope"], strict=True))
     seconds = dict(zip(run.cost["stage"], run.cost["seconds"], strict=True))
     reused = dict(zip(run.cost["stage"], run.cost["reused"], strict=True))
+    intervals: dict[str, tuple[float, float]] = {}
+    if (bounds := run.bootstrap) is not None and len(bounds):
+        final = bounds[(bounds["step"] == bounds["step"].max()) & (bounds["metric"] == run.metrics[0])]
+        ends = zip(final["low"], final["high"], strict=True)
+        intervals = {m: e for m, e in zip(final["method"], ends, strict=True) if e[0] == e[0]}
     palette = colors(method_order(run))
     return [
         {
@@ -127,12 +138,27 @@ def method_rows(run: Results) -> list[dict[str, Any]]:
             "access": run.access[method],
             "description": run.descriptions.get(method, ""),
             "agreement": {m: (last[m].loc[method, "mean"], last[m].loc[method, "sem"]) for m in run.metrics},
+            "interval": intervals.get(method),
             "slope": slope.get(method),
             "seconds": seconds.get(method),
             "reused": reused.get(method, 0.0),
         }
         for method in method_order(run)
     ]
+
+
+def noun(run: Results) -> str:
+    """Return what an instance of this data set is called."""
+    displays = [d for instances in run.shown.values() for d in instances.values()]
+    for kind, name in (("image", "picture"), ("text", "text")):
+        if any(getattr(display, kind) for display in displays):
+            return name
+    return "row"
+
+
+def decimals(value: float | None, digits: int = 3) -> str:
+    """Return an agreement with fixed decimals, so that a column lines up."""
+    return ABSENT if value is None or value != value else f"{value:.{digits}f}".replace("-", MINUS)
 
 
 def columns(displays: Sequence[InstanceDisplay | None]) -> list[str]:

@@ -188,8 +188,13 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    loaded = OmegaConf.load(path)
+    try:
+        config = OmegaConf.to_container(loaded, resolve=True)
+    except OmegaConfBaseException:  # a resolver that only a running job knows
+        config = OmegaConf.to_container(loaded, resolve=False)
     return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
 
 

@@ -30,7 +30,9 @@
     const chosen = figures[metric[run]] || figures[""] || Object.values(figures)[0];
     const hidden = new Set((element.data || []).filter((t) => t.visible === "legendonly").map((t) => t.legendgroup || t.name));
     const traces = chosen.data.map((t) => (hidden.has(t.legendgroup || t.name) ? { ...t, visible: "legendonly" } : t));
-    Plotly.react(element, traces, themed(chosen.layout), settings);
+    const layout = themed(chosen.layout);
+    if (element.closest(".pair") && run !== "comparison") layout.showlegend = false; // the large figure above has it
+    Plotly.react(element, traces, layout, settings);
   }
 
   const visible = (element) => element.offsetParent !== null;
@@ -100,7 +102,7 @@
     box.append(list);
   }
 
-  function rowsTable(rows, train, kind) {
+  function rowsTable(rows, train, kind, noun) {
     if (!rows.length) return make("p", "None.", "quiet");
     const displays = rows.map((row) => train[row.index]);
     const columns = [...new Set(displays.flatMap((d) => Object.keys((d && d.row) || {})))];
@@ -111,7 +113,7 @@
     const fixed = (value) => (size === 1 ? number(value, 3) : (value / size).toFixed(2).replace("-", "\u2212"));
     const table = make("table", null, `rows ${kind}`);
     const head = make("tr");
-    const titles = ["training row", `effect on its loss${size === 1 ? "" : ` (${power(exponent).trim()})`}`, ...(seeds ? ["seeds"] : []), "target", ...(says ? ["model says"] : []), ...(columns.length ? columns : ["instance"])];
+    const titles = [`training ${noun}`, `effect on its loss${size === 1 ? "" : ` (${power(exponent).trim()})`}`, ...(seeds ? ["seeds"] : []), "target", ...(says ? ["model says"] : []), ...(columns.length ? columns : ["instance"])];
     titles.forEach((title, i) => head.append(make("th", title, i === 1 || columns.includes(title) ? "number" : "")));
     const body = make("tbody");
     rows.forEach((row, i) => {
@@ -154,13 +156,14 @@
       pickTest.addEventListener("change", () => explore(element));
       pickMethod.addEventListener("change", () => explore(element));
     }
+    const noun = element.dataset.noun;
     const test = source.tests[pickTest.value];
     const method = pickMethod.value;
     const order = test.sensitivity.map((_, i) => i).sort((a, b) => test.sensitivity[b] - test.sensitivity[a]);
     const sensitivity = order.map((i) => test.sensitivity[i]);
     const scores = order.map((i) => test.scores[method][i]);
     const factor = scale(sensitivity) / scale(scores.filter((v) => v !== null));
-    const ids = order.map((i) => `training row #${source.left_out[i]}`);
+    const ids = order.map((i) => `training ${noun} #${source.left_out[i]}`);
     const rank = order.map((_, i) => i + 1);
     showInstance(element.querySelector(".instance-shown"), test);
     const base = { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 64, r: 12, t: 30, b: 48 }, hovermode: "closest" };
@@ -169,12 +172,12 @@
     Plotly.react(element.querySelector(".plot-sorted"), [
       { type: "bar", x: rank, y: sensitivity, text: ids, textposition: "none", name: "sensitivity", marker: { color: sensitivity.map((v) => (v > 0 ? good : bad)), opacity: 0.55 }, hovertemplate: "%{text}<br>%{y:.3g}<extra>sensitivity</extra>" },
       { type: "scatter", mode: "markers", x: rank, y: scores.map((v) => (v === null ? null : v * factor)), customdata: scores, text: ids, name: `${method}, scaled`, marker: { color: accent, size: 6 }, hovertemplate: "%{text}<br>score %{customdata:.3g}<extra></extra>" },
-    ], themed({ ...base, legend, bargap: 0, xaxis: { title: { text: "left-out training rows, sorted" }, zeroline: false }, yaxis: { title: { text: "change of this test loss" }, exponentformat: "power", automargin: true } }), settings);
+    ], themed({ ...base, legend, bargap: 0, xaxis: { title: { text: `left-out training ${noun}s, sorted` }, zeroline: false }, yaxis: { title: { text: "change of this test loss" }, exponentformat: "power", automargin: true } }), settings);
     Plotly.react(element.querySelector(".plot-scatter"), [
       { type: "scatter", mode: "markers", x: scores, y: sensitivity, text: ids, marker: { color: accent, size: 7, opacity: 0.7 }, hovertemplate: "%{text}<br>score %{x:.3g}<br>sensitivity %{y:.3g}<extra></extra>" },
     ], themed({ ...base, title: { text: `${source.metric} ${number(test.agreement[method], 3)}`, font: { size: 14 }, x: 0.5, y: 0.97 }, xaxis: { title: { text: `score by ${method}` }, exponentformat: "power", automargin: true }, yaxis: { title: { text: "sensitivity" }, exponentformat: "power", automargin: true } }), settings);
-    element.querySelector(".helpful-rows").replaceChildren(rowsTable(test.helpful, source.train, "helpful"));
-    element.querySelector(".harmful-rows").replaceChildren(rowsTable(test.harmful, source.train, "harmful"));
+    element.querySelector(".helpful-rows").replaceChildren(rowsTable(test.helpful, source.train, "helpful", noun));
+    element.querySelector(".harmful-rows").replaceChildren(rowsTable(test.harmful, source.train, "harmful", noun));
   }
 
   document.querySelectorAll("details").forEach((d) => d.addEventListener("toggle", drawAll));

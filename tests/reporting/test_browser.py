@@ -1,0 +1,111 @@
+"""The page in a real browser, headless and offline; skipped where there is none."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fimo.reporting import write_report
+from tests.reporting.example import example, show_text
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--enable-logging=stderr", "--virtual-time-budget=4000", "--window-size=1200,2000",
+)  # fmt: skip
+
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+
+
+def visit(path: Path, script: str) -> tuple[dict, str]:
+    """Open a page, run a script that returns something, and return that with what the console said."""
+    ending = f"""<script>(() => {{
+      const answer = (() => {{ {script} }})();
+      const holder = document.createElement("pre");
+      holder.id = "answer";
+      holder.textContent = JSON.stringify(answer);
+      document.body.append(holder);
+    }})();</script></body>"""
+    page = path.with_name(f"visited-{path.name}")
+    page.write_text(path.read_text("utf-8").replace("</body>\n</html>", ending + "</html>"), "utf-8")
+    assert BROWSER
+    command = [BROWSER, *FLAGS, f"--user-data-dir={path.parent / 'profile'}", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    answer = re.search(r'<pre id="answer">(.*?)</pre>', done.stdout, re.S)
+    assert answer, done.stdout[-500:]
+    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    return json.loads(answer[1].replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&")), console
+
+
+def test_choosing_a_test_instance_shows_its_rows_and_redraws_its_plots(tmp_path: Path) -> None:
+    run = example()
+    answer, console = visit(
+        write_report(run, tmp_path / "report.html"),
+        """
+        const state = () => ({
+          shown: document.querySelector(".instance-shown").textContent,
+          first: document.querySelector(".helpful-rows td.id").textContent,
+          bars: Array.from(document.querySelector(".plot-sorted").data[0].y),
+          points: document.querySelector(".plot-scatter").data[0].x.length,
+        });
+        const before = state();
+        const pick = document.querySelector(".pick-test");
+        pick.value = "3";
+        pick.dispatchEvent(new Event("change"));
+        return {before, after: state()};
+        """,
+    )
+    assert console == ""
+    for j, state in ((0, answer["before"]), (3, answer["after"])):
+        sensitivity = run.sensitivity.sensitivity[-1, j]
+        assert state["shown"].startswith(f"test instance #{j}")
+        assert state["first"] == f"#{int(run.sensitivity.left_out[sensitivity.argmax()])}"
+        assert state["bars"] == pytest.approx(sensitivity.sort(descending=True).values.tolist(), rel=1e-3)
+        assert state["points"] == 30
+
+
+def test_every_figure_is_drawn_and_the_measure_of_agreement_can_be_chosen(tmp_path: Path) -> None:
+    answer, console = visit(
+        write_report(example(retraining=example(seeds=2).sensitivity), tmp_path / "report.html"),
+        """
+        const title = () => document.getElementById("plot-0-agreement").layout.yaxis.title.text;
+        const before = title();
+        document.querySelector('[data-metric="spearman"]').click();
+        const drawn = Array.from(document.querySelectorAll(".plot[data-figure]"))
+          .filter((e) => !e.closest("figure").hidden)
+          .map((e) => [e.dataset.figure, e.querySelectorAll(".scatterlayer .trace").length]);
+        return {before, after: title(), drawn: Object.fromEntries(drawn)};
+        """,
+    )
+    assert console == ""
+    assert (answer["before"], answer["after"]) == ("cosine", "spearman")
+    assert {"agreement", "seeds", "cost", "mean", "distance", "retraining"} <= set(answer["drawn"])
+    assert all(traces > 0 for traces in answer["drawn"].values())
+
+
+def test_tabs_of_several_runs_are_drawn_when_opened_and_text_stays_text(tmp_path: Path) -> None:
+    answer, console = visit(
+        write_report([example("one"), example("two", show=show_text)], tmp_path / "report.html"),
+        """
+        const hidden = document.getElementById("run1").hidden;
+        document.querySelector('[data-tab="run1"]').click();
+        const run = document.getElementById("run1");
+        return {
+          hidden,
+          opened: !run.hidden,
+          traces: run.querySelectorAll("#plot-1-agreement .scatterlayer .trace").length,
+          sentence: run.querySelector(".helpful-rows td.sentence").textContent,
+        };
+        """,
+    )
+    assert console == "", "neither errors nor alerts"
+    assert answer["hidden"]
+    assert answer["opened"]
+    assert answer["traces"] > 4
+    assert answer["sentence"].startswith("<script>alert(")
