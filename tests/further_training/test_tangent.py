@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fimo.further_training import Protocol
-from fimo.further_training.tangent import tangent_outputs
+from fimo.data.instances import Instances
+from fimo.further_training import Protocol, tangent_outputs
+from fimo.further_training.adjoint import adjoint
+from fimo.further_training.differentiable_step import FullRun
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import cross_entropy
-from tests.cases import CASES, Case
+from fimo.models.losses import Loss, binary_cross_entropy, cross_entropy, mean_squared_error
+from tests.cases import CASES, Case, mlp
 from tests.further_training.test_gold_standard import OPTIMIZERS
 from tests.reference.further_training import plain_run
 
@@ -98,3 +100,44 @@ def test_every_batch_tangents_equal_small_differences() -> None:
         torch.testing.assert_close(
             found[..., column], expected, rtol=0, atol=1e-6 * expected.abs().max().item()
         )
+
+
+@pytest.mark.parametrize("rule", ["mask", "every_batch"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_reverse_mode_equals_forward_mode(optimizer: str, rule: str) -> None:
+    case, protocol = CASES["mlp_regression"](), protocol_of(optimizer, leave_out=rule)
+    data = (case.final_model, case.train, case.test, protocol, 1)
+    forward = tangent_outputs(*data, range(len(case.train)))
+    backward = adjoint(*data, chunk=7)
+    assert backward.shape == (3, 5, 23)
+    scale = forward.loss_derivative.abs().max().item()
+    torch.testing.assert_close(backward, forward.loss_derivative, rtol=0, atol=1e-10 * scale)
+    outputs = adjoint(*data, of="outputs", points=[2, 0])
+    expected = forward.derivative.transpose(2, 3)[[2, 0]]
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-10 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["mlp_classification", "conv_net", "transformer"])
+def test_reverse_mode_equals_forward_mode_for_any_network(name: str) -> None:
+    case, protocol = CASES[name](), protocol_of("adam", epochs=2)
+    data = (case.final_model, case.train, case.test, protocol, 0)
+    forward = tangent_outputs(*data, range(len(case.train)))
+    torch.testing.assert_close(adjoint(*data), forward.loss_derivative, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU])
+@pytest.mark.parametrize("loss", [mean_squared_error, cross_entropy, binary_cross_entropy])
+def test_products_written_out_equal_automatic_ones(activation: type[nn.Module], loss: Loss) -> None:
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Flatten(), mlp(4, (6, 5), 3, activation), activation()).double()
+    inputs = torch.randn(9, 2, 2, dtype=torch.float64)
+    targets = torch.randint(3, (9,)) if loss is cross_entropy else torch.rand(9, 3, dtype=torch.float64)
+    run = FullRun(FinalModel(network, loss), Instances(inputs, targets), protocol_of("sgd"), 0)
+    parameters, batch = run.start()["parameters"], next(run.batches())
+    directions = {n: torch.randn(4, *p.shape, dtype=torch.float64) for n, p in parameters.items()}
+    weights = torch.randn(4, 5, dtype=torch.float64)
+    assert run.layers is not None
+    written_out = run.gradient_and_tangents(parameters, directions, batch, weights)
+    run.layers = None
+    automatic = run.gradient_and_tangents(parameters, directions, batch, weights)
+    torch.testing.assert_close(written_out, automatic)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import grad
+from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimo.data.instances import Inputs, Instances
 from fimo.further_training.chunk import step_seed
-from fimo.further_training.networks import is_stochastic, seeded, training_mode
+from fimo.further_training.linear import linear_layers
+from fimo.further_training.linear_derivatives import along, gradient_and_tangents
+from fimo.further_training.networks import choose_engine, is_stochastic, seeded, training_mode
 from fimo.further_training.protocol import DTYPES, Protocol
 from fimo.further_training.replicas import Replica, Unit
 from fimo.further_training.schedule import BatchStream
@@ -68,6 +70,8 @@ class FullRun:
         self.network = training_mode(FinalModel(self.model.network, self.model.loss).network)
         self.buffers = self.model.buffers()
         self.stochastic = is_stochastic(self.network)
+        linear = choose_engine(self.model, self.train) == "linear"
+        self.layers = linear_layers(self.network) if linear else None
         self.total = protocol.total_steps(len(train))
         self.points = protocol.evaluation_steps(len(train), len(train))
         members = (
@@ -116,10 +120,42 @@ class FullRun:
 
         return torch.cat([of(batch.index), of(batch.extra)]) if len(batch.extra) else of(batch.index)
 
-    def step(self, state: State, batch: StepBatch, weight: Tensor) -> State:
-        """Return the state after one optimizer step on sum_b weight_b loss_b; differentiable in all of it."""
-        gradient = grad(lambda p: (self.losses(p, batch) * weight).sum())(state["parameters"])
-        return self.update(state, gradient, batch.step)
+    def gradient(self, parameters: Tensors, batch: StepBatch) -> Tensors:
+        """Return the gradient of sum_b weight_b loss_b."""
+        return grad(lambda p: (self.losses(p, batch) * batch.weight).sum())(parameters)
+
+    def gradient_and_tangents(
+        self, parameters: Tensors, directions: Tensors, batch: StepBatch, weight_directions: Tensor
+    ) -> tuple[Tensors, Tensors, Tensor]:
+        """Return the batch's gradient, its directional derivatives, and those of the losses.
+
+        Args:
+            directions: of the parameters, ``[M, ...]`` by name.
+            weight_directions: ``[M, B + G]``.
+
+        Returns:
+            Gradient by name, its derivatives ``[M, ...]`` by name, and derivatives of losses ``[M, B + G]``.
+        """
+        if self.layers is not None:
+            instances = self.train[torch.cat([batch.index, batch.extra])]
+            assert isinstance(instances.inputs, Tensor)
+            return gradient_and_tangents(
+                self.layers, self.model.loss, parameters, directions, instances.inputs, instances.targets,
+                batch.weight, weight_directions,
+            )  # fmt: skip
+
+        def weighted(p: Tensors, weight: Tensor) -> tuple[Tensor, Tensor]:
+            losses = self.losses(p, batch)
+            return (losses * weight).sum(), losses
+
+        def one(direction: Tensors, weight_direction: Tensor) -> tuple[Tensors, Tensors, Tensor]:
+            (gradient, _), (d_gradient, d_losses) = along(
+                grad(weighted, has_aux=True), (parameters, batch.weight), (direction, weight_direction)
+            )
+            return gradient, d_gradient, d_losses
+
+        mapped = vmap(one, out_dims=(None, 0, 0), randomness="same")  # type: ignore[arg-type]
+        return mapped(directions, weight_directions)
 
     def update(self, state: State, gradient: Tensors, step: int) -> State:
         """Return the state after the optimizer's step along a gradient, as torch.optim defines it."""

@@ -72,11 +72,12 @@ def _activation(module: nn.Module) -> Activation | None:
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer (names of its parameters) and the activation after it."""
+    """A linear layer (names of its parameters) and the activation after it (in place, and as a module)."""
 
     weight: str
     bias: str | None
     activation: Activation | None = None
+    module: nn.Module | None = None
 
 
 def linear_layers(network: nn.Module) -> list[Layer] | None:
@@ -99,7 +100,7 @@ def linear_layers(network: nn.Module) -> list[Layer] | None:
             layers.append(Layer(f"{name}.weight", bias))
             parameters += 1 + (bias is not None)
         elif (activation := _activation(module)) and layers and layers[-1].activation is None:
-            layers[-1] = Layer(layers[-1].weight, layers[-1].bias, activation)
+            layers[-1] = Layer(layers[-1].weight, layers[-1].bias, activation, module)
         else:
             return None
     tied = parameters != len(list(network.parameters()))

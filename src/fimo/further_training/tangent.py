@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import vmap
 
 from fimo.data.instances import Instances
-from fimo.further_training.differentiable_step import FullRun, State, evaluate_outputs
+from fimo.further_training.differentiable_step import FullRun, State, Tensors, evaluate_outputs
 from fimo.further_training.gold_standard import check_left_out
+from fimo.further_training.linear_derivatives import along
 from fimo.further_training.protocol import DTYPES, Protocol
 from fimo.further_training.replicas import Unit
 from fimo.models.final_model import FinalModel
@@ -86,18 +87,24 @@ def tangents(run: FullRun, units: Sequence[Unit]) -> Iterator[tuple[State, State
     for point in run.points:
         while step < point:
             batch = next(batches)
-
-            def advance(z: State, w: Tensor, batch=batch) -> State:  # type: ignore[no-untyped-def]
-                return run.step(z, batch, w)
-
-            def tangent(dz: State, dw: Tensor, state=state, batch=batch, advance=advance):  # type: ignore[no-untyped-def]
-                return jvp(advance, (state, batch.weight), (dz, dw))
-
             with run.randomness(step), torch.no_grad():
-                mapped = vmap(tangent, out_dims=(None, 0), randomness="same")  # type: ignore[arg-type]
-                state, derivative = mapped(derivative, run.weight_derivative(batch, units))
+                gradient, d_gradient, _ = run.gradient_and_tangents(
+                    state["parameters"], derivative["parameters"], batch, run.weight_derivative(batch, units)
+                )
+                state, derivative = _updated(run, state, derivative, gradient, d_gradient, step)
             step += 1
         yield state, derivative
+
+
+def _updated(
+    run: FullRun, state: State, derivative: State, gradient: Tensors, d_gradient: Tensors, step: int
+) -> tuple[State, State]:
+    """Return the state after the optimizer's step, and its derivatives ``[L, ...]``."""
+
+    def one(dz: State, dg: Tensors) -> tuple[State, State]:
+        return along(lambda z, g: run.update(z, g, step), (state, gradient), (dz, dg))
+
+    return vmap(one, out_dims=(None, 0))(derivative, d_gradient)  # type: ignore[arg-type]
 
 
 def _outputs(final_model: FinalModel, run: FullRun, units: Sequence[Unit], test: Instances) -> TangentOutputs:
@@ -113,11 +120,11 @@ def _outputs(final_model: FinalModel, run: FullRun, units: Sequence[Unit], test:
             found = evaluate_outputs(model, p, test.inputs)
             return found, measurement(found, test.targets)
 
-        def along(d, parameters=parameters, both=both):  # type: ignore[no-untyped-def]
-            return jvp(both, (parameters,), (d,))
+        def one(d, parameters=parameters, both=both):  # type: ignore[no-untyped-def]
+            return along(both, (parameters,), (d,))
 
         with run.randomness(0), torch.no_grad():
-            mapped = vmap(along, out_dims=(None, 0))  # type: ignore[arg-type]
+            mapped = vmap(one, out_dims=(None, 0))  # type: ignore[arg-type]
             (at, _), (output, loss) = mapped(directions)
         outputs.append(at)
         derivatives.append(output.transpose(0, 1))

@@ -1,0 +1,180 @@
+"""Reverse-mode derivatives of the full run: every training instance at once, for given test instances."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import jacrev, vjp, vmap
+
+from fimo.data.instances import Instances
+from fimo.errors import InputError
+from fimo.further_training.differentiable_step import FullRun, State, StepBatch, Tensors, evaluate_outputs
+from fimo.further_training.protocol import DTYPES, Protocol
+from fimo.models.final_model import FinalModel
+
+
+def adjoint(
+    final_model: FinalModel,
+    train: Instances,
+    test: Instances,
+    protocol: Protocol,
+    seed: int,
+    *,
+    of: Literal["loss", "outputs"] = "loss",
+    points: Sequence[int] | None = None,
+    chunk: int = 32,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Differentiate test losses along a full run in the weights of all N training instances.
+
+    With the state z_{t+1} = step_t(z_t, g_t), g_t = sum_b weight_b grad loss_b, an adjoint starts as the
+    gradient of a test loss at its evaluation point and goes back through the steps. At each, with a the
+    adjoint of g_t,
+
+        d loss / d w_i += (d weight_i / d w_i) <a, grad loss_i(θ_t)>,    adjoint of θ_t += H_t a.
+
+    Both come from one pass of directional derivatives, so that a step costs about two gradients of the
+    batch per adjoint. The trajectory is kept at every sqrt(T)-th step and made again in between.
+
+    Args:
+        seed: whose batches (and dropout masks) are followed.
+        of: test losses (the final model's measurement), or all outputs.
+        points: which evaluation points, as indices into the E of the protocol; all when None.
+        chunk: adjoints carried back together; memory grows with it.
+        dtype: of run and adjoints; the protocol's when None.
+
+    Returns:
+        ``[E, J, N]``, or ``[E, J, D, N]`` of outputs: the derivative in w_i. Leaving i out takes w_i from 1
+        to 0, so to first order the raw change is its negative.
+    """
+    run = FullRun(final_model, train, protocol, seed, None, device, dtype)
+    chosen = list(range(len(run.points))) if points is None else list(points)
+    if not chosen or any(not 0 <= e < len(run.points) for e in chosen):
+        raise InputError("points", f"expected indices in [0, {len(run.points)}) but got {chosen}")
+    kept = _States(run, run.points[max(chosen)])
+    wide = DTYPES[protocol.evaluation_dtype]
+    model, test = final_model.to(device, wide), test.to(device, wide)
+    with torch.no_grad():
+        parts = [
+            _sweep(run, kept, model, batch, of, chosen)
+            for batch in test.batches(max(1, chunk // len(chosen)))
+        ]
+    found = torch.cat(parts, 1)
+    return found if of == "outputs" else found[:, :, 0]
+
+
+class _States:
+    """The run's states in reverse order: every K-th kept, the rest made again K at a time, K = sqrt(T)."""
+
+    def __init__(self, run: FullRun, steps: int) -> None:
+        self.run, self.steps = run, steps
+        self.every = max(1, math.isqrt(steps))
+        self.kept: list[State] = []
+        state = run.start()
+        batches = run.batches()
+        for step in range(steps):
+            if step % self.every == 0:
+                self.kept.append(state)
+            state = self._next(state, next(batches))
+        self.last = state
+
+    def _next(self, state: State, batch: StepBatch) -> State:
+        with self.run.randomness(batch.step), torch.no_grad():
+            return self.run.update(state, self.run.gradient(state["parameters"], batch), batch.step)
+
+    def backwards(self) -> Iterator[tuple[State, StepBatch]]:
+        """Yield each step's state before it and its batch, from the last to the first."""
+        for segment in reversed(range(len(self.kept))):
+            first = segment * self.every
+            state, batches = self.kept[segment], self.run.batches(first)
+            made: list[tuple[State, StepBatch]] = []
+            for step in range(first, min(first + self.every, self.steps)):
+                batch = next(batches)
+                made.append((state, batch))
+                if step + 1 < min(first + self.every, self.steps):
+                    state = self._next(state, batch)
+            yield from reversed(made)
+
+
+def _sweep(
+    run: FullRun, kept: _States, model: FinalModel, test: Instances, of: str, chosen: Sequence[int]
+) -> Tensor:
+    """Carry the adjoints of some test instances back; return ``[E, J, D or 1, N]`` in the order of chosen."""
+    starts = {run.points[e]: e for e in chosen}
+    adjoints: State | None = None
+    order: list[int] = []
+    found: Tensor | None = None
+    rows = outputs = 0
+
+    def begin(step: int, state: State) -> None:
+        nonlocal adjoints, found, rows, outputs
+        fresh, outputs = _test_gradients(run, model, state["parameters"], test, of)
+        rows = len(next(iter(fresh.values())))
+        order.append(starts[step])
+        new = {k: {n: t.new_zeros(rows, *t.shape) for n, t in ts.items()} for k, ts in state.items()}
+        new["parameters"] = fresh
+        empty = torch.zeros(rows, len(run.train), dtype=run.dtype, device=run.device)
+        if adjoints is None:
+            adjoints, found = new, empty
+        else:
+            adjoints = {
+                k: {n: torch.cat([adjoints[k][n], t]) for n, t in ts.items()} for k, ts in new.items()
+            }
+            found = torch.cat([found, empty])  # type: ignore[list-item]
+
+    if kept.steps in starts:
+        begin(kept.steps, kept.last)
+    for state, batch in kept.backwards():
+        if adjoints is not None and found is not None:
+            adjoints, contribution = _pull_back(run, state, batch, adjoints)
+            found += contribution
+        if batch.step in starts:
+            begin(batch.step, state)
+    assert found is not None
+    by_point = found.view(len(order), len(test), outputs, -1)
+    return by_point[[order.index(e) for e in chosen]]
+
+
+def _pull_back(run: FullRun, state: State, batch: StepBatch, adjoints: State) -> tuple[State, Tensor]:
+    """Carry adjoints ``[M, ...]`` through one step; return them and the weights' derivatives ``[M, N]``."""
+    with run.randomness(batch.step):
+        # the gradient is needed to linearise the optimizer, its derivatives only in what comes back
+        gradient = run.gradient(state["parameters"], batch)
+        _, back = vjp(lambda z, g: run.update(z, g, batch.step), state, gradient)  # type: ignore[misc]
+        through, of_gradient = vmap(back)(adjoints)
+    with run.randomness(batch.step):
+        none = torch.zeros_like(batch.weight).expand(len(next(iter(of_gradient.values()))), -1)
+        _, curved, d_losses = run.gradient_and_tangents(state["parameters"], of_gradient, batch, none)
+    through["parameters"] = {n: t + curved[n] for n, t in through["parameters"].items()}
+    return through, _spread(run, batch, d_losses)
+
+
+def _spread(run: FullRun, batch: StepBatch, d_losses: Tensor) -> Tensor:
+    """Return the weights' derivatives ``[M, N]`` of a step from those of its losses ``[M, B + G]``."""
+    found = torch.zeros(len(d_losses), len(run.train), dtype=run.dtype, device=run.device)
+    b = len(batch.index)
+    if run.protocol.leave_out == "every_batch":
+        return found.index_add_(1, batch.extra, d_losses[:, b:] / len(run.train))
+    return found.index_add_(1, batch.index, d_losses[:, :b] * batch.weight[:b])
+
+
+def _test_gradients(
+    run: FullRun, model: FinalModel, parameters: Tensors, test: Instances, of: str
+) -> tuple[Tensors, int]:
+    """Return gradients ``[J * D, ...]`` of test losses (D = 1) or outputs in the parameters, and D."""
+    wide = next(iter(model.parameters().values())).dtype
+    measurement = model.measurement or model.loss
+
+    def values(p: Tensors) -> Tensor:
+        outputs = evaluate_outputs(model, p, test.inputs)
+        return outputs if of == "outputs" else measurement(outputs, test.targets)[:, None]
+
+    with run.randomness(0):
+        jacobian = jacrev(values)({n: p.to(wide) for n, p in parameters.items()})
+    d = next(iter(jacobian.values())).shape[1]
+    return {n: t.flatten(0, 1).to(run.dtype) for n, t in jacobian.items()}, d
