@@ -19,6 +19,32 @@ def show_text(split: str, index: int) -> InstanceDisplay:
     return InstanceDisplay("positive", text=f"<script>alert({index})</script> a {split} sentence & more")
 
 
+def example_tasks() -> dict[str, pd.DataFrame]:
+    """Return tables of the further evaluations."""
+    methods = ["graddot", "random"]
+    datamodeling = pd.DataFrame(
+        [
+            (m, "FiMO", "lds", 8 * e, e, 6, 0.5 / e * (m == "graddot"), 0.02, 0.9)
+            for m in methods
+            for e in range(1, 5)
+        ],
+        columns=["method", "access", "metric", "step", "epoch", "seeds", "mean", "sem", "ceiling"],
+    )
+    removal = pd.DataFrame(
+        [
+            (m, 32, 4, k, 6, 1e-3 * k * (m == "graddot"), 1e-4)
+            for m in [*methods, "chance"]
+            for k in (1, 3, 10)
+        ],
+        columns=["method", "step", "epoch", "removed", "seeds", "mean", "sem"],
+    )
+    mislabelled = pd.DataFrame(
+        [("graddot", 3, 0.6, 0.05, 0.1), ("random", 3, 0.12, 0.03, 0.1)],
+        columns=["method", "repeats", "mean", "sem", "chance"],
+    )
+    return {"datamodeling": datamodeling, "removal": removal, "mislabelled": mislabelled}
+
+
 def example(
     name: str = "example", seeds: int = 6, noise: float = 1.0, show: object = show_row, **changes: object
 ) -> Results:

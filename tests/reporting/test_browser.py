@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fimo.reporting import write_report
-from tests.reporting.example import example, show_text
+from tests.reporting.example import example, example_tasks, show_text
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -72,20 +72,25 @@ def test_choosing_a_test_instance_shows_its_rows_and_redraws_its_plots(tmp_path:
 
 def test_every_figure_is_drawn_and_the_measure_of_agreement_can_be_chosen(tmp_path: Path) -> None:
     answer, console = visit(
-        write_report(example(retraining=example(seeds=2).sensitivity), tmp_path / "report.html"),
+        write_report(
+            example(retraining=example(seeds=2).sensitivity, tasks=example_tasks()), tmp_path / "report.html"
+        ),
         """
         const title = () => document.getElementById("plot-0-agreement").layout.yaxis.title.text;
         const before = title();
         document.querySelector('[data-metric="spearman"]').click();
         const drawn = Array.from(document.querySelectorAll(".plot[data-figure]"))
           .filter((e) => !e.closest("figure").hidden)
-          .map((e) => [e.dataset.figure, e.querySelectorAll(".scatterlayer .trace").length]);
+          .map((e) => [e.dataset.figure, e.querySelectorAll(".trace").length]);
         return {before, after: title(), drawn: Object.fromEntries(drawn)};
         """,
     )
     assert console == ""
     assert (answer["before"], answer["after"]) == ("cosine", "spearman")
-    assert {"agreement", "seeds", "cost", "mean", "distance", "retraining"} <= set(answer["drawn"])
+    assert set(answer["drawn"]) == {
+        "agreement", "seeds", "cost", "mean", "distance", "retraining",
+        "datamodeling", "removal", "mislabelled",
+    }  # fmt: skip
     assert all(traces > 0 for traces in answer["drawn"].values())
 
 

@@ -12,7 +12,7 @@ import torch
 from fimo.errors import InputError
 from fimo.reporting import Results, write_report
 from fimo.reporting.findings import ABSENT, MINUS, Unit, all_warnings, duration, influences, number
-from tests.reporting.example import example, show_row, show_text
+from tests.reporting.example import example, example_tasks, show_row, show_text
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -126,8 +126,9 @@ class Balance(HTMLParser):
         example(show=show_text),
         example(config={}, versions={}, dataset={}, final_model={}, descriptions={}, skipped={}),
         example(shown={"train": {}, "test": {}}),
+        example(tasks=example_tasks()),
     ],
-    ids=["rows", "one seed", "text", "bare", "nothing kept"],
+    ids=["rows", "one seed", "text", "bare", "nothing kept", "tasks"],
 )
 def test_every_kind_of_run_gives_a_well_formed_page(run: Results, tmp_path: Path) -> None:
     path = write_report(run, tmp_path / "report.html")
@@ -167,7 +168,7 @@ def test_influences_come_with_their_error_over_seeds() -> None:
 
 
 def test_a_folder_gives_the_same_results_back(tmp_path: Path) -> None:
-    run = example(retraining=example(seeds=2).sensitivity)
+    run = example(retraining=example(seeds=2).sensitivity, tasks=example_tasks())
     run.save(tmp_path, everything=True)
     again = Results.load(tmp_path)
     pd.testing.assert_frame_equal(again.evaluation, run.evaluation)
@@ -179,6 +180,7 @@ def test_a_folder_gives_the_same_results_back(tmp_path: Path) -> None:
         assert getattr(again, key) == getattr(run, key), key
     assert list(again.scores) == list(run.scores)
     assert again.retraining is not None
+    assert list(again.tasks) == ["datamodeling", "removal", "mislabelled"]
     write_report(run, tmp_path / "a.html")
     write_report(again, tmp_path / "b.html")
     assert (tmp_path / "a.html").read_text() == (tmp_path / "b.html").read_text()

@@ -7,11 +7,11 @@ from PIL import Image
 
 from fimo.reporting import __main__ as command
 from fimo.reporting.static import FIGURES, agreement_figure, sorted_figure, write_figures
-from tests.reporting.example import example
+from tests.reporting.example import example, example_tasks
 
 
 def test_every_figure_of_the_paper_is_a_vector_and_a_picture(tmp_path: Path) -> None:
-    run = example(retraining=example(seeds=2).sensitivity)
+    run = example(retraining=example(seeds=2).sensitivity, tasks=example_tasks())
     files = write_figures(run, tmp_path, dpi=60)
     assert {path.name for path in files} == {f"{name}.{kind}" for name in FIGURES for kind in ("pdf", "png")}
     for path in files:
@@ -24,7 +24,9 @@ def test_every_figure_of_the_paper_is_a_vector_and_a_picture(tmp_path: Path) -> 
 
 
 def test_a_figure_without_data_is_left_out(tmp_path: Path) -> None:
-    files = write_figures(example(distance=None), tmp_path, ["distance", "retraining"])
+    files = write_figures(
+        example(distance=None), tmp_path, ["distance", "retraining", "removal", "datamodeling", "mislabelled"]
+    )
     assert files == []
 
 

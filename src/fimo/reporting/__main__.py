@@ -9,7 +9,8 @@ from pathlib import Path
 
 from fimo.errors import InputError
 
-FIGURES = ("agreement", "seeds", "sorted", "mean", "distance", "retraining", "cost")
+FIGURES = ("agreement", "seeds", "sorted", "mean", "distance", "retraining", "cost",
+           "datamodeling", "removal", "mislabelled")  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -91,6 +91,26 @@ def retraining_table(run: Results, metric: str) -> pd.DataFrame | None:
     return with_epochs(run, pd.concat(frames, ignore_index=True))
 
 
+def datamodeling_table(run: Results) -> pd.DataFrame | None:
+    """Return ``method,step,epoch,mean,sem,ceiling`` of the linear datamodeling score, or None."""
+    table = run.tasks.get("datamodeling")
+    return None if table is None else _ordered(run, with_epochs(run, table))
+
+
+def removal_table(run: Results) -> pd.DataFrame | None:
+    """Return ``method,removed,mean,sem`` at the last evaluation point, or None."""
+    table = run.tasks.get("removal")
+    if table is None:
+        return None
+    return _ordered(run, table[table["step"] == table["step"].max()])
+
+
+def mislabelled_table(run: Results) -> pd.DataFrame | None:
+    """Return ``method,mean,sem,chance`` of detecting flipped labels, best first, or None."""
+    table = run.tasks.get("mislabelled")
+    return None if table is None else table.sort_values("mean", ascending=False)
+
+
 def with_epochs(run: Results, table: pd.DataFrame) -> pd.DataFrame:
     """Make ``epoch`` fractional where evaluation points lie within epochs, so that they stand apart."""
     step, epoch = run.sensitivity.step, run.sensitivity.epoch
@@ -107,7 +127,7 @@ def _steps_per_epoch(step: list[int], epoch: list[int]) -> float:
 
 def _ordered(run: Results, rows: pd.DataFrame) -> pd.DataFrame:
     place = {method: i for i, method in enumerate(method_order(run))}
-    return rows.sort_values("method", key=lambda c: c.map(place), kind="stable")
+    return rows.sort_values("method", key=lambda c: c.map(place).fillna(len(place)), kind="stable")
 
 
 def _points(run: Results) -> dict[str, list[int]]:

@@ -12,9 +12,12 @@ import plotly.graph_objects as go
 from fimo.reporting.curves import (
     agreement_table,
     cost_table,
+    datamodeling_table,
     distance_table,
     loss_table,
     mean_effect_table,
+    mislabelled_table,
+    removal_table,
     retraining_table,
     seeds_table,
 )
@@ -39,6 +42,9 @@ def all_figures(runs: Sequence[Results]) -> dict[str, dict[str, go.Figure]]:
     made = {name: {m: make(runs, m) for m in metrics} for name, make in by_metric.items()}
     made["distance"] = {"": distance_figure(runs)}
     made["loss"] = {"": loss_figure(runs)}
+    made["datamodeling"] = {"": datamodeling_figure(runs)}
+    made["removal"] = {"": removal_figure(runs)}
+    made["mislabelled"] = {"": mislabelled_figure(runs)}
     return {name: by for name, by in made.items() if any(figure.data for figure in by.values())}
 
 
@@ -159,6 +165,49 @@ def _by_run(runs: Sequence[Results], make: Callable[[Results], Table | None], y_
     return figure
 
 
+def datamodeling_figure(runs: Sequence[Results]) -> go.Figure:
+    """Linear datamodeling score against the amount of further training."""
+    kept = [run for run in runs if datamodeling_table(run) is not None]
+    if not kept:
+        return go.Figure()
+    return _lines(kept, lambda run: _certain(datamodeling_table(run)), "epoch", EPOCHS, "LDS (spearman)")
+
+
+def removal_figure(runs: Sequence[Results]) -> go.Figure:
+    """Change of the test loss against the number of instances left out together."""
+    kept = [run for run in runs if removal_table(run) is not None]
+    if not kept:
+        return go.Figure()
+
+    def table(run: Results) -> Table:
+        return _certain(removal_table(run)).assign(ceiling=math.nan)
+
+    figure = _lines(kept, table, "removed", "training instances left out", "change of the mean test loss")
+    figure.update_yaxes(exponentformat="power")
+    return figure
+
+
+def mislabelled_figure(runs: Sequence[Results]) -> go.Figure:
+    """Average precision of finding flipped labels, beside chance."""
+    figure = go.Figure()
+    palette = colors(_methods(runs))
+    for run in runs:
+        if (table := mislabelled_table(run)) is None:
+            continue
+        figure.add_bar(
+            x=table["method"],
+            y=table["mean"],
+            error_y={"type": "data", "array": table["sem"], "thickness": 1.5, "width": 0},
+            marker={"color": [palette.get(m, CEILING) for m in table["method"]]},
+            name=run.name,
+            hovertemplate="%{x}: %{y:.3f}<extra></extra>",
+        )
+        figure.add_hline(y=table["chance"].iloc[0], line={"color": CEILING, "dash": "dash", "width": 1.5})
+    _axes(figure, "", "average precision")
+    figure.update_layout(showlegend=False)
+    return figure
+
+
 def retraining_figure(runs: Sequence[Results], metric: str) -> go.Figure:
     """Agreement with retraining from scratch leaving one out: of further training, and of the methods."""
     figure = go.Figure()
@@ -174,13 +223,18 @@ def retraining_figure(runs: Sequence[Results], metric: str) -> go.Figure:
     return figure
 
 
+def _certain(table: Table | None) -> Table:
+    assert table is not None
+    return table
+
+
 def _lines(
     runs: Sequence[Results], make: Callable[[Results], Table], x: str, x_title: str, y_title: str
 ) -> go.Figure:
     figure = go.Figure()
-    palette = colors(_methods(runs))
-    for position, run in enumerate(runs):
-        table = make(run)
+    tables = [make(run) for run in runs]
+    palette = colors([*dict.fromkeys([*_methods(runs), *(m for table in tables for m in table["method"])])])
+    for position, (run, table) in enumerate(zip(runs, tables, strict=True)):
         dash = DASHES[position % len(DASHES)]
         covering = {method for group in same_scores(run) for method in group[1:]}
         for method, rows in table.groupby("method", sort=False):
@@ -239,9 +293,10 @@ def _axes(figure: go.Figure, x_title: str, y_title: str) -> None:
         hovermode="closest",
         legend={"groupclick": "togglegroup", "itemsizing": "constant"},
     )
-    last = max((float(max(trace.x)) for trace in figure.data if len(trace.x)), default=0.0)
-    if x_title == EPOCHS and last <= 10:
-        figure.update_xaxes(dtick=1)
+    if x_title == EPOCHS:
+        last = max((float(max(trace.x)) for trace in figure.data if len(trace.x)), default=0.0)
+        if last <= 10:
+            figure.update_xaxes(dtick=1)
     figure.update_xaxes(title=x_title, zeroline=False, automargin=True)
     figure.update_yaxes(title=y_title, zeroline=True, automargin=True)
 

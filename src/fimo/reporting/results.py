@@ -21,6 +21,7 @@ from fimo.store import read_tensors, write_tensors, written_aside
 
 JSON_FIELDS = ("name", "final_model", "versions", "dataset", "descriptions", "skipped", "warnings")
 OPTIONAL_TABLES = {"bootstrap": "evaluation_bootstrap.csv", "slopes": "evaluation_slopes.csv"}
+TASK_TABLES = {t: f"evaluation_{t}.csv" for t in ("datamodeling", "removal", "mislabelled")}
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Results:
             as a share of the final model's norm.
         retraining: the sensitivity to leaving instances out of training from scratch, on the same left-out
             and test instances.
+        tasks: further evaluations by name: ``datamodeling``, ``removal``, ``mislabelled``, as the
+            modules of those names in :mod:`fimo.evaluation` return them.
         has_raw: whether the sensitivity holds every seed; else its one "seed" is the mean over all.
     """
 
@@ -67,6 +70,7 @@ class Results:
     slopes: pd.DataFrame | None = None
     distance: pd.DataFrame | None = None
     retraining: Sensitivity | None = None
+    tasks: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     has_raw: bool = True
 
     @property
@@ -107,6 +111,8 @@ class Results:
             path.write_text(json.dumps(_plain(content), ensure_ascii=False))
         if self.retraining is not None:
             self.retraining.save(folder / "retraining.safetensors")
+        for task, table in self.tasks.items():
+            table.to_csv(folder / TASK_TABLES[task], index=False)
         if everything:
             self._save_shared(folder)
 
@@ -162,6 +168,7 @@ class Results:
             shown=shown,
             distance=pd.DataFrame(distance) if distance else None,
             retraining=load_sensitivity(again)[0] if again.exists() else None,
+            tasks={t: pd.read_csv(folder / f) for t, f in TASK_TABLES.items() if (folder / f).exists()},
             has_raw=has_raw,
             **optional,
             **content,

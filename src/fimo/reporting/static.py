@@ -15,8 +15,11 @@ from matplotlib.figure import Figure
 from fimo.reporting.curves import (
     agreement_table,
     cost_table,
+    datamodeling_table,
     distance_table,
     mean_effect_table,
+    mislabelled_table,
+    removal_table,
     retraining_table,
     seeds_table,
 )
@@ -143,6 +146,32 @@ def retraining_figure(runs: Runs) -> Figure | None:
     return _grid(kept, draw, "epochs of further training") if kept else None
 
 
+def datamodeling_figure(runs: Runs) -> Figure | None:
+    """Linear datamodeling score against the amount of further training."""
+    return _task(runs, datamodeling_table, "epoch", "epochs of further training", "LDS (spearman)")
+
+
+def removal_figure(runs: Runs) -> Figure | None:
+    """Change of the test loss against the number of instances left out together."""
+    return _task(runs, removal_table, "removed", "training instances left out", "change of the test loss")
+
+
+def mislabelled_figure(runs: Runs) -> Figure | None:
+    """Average precision of finding flipped labels, beside chance."""
+    tables = [(run, table) for run in runs if (table := mislabelled_table(run)) is not None]
+    if not tables:
+        return None
+    figure = Figure(figsize=(PANEL[0], PANEL[1] * len(tables)), layout="constrained")
+    for axes, (run, table) in zip(_axes(figure, len(tables), 1), tables, strict=True):
+        palette = colors(method_order(run))
+        shades = [palette.get(method, CEILING) for method in table["method"]]
+        axes.barh(table["method"], table["mean"], xerr=table["sem"], color=shades)
+        axes.axvline(table["chance"].iloc[0], ls="--", color=CEILING)
+        axes.invert_yaxis()
+        axes.set(xlabel="average precision", title=run.name if len(tables) > 1 else None)
+    return figure
+
+
 FIGURES: dict[str, Callable[[Runs], Figure | None]] = {
     "agreement": agreement_figure,
     "seeds": seeds_figure,
@@ -151,6 +180,9 @@ FIGURES: dict[str, Callable[[Runs], Figure | None]] = {
     "distance": distance_figure,
     "retraining": retraining_figure,
     "cost": cost_figure,
+    "datamodeling": datamodeling_figure,
+    "removal": removal_figure,
+    "mislabelled": mislabelled_figure,
 }
 """By the name that the command takes; each returns None where the runs hold nothing to draw."""
 
@@ -180,6 +212,26 @@ def write_figures(
                 figure.savefig(path, dpi=dpi, metadata={"CreationDate": None} if suffix == "pdf" else None)
                 written.append(path)
     return written
+
+
+def _task(
+    runs: Runs, make: Callable[[Results], pd.DataFrame | None], x: str, x_title: str, y_title: str
+) -> Figure | None:
+    """Draw one panel per run of a further evaluation."""
+    tables = [(run, table) for run in runs if (table := make(run)) is not None]
+    if not tables:
+        return None
+    figure = Figure(figsize=(PANEL[0] + 1, PANEL[1] * len(tables)), layout="constrained")
+    for axes, (run, table) in zip(_axes(figure, len(tables), 1), tables, strict=True):
+        palette = colors([*dict.fromkeys([*method_order(run), *table["method"]])])
+        for method, rows in table.groupby("method", sort=False):
+            _band(axes, rows, x, palette[str(method)], str(method))
+        if "ceiling" in table and table["ceiling"].notna().any():
+            ceiling = table.drop_duplicates(x)
+            axes.plot(ceiling[x], ceiling["ceiling"], "--", color=CEILING, label="noise ceiling")
+        axes.set(xlabel=x_title, ylabel=y_title, title=run.name if len(tables) > 1 else None)
+    _legend(figure)
+    return figure
 
 
 def _panels(runs: Runs, make: Callable[[Results, str], pd.DataFrame], x: str, x_title: str) -> Figure | None:

@@ -13,7 +13,7 @@ CEILING = "#808080"
 DASHES = ("solid", "dot", "dashdot", "longdash", "dash", "longdashdot")
 """plotly's names, one per overlaid run."""
 
-BASELINES = ("random",)
+BASELINES = ("random", "chance")
 """Methods that are drawn in grey."""
 
 

@@ -84,6 +84,11 @@ def summary(results: Results) -> dict[str, Any]:
     for row in results.cost.to_dict("records"):
         for column in ("seconds", "peak_memory_mb", "gradient_evaluations", "reused"):
             found[f"cost/{row['stage']}/{column}"] = row[column]
+    for task, table in results.tasks.items():
+        last = table[table["step"] == table["step"].max()] if "step" in table else table
+        for row in last.to_dict("records"):
+            name = f"{task}/{row['method']}" + (f"/{row['removed']}" if "removed" in row else "")
+            found[name] = row["mean"]
     helpful, harmful = influences(results, k=1)
     found |= {"most_helpful": helpful[0].index} if helpful else {}
     found |= {"most_harmful": harmful[0].index} if harmful else {}
