@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from fimo.evaluation.removal import CHANCE
 from fimo.reporting.curves import (
     agreement_table,
     cost_table,
@@ -75,7 +76,7 @@ def cost_figure(runs: Sequence[Results], metric: str) -> go.Figure:
                 error_y={"type": "data", "array": [row["sem"]], "thickness": 1.5, "width": 0},
                 mode="markers+text",
                 marker={"size": 12, "color": palette[method], "symbol": position},
-                text=[method],
+                text=[method] if position == 0 else None,  # one label for all runs: colours tell the rest
                 textposition=place,
                 cliponaxis=False,
                 name=_label(method, run, runs),
@@ -157,9 +158,9 @@ def loss_figure(runs: Sequence[Results]) -> go.Figure:
 def _by_run(runs: Sequence[Results], make: Callable[[Results], Table | None], y_title: str) -> go.Figure:
     figure = go.Figure()
     palette = list(colors([str(i) for i in range(len(runs))]).values())
-    for run, color in zip(runs, palette, strict=True):
+    for position, (run, color) in enumerate(zip(runs, palette, strict=True)):
         if (table := make(run)) is not None:
-            _band(figure, table, "epoch", color, run.name, "solid", run.name)
+            _band(figure, table, "epoch", color, run.name, DASHES[position % len(DASHES)], run.name)
     _axes(figure, EPOCHS, y_title)
     figure.update_layout(showlegend=len(runs) > 1)
     return figure
@@ -239,7 +240,7 @@ def _lines(
         covering = {method for group in same_scores(run) for method in group[1:]}
         for method, rows in table.groupby("method", sort=False):
             # dashed over its twin's solid line, so that both colours are seen
-            own = "dash" if method in covering and len(runs) == 1 else dash
+            own = "dash" if method in (*covering, CHANCE) and len(runs) == 1 else dash
             _band(figure, rows, x, palette[str(method)], _label(method, run, runs), own, method)
         ceiling = table.drop_duplicates(x)
         if ceiling["ceiling"].notna().any():
