@@ -192,6 +192,8 @@ def test_a_run_without_raw_changes_keeps_its_curves_and_says_nothing_of_single_s
     run.sensitivity.save(tmp_path / "sensitivity.safetensors", with_raw=False)
     again = Results.load(tmp_path)
     assert not again.has_raw
+    (tmp_path / "scores" / "random.safetensors").unlink()  # nor is a page lost with one method's scores
+    again = Results.load(tmp_path)
     torch.testing.assert_close(again.sensitivity.sensitivity, run.sensitivity.sensitivity)
     text = page_text(write_report(again, tmp_path / "report.html"))
     assert "standard error over 6 seeds, and faded" not in text

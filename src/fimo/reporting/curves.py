@@ -7,7 +7,7 @@ import torch
 
 from fimo.evaluation.metrics import MetricName, agreement, mean_and_sem
 from fimo.further_training.sensitivity import adjust
-from fimo.reporting.findings import at_last_point, method_order
+from fimo.reporting.findings import at_last_point, method_order, scored_methods
 from fimo.reporting.results import Results
 
 
@@ -38,7 +38,7 @@ def mean_effect_table(run: Results, metric: str) -> pd.DataFrame:
         return pd.DataFrame(columns=["method", "subtract_mean", "step", "epoch", "mean", "sem"])
     frames = []
     average = run.sensitivity.raw.mean(0)
-    for method in method_order(run):
+    for method in scored_methods(run):
         for subtract in (True, False):
             values = agreement(run.scores[method], adjust(average, subtract), _metric(metric))
             mean, sem = mean_and_sem(values)
@@ -81,7 +81,7 @@ def retraining_table(run: Results, metric: str) -> pd.DataFrame | None:
     if run.retraining is None:
         return None
     truth = run.retraining.sensitivity[-1:]
-    rows = {"further training": run.sensitivity.sensitivity} | {m: run.scores[m] for m in method_order(run)}
+    rows = {"further training": run.sensitivity.sensitivity} | {m: run.scores[m] for m in scored_methods(run)}
     frames = []
     for method, scores in rows.items():
         values = agreement(scores, truth.expand(len(run.sensitivity.step), -1, -1), _metric(metric))

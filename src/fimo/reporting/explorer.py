@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fimo.evaluation.metrics import agreement
 from fimo.reporting.display import chosen_tests
-from fimo.reporting.findings import influences, method_order
+from fimo.reporting.findings import influences, scored_methods
 from fimo.reporting.results import Results
 
 MOST_NUMBERS = 400_000
@@ -22,7 +22,7 @@ def explorer_data(run: Results, per_test: int = 5) -> dict[str, Any]:
     method ``[L]``, ``agreement`` by method, ``helpful`` and ``harmful`` (``index, effect, error,
     seeds_agreeing``); ``train``: displays by index; ``methods``, best first.
     """
-    methods = [m for m in method_order(run) if m in run.scores]
+    methods = scored_methods(run)
     left_out = len(run.sensitivity.left_out)
     most = max(1, min(30, MOST_NUMBERS // ((len(methods) + 1) * left_out)))
     last = run.sensitivity.sensitivity[-1]

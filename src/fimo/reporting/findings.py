@@ -86,10 +86,15 @@ def method_order(results: Results) -> list[str]:
     return list(at_last_point(results, results.metrics[0])["method"])
 
 
+def scored_methods(results: Results) -> list[str]:
+    """Return the methods whose scores were kept, best first."""
+    return [method for method in method_order(results) if method in results.scores]
+
+
 def same_scores(results: Results) -> list[list[str]]:
     """Return groups of methods whose scores are the same up to a positive factor, so that curves coincide."""
     groups: list[list[str]] = []
-    for method in method_order(results):
+    for method in scored_methods(results):
         for group in groups:
             u, v = results.scores[group[0]].double(), results.scores[method].double()
             if u.shape == v.shape and u.isfinite().all() and v.isfinite().all():

@@ -24,7 +24,7 @@ from fimo.reporting.curves import (
     seeds_table,
 )
 from fimo.reporting.display import chosen_tests
-from fimo.reporting.findings import method_order
+from fimo.reporting.findings import method_order, scored_methods
 from fimo.reporting.results import Results
 from fimo.reporting.style import CEILING, colors
 
@@ -83,7 +83,7 @@ def sorted_figure(runs: Runs, tests: int = 4) -> Figure | None:
     run = runs[0]
     positions = chosen_tests(run.sensitivity, tests)
     figure = Figure(figsize=(PANEL[0] * len(positions), PANEL[1]), layout="constrained")
-    methods = method_order(run)[:3]
+    methods = scored_methods(run)[:3]
     palette = colors(method_order(run))
     for axes, j in zip(_axes(figure, 1, len(positions)), positions, strict=True):
         sensitivity = run.sensitivity.sensitivity[-1, j].double()
