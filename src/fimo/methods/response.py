@@ -1,0 +1,307 @@
+"""Response of further training to leaving an instance out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fimo.curvature.gradients import InstanceGradients
+from fimo.curvature.kernel import MAX_DIMENSION, KernelSpectrum, kernel_dimension
+from fimo.data.instances import Instances
+from fimo.dynamics.optimizer import preconditioner
+from fimo.dynamics.output_space import MAX_OUTPUTS, OutputSpace
+from fimo.dynamics.points import Segment, mean_of, midpoint, segments, spread
+from fimo.dynamics.relaxation import relaxation, times
+from fimo.dynamics.response import (
+    Along,
+    Kernel,
+    linear_loss_changes,
+    loss_changes,
+    outputs_at,
+    responses,
+    with_parameters,
+)
+from fimo.errors import InputError
+from fimo.further_training.protocol import DTYPES
+from fimo.further_training.trajectory import FurtherTraining, Trajectory
+from fimo.methods.base import AttributionMethod
+from fimo.models.final_model import FinalModel
+
+KNOTS = 32
+"""Points of a trajectory at which training outputs are computed; linear in between."""
+
+KERNEL_SHARE = 0.02
+"""Of the gold standard's arithmetic, spent on kernels."""
+
+
+class FollowingMethod(AttributionMethod):
+    """A method whose scores are predictions for the given further training, averaged over its seeds.
+
+    Attributes:
+        score_sem: ``[E, J, L]`` after :meth:`attribute`, the standard error of the scores from their spread
+            over seeds; None with one seed, or where no seed's run is followed.
+    """
+
+    estimates_loss_change: ClassVar[bool] = True
+    follows_further_training = True
+    score_sem: Tensor | None = None
+
+    def attribute(
+        self,
+        final_model: FinalModel,
+        train: Instances,
+        test: Instances,
+        left_out: Tensor | None = None,
+        further_training: FurtherTraining | None = None,
+    ) -> Tensor:
+        self.left_out = torch.arange(len(train)) if left_out is None else left_out.cpu()
+        self.score_sem = None
+        return super().attribute(final_model, train, test, left_out, further_training)
+
+    @property
+    def ft(self) -> FurtherTraining:
+        if self.further_training is None:
+            raise InputError("further_training", f"{type(self).__name__} follows it, but none was given")
+        return self.further_training
+
+    def average(self, seeds: Iterator[Tensor]) -> Tensor:
+        """Return the mean of each seed's scores ``[E, J, L]``, and keep its standard error."""
+        total = squares = None
+        count = 0
+        for scores in seeds:
+            count += 1
+            if total is None or squares is None:
+                total, squares = torch.zeros_like(scores), torch.zeros_like(scores)
+            delta = scores - total
+            total += delta / count
+            squares += delta * (scores - total)
+        assert total is not None
+        assert squares is not None
+        dtype = next(iter(self.final_model.parameters().values())).dtype
+        if count > 1:
+            self.score_sem = (squares / (count - 1) / count).sqrt().to(dtype)
+        return total.to(dtype)
+
+
+class Response(FollowingMethod):
+    """Predicts further training's loss changes by the linear response along it.
+
+    score[t, j, i] = mean over seeds of loss_j(f + J_j d_t) - loss_j(f), where f are j's outputs and J_j their
+    Jacobian in the seed's full run after t steps, and d_t is what leaving i out changes in the parameters, to
+    first order (:mod:`fimo.dynamics.response`). In constant curvature G and with mean batches,
+    d = phi(G) g_i / N with phi(c) = (1 - exp(-c tau)) / c, tau the sum of learning rates: between one
+    gradient step (Grad-Dot, tau -> 0) and the influence function (tau -> infinity).
+
+    Args:
+        along: ``path`` follows each seed's full run with its own batches, its residuals and the Jacobians of
+            a few points; ``end`` takes everything at the full run's parameters at an evaluation point, with
+            mean batches; ``final`` does so at the final model and runs nothing.
+        propagate: ``outputs`` evaluates the loss at the changed outputs; ``loss`` takes it as linear in them.
+        segments: most points at which ``path`` or ``end`` takes Jacobians.
+        kernels: Jacobians of each seed's ``own`` run, or ``shared``: of the seeds' mean parameters; ``auto``
+            takes as many, and own ones, as 2 % of the arithmetic of further training without each of the
+            left-out instances allows.
+        max_rows: most training outputs that are followed; beyond it the less curved directions are dropped.
+        memory_mb: of Jacobians held at once.
+    """
+
+    def __init__(
+        self,
+        along: Literal["path", "end", "final"] = "path",
+        propagate: Literal["outputs", "loss"] = "outputs",
+        segments: int = 6,
+        kernels: Literal["auto", "own", "shared"] = "auto",
+        max_rows: int = 3000,
+        memory_mb: float = 1024,
+    ) -> None:
+        for key, choice, allowed in (
+            ("along", along, ("path", "end", "final")),
+            ("propagate", propagate, ("outputs", "loss")),
+            ("kernels", kernels, ("auto", "own", "shared")),
+        ):
+            if choice not in allowed:
+                raise InputError(key, f"expected one of {', '.join(allowed)} but got {choice!r}")
+        for key, value in (("segments", segments), ("max_rows", max_rows), ("memory_mb", memory_mb)):
+            if value < 1:
+                raise InputError(key, f"expected at least 1 but got {value}")
+        self.along, self.propagate, self.segments = along, propagate, segments
+        self.kernels, self.max_rows, self.memory_mb = kernels, max_rows, memory_mb
+        self.loss_changes = loss_changes if propagate == "outputs" else linear_loss_changes
+
+    def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
+        outputs = final_model.outputs(train[:1])[0].numel()
+        if outputs > MAX_OUTPUTS:
+            return f"it follows at most {MAX_OUTPUTS} outputs of an instance, not {outputs}"
+        dimension = kernel_dimension(final_model, train)
+        if self.along != "path" and dimension > MAX_DIMENSION:
+            return f"its eigenproblem is {dimension} x {dimension} (at most {MAX_DIMENSION})"
+        return None
+
+    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+        self.gradient_evaluations = 0
+        if self.along == "final":
+            return self._at_final_model(test, left_out)
+        if self.along == "end":
+            return self.average(self._at_ends(t, test, left_out) for t in self.ft.full_runs())
+        return self.average(found for _, found in self.by_seed(test))
+
+    # -- along="path" ---------------------------------------------------------------------------------
+
+    def by_seed(self, test: Instances) -> Iterator[tuple[Trajectory, Tensor]]:
+        """Yield each seed's full run and its scores ``[E, J, L]`` (float64)."""
+        dtype = DTYPES[self.ft.protocol.dtype]
+        model, train = self.final_model.to(dtype=dtype), self.train.to(dtype=dtype)
+        test = test.to(dtype=dtype)
+        share, most = self._kernel_plan(test)
+        cut = segments(self.ft.steps, most)
+        trajectories: Iterator[Trajectory] = self.ft.full_runs()
+        shared: list[Kernel] | None = None
+        space: OutputSpace | None = None
+        if share:
+            kept = list(trajectories)
+            trajectories = iter(kept)
+        for trajectory in trajectories:
+            space, along = self._along(model, train, trajectory, cut, space)
+            if share and shared is None:
+                shared = [self._kernel(model, train, test, space, kept, s) for s in cut]
+            kernels = (
+                iter(shared)
+                if shared is not None
+                else (self._kernel(model, train, test, space, [trajectory], s) for s in cut)
+            )
+            changes = responses(
+                trajectory.seed, self.left_out, len(train), self.ft.protocol, space, along, self.ft.steps,
+                cut, kernels,
+            )  # fmt: skip
+            found = []
+            for parameters, change in zip(trajectory.parameters[1:], changes, strict=True):
+                outputs = outputs_at(model, parameters, test)
+                found.append(self.loss_changes(model, outputs, test.targets, change))
+            self.gradient_evaluations += self.ft.steps[-1] * min(self.ft.protocol.batch_size, len(train))
+            yield trajectory, torch.stack(found)
+
+    def _kernel_plan(self, test: Instances) -> tuple[bool, int]:
+        """Return whether seeds share kernels, and the number of segments."""
+        p, n = self.final_model.size, len(self.train)
+        outputs = self.final_model.outputs(test[:1])[0].numel()
+        rows = min(self.max_rows, n * outputs)
+        # a factored inner product costs about the layers' widths, twice sqrt(P) each; a weighted one costs P
+        width = p if self.ft.protocol.optimizer != "sgd" else 4 * p**0.5
+        one = 2.0 * rows * (rows + len(test) * outputs) * width
+        runs = len(self.ft.seeds) * len(self.left_out) * self.ft.steps[-1]
+        whole = 6.0 * runs * min(self.ft.protocol.batch_size, n) * p
+        affordable = KERNEL_SHARE * whole / one
+        share = self.kernels == "shared" or (self.kernels == "auto" and affordable < 2 * len(self.ft.seeds))
+        if self.kernels == "auto":
+            each = affordable if share else affordable / len(self.ft.seeds)
+            return share, max(1, min(self.segments, int(each)))
+        return share, self.segments
+
+    def _along(
+        self,
+        model: FinalModel,
+        train: Instances,
+        trajectory: Trajectory,
+        cut: Sequence[Segment],
+        space: OutputSpace | None,
+    ) -> tuple[OutputSpace, Along]:
+        """Return the output space (chosen at the first seed), and the training outputs along a run."""
+        knots = sorted({0, *spread(self.ft.steps, KNOTS), *(s.last for s in cut)})
+        outputs = torch.stack(
+            [with_parameters(model, trajectory.parameters[k]).outputs(train) for k in knots]
+        )
+        outputs = outputs.flatten(2)
+        if space is None:
+            few = outputs[:: max(1, len(knots) // 4)]
+            space = OutputSpace.choose(model.loss, few, train.targets, self.left_out, self.max_rows)
+        steps = [0, *self.ft.steps]
+        return space, Along(
+            [steps[k] for k in knots],
+            torch.stack([space.gradient(model.loss, f, train.targets) for f in outputs]),
+            torch.stack([space.hessian(model.loss, f, train.targets) for f in outputs]),
+        )
+
+    def _kernel(
+        self,
+        model: FinalModel,
+        train: Instances,
+        test: Instances,
+        space: OutputSpace,
+        trajectories: Sequence[Trajectory],
+        segment: Segment,
+    ) -> Kernel:
+        middles = [midpoint(t, segment) for t in trajectories]
+        parameters = mean_of([m[0] for m in middles])
+        moments = [m[1] for m in middles if m[1] is not None]
+        gradients = InstanceGradients(with_parameters(model, parameters), self.memory_mb)
+        weight = preconditioner(self.ft.protocol, mean_of(moments) if moments else None)
+        kernel = Kernel.at(gradients, train, test, space, weight)
+        self.gradient_evaluations += gradients.evaluations
+        return kernel
+
+    # -- along="end" and "final" ------------------------------------------------------------------------
+
+    def _at_final_model(self, test: Instances, left_out: Instances) -> Tensor:
+        weight = self._estimated_preconditioner() if self.ft.protocol.optimizer != "sgd" else None
+        changes = self._relaxed(
+            self.final_model, test, left_out, times(self.ft.protocol, self.ft.steps), weight
+        )
+        outputs = outputs_at(self.final_model, self.final_model.parameters(), test)
+        found = [self.loss_changes(self.final_model, outputs, test.targets, c) for c in changes]
+        return torch.stack(found).to(outputs.dtype)
+
+    def _at_ends(self, trajectory: Trajectory, test: Instances, left_out: Instances) -> Tensor:
+        """Return one seed's scores ``[E, J, L]``; evaluation points share the nearest point's Jacobians."""
+        points, time = spread(self.ft.steps, self.segments), times(self.ft.protocol, self.ft.steps)
+        models = {k: with_parameters(self.final_model, trajectory.parameters[k]) for k in points}
+        nearest = [min(points, key=partial(_distance, e)) for e in range(1, len(time) + 1)]
+        found: list[Tensor] = []
+        for k in points:
+            weight = None
+            if trajectory.second_moment is not None:
+                weight = preconditioner(self.ft.protocol, dict(trajectory.second_moment[k]))
+            mine = [e for e, near in enumerate(nearest) if near == k]
+            changes = self._relaxed(models[k], test, left_out, [time[e] for e in mine], weight)
+            for e, change in zip(mine, changes, strict=True):
+                outputs = outputs_at(self.final_model, trajectory.parameters[e + 1], test)
+                found.append(self.loss_changes(self.final_model, outputs, test.targets, change))
+        return torch.stack(found)
+
+    def _relaxed(
+        self,
+        model: FinalModel,
+        test: Instances,
+        left_out: Instances,
+        time: Sequence[float],
+        weight: Tensor | None,
+    ) -> list[Tensor]:
+        """Return the changes ``[J·D, L]`` of test outputs, J_j P^½ phi(P^½ G P^½) P^½ g_i / N, per time."""
+        gradients = InstanceGradients(model, self.memory_mb)
+        scale = None if weight is None else weight.sqrt()
+        spectrum = KernelSpectrum(model, self.train, gradients, column_scale=scale)
+        pair = spectrum.pair(gradients.outputs(test), gradients.losses(left_out))
+        self.gradient_evaluations += gradients.evaluations
+        decay = self.ft.protocol.weight_decay if self.ft.protocol.optimizer == "sgd" else 0.0
+        n = len(self.train)
+        return [pair.apply(relaxation(t, decay))[..., 0].flatten(0, 1) / n for t in time]
+
+    def _estimated_preconditioner(self) -> Tensor:
+        """Return Adam's diagonal near the final model; a batch's squared gradient is mean^2 + var / B."""
+        gradients = InstanceGradients(self.final_model, self.memory_mb)
+        rows, n = gradients.losses(self.train), len(self.train)
+        mean = rows.transposed_times(torch.ones(n, 1, 1, dtype=rows.dtype, device=rows.device))[:, 0] / n
+        square = torch.zeros_like(mean)
+        for piece in rows.pieces():
+            square += piece.dense().square().sum((0, 1))
+        variance = (square / n - mean.square()).clamp(min=0)
+        self.gradient_evaluations += gradients.evaluations
+        size = min(self.ft.protocol.batch_size, n)
+        return 1 / ((mean.square() + variance / size).sqrt() + self.ft.protocol.eps)
+
+
+def _distance(a: int, b: int) -> int:
+    return abs(a - b)

@@ -1,0 +1,243 @@
+"""The response against real runs, dense matrix functions and its limits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fimo.dynamics.output_space import OutputSpace
+from fimo.dynamics.points import Segment, segments, spread
+from fimo.dynamics.relaxation import relaxation, times
+from fimo.errors import InputError
+from fimo.evaluation import agreement
+from fimo.further_training import full_runs
+from fimo.further_training.protocol import Protocol
+from fimo.further_training.trajectory import FurtherTraining
+from fimo.methods.exact import ExactInfluence
+from fimo.methods.graddot import GradDot
+from fimo.methods.response import Response
+from fimo.models.losses import cross_entropy, mean_squared_error
+from tests.cases import CASES, LINEAR_CASES, Case, trained
+from tests.reference import attribution as dense
+from tests.reference.further_training import plain_run
+
+
+def following(case: Case, protocol: Protocol, seeds: Sequence[int] = (0, 1)) -> FurtherTraining:
+    points = tuple(protocol.evaluation_steps(len(case.train), len(case.train)))
+    return FurtherTraining(
+        protocol, points, tuple(seeds), lambda: full_runs(case.final_model, case.train, protocol, seeds)
+    )
+
+
+def real_changes(case: Case, protocol: Protocol, left_out: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """[E, J, L], averaged over seeds, by plain loops."""
+    found = []
+    for seed in seeds:
+        full = plain_run(case.final_model, case.train, case.test, protocol, seed)[0]
+        runs = [plain_run(case.final_model, case.train, case.test, protocol, seed, [i])[0] for i in left_out]
+        found.append(torch.stack(runs, -1) - full[..., None])
+    return torch.stack(found).mean(0)
+
+
+def scores(case: Case, protocol: Protocol, left_out: Sequence[int], **arguments: Any) -> Tensor:
+    method = Response(**arguments)
+    return method.attribute(
+        case.final_model, case.train, case.test, torch.tensor(left_out), following(case, protocol)
+    )
+
+
+def linear_regression(n: int = 22, outputs: int = 2) -> Case:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        inputs = torch.randn(26, 3)
+        targets = inputs @ torch.randn(3, outputs) + torch.randn(26, outputs)
+        network = nn.Sequential(nn.Linear(3, outputs))
+        return trained("linear", network, mean_squared_error, inputs, targets, n, steps=5)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.8},
+        {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
+        {"weight_decay": 0.3},
+        {"schedule": "cosine"},
+    ],
+)
+def test_on_a_linear_model_the_response_is_the_real_change(rule: Any, options: dict[str, Any]) -> None:
+    case = linear_regression()
+    protocol = Protocol(
+        lr=0.05, batch_size=4, epochs=4, leave_out=rule, dtype="float64", evaluate_every=1, **options
+    )
+    found = scores(case, protocol, [0, 5, 20], kernels="own", segments=3)
+    expected = real_changes(case, protocol, [0, 5, 20], [0, 1])
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
+
+
+def test_runs_that_shift_makes_shorter_are_compared_at_the_same_epoch() -> None:
+    case = linear_regression(21)  # one instance is left for the last batch of 4
+    protocol = Protocol(lr=0.05, batch_size=4, epochs=3, dtype="float64")
+    found = scores(case, protocol, [0, 5, 20], kernels="own")
+    torch.testing.assert_close(found, real_changes(case, protocol, [0, 5, 20], [0, 1]), rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
+@pytest.mark.parametrize("name", CASES)
+def test_for_small_steps_the_response_is_nearly_the_real_change(name: str, rule: Any) -> None:
+    case = CASES[name]()
+    protocol = Protocol(lr=0.002, batch_size=5, epochs=2, leave_out=rule, dtype="float64")
+    found = scores(case, protocol, [0, 3, 8, 12], kernels="own")
+    expected = real_changes(case, protocol, [0, 3, 8, 12], [0, 1])
+    assert agreement(found, expected, "cosine").min() > 0.995
+    assert (found * expected).sum() / (expected * expected).sum() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("name", LINEAR_CASES)
+def test_with_adam_the_response_is_close_once_its_second_moment_has_settled(name: str) -> None:
+    case = CASES[name]()
+    protocol = Protocol(
+        optimizer="adam",
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        batch_size=5,
+        epochs=6,
+        leave_out="mask",
+        dtype="float64",
+    )
+    found = scores(case, protocol, list(range(0, 23, 3)), kernels="own")
+    expected = real_changes(case, protocol, list(range(0, 23, 3)), [0, 1])
+    assert agreement(found, expected, "pearson")[-1].mean() > 0.8
+
+
+@pytest.mark.parametrize("time", [1e-9, 0.3, 40.0])
+@pytest.mark.parametrize("name", LINEAR_CASES)
+def test_at_the_final_model_the_response_is_a_dense_matrix_exponential_s(name: str, time: float) -> None:
+    case = CASES[name]()
+    protocol = Protocol(lr=time / 10, steps=10, batch_size=23, evaluate_every=10, dtype="float64")
+    found = scores(case, protocol, range(23), along="final", propagate="loss")
+    curvature = dense.gauss_newton(case.final_model, case.train)
+    # (1 - exp(-G t)) G^-1 as a block of one matrix exponential, which needs no inverse (Van Loan, 1978)
+    p = len(curvature)
+    block = torch.zeros(2 * p, 2 * p, dtype=torch.float64)
+    block[:p, :p], block[:p, p:] = -curvature * time, torch.eye(p, dtype=torch.float64) * time
+    phi = torch.linalg.matrix_exp(block)[:p, p:]
+    left = dense.instance_gradients(case.final_model, case.test)
+    right = dense.instance_gradients(case.final_model, case.train)
+    torch.testing.assert_close(found[0], left @ phi @ right.T / 23, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LINEAR_CASES)
+def test_little_further_training_ranks_as_grad_dot_and_much_as_the_influence_function(name: str) -> None:
+    case = CASES[name]()
+    run = (case.final_model, case.train, case.test)
+    little = Protocol(lr=1e-8, steps=1, batch_size=23, dtype="float64")
+    found = scores(case, little, range(23), along="final", propagate="loss")
+    torch.testing.assert_close(found[0] * 23 / 1e-8, GradDot().attribute(*run), rtol=1e-5, atol=1e-9)
+    # the damped inverse and weight decay's flow have the same limit: (G + decay)^-1
+    much = Protocol(lr=1e7, steps=1, batch_size=23, weight_decay=0.01, dtype="float64")
+    found = scores(case, much, range(23), along="final", propagate="loss")
+    torch.testing.assert_close(found[0], ExactInfluence(damping=0.01).attribute(*run), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("along", ["path", "end", "final"])
+def test_removing_a_duplicate_of_a_test_instance_gives_a_positive_score(along: Any) -> None:
+    case = CASES["mlp_regression"]()
+    test = case.train[:5]
+    same = Case("same", case.final_model, case.train, test)
+    protocol = Protocol(lr=0.02, batch_size=5, epochs=2, leave_out="mask", dtype="float64")
+    found = scores(same, protocol, range(5), along=along)
+    assert (found.diagonal(dim1=1, dim2=2) > 0).all()
+
+
+@pytest.mark.parametrize("along", ["path", "end", "final"])
+@pytest.mark.parametrize("name", CASES)
+def test_for_a_small_change_the_loss_is_linear_in_the_outputs(name: str, along: Any) -> None:
+    case = CASES[name]()
+    protocol = Protocol(lr=1e-4, batch_size=5, epochs=1, dtype="float64", leave_out="mask")
+    both = [scores(case, protocol, [1, 4], along=along, propagate=p) for p in ("outputs", "loss")]
+    torch.testing.assert_close(both[0], both[1], rtol=2e-2, atol=1e-9)
+
+
+def test_error_bars_are_the_spread_over_seeds() -> None:
+    case = CASES["mlp_regression"]()
+    protocol = Protocol(lr=0.02, batch_size=5, epochs=2, dtype="float64")
+    each = []
+    for seed in (0, 1, 2):
+        method = Response(kernels="own")
+        each.append(
+            method.attribute(
+                case.final_model,
+                case.train,
+                case.test,
+                torch.tensor([2, 3]),
+                following(case, protocol, [seed]),
+            )
+        )
+        assert method.score_sem is None
+    together = method.attribute(
+        case.final_model, case.train, case.test, torch.tensor([2, 3]), following(case, protocol, [0, 1, 2])
+    )
+    stacked = torch.stack(each)
+    torch.testing.assert_close(together, stacked.mean(0))
+    assert method.score_sem is not None
+    torch.testing.assert_close(method.score_sem, stacked.std(0) / 3**0.5)
+
+
+def test_directions_are_orthonormal_and_keep_the_instances_that_are_left_out() -> None:
+    torch.manual_seed(0)
+    outputs, targets = torch.randn(3, 20, 4, dtype=torch.float64), torch.randint(4, (20,))
+    needed = torch.tensor([2, 19])
+    for most in (60, 40, 20, 7):
+        space = OutputSpace.choose(cross_entropy, outputs, targets, needed, most)
+        m, r, _ = space.directions.shape
+        assert m * r <= most
+        assert set(needed.tolist()) <= set(space.kept.tolist())
+        eye = torch.eye(r, dtype=torch.float64).expand(m, r, r)
+        torch.testing.assert_close(space.directions @ space.directions.transpose(1, 2), eye)
+    # D - 1 directions hold all of cross-entropy's gradient and curvature
+    space = OutputSpace.choose(cross_entropy, outputs, targets, needed, 60)
+    p = outputs[0].softmax(-1)
+    norms = (p - nn.functional.one_hot(targets, 4)).norm(dim=1)
+    torch.testing.assert_close(space.gradient(cross_entropy, outputs[0], targets).norm(dim=1), norms)
+    trace = (p - p.square()).sum(1)
+    hessian = space.hessian(cross_entropy, outputs[0], targets)
+    torch.testing.assert_close(hessian.diagonal(dim1=1, dim2=2).sum(1), trace)
+
+
+def test_segments_cover_the_evaluation_points_and_grow() -> None:
+    steps = list(range(10, 5001, 10))
+    cut = segments(steps, 6)
+    assert cut[0].first == 0
+    assert cut[-1].last == 500
+    assert all(a.last == b.first for a, b in itertools.pairwise(cut))
+    lengths = [s.last - s.first for s in cut]
+    assert len(cut) <= 6
+    assert lengths == sorted(lengths)
+    assert segments([7], 6) == [Segment(0, 1)]
+    assert spread([1, 2, 3], 6) == [1, 2, 3]
+
+
+def test_relaxation_is_a_gradient_step_for_little_time_and_an_inverse_for_much() -> None:
+    curvature = torch.tensor([0.0, 1e-12, 0.1, 10.0], dtype=torch.float64)
+    torch.testing.assert_close(relaxation(1e-9)(curvature), torch.full((4,), 1e-9, dtype=torch.float64))
+    torch.testing.assert_close(relaxation(1e9, 0.5)(curvature), 1 / (curvature + 0.5))
+    assert times(Protocol(lr=0.1, steps=4, momentum=0.5), [2, 4]) == pytest.approx([0.4, 0.8])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"along": "start"}, {"propagate": "x"}, {"kernels": "x"}, {"segments": 0}, {"max_rows": 0}]
+)
+def test_a_wrong_argument_is_refused_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        Response(**wrong)
