@@ -96,6 +96,20 @@ def test_slopes_say_by_how_much_scores_miss_the_size_of_the_loss_change() -> Non
     np.testing.assert_allclose(result.slopes.slope, 2, rtol=0.01)
 
 
+def test_a_prediction_of_the_raw_changes_is_adjusted_as_they_are() -> None:
+    sensitivity, signal = synthetic(noise=0.0)
+    raw_prediction = signal + 5 * signal.abs().max()  # right but for what the adjustment takes away
+    scores = {"predicts": ("FiMO", raw_prediction), "frozen": ("FiMO", raw_prediction[-1])}
+
+    def last(names: list[str]) -> pd.Series:
+        table = assess(scores, sensitivity, ["cosine"], [6], estimate_loss_change=names, resamples=0).table
+        return table[table.step == 32].set_index("method")["mean"]
+
+    assert last(["predicts"])["predicts"] == pytest.approx(1, abs=1e-4)
+    assert last([])["predicts"] < 0.3
+    assert last(["frozen"])["frozen"] == pytest.approx(last([])["frozen"]), "judged as the paper does"
+
+
 def test_bootstrap_intervals_cover_the_expected_agreement_about_as_often_as_they_say() -> None:
     """60 experiments; the expected agreement is their mean. Both seeds and test instances are drawn anew."""
     generator = torch.Generator().manual_seed(0)

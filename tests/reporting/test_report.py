@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ import torch
 
 from fimo.errors import InputError
 from fimo.reporting import Results, write_report
+from fimo.reporting.explorer import explorer_data
 from fimo.reporting.findings import ABSENT, MINUS, Unit, all_warnings, duration, influences, number
 from tests.reporting.example import example, example_tasks, show_row, show_text
 
@@ -184,6 +186,17 @@ def test_a_folder_gives_the_same_results_back(tmp_path: Path) -> None:
     write_report(run, tmp_path / "a.html")
     write_report(again, tmp_path / "b.html")
     assert (tmp_path / "a.html").read_text() == (tmp_path / "b.html").read_text()
+
+
+def test_the_explorer_judges_as_the_evaluation_does() -> None:
+    run = example()
+    assert run.slopes is not None
+    slopes = pd.concat([run.slopes, run.slopes.assign(method="follows")])
+    shifted = {**run.scores, "follows": run.scores["follows"] + 1.0}
+    changed = dataclasses.replace(run, scores=shifted, slopes=slopes)
+    agreements = [explorer_data(r)["tests"][0]["agreement"]["follows"] for r in (run, changed)]
+    assert agreements[1] == pytest.approx(agreements[0], abs=0.05)
+    assert agreements[1] > 0.8
 
 
 def test_a_run_without_raw_changes_keeps_its_curves_and_says_nothing_of_single_seeds(tmp_path: Path) -> None:

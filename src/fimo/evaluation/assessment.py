@@ -90,7 +90,9 @@ def assess(
             test instance's agreement is its mean over about ``subsets`` subsets of k seeds, disjoint where
             they were cut from one random order; the SEM is over test instances only, since subsets of
             the same seeds are no independent samples.
-        estimate_loss_change: methods whose scores are in units of loss, for which a slope is fitted.
+        estimate_loss_change: methods whose scores are in units of loss, for which a slope is fitted. Those of
+            them that follow further training (``[E, J, L]``) predict its raw changes, so their scores are
+            adjusted just as the sensitivity is, see :func:`adjusted_scores`.
         resamples: of the bootstrap; none when 0.
         seed: of all randomness here.
 
@@ -104,6 +106,10 @@ def assess(
     truth = sensitivity.sensitivity
     for name, (_, values) in scores.items():
         check_shapes(values, truth, f"scores of {name}")
+    scores = {
+        name: (access, adjusted_scores(values, name in estimate_loss_change, sensitivity.subtract_mean))
+        for name, (access, values) in scores.items()
+    }
     generator = torch.Generator().manual_seed(seed)
     rows: list[pd.DataFrame] = []
     bounds: list[pd.DataFrame] = []
@@ -153,6 +159,22 @@ def assess(
         instances=instances,
         notes=_notes(instances, total),
     )
+
+
+def adjusted_scores(scores: Tensor, loss_change: bool, subtract_mean: bool) -> Tensor:
+    """Return scores as they are judged.
+
+    A method that predicts the raw change at each amount of further training predicts the adjusted change by
+    the same adjustment (eq. 17 is linear); left as it is, its cosine would be lowered by a mean over left-out
+    instances that it predicts rightly and the gold standard leaves out. All other scores are judged as the
+    paper judges them: unadjusted.
+
+    Args:
+        scores: ``[J, L]`` or ``[E, J, L]``.
+        loss_change: whether they are in units of loss.
+        subtract_mean: whether the sensitivity is adjusted.
+    """
+    return adjust(scores, subtract_mean) if loss_change and scores.ndim == 3 else scores
 
 
 def default_seed_counts(seeds: int) -> list[int]:

@@ -40,7 +40,9 @@ def mean_effect_table(run: Results, metric: str) -> pd.DataFrame:
     average = run.sensitivity.raw.mean(0)
     for method in scored_methods(run):
         for subtract in (True, False):
-            values = agreement(run.scores[method], adjust(average, subtract), _metric(metric))
+            values = agreement(
+                run.judged_scores(method, subtract), adjust(average, subtract), _metric(metric)
+            )
             mean, sem = mean_and_sem(values)
             frames.append(
                 pd.DataFrame(
@@ -81,7 +83,9 @@ def retraining_table(run: Results, metric: str) -> pd.DataFrame | None:
     if run.retraining is None:
         return None
     truth = run.retraining.sensitivity[-1:]
-    rows = {"further training": run.sensitivity.sensitivity} | {m: run.scores[m] for m in scored_methods(run)}
+    rows = {"further training": run.sensitivity.sensitivity} | {
+        m: run.judged_scores(m) for m in scored_methods(run)
+    }
     frames = []
     for method, scores in rows.items():
         values = agreement(scores, truth.expand(len(run.sensitivity.step), -1, -1), _metric(metric))

@@ -26,7 +26,8 @@ def explorer_data(run: Results, per_test: int = 5) -> dict[str, Any]:
     left_out = len(run.sensitivity.left_out)
     most = max(1, min(30, MOST_NUMBERS // ((len(methods) + 1) * left_out)))
     last = run.sensitivity.sensitivity[-1]
-    scores = {m: run.scores[m][-1] if run.scores[m].ndim == 3 else run.scores[m] for m in methods}
+    judged = {m: run.judged_scores(m) for m in methods}
+    scores = {m: s[-1] if s.ndim == 3 else s for m, s in judged.items()}
     metric = run.metrics[0]
     values = {m: agreement(s, last[None], metric)[0] for m, s in scores.items()}  # type: ignore[arg-type]
     tests: list[dict[str, Any]] = []

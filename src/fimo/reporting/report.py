@@ -25,6 +25,7 @@ from fimo.reporting.findings import (
     method_order,
     number,
     same_scores,
+    scored_methods,
 )
 from fimo.reporting.flat import flat
 from fimo.reporting.interactive import all_figures
@@ -94,6 +95,7 @@ def run_context(run: Results) -> dict[str, Any]:
         "harmful": [(row, run.show("train", row.index)) for row in harmful],
         "noun": noun(run),
         "same": same_scores(run),
+        "predicting": [m for m in scored_methods(run) if run.predicts_raw_changes(m)],
         "columns": columns([run.show("train", row.index) for row in [*helpful, *harmful]]),
         "unit": Unit.of([row.effect for row in [*helpful, *harmful]]),
         "test_loss": mean_test_loss(run),

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fimo.errors import InputError
+from fimo.evaluation.assessment import adjusted_scores
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.reporting.display import InstanceDisplay, Shown
 from fimo.store import read_tensors, write_tensors, written_aside
@@ -87,6 +88,16 @@ class Results:
     def seeds(self) -> int:
         """S, the largest number of seeds averaged."""
         return int(self.evaluation["seeds"].max())
+
+    def judged_scores(self, method: str, subtract_mean: bool | None = None) -> Tensor:
+        """Return a method's scores as the evaluation judges them; adjusted as the sensitivity if None."""
+        subtract = self.sensitivity.subtract_mean if subtract_mean is None else subtract_mean
+        return adjusted_scores(self.scores[method], self.predicts_raw_changes(method), subtract)
+
+    def predicts_raw_changes(self, method: str) -> bool:
+        """Return whether scores are loss changes at each amount of further training."""
+        in_units_of_loss = self.slopes is not None and method in set(self.slopes["method"])
+        return in_units_of_loss and self.scores[method].ndim == 3
 
     def show(self, split: str, index: int) -> InstanceDisplay | None:
         """Return an instance as people read it, or None where it was not kept."""

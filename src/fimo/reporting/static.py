@@ -91,7 +91,7 @@ def sorted_figure(runs: Runs, tests: int = 4) -> Figure | None:
         rank = range(1, len(order) + 1)
         axes.bar(rank, sensitivity[order].tolist(), width=1.0, color="#c9d3e4", label="sensitivity")
         for method in methods:
-            scores = run.scores[method]
+            scores = run.judged_scores(method)
             scores = (scores[-1] if scores.ndim == 3 else scores)[j].double()
             scaled = scores * (sensitivity.norm() / scores.norm().clamp(min=1e-300))
             axes.plot(rank, scaled[order].tolist(), ".", ms=4, color=palette[method], label=method)
