@@ -13,7 +13,16 @@ import torch
 from fimo.errors import InputError
 from fimo.reporting import Results, write_report
 from fimo.reporting.explorer import explorer_data
-from fimo.reporting.findings import ABSENT, MINUS, Unit, all_warnings, duration, influences, number
+from fimo.reporting.findings import (
+    ABSENT,
+    MINUS,
+    Unit,
+    above_ceiling,
+    all_warnings,
+    duration,
+    influences,
+    number,
+)
 from tests.reporting.example import example, example_tasks, show_row, show_text
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -155,6 +164,17 @@ def test_a_bad_model_one_seed_and_noise_are_warned_of() -> None:
     assert any("one seed" in w for w in all_warnings(example(seeds=1)))
     assert any("noisy" in w for w in all_warnings(example(noise=12.0)))
     assert not all_warnings(example())
+
+
+def test_a_method_above_the_ceiling_is_explained(tmp_path: Path) -> None:
+    assert above_ceiling(example()) == []
+    run = example(noise=3.0)
+    last = run.evaluation["method"] == "follows"
+    run = dataclasses.replace(
+        run, evaluation=run.evaluation.assign(mean=run.evaluation["mean"].mask(last, 1.0))
+    )
+    assert above_ceiling(run) == ["follows"]
+    assert "above the ceiling" in page_text(write_report(run, tmp_path / "report.html"))
 
 
 def test_influences_come_with_their_error_over_seeds() -> None:

@@ -91,6 +91,16 @@ def scored_methods(results: Results) -> list[str]:
     return [method for method in method_order(results) if method in results.scores]
 
 
+def above_ceiling(results: Results) -> list[str]:
+    """Return methods whose agreement at the last point exceeds the noise ceiling by two standard errors.
+
+    The ceiling is that of the noiseless sensitivity. A method that follows the very runs of the gold
+    standard's seeds can predict part of their noise, and so exceed it.
+    """
+    rows = at_last_point(results, results.metrics[0])
+    return list(rows[rows["mean"] > rows["ceiling"] + 2 * rows["sem"].fillna(0)]["method"])
+
+
 def same_scores(results: Results) -> list[list[str]]:
     """Return groups of methods whose scores are the same up to a positive factor, so that curves coincide."""
     groups: list[list[str]] = []
