@@ -1,0 +1,106 @@
+"""The exact derivative of further training in an instance's weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fimo.data.instances import Instances
+from fimo.dynamics.response import linear_loss_changes, loss_changes, outputs_at
+from fimo.errors import InputError
+from fimo.further_training.adjoint import adjoint
+from fimo.further_training.protocol import DTYPES
+from fimo.further_training.tangent import tangent_outputs
+from fimo.further_training.trajectory import Trajectory
+from fimo.methods.response import FollowingMethod
+from fimo.models.final_model import FinalModel
+
+
+class Unrolled(FollowingMethod):
+    """Differentiates each seed's full run, step by step, in the weights of instances.
+
+    score[t, j, i] = mean over seeds of loss_j(f - df/dw_i) - loss_j(f), f the outputs of test instance j after
+    t steps of the full run and w_i the weight of i's loss, which leaving i out takes from 1 to 0. Nothing is
+    approximated but that the outputs are linear in w_i: batches, curvature and the optimizer's state are the
+    run's own (``shift`` is taken as ``mask``). Reverse mode is Engstrom et al. (2025) for further training.
+    It is the reference for cheaper approximations; where it departs from the gold standard, no linear
+    response can follow.
+
+    Args:
+        mode: ``forward`` carries one tangent per left-out instance, ``reverse`` one adjoint per evaluation
+            point and test output, for all N instances at once; ``auto``: whichever are fewer.
+        propagate: ``outputs`` evaluates the loss at the changed outputs; ``loss`` takes it as linear in them.
+        seeds: at most this many of the gold standard's; all when None. A tangent costs two to three runs.
+        chunk: tangents or adjoints carried together.
+    """
+
+    def __init__(
+        self,
+        mode: Literal["auto", "forward", "reverse"] = "auto",
+        propagate: Literal["outputs", "loss"] = "outputs",
+        seeds: int | None = None,
+        chunk: int = 32,
+    ) -> None:
+        if mode not in ("auto", "forward", "reverse"):
+            raise InputError("mode", f"expected one of auto, forward, reverse but got {mode!r}")
+        if propagate not in ("outputs", "loss"):
+            raise InputError("propagate", f"expected one of outputs, loss but got {propagate!r}")
+        if seeds is not None and seeds < 1:
+            raise InputError("seeds", f"expected at least 1 or null but got {seeds}")
+        if chunk < 1:
+            raise InputError("chunk", f"expected at least 1 but got {chunk}")
+        self.mode, self.propagate, self.seeds, self.chunk = mode, propagate, seeds, chunk
+
+    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+        self.gradient_evaluations = 0
+        return self.average(self._by_seed(test))
+
+    def _by_seed(self, test: Instances) -> Iterator[Tensor]:
+        device = test.targets.device
+        wide = DTYPES[self.ft.protocol.evaluation_dtype]
+        model, test = self.final_model.to(dtype=wide), test.to(dtype=wide)
+        d = model.outputs(test[:1])[0].numel()
+        adjoints = len(self.ft.steps) * len(test) * d
+        forward = self.mode == "forward" or (self.mode == "auto" and len(self.left_out) <= adjoints)
+        to_change = loss_changes if self.propagate == "outputs" else linear_loss_changes
+        runs: Iterator[Trajectory | None] = repeat(None) if forward else self.ft.full_runs()
+        for seed, trajectory in zip(self.ft.seeds[: self.seeds], runs, strict=False):
+            if trajectory is None:
+                outputs, change = self._forward(test, seed, device)
+            else:
+                outputs, change = self._reverse(model, test, trajectory, device)
+            gradients = self.ft.steps[-1] * min(self.ft.protocol.batch_size, len(self.train))
+            self.gradient_evaluations += gradients * (1 + 2 * (len(self.left_out) if forward else adjoints))
+            yield torch.stack(
+                [
+                    to_change(model, f, test.targets, c.flatten(0, 1))
+                    for f, c in zip(outputs, change, strict=True)
+                ]
+            )
+
+    def _forward(self, test: Instances, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return outputs ``[E, J, D]`` and their changes ``[E, J, D, L]``."""
+        found = tangent_outputs(
+            self.final_model, self.train, test, self.ft.protocol, seed, self.left_out.tolist(),
+            chunk=self.chunk, device=device,
+        )  # fmt: skip
+        return found.outputs, -found.derivative.transpose(2, 3)
+
+    def _reverse(
+        self, model: FinalModel, test: Instances, trajectory: Trajectory, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Return the same by reverse mode."""
+        derivative = adjoint(
+            self.final_model, self.train, test, self.ft.protocol, trajectory.seed,
+            of="outputs", chunk=self.chunk, device=device,
+        )  # fmt: skip
+        wide = next(iter(model.parameters().values())).dtype
+        outputs = [
+            outputs_at(model, {n: p.to(wide) for n, p in at.items()}, test)
+            for at in trajectory.parameters[1:]
+        ]
+        return torch.stack(outputs), -derivative[..., self.left_out.to(derivative.device)]

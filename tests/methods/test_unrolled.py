@@ -1,0 +1,83 @@
+"""The unrolled derivative against differences of real runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fimo.dynamics.response import outputs_at
+from fimo.errors import InputError
+from fimo.further_training.protocol import Protocol
+from fimo.methods.unrolled import Unrolled
+from tests.cases import CASES, LINEAR_CASES, Case
+from tests.methods.test_response import following
+from tests.reference.further_training import plain_run
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 0.05},
+    "momentum": {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    "adam": {"optimizer": "adam", "lr": 0.003, "eps": 1e-4},
+    "adamw": {"optimizer": "adamw", "lr": 0.003, "eps": 1e-4, "weight_decay": 0.1},
+}
+
+
+def protocol_of(optimizer: str) -> Protocol:
+    return Protocol(batch_size=5, epochs=2, leave_out="mask", dtype="float64", **OPTIMIZERS[optimizer])
+
+
+def output_differences(case: Case, protocol: Protocol, left_out: list[int], h: float) -> Tensor:
+    """[J, D, L] at the end: central differences in the weights of left-out instances, by plain loops."""
+
+    def outputs(i: int, weight: float) -> Tensor:
+        network = plain_run(case.final_model, case.train, case.test, protocol, 0, [i], weight)[2]
+        return outputs_at(case.final_model, dict(network.named_parameters()), case.test)
+
+    return torch.stack([(outputs(i, 1 - h) - outputs(i, 1 + h)) / (2 * h) for i in left_out], -1)
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", LINEAR_CASES)
+def test_the_loss_is_evaluated_at_outputs_changed_by_their_derivative(
+    name: str, optimizer: str, mode: Any
+) -> None:
+    case, protocol, left_out = CASES[name](), protocol_of(optimizer), [0, 7, 22]
+    ft = following(case, protocol, [0])
+    run = (case.final_model, case.train, case.test, torch.tensor(left_out), ft)
+    found = Unrolled(mode=mode).attribute(*run)
+    change = output_differences(case, protocol, left_out, 1e-5)
+    (trajectory,) = ft.full_runs()
+    outputs = outputs_at(case.final_model, trajectory.parameters[-1], case.test)
+    loss, y = case.final_model.loss, case.test.targets
+    expected = torch.stack([loss(outputs + change[..., k], y) - loss(outputs, y) for k in range(3)], -1)
+    torch.testing.assert_close(found[-1], expected, rtol=2e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("propagate", ["outputs", "loss"])
+@pytest.mark.parametrize("name", CASES)
+def test_tangents_and_adjoints_agree(name: str, propagate: Any) -> None:
+    case, protocol = CASES[name](), protocol_of("sgd")
+    left_out = torch.tensor([1, 5, 12])
+    run = (case.final_model, case.train, case.test, left_out, following(case, protocol))
+    found = [Unrolled(mode=m, propagate=propagate).attribute(*run) for m in ("forward", "reverse")]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-10)
+
+
+def test_fewer_seeds_are_the_first_ones_and_error_bars_their_spread() -> None:
+    case, protocol = CASES["mlp_regression"](), protocol_of("sgd")
+    arguments = (case.final_model, case.train, case.test, torch.tensor([1, 5]))
+    method = Unrolled(seeds=2)
+    found = method.attribute(*arguments, following(case, protocol, [3, 4, 5]))
+    each = [Unrolled().attribute(*arguments, following(case, protocol, [s])) for s in (3, 4)]
+    torch.testing.assert_close(found, torch.stack(each).mean(0))
+    assert method.score_sem is not None
+    torch.testing.assert_close(method.score_sem, torch.stack(each).std(0) / 2**0.5)
+
+
+@pytest.mark.parametrize("wrong", [{"mode": "x"}, {"propagate": "x"}, {"seeds": 0}, {"chunk": 0}])
+def test_a_wrong_argument_is_refused_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        Unrolled(**wrong)
