@@ -30,12 +30,35 @@ from tests.cases import CASES
 from tests.reference import attribution as dense
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
-METHODS = ["graddot", "gradcos", "tracin", "datainf", "exact", "random", "embedding"]
+METHODS = [
+    *[
+        "graddot",
+        "gradcos",
+        "tracin",
+        "datainf",
+        "exact",
+        "cg",
+        "lissa",
+        "lissa_h",
+        "ekfac",
+        "kfac",
+        "arnoldi",
+    ],
+    *["trak", "representer", "random", "embedding"],
+]
+
+# iterations stop at a tolerance, which order and blocks of instances reach at different steps
+TIGHT: dict[str, dict[str, Any]] = {
+    "cg": {"tolerance": 1e-11},
+    "lissa": {"tolerance": 1e-11, "damping": 1.0},
+    "lissa_h": {"tolerance": 1e-8, "damping": 20.0},
+}
+SOLVERS = ["exact", "cg", "lissa", "lissa_h", "ekfac", "kfac"]
 
 
 def build(name: str, **changes: Any) -> AttributionMethod:
     config = OmegaConf.load(CONF / f"{name}.yaml")[name]
-    return instantiate({**config, **changes})  # type: ignore[no-any-return]
+    return instantiate({**config, **TIGHT.get(name, {}), **changes})  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -68,7 +91,9 @@ def test_scores_are_finite_and_in_the_order_of_the_instances(name: str, case_nam
 
 
 @pytest.mark.parametrize("case_name", CASES)
-@pytest.mark.parametrize("name", ["graddot", "gradcos", "datainf", "exact"])
+@pytest.mark.parametrize(
+    "name", ["graddot", "gradcos", "datainf", "exact", "cg", "lissa", "ekfac", "kfac", "arnoldi", "trak"]
+)
 def test_blocks_change_no_score(name: str, case_name: str, tmp_path: Path) -> None:
     case = CASES[case_name]()
     scores = build(name).attribute(case.final_model, case.train, case.test)
@@ -177,8 +202,19 @@ def test_exact_influence_on_a_linear_model_is_leave_one_out() -> None:
     assert torch.nn.functional.cosine_similarity(linear, truth).min() > 0.99
     # and in sign every method that estimates a change agrees
     helpful = truth > truth.abs().max() * 0.2
-    for name in ["graddot", "gradcos", "tracin", "datainf", "exact"]:
-        scores = build(name, **({"damping": damping} if name == "exact" else {})).attribute(
+    for name in [
+        "graddot",
+        "gradcos",
+        "tracin",
+        "datainf",
+        "exact",
+        "cg",
+        "lissa",
+        "lissa_h",
+        "ekfac",
+        "kfac",
+    ]:
+        scores = build(name, **({"damping": damping} if name in SOLVERS else {})).attribute(
             model, train, test
         )
         assert (scores[helpful] > 0).all(), name

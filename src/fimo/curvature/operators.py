@@ -1,0 +1,191 @@
+"""Curvature matrices of the mean training loss as linear operators: products with vectors, never the matrix.
+
+Solvers see only :class:`Operator`, so they don't know which matrix they solve with. Where the Gauss-Newton
+rows fit into memory, :class:`RowsOperator` multiplies by them (two products); where the outputs are many
+(language models), :class:`GaussNewton` goes forward and backward through the network instead.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fimo.curvature.rows import Rows, Shapes
+from fimo.data.instances import Instances
+from fimo.models.final_model import FinalModel, functional_apply
+
+Parameters = dict[str, Tensor]
+
+
+class Operator(ABC):
+    """A symmetric P x P matrix in the order of ``FinalModel.parameters()``.
+
+    Attributes:
+        shapes: of the parameters, in that order.
+    """
+
+    shapes: Shapes
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def p(self) -> int:
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    @abstractmethod
+    def times(self, vectors: Tensor) -> Tensor:
+        """Return the products ``[P, K]`` with vectors ``[P, K]``."""
+
+    def dense(self) -> Tensor:
+        """Return the matrix ``[P, P]``, by products with unit vectors."""
+        return self.times(torch.eye(self.p, dtype=self.dtype, device=self.device))
+
+    def trace(self) -> float:
+        """Return the trace, estimated from 32 random signs (Hutchinson) where no closed form is known."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        signs = torch.randint(0, 2, (self.p, 32), generator=generator, device=self.device)
+        signs = (2 * signs - 1).to(self.dtype)
+        return (signs * self.times(signs)).sum().item() / 32
+
+
+class RowsOperator(Operator):
+    """``A^T A / N``: Gauss-Newton, empirical or sampled Fisher, by the kind of its rows A.
+
+    Args:
+        rows: n·R vectors of length P.
+        n: N, what the sum is divided by; the rows' own number of instances when None.
+    """
+
+    def __init__(self, rows: Rows, n: int | None = None) -> None:
+        self.rows, self.n = rows, n or rows.n
+        self.shapes, self.dtype, self.device = rows.shapes, rows.dtype, rows.device
+
+    def times(self, vectors: Tensor) -> Tensor:
+        total = torch.zeros_like(vectors)
+        for block in self.rows.blocks():
+            total += block.transposed_times(block.times(vectors))
+        return total / self.n
+
+    def trace(self) -> float:
+        return self.rows.squared_norms().sum().item() / self.n
+
+
+class AutogradOperator(Operator):
+    """What the matrix-free operators share: batches of instances, and blocks of vectors.
+
+    Args:
+        final_model: at whose parameters.
+        instances: over which the loss is averaged.
+        batch_size: instances per pass; the sum over batches is exact, so it changes no result.
+        vectors_at_once: vectors per pass.
+    """
+
+    def __init__(
+        self, final_model: FinalModel, instances: Instances, batch_size: int = 256, vectors_at_once: int = 32
+    ) -> None:
+        self.final_model, self.instances = final_model, instances
+        self.batch_size, self.vectors_at_once = batch_size, vectors_at_once
+        self.parameters, self.buffers = final_model.parameters(), final_model.buffers()
+        self.shapes = {name: p.shape for name, p in self.parameters.items()}
+        first = next(iter(self.parameters.values()))
+        self.dtype, self.device = first.dtype, first.device
+
+    def times(self, vectors: Tensor) -> Tensor:
+        total = torch.zeros_like(vectors)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+            for batch in self.instances.batches(self.batch_size):
+                product = self._product(batch)
+                for start in range(0, vectors.shape[1], self.vectors_at_once):
+                    part = slice(start, start + self.vectors_at_once)
+                    total[:, part] += vmap(product)(vectors[:, part].T).T
+        return total / len(self.instances)
+
+    @abstractmethod
+    def _product(self, batch: Instances) -> Callable[[Tensor], Tensor]:
+        """Return the function from a vector ``[P]`` to its product with the batch's summed matrix ``[P]``."""
+
+    def _outputs(self, parameters: Parameters, batch: Instances) -> Tensor:
+        return functional_apply(self.final_model.network, {**self.buffers, **parameters}, batch.inputs)
+
+    def _unflatten(self, vector: Tensor) -> Parameters:
+        parts = vector.split([s.numel() for s in self.shapes.values()])
+        return {name: v.view(s) for (name, s), v in zip(self.shapes.items(), parts, strict=True)}
+
+    def _flatten(self, parameters: Parameters) -> Tensor:
+        return torch.cat([parameters[name].flatten() for name in self.shapes])
+
+
+class GaussNewton(AutogradOperator):
+    """``(1/N) sum_i J_i^T H_i J_i`` with H_i the loss's Hessian in the outputs (Schraudolph, 2002)."""
+
+    def _product(self, batch: Instances) -> Callable[[Tensor], Tensor]:
+        def outputs(parameters: Parameters) -> Tensor:
+            return self._outputs(parameters, batch)
+
+        def loss(values: Tensor) -> Tensor:
+            return self.final_model.loss(values, batch.targets).sum()
+
+        def product(vector: Tensor) -> Tensor:
+            at, pushed = jvp(outputs, (self.parameters,), (self._unflatten(vector),))[:2]
+            curved = jvp(grad(loss), (at,), (pushed,))[1]
+            pullback = vjp(outputs, self.parameters)[1]
+            return self._flatten(pullback(curved)[0])
+
+        return product
+
+
+class Hessian(AutogradOperator):
+    """The Hessian of the mean training loss, which may be indefinite."""
+
+    def _product(self, batch: Instances) -> Callable[[Tensor], Tensor]:
+        def loss(parameters: Parameters) -> Tensor:
+            return self.final_model.loss(self._outputs(parameters, batch), batch.targets).sum()
+
+        def product(vector: Tensor) -> Tensor:
+            return self._flatten(jvp(grad(loss), (self.parameters,), (self._unflatten(vector),))[1])
+
+        return product
+
+
+class BlockDiagonal(Operator):
+    """An operator without its entries between different blocks of parameters.
+
+    Args:
+        operator: the whole matrix.
+        blocks: ``parameter``: each tensor is a block; ``module``: the parameters of one module; or lists of
+            names.
+    """
+
+    def __init__(
+        self, operator: Operator, blocks: Literal["parameter", "module"] | Sequence[Sequence[str]] = "module"
+    ) -> None:
+        self.operator = operator
+        self.shapes, self.dtype, self.device = operator.shapes, operator.dtype, operator.device
+        if isinstance(blocks, str):
+            grouped: dict[str, list[str]] = {}
+            for name in self.shapes:
+                group = name if blocks == "parameter" else name.rpartition(".")[0]
+                grouped.setdefault(group, []).append(name)
+            blocks = list(grouped.values())
+        self.blocks = [list(names) for names in blocks]
+
+    def times(self, vectors: Tensor) -> Tensor:
+        total = torch.zeros_like(vectors)
+        for names in self.blocks:
+            mask = torch.cat(
+                [
+                    torch.full((s.numel(), 1), name in names, device=self.device)
+                    for name, s in self.shapes.items()
+                ]
+            )
+            total += mask * self.operator.times(mask * vectors)
+        return total
+
+    def trace(self) -> float:
+        return self.operator.trace()

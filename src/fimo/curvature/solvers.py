@@ -1,0 +1,179 @@
+"""Solvers of (C + damping) x = g for many right-hand sides: conjugate gradients, LiSSA; and Lanczos."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fimo.curvature.spaces import Space
+
+log = logging.getLogger(__name__)
+
+
+class DivergenceError(ArithmeticError):
+    """An iteration grew instead of converging; the message says by how much and what to change."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver found.
+
+    Args:
+        vectors: ``[dimension, K]``, in the space's form.
+        residuals: ``[K]``, |g - (C + damping) x| / |g| at the end.
+        iterations: that were made.
+        converged: whether every residual is within the tolerance.
+    """
+
+    vectors: Tensor
+    residuals: Tensor
+    iterations: int
+    converged: bool
+
+
+def conjugate_gradients(
+    space: Space,
+    damping: float,
+    tolerance: float = 1e-6,
+    max_iterations: int = 1000,
+    precondition: Callable[[Tensor], Tensor] | None = None,
+) -> Solution:
+    """Solve by conjugate gradients (Hestenes and Stiefel, 1952), each right-hand side until it has converged.
+
+    Args:
+        tolerance: of |g - (C + damping) x| / |g|.
+        max_iterations: after which the iterate is returned as it is, ``converged`` being False.
+        precondition: an approximate inverse of C + damping on vectors of the space; symmetric and positive.
+    """
+    g = space.right_hand_sides()
+    x = torch.zeros_like(g)
+    residual = g.clone()
+    target = tolerance * space.inner(g, g).clamp(min=0).sqrt()
+    z = residual if precondition is None else precondition(residual)
+    direction, rho = z.clone(), space.inner(residual, z)
+    norms = space.inner(residual, residual).clamp(min=0).sqrt()
+    iterations = 0
+    while iterations < max_iterations and (active := (norms > target) & (rho > 0)).any():
+        curved = space.times(direction) + damping * direction
+        denominator = space.inner(direction, curved)
+        # a converged column gets a zero step, so that it stays what it is instead of turning into NaN; a
+        # direction of negative curvature (an indefinite matrix) ends its column likewise
+        active &= denominator > 0
+        step = torch.where(active, rho / denominator.where(active, 1), 0)
+        x += step * direction
+        residual -= step * curved
+        z = residual if precondition is None else precondition(residual)
+        before, rho = rho, torch.where(active, space.inner(residual, z), 0)
+        direction = z + torch.where(active, rho / before.where(active, 1), 0) * direction
+        norms = torch.where(active, space.inner(residual, residual).clamp(min=0).sqrt(), norms)
+        iterations += 1
+    size = space.inner(g, g).clamp(min=0).sqrt()
+    relative = norms / size.where(size > 0, 1)
+    return Solution(x, relative, iterations, bool((norms <= target).all()))
+
+
+def lissa(
+    space: Space,
+    damping: float,
+    scale: float,
+    depth: int,
+    tolerance: float = 1e-6,
+    batches: Callable[[int], Callable[[Tensor], Tensor]] | None = None,
+) -> Solution:
+    """Solve by the truncated Neumann series of LiSSA (Agarwal et al., 2017; Koh and Liang, 2017).
+
+        x_0 = g,   x_t = g + (I - (C_t + damping) / scale) x_{t-1},   (C + damping)^-1 g = lim x_t / scale
+
+    Args:
+        scale: larger than (largest eigenvalue + damping) / 2; the speed depends on it, the answer does not.
+        depth: largest number of iterations.
+        tolerance: stops when |x_t - x_{t-1}| / |g|, the residual, is this small; unused with batches.
+        batches: maps a step to the product with the matrix of that step's batch; the whole matrix when None.
+
+    Raises:
+        DivergenceError: the iterate grew beyond what the damped inverse can make of g.
+    """
+    g = space.right_hand_sides()
+    size = space.inner(g, g).clamp(min=0).sqrt()
+    size = size.where(size > 0, 1)
+    x, residuals = g.clone(), torch.ones_like(size)
+    # the inverse is at most 1 / damping for a matrix without negative eigenvalues
+    bound = 10 * scale / damping + 10
+    iterations = 0
+    for step in range(depth):
+        times = space.times if batches is None else batches(step)
+        change = g - (times(x) + damping * x) / scale
+        x = x + change
+        iterations = step + 1
+        if step % 10 == 9 or iterations == depth:
+            growth = space.inner(x, x).clamp(min=0).sqrt() / size
+            if not bool((growth <= bound).all()):
+                raise DivergenceError(
+                    f"LiSSA diverged: after {iterations} steps an iterate is {growth.max().item():.3g} times "
+                    f"its right-hand side (scale={scale:.3g}, damping={damping:.3g}); raise either of them"
+                )
+            residuals = space.inner(change, change).clamp(min=0).sqrt() / size
+            if batches is None and bool((residuals <= tolerance).all()):
+                break
+    return Solution(x / scale, residuals, iterations, bool((residuals <= tolerance).all()))
+
+
+def largest_eigenvalue(times: Callable[[Tensor], Tensor], like: Tensor, iterations: int = 30) -> float:
+    """Return the largest absolute eigenvalue by power iteration, from below.
+
+    Args:
+        times: product with vectors ``[dimension, 1]``.
+        like: a vector ``[dimension]`` whose size, dtype and device the start has.
+    """
+    generator = torch.Generator(like.device).manual_seed(0)
+    vector = torch.randn(len(like), 1, generator=generator, dtype=like.dtype, device=like.device)
+    value = 0.0
+    for _ in range(iterations):
+        vector = vector / vector.norm().clamp(min=torch.finfo(like.dtype).tiny)
+        vector = times(vector)
+        value = vector.norm().item()
+    return value
+
+
+def lanczos(times: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Return Ritz values and vectors of a symmetric matrix (Lanczos, 1950; Arnoldi for a symmetric matrix).
+
+    Every new vector is orthogonalised twice against all before, so that rounding brings no copies of
+    converged eigenvalues.
+
+    Args:
+        times: product with vectors ``[dimension, 1]``.
+        start: ``[dimension]``.
+        iterations: dimension of the Krylov space; it may end earlier where the space is exhausted.
+
+    Returns:
+        values ``[m]`` ascending and orthonormal vectors ``[dimension, m]``.
+    """
+    vector = start / start.norm()
+    basis = torch.zeros(len(start), min(iterations, len(start)), dtype=start.dtype, device=start.device)
+    diagonal: list[Tensor] = []
+    off: list[Tensor] = []
+    for k in range(basis.shape[1]):
+        basis[:, k] = vector
+        image = times(vector[:, None])[:, 0]
+        diagonal.append(vector @ image)
+        known = basis[:, : k + 1]
+        scale = image.norm()
+        for _ in range(2):
+            image = image - known @ (known.T @ image)
+        length = image.norm()
+        if length <= 100 * torch.finfo(start.dtype).eps * scale.clamp(min=diagonal[0].abs()):
+            break
+        off.append(length)
+        vector = image / length
+    m = len(diagonal)
+    tridiagonal = torch.diag(torch.stack(diagonal).double())
+    if m > 1:
+        upper = torch.diag(torch.stack(off[: m - 1]).double(), 1)
+        tridiagonal = tridiagonal + upper + upper.T
+    values, vectors = torch.linalg.eigh(tridiagonal)
+    return values.to(start.dtype), basis[:, :m] @ vectors.to(start.dtype)

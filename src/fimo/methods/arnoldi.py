@@ -1,0 +1,108 @@
+"""Influence in the span of the curvature's leading eigenvectors."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fimo.curvature.damping import Damping, DampingValue
+from fimo.curvature.kernel import MAX_DIMENSION
+from fimo.curvature.operators import GaussNewton, Hessian, Operator, RowsOperator
+from fimo.curvature.rows import Rows
+from fimo.curvature.solvers import lanczos
+from fimo.data.instances import Instances
+from fimo.errors import InputError
+from fimo.methods.cg import MAX_ROWS
+from fimo.methods.gradient import CurvatureMethod
+from fimo.models.final_model import FinalModel
+
+
+class Arnoldi(CurvatureMethod):
+    """Influence restricted to the leading eigenvectors, found by Arnoldi iterations (Schioppa et al., 2022).
+
+    score[j, i] = (1/N) sum_k (g_j·v_k)(v_k·g_i) / (λ_k + damping) over the ``rank`` Ritz pairs (λ_k, v_k) of
+    largest |λ_k|, from ``iterations`` products with the curvature. (For a symmetric matrix
+    Arnoldi's method is Lanczos's; every vector is orthogonalised against all others.) What the gradients have
+    outside the span is dropped, as the authors do.
+
+    Args:
+        rank: number of eigenvectors kept.
+        iterations: dimension of the Krylov space.
+        damping: null for none, as the authors; else see :class:`~fimo.curvature.damping.Damping`.
+        propagate: see :class:`~fimo.methods.gradient.CurvatureMethod`.
+        curvature: ``gauss_newton`` or ``hessian``.
+        seed: of the start vector.
+    """
+
+    def __init__(
+        self,
+        rank: int = 100,
+        iterations: int = 200,
+        damping: DampingValue | None = None,
+        propagate: Literal["loss", "outputs"] = "loss",
+        curvature: Literal["gauss_newton", "hessian"] = "gauss_newton",
+        seed: int = 0,
+        memory_mb: float = 1024,
+        storage: str | None = None,
+        cache: str | None = None,
+    ) -> None:
+        super().__init__("auto" if damping is None else damping, propagate, memory_mb, storage, cache)
+        if damping is None:
+            self.damping = Damping("absolute", 0.0)
+        if not 1 <= rank <= iterations:
+            raise InputError("rank", f"expected 1 to iterations={iterations} but got {rank}")
+        if curvature not in ("gauss_newton", "hessian"):
+            raise InputError("curvature", f"expected one of gauss_newton, hessian but got {curvature!r}")
+        self.rank, self.iterations, self.curvature, self.seed = rank, iterations, curvature, seed
+
+    def fit(self, final_model: FinalModel, train: Instances) -> None:
+        super().fit(final_model, train)
+        n, outputs = len(train), final_model.outputs(train[:1])[0].numel()
+        generator = torch.Generator(self.gradients.device).manual_seed(self.seed)
+        start = torch.randn(final_model.size, generator=generator, device=self.gradients.device)
+        start = start.to(self.gradients.dtype)
+        self.kernel_rows: Rows | None = None
+        if self.curvature == "gauss_newton" and outputs <= MAX_ROWS:
+            rows = self.gradients.gauss_newton(train)
+            self.operator: Operator = RowsOperator(rows)
+            size = rows.n * rows.r
+            if size < final_model.size and size <= MAX_DIMENSION:
+                # the same Krylov space through the kernel: A C^k start = (A A^T / N)^k A start
+                kernel = rows.gram(rows).view(size, size) / n
+                image = rows.times(start[:, None]).flatten()
+                values, vectors = lanczos(lambda v: kernel @ v, image, self.iterations)
+                self._keep(values, vectors, smallest=1e-6)
+                self.kernel_rows = rows
+                return
+        elif self.curvature == "gauss_newton":
+            self.operator = GaussNewton(final_model, train)
+        else:
+            self.operator = Hessian(final_model, train)
+        self._keep(*lanczos(self.operator.times, start, self.iterations), smallest=1e-6)
+
+    def _keep(self, values: Tensor, vectors: Tensor, smallest: float) -> None:
+        # eigenvalues that are rounding errors of zero would dominate their own inverse
+        order = values.abs().argsort(descending=True)[: self.rank]
+        order = order[values[order].abs() > smallest * values.abs().max()]
+        self.values, self.vectors = values[order], vectors[:, order]
+
+    def mean_eigenvalue(self) -> float:
+        return self.operator.trace() / self.final_model.size
+
+    def dampings(self) -> Tensor:
+        if self.damping == Damping("absolute", 0.0):
+            return torch.zeros(1, dtype=torch.float64)
+        return super().dampings()
+
+    def coordinates(self, rows: Rows) -> Tensor:
+        """Return ``[n, R, rank]``, the rows' products with the eigenvectors."""
+        if self.kernel_rows is None:
+            return rows.times(self.vectors)
+        products = rows.gram(self.kernel_rows).flatten(2) @ self.vectors
+        return products / (len(self.train) * self.values).sqrt()
+
+    def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Tensor:
+        a, b = self.coordinates(left), self.coordinates(right)[:, 0]
+        return torch.stack([(a / (self.values + d)) @ b.T for d in dampings.tolist()])

@@ -1,0 +1,84 @@
+"""Influence with Kronecker-factored curvature: EK-FAC and K-FAC."""
+
+from __future__ import annotations
+
+import logging
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fimo.curvature.damping import DampingValue
+from fimo.curvature.kronecker import Fisher, fit_factors
+from fimo.curvature.rows import Rows
+from fimo.data.instances import Instances
+from fimo.errors import InputError
+from fimo.methods.gradient import CurvatureMethod
+from fimo.models.final_model import FinalModel
+
+log = logging.getLogger(__name__)
+
+
+class Ekfac(CurvatureMethod):
+    """Influence with the EK-FAC approximation of Gauss-Newton (George et al., 2018; Grosse et al., 2023).
+
+    score[j, i] = (1/N) g_j^T (C + damping)^-1 g_i, C block-diagonal over modules with Kronecker-factored
+    eigenvectors and exact second moments along them. Test gradients are preconditioned once and for all
+    dampings from the same rotation.
+
+    Args:
+        damping: ``auto``: 0.1 times each module's own mean eigenvalue (Grosse et al.); else see
+            :class:`~fimo.curvature.damping.Damping`, the same for all modules.
+        propagate: see :class:`~fimo.methods.gradient.CurvatureMethod`.
+        fisher: ``exact`` Gauss-Newton, ``sampled`` targets, ``empirical``; ``auto``: exact up to 16 outputs.
+        samples, seed: of sampled targets.
+
+    Attributes:
+        coverage: share of the parameters in Kronecker or (normalisation layers) dense blocks, once fitted.
+        uncovered: names of the others, of which only the diagonal is used.
+    """
+
+    corrected: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        damping: DampingValue = "auto",
+        propagate: Literal["loss", "outputs"] = "loss",
+        fisher: Fisher = "auto",
+        samples: int = 1,
+        seed: int = 0,
+        memory_mb: float = 1024,
+        storage: str | None = None,
+        cache: str | None = None,
+    ) -> None:
+        super().__init__(damping, propagate, memory_mb, storage, cache)
+        if fisher not in ("auto", "exact", "sampled", "empirical"):
+            raise InputError("fisher", f"expected one of auto, exact, sampled, empirical but got {fisher!r}")
+        if samples < 1:
+            raise InputError("samples", f"expected at least 1 but got {samples}")
+        self.fisher, self.samples, self.seed = fisher, samples, seed
+
+    def fit(self, final_model: FinalModel, train: Instances) -> None:
+        super().fit(final_model, train)
+        self.factors = fit_factors(
+            self.gradients, train, self.corrected, self.fisher, self.samples, self.seed
+        )
+        self.coverage, self.uncovered = self.factors.coverage, self.factors.uncovered
+        if self.uncovered:
+            log.info(
+                "%.0f%% of the parameters covered; only a diagonal for %s",
+                100 * self.coverage,
+                self.uncovered,
+            )
+
+    def mean_eigenvalue(self) -> float:
+        return self.factors.mean_eigenvalue
+
+    def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Tensor:
+        found = []
+        for piece in left.pieces(self.memory_mb / (2 + len(dampings))):
+            vectors = piece.dense().flatten(0, 1).T
+            solved = self.factors.solve(vectors, dampings, relative=self.damping.kind == "auto")
+            products = [right.times(s)[:, 0].T.reshape(piece.n, piece.r, right.n) for s in solved]
+            found.append(torch.stack(products))
+        return torch.cat(found, 1)

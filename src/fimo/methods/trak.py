@@ -1,0 +1,135 @@
+"""TRAK."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fimo.curvature.damping import Damping, DampingValue
+from fimo.curvature.outputs import output_gradient
+from fimo.curvature.projection import Projection, project
+from fimo.data.instances import Instances
+from fimo.errors import InputError
+from fimo.methods.base import Access
+from fimo.methods.gradient import GradientMethod
+from fimo.methods.tracin import at_checkpoint
+from fimo.models.final_model import FinalModel
+from fimo.models.losses import Loss, cross_entropy, logit_margin, mean_squared_error
+
+
+class Trak(GradientMethod):
+    """Influence in a linear model of randomly projected gradients of a scalar output (Park et al., 2023).
+
+    With f the scalar that the loss is a function of (log-odds of the correct class, a regression's output),
+    φ = projected gradient of f, Φ those of the N training instances and q = dloss/df,
+
+        score[j, i] = q_j φ_j^T (Φ^T Φ + N damping)^-1 φ_i q_i,
+
+    where f_j and q are averaged over checkpoints separately, as the paper averages its ensemble. The paper
+    scores f_j itself, without q_j, a factor common to all i: the order of scores is the same, and with q_j
+    their sign is that of the loss. Other losses take f to be the loss.
+
+    Args:
+        dimension: k of the projection.
+        damping: of Φ^T Φ / N: ``auto``, 0.1 mean eigenvalues; a multiple of the mean squared gradient of f; a
+            number. The paper has none and needs N > k.
+        projection: ``normal``, ``sign``, ``sparse``, or ``auto`` by size.
+        checkpoints: of the training, files or state_dicts; the final model alone when None.
+        seed: of the projection; each checkpoint has its own.
+    """
+
+    def __init__(
+        self,
+        dimension: int = 512,
+        damping: DampingValue = "auto",
+        projection: Projection = "auto",
+        checkpoints: Sequence[str | Path | Mapping[str, Tensor]] | None = None,
+        seed: int = 0,
+        memory_mb: float = 1024,
+        storage: str | None = None,
+        cache: str | None = None,
+    ) -> None:
+        super().__init__(memory_mb, storage, cache)
+        if dimension < 1:
+            raise InputError("dimension", f"expected at least 1 but got {dimension}")
+        if projection not in ("auto", "normal", "sign", "sparse"):
+            raise InputError(
+                "projection", f"expected one of auto, normal, sign, sparse but got {projection!r}"
+            )
+        if checkpoints is not None and len(checkpoints) == 0:
+            raise InputError("checkpoints", "expected at least one checkpoint or null")
+        self.dimension, self.projection, self.seed = dimension, projection, seed
+        self.damping = Damping.parse(damping)
+        if self.damping.kind == "time_matched":
+            raise InputError("damping", "TRAK's kernel has no unit of time; expected a number, 1x or auto")
+        self.checkpoints = checkpoints
+        if checkpoints is not None:
+            self.access = Access.CHECKPOINTS  # type: ignore[misc]
+
+    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+        models = [self.final_model]
+        if self.checkpoints is not None:
+            models = [at_checkpoint(self.final_model, c) for c in self.checkpoints]
+        kernels, ours, theirs, evaluations = [], [], [], 0
+        for c, model in enumerate(models):
+            self.gradients = self.make_gradients(model)
+            kernels.append(self._kernel(model, test, left_out, self.seed + c))
+            ours.append(self._explained(model, test))
+            theirs.append(slope(model, left_out))
+            evaluations += self.gradients.evaluations
+        self.gradients.evaluations = evaluations
+        kernel = torch.stack(kernels).mean(0)
+        q_test, q_removed = torch.stack(ours).mean(0), torch.stack(theirs).mean(0)
+        return (q_test[:, None] * kernel * q_removed).to(self.gradients.dtype)
+
+    def _kernel(self, model: FinalModel, test: Instances, left_out: Instances, seed: int) -> Tensor:
+        """Return ``φ_j^T (Φ^T Φ + N damping)^-1 φ_i`` ``[J, L]`` in float64."""
+        scalar = scalar_output(model.loss)
+
+        def projected(instances: Instances, function: Loss, name: str) -> Tensor:
+            rows = self.gradients.rows(instances, lambda f, y: output_gradient(function, f, y)[:, None], name)
+            return project(rows, self.dimension, self.projection, seed)[:, 0].double()
+
+        features = projected(self.train, scalar, "scalar")
+        removed = projected(left_out, scalar, "scalar")
+        explained = projected(
+            test, model.measurement or scalar, "measurement" if model.measurement else "scalar"
+        )
+        matrix = features.T @ features / len(features)
+        mean_square = features.square().sum(1).mean().item()
+        resolved = self.damping.resolve(mean_square / model.size, matrix.diagonal().mean().item())
+        matrix.diagonal().add_(resolved.to(matrix.device))
+        return explained @ torch.linalg.solve(matrix, removed.T) / len(features)
+
+    def _explained(self, model: FinalModel, test: Instances) -> Tensor:
+        """Return the factor of each test instance: q_j, or 1 where a measurement is explained."""
+        return torch.ones_like(slope(model, test)) if model.measurement else slope(model, test)
+
+
+def scalar_output(loss: Loss) -> Loss:
+    """Return the scalar f of a network's outputs that a loss is a function of, else the loss itself."""
+    if loss is cross_entropy:
+        return logit_margin
+    if loss is mean_squared_error:
+        return _only_output
+    return loss
+
+
+def _only_output(outputs: Tensor, targets: Tensor) -> Tensor:
+    if outputs.flatten(1).shape[1] == 1:
+        return outputs.flatten(1)[:, 0]
+    return mean_squared_error(outputs, targets)
+
+
+def slope(model: FinalModel, instances: Instances) -> Tensor:
+    """Return q = dloss/df ``[n]`` in float64."""
+    outputs = model.outputs(instances).double()
+    if model.loss is cross_entropy:
+        # loss = log(1 + exp(-f)), so dloss/df = -(1 - p)
+        return -logit_margin(outputs, instances.targets).neg().sigmoid()
+    if model.loss is mean_squared_error and outputs.flatten(1).shape[1] == 1:
+        return 2 * (outputs - instances.targets).flatten()
+    return torch.ones(len(instances), dtype=torch.float64, device=outputs.device)
