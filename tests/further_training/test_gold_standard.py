@@ -9,7 +9,7 @@ from torch import nn
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training import Protocol, further_train
-from fimo.further_training.chunk import Setting
+from fimo.further_training.setting import Setting
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import binary_cross_entropy, cross_entropy, mean_squared_error
 from tests.cases import CASES, LINEAR_CASES, Case, mlp

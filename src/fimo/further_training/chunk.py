@@ -3,55 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fimo.data.instances import Instances
 from fimo.further_training.linear import LinearNetwork
-from fimo.further_training.networks import Engine, choose_engine, stack_network
+from fimo.further_training.networks import stack_network
 from fimo.further_training.optimizers import StackedOptimizer
-from fimo.further_training.protocol import DTYPES, Protocol
+from fimo.further_training.protocol import Protocol
 from fimo.further_training.replicas import Replica
 from fimo.further_training.schedule import BatchStream
-from fimo.models.final_model import FinalModel
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all runs of a job share, on one device.
-
-    Args:
-        final_model, train: in the dtype of the runs.
-        evaluation_model, test: in the dtype of the test losses.
-    """
-
-    final_model: FinalModel
-    evaluation_model: FinalModel
-    train: Instances
-    test: Instances
-    protocol: Protocol
-    engine: Engine
-
-    @classmethod
-    def build(
-        cls,
-        final_model: FinalModel,
-        train: Instances,
-        test: Instances,
-        protocol: Protocol,
-        device: torch.device | str = "cpu",
-    ) -> Setting:
-        """Move everything to ``device`` and choose the engine."""
-        dtype, wide = DTYPES[protocol.dtype], DTYPES[protocol.evaluation_dtype]
-        model, train = final_model.to(device, dtype), train.to(device, dtype)
-        engine = choose_engine(model, train, protocol.autocast_dtype)
-        return cls(model, final_model.to(device, wide), train, test.to(device, wide), protocol, engine)
-
-    @property
-    def device(self) -> torch.device:
-        return self.train.targets.device
+from fimo.further_training.setting import Setting, evaluation_batch
 
 
 class Chunk:
@@ -111,7 +73,9 @@ class Chunk:
         """Return the test losses ``[R, J]`` and the distances from the final model ``[R]`` (float64)."""
         r = len(self.replicas)
         with torch.no_grad():
-            losses = self.network.test_losses(self.setting.test)
+            losses = self.network.test_losses(
+                self.setting.test, evaluation_batch(self.setting, self.network.replicas)
+            )
             return losses[:r].double().cpu(), self.network.distance()[:r].cpu()
 
     def state(self) -> dict[str, Tensor]:

@@ -19,11 +19,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import IterableDataset
 
 from fimo.further_training import records
-from fimo.further_training.chunk_size import worker_threads
 from fimo.further_training.job import Job, Work
+from fimo.further_training.setting import worker_threads
 
 POLL_SECONDS = 0.2
 BLOCK_SECONDS = 0.25
@@ -33,7 +34,7 @@ BLOCK_SECONDS = 0.25
 class FurtherTrainingModule(pl.LightningModule):
     """Advances a job's chunks.
 
-    On a CPU, batched products of small matrices run on one thread each, and as many chunks at a time as
+    On a CPU, a chunk's operations run on one thread, and as many chunks are advanced at a time as
     there are threads: none waits for another within a step, and a result does not depend on their number.
 
     Args:
@@ -81,7 +82,10 @@ class FurtherTrainingModule(pl.LightningModule):
         if self.workers == 1:
             steps = [advance(work, points, BLOCK_SECONDS) for work in self.work]
         else:
-            steps = list(self.pool.map(lambda work: advance(work, points, BLOCK_SECONDS), self.work))
+            with sdpa_kernel(
+                SDPBackend.MATH
+            ):  # a global setting: threads must not change it under each other
+                steps = list(self.pool.map(lambda work: advance(work, points, BLOCK_SECONDS), self.work))
         self.replica_steps += sum(steps)
 
     def on_fit_end(self) -> None:

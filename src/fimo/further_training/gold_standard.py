@@ -14,14 +14,13 @@ from torch import Tensor
 from fimo.cost import Cost
 from fimo.data.instances import Instances
 from fimo.errors import InputError, shortened
-from fimo.further_training.chunk import Setting
-from fimo.further_training.chunk_size import chunk_size
 from fimo.further_training.identity import describe
 from fimo.further_training.job import Job
 from fimo.further_training.protocol import Protocol
 from fimo.further_training.records import Records
 from fimo.further_training.replicas import Replica, Unit
 from fimo.further_training.sensitivity import Sensitivity
+from fimo.further_training.setting import Setting, chunk_size
 from fimo.models.final_model import FinalModel
 from fimo.store import Store
 

@@ -11,9 +11,10 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from fimo.further_training.chunk import Chunk, Setting, shared_steps
+from fimo.further_training.chunk import Chunk, shared_steps
 from fimo.further_training.records import Record, Records
 from fimo.further_training.replicas import Replica, Unit, next_chunk
+from fimo.further_training.setting import Setting
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class Job:
             if not free:
                 return None
             state = self._adoptable(free)
-            one_seed_each = self.setting.engine != "linear"
+            one_seed_each = self.setting.stochastic  # its replicas share their masks
             chosen = next_chunk(free, self.size, self.setting.protocol, one_seed_each)
             chosen = list(state.replicas) if state else chosen
             lock = self.records.claim(chosen)

@@ -226,16 +226,12 @@ class LinearNetwork(StackedNetwork):
             self._data = (train, train.inputs.to(self.dtype).flatten(1).contiguous())
         return self._data[1]
 
-    def outputs(self, inputs: Inputs) -> Tensor:
+    def outputs(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
         assert isinstance(inputs, Tensor)
         rows = inputs.to(self.evaluation_dtype).flatten(1)
         n = len(rows)
         padded = torch.nn.functional.pad(rows, (0, 0, 0, -n % ALIGNED))
         after = padded.expand(self.replicas, -1, -1).transpose(1, 2)
-        if self.evaluation_dtype == self.dtype:
-            parameters = self.parameters
-        else:
-            parameters = self.views(self._wide.copy_(self.flat))
         for layer in self.layers:
             weight = parameters[layer.weight]
             if layer.bias is None:

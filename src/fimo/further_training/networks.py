@@ -101,14 +101,21 @@ class StackedNetwork(ABC):
         """
 
     @abstractmethod
-    def outputs(self, inputs: Inputs) -> Tensor:
-        """Return the outputs ``[R, n, ...]`` in eval mode and in the evaluation model's dtype."""
+    def outputs(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
+        """Return the outputs ``[R, n, ...]`` in eval mode and in the evaluation model's dtype.
+
+        Args:
+            parameters: :attr:`parameters` in that dtype.
+        """
 
     def test_losses(self, test: Instances, batch_size: int = 1024) -> Tensor:
         """Return the losses ``[R, J]`` of test instances (in the evaluation dtype), in eval mode."""
+        parameters = self.parameters
+        if self.evaluation_dtype != self.dtype:
+            parameters = self.views(self._wide.to(self.evaluation_dtype).copy_(self.flat))
         losses = []
         for batch in test.batches(batch_size):
-            outputs = self.outputs(batch.inputs)
+            outputs = self.outputs(parameters, batch.inputs)
             targets = batch.targets.expand(self.replicas, *batch.targets.shape).flatten(0, 1)
             losses.append(self.measurement(outputs.flatten(0, 1), targets).view(self.replicas, -1))
         return torch.cat(losses, 1)
@@ -133,9 +140,9 @@ class FunctionalNetwork(StackedNetwork):
         vectorise: bool = True,
         autocast: torch.dtype | None = None,
     ) -> None:
-        super().__init__(final_model, replicas, evaluation_model)
+        # copies: the final model's own network stays in eval mode, and chunks may run in threads
+        super().__init__(final_model, replicas, evaluation_model.to())
         self.vectorise, self.autocast = vectorise, autocast
-        # a copy, so that the final model's own network stays in eval mode
         self.network = training_mode(FinalModel(final_model.network, final_model.loss).network)
         self.buffers = final_model.buffers()
         self.stochastic = is_stochastic(self.network)
@@ -175,10 +182,8 @@ class FunctionalNetwork(StackedNetwork):
                 single.append(dict(zip(parameters, found, strict=True)))
         return {n: torch.stack([g[n] for g in single]) for n in self.parameters}
 
-    def outputs(self, inputs: Inputs) -> Tensor:
+    def outputs(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
         model = self.evaluation_model
-        dtype = self.evaluation_dtype
-        wide = {n: p.to(dtype) for n, p in self.parameters.items()}
         buffers = model.buffers()
 
         def one(parameters: dict[str, Tensor]) -> Tensor:
@@ -186,8 +191,8 @@ class FunctionalNetwork(StackedNetwork):
 
         with sdpa_kernel(SDPBackend.MATH):
             if self.vectorise:
-                return vmap(one)(wide)
-            return torch.stack([one({n: p[r] for n, p in wide.items()}) for r in range(self.replicas)])
+                return vmap(one)(parameters)
+            return torch.stack([one({n: p[r] for n, p in parameters.items()}) for r in range(self.replicas)])
 
 
 def training_mode(network: nn.Module) -> nn.Module:

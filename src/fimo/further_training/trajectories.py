@@ -13,11 +13,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fimo.data.instances import Instances
-from fimo.further_training.chunk import Chunk, Setting
+from fimo.further_training.chunk import Chunk
 from fimo.further_training.gold_standard import check_seeds, evaluation_points
 from fimo.further_training.identity import describe
 from fimo.further_training.protocol import Protocol
 from fimo.further_training.replicas import Replica
+from fimo.further_training.setting import Setting
 from fimo.further_training.trajectory import Trajectory
 from fimo.models.final_model import FinalModel
 from fimo.store import Store, write_tensors

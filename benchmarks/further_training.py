@@ -1,0 +1,281 @@
+"""The further-training engine against a plain loop, side by side in one run.
+
+    python benchmarks/further_training.py [--seconds 5] [--only mlp_regression ...] [--growth]
+
+Prints, for each network: milliseconds per replica-step (evaluation at every epoch included) of a plain
+PyTorch loop with all threads, of one such loop per thread in processes of their own, and of the engine under
+the Trainer; their ratios; the engine's share of the measured matrix-multiply peak; and the largest difference
+between the test losses of a run by the loop and by the engine, relative to the largest loss. With
+``--growth``: time and memory against the number of replicas and epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.cases import mlp
+from tests.reference.further_training import plain_run
+
+from fimo.cost import measured
+from fimo.data.instances import Instances
+from fimo.further_training import Protocol, further_train
+from fimo.further_training.setting import Setting
+from fimo.models.final_model import FinalModel, apply
+from fimo.models.losses import Loss, cross_entropy, mean_squared_error
+
+
+@dataclass
+class Problem:
+    """A network with data."""
+
+    final_model: FinalModel
+    train: Instances
+    test: Instances
+    batch_size: int
+    lr: float = 0.01
+
+    def protocol(self, epochs: int) -> Protocol:
+        return Protocol(lr=self.lr, batch_size=self.batch_size, epochs=epochs)
+
+
+class SmallConvNet(nn.Module):
+    """Two convolutions and a linear layer: ``[n, 1, 16, 16] -> [n, 10]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
+        self.head = nn.Linear(16 * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        return self.head(F.max_pool2d(F.relu(self.conv2(x)), 2).flatten(1))
+
+
+class SmallTransformer(nn.Module):
+    """One layer of attention over 16 tokens of width 32: ``[n, 16] -> [n, 2]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(100, 32)
+        self.norm1, self.norm2 = nn.LayerNorm(32), nn.LayerNorm(32)
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.up, self.down, self.head = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return self.head(x.mean(1))
+
+
+def table(n: int, d: int, outputs: int, test: int) -> Problem:
+    """An MLP d-128-128-outputs; the work does not depend on what the data say."""
+    x = torch.randn(n + test, d)
+    y = torch.randn(n + test, 1) if outputs == 1 else torch.randint(outputs, (n + test,))
+    loss: Loss = mean_squared_error if outputs == 1 else cross_entropy
+    network = mlp(d, (128, 128), outputs, nn.ReLU)
+    return Problem(FinalModel(network, loss), *split(x, y, n), 128)
+
+
+def conv_net() -> Problem:
+    x, y = torch.randn(600, 1, 16, 16), torch.randint(10, (600,))
+    return Problem(FinalModel(SmallConvNet(), cross_entropy), *split(x, y, 512), 32)
+
+
+def transformer() -> Problem:
+    x, y = torch.randint(100, (600, 16)), torch.randint(2, (600,))
+    return Problem(FinalModel(SmallTransformer(), cross_entropy), *split(x, y, 512), 32)
+
+
+def split(x: Tensor, y: Tensor, n: int) -> tuple[Instances, Instances]:
+    return Instances(x[:n], y[:n]), Instances(x[n:], y[n:])
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "mlp_regression": lambda: table(691, 8, 1, 77),
+    "mlp_classification": lambda: table(9400, 23, 2, 1044),
+    "conv_net": conv_net,
+    "transformer": transformer,
+}
+
+
+def plain_loop(problem: Problem, seconds: float) -> float:
+    """Return milliseconds per step of one run after another, as a user would write it."""
+    train, test, loss, size = problem.train, problem.test, problem.final_model.loss, problem.batch_size
+    network = copy.deepcopy(problem.final_model.network).train().requires_grad_(True)
+    optimizer = torch.optim.SGD(network.parameters(), problem.lr)
+    steps, start = 0, 0.0
+    while True:
+        order = torch.randperm(len(train))
+        for first in range(0, len(train), size):
+            batch = train[order[first : first + size]]
+            optimizer.zero_grad()
+            loss(apply(network, batch.inputs), batch.targets).mean().backward()
+            optimizer.step()
+        network.eval()
+        with torch.no_grad():
+            loss(apply(network, test.inputs), test.targets)
+        network.train()
+        if not start:  # the first epoch warms up
+            start = time.perf_counter()
+            continue
+        steps += -(-len(train) // size)
+        if time.perf_counter() - start > seconds:
+            return 1e3 * (time.perf_counter() - start) / steps
+
+
+def _process(name: str, seconds: float, barrier: Any, queue: Any) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    problem = PROBLEMS[name]()
+    plain_loop(problem, 0.1)
+    barrier.wait()
+    queue.put(plain_loop(problem, seconds))
+
+
+def plain_processes(name: str, processes: int, seconds: float) -> float:
+    """Return milliseconds per step of that many loops side by side, one thread each."""
+    context = multiprocessing.get_context("spawn")
+    barrier, queue = context.Barrier(processes), context.Queue()
+    jobs = [context.Process(target=_process, args=(name, seconds, barrier, queue)) for _ in range(processes)]
+    for job in jobs:
+        job.start()
+    rates = [1 / queue.get() for _ in jobs]
+    for job in jobs:
+        job.join()
+    return 1 / sum(rates)
+
+
+def engine(problem: Problem, seeds: int, left_out: int, epochs: int) -> float:
+    """Return milliseconds per replica-step of a whole job under the Trainer."""
+    protocol = problem.protocol(epochs)
+    start = time.perf_counter()
+    further_train(problem.final_model, problem.train, problem.test, protocol, range(seeds), range(left_out))
+    steps = protocol.total_steps(len(problem.train)) * seeds * (left_out + 1)
+    return 1e3 * (time.perf_counter() - start) / steps
+
+
+def matmul_peak(threads: int, seconds: float = 0.5) -> float:
+    """Return GFLOP/s of batched 128 x 128 products, one stack on each thread."""
+
+    def work(_: int) -> int:
+        a, b, c = (torch.randn(16, 128, 128) for _ in range(3))
+        done, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            torch.bmm(a, b, out=c)
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        products = sum(pool.map(work, range(threads)))
+    torch.set_num_threads(threads)
+    return products * 16 * 2 * 128**3 / seconds / 1e9
+
+
+def operations(problem: Problem) -> float | None:
+    """Return the floating-point operations of a replica-step's products, of networks of linear layers."""
+    setting = Setting.build(problem.final_model, problem.train, problem.test, problem.protocol(1))
+    if setting.engine != "linear":
+        return None
+    sizes = [p.numel() for p in problem.final_model.parameters().values() if p.ndim == 2]
+    # the epoch's last batch is short
+    batch = len(problem.train) / problem.protocol(1).batches_per_epoch(len(problem.train))
+    return 2 * batch * (3 * sum(sizes) - sizes[0])
+
+
+def largest_difference(problem: Problem) -> float:
+    """Return the largest relative difference of test losses between loop and engine, or fail."""
+    data = (problem.final_model, problem.train, problem.test, problem.protocol(3))
+    found = further_train(*data, [0], [5, 17])
+    assert found.full_losses is not None
+    full = plain_run(*data, 0)[0]
+    worst = (found.full_losses[0] - full).abs().max().item()
+    for column, i in enumerate([5, 17]):
+        change = plain_run(*data, 0, [i])[0] - full
+        worst = max(worst, (found.raw[0, :, :, column] - change).abs().max().item())
+    worst /= full.abs().max().item()
+    assert worst < 1e-5, f"the engine's test losses differ from the loop's by {worst:.1e}"
+    return worst
+
+
+def compare(names: list[str], seconds: float) -> None:
+    """Print one line for each network."""
+    threads = torch.get_num_threads()
+    print(f"{os.cpu_count()} cores, {threads} threads; ms per replica-step, evaluation every epoch included")
+    print(
+        "network               loop  processes   engine  loop/engine  processes/engine  of peak  difference"
+    )
+    for name in names:
+        torch.manual_seed(0)
+        problem = PROBLEMS[name]()
+        difference = largest_difference(problem)
+        per_epoch = problem.protocol(1).batches_per_epoch(len(problem.train))
+        epochs = max(1, int(1e3 * seconds / (engine(problem, 1, 100, 1) * 101 * per_epoch)))
+        rounds = []
+        for _ in range(3):  # in turn, so that a busy machine is busy for all
+            rounds.append(
+                (
+                    plain_loop(problem, seconds / 2),
+                    plain_processes(name, threads, seconds / 2),
+                    engine(problem, 1, 100, epochs),
+                    -matmul_peak(threads),
+                )
+            )
+        loop, process, own, peak = (min(column) for column in zip(*rounds, strict=True))
+        flops = operations(problem)
+        share = f"{flops / own / 1e6 / -peak:.0%}" if flops else "-"
+        print(
+            f"{name:20s} {loop:5.3f}  {process:9.3f}  {own:7.4f}  {loop / own:11.1f}  {process / own:16.1f}"
+            f"  {share:>7s}  {difference:10.0e}  (peak {-peak:.0f} GFLOP/s)",
+            flush=True,
+        )
+
+
+def growth() -> None:
+    """Print time and memory against the number of runs and epochs (101 replicas for each seed)."""
+    print("\n  runs  epochs  seconds  ms per replica-step  peak memory MB")
+    torch.manual_seed(0)
+    problem = PROBLEMS["mlp_regression"]()
+    for seeds, left_out, epochs in [(1, 10, 10), (1, 100, 10), (10, 100, 10), (1, 100, 1), (1, 100, 100)]:
+        with measured("further_training") as cost:
+            each = engine(problem, seeds, left_out, epochs)
+        runs = seeds * (left_out + 1)
+        print(
+            f"{runs:6d}  {epochs:6d}  {cost.seconds:7.2f}  {each:19.4f}  {cost.peak_memory_mb:14.0f}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=5.0, help="time of each measurement")
+    parser.add_argument("--only", nargs="*", default=list(PROBLEMS), choices=list(PROBLEMS))
+    parser.add_argument("--growth", action="store_true", help="time and memory against runs and epochs")
+    arguments = parser.parse_args()
+    if arguments.only:
+        compare(arguments.only, arguments.seconds)
+    if arguments.growth:
+        growth()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What all runs of a job share, and how much is computed at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fimo.data.instances import Instances
+from fimo.further_training.networks import Engine, choose_engine, is_stochastic
+from fimo.further_training.protocol import DTYPES, Protocol
+from fimo.models.final_model import FinalModel
+
+CPU_BYTES = {"linear": 4 * 2**20, "functional": 64 * 2**20}
+"""Parameters, gradients and activations of a chunk on a CPU: about a core's share of its caches, but for
+networks whose many small operations cost more than memory does."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a job share, on one device.
+
+    Args:
+        final_model, train: in the dtype of the runs.
+        evaluation_model, test: in the dtype of the test losses.
+        activations: elements that the network's layers produce for one instance.
+    """
+
+    final_model: FinalModel
+    evaluation_model: FinalModel
+    train: Instances
+    test: Instances
+    protocol: Protocol
+    engine: Engine
+    activations: int = 1
+
+    @classmethod
+    def build(
+        cls,
+        final_model: FinalModel,
+        train: Instances,
+        test: Instances,
+        protocol: Protocol,
+        device: torch.device | str = "cpu",
+    ) -> Setting:
+        """Move everything to ``device`` and choose the engine."""
+        dtype, wide = DTYPES[protocol.dtype], DTYPES[protocol.evaluation_dtype]
+        model, train = final_model.to(device, dtype), train.to(device, dtype)
+        engine = choose_engine(model, train, protocol.autocast_dtype)
+        return cls(
+            model,
+            final_model.to(device, wide),
+            train,
+            test.to(device, wide),
+            protocol,
+            engine,
+            _activations(model, train, engine),
+        )
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether training steps draw random numbers (dropout)."""
+        return is_stochastic(self.final_model.network)
+
+    @property
+    def device(self) -> torch.device:
+        return self.train.targets.device
+
+
+def chunk_size(setting: Setting, replicas: int) -> int:
+    """Return the number of replicas of a chunk: what caches hold, or half of a GPU's free memory.
+
+    Args:
+        replicas: of the job.
+    """
+    if setting.engine == "loop":
+        return max(1, min(8, replicas))
+    p, linear = setting.protocol, setting.engine == "linear"
+    element = 8 if p.dtype == "float64" else 4
+    # values and their gradients; automatic differentiation keeps about as much again
+    kept = (2 if linear else 4) * setting.activations * p.batch_size
+    copies = 2 + 2 * (p.optimizer != "sgd") + (p.momentum > 0) + (0 if linear else 2)
+    one = element * (kept + copies * setting.final_model.size)
+    if setting.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(setting.device)
+        return max(2, min(replicas, 4096, int(0.5 * free / one)))
+    return max(2, min(128, int(CPU_BYTES[setting.engine] / one), -(-replicas // worker_threads(setting))))
+
+
+def worker_threads(setting: Setting) -> int:
+    """Return how many chunks are advanced at a time."""
+    shared_state = setting.engine == "loop" or setting.stochastic  # hooks of the user's, random numbers
+    return 1 if shared_state or setting.device.type != "cpu" else torch.get_num_threads()
+
+
+def evaluation_batch(setting: Setting, replicas: int) -> int:
+    """Return how many test instances are evaluated at a time, for all replicas of a chunk."""
+    elements = 2**28 if setting.device.type == "cuda" else 2**19
+    return max(16, min(4096, elements // (replicas * setting.activations)))
+
+
+def _activations(final_model: FinalModel, train: Instances, engine: Engine) -> int:
+    """Count the elements of layers' outputs for one instance (of linear ones where the rest is in place)."""
+    sizes: list[int] = []
+
+    def count(module: nn.Module, inputs: object, outputs: object) -> None:
+        sizes.append(outputs.numel() if isinstance(outputs, Tensor) else 0)
+
+    leaves = [m for m in final_model.network.modules() if not list(m.children())]
+    if engine == "linear":
+        leaves = [m for m in leaves if isinstance(m, nn.Linear)]
+    handles = [m.register_forward_hook(count) for m in leaves]
+    try:
+        final_model.outputs(train[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(1, sum(sizes))
