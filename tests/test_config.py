@@ -15,6 +15,13 @@ from fimo.errors import InputError
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = ["dataset", "model", "trainer", "further_training", "evaluation", "logger"]
 
+NEEDED = {
+    "dataset=csv": [f"dataset.path={CONF}"],
+    "dataset=custom": ["dataset.train._target_=my.train", "dataset.test._target_=my.test"],
+    "model=custom": ["model.network._target_=my.network"],
+}
+"""What a user must give."""
+
 
 def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -27,7 +34,7 @@ def choices(group: str) -> list[str]:
 
 @pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
 def test_every_choice_of_every_group_composes_and_passes_its_schema(group: str, choice: str) -> None:
-    needed = [f"dataset.path={CONF}"] if choice in ("csv",) else []
+    needed = NEEDED.get(f"{group}={choice}", [])
     config = validated(composed(f"{group}={choice}", *needed), CONF)
     assert set(config[group])
 

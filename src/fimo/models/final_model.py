@@ -81,16 +81,30 @@ class FinalModel:
         )
 
     @torch.no_grad()
-    def outputs(self, instances: Instances, batch_size: int = 4096) -> Tensor:
-        """Return the outputs ``[n, ...]``, computed in batches."""
-        return torch.cat([apply(self.network, b.inputs) for b in instances.batches(batch_size)])
+    def outputs(self, instances: Instances, batch_size: int | None = None) -> Tensor:
+        """Return the outputs ``[n, ...]``, in batches (of a size that suits the inputs when None)."""
+        size = batch_size or fitting_batch(instances)
+        return torch.cat([apply(self.network, b.inputs) for b in instances.batches(size)])
 
     @torch.no_grad()
-    def losses(self, instances: Instances, batch_size: int = 4096) -> Tensor:
-        """Return the per-instance losses ``[n]``, computed in batches."""
+    def losses(self, instances: Instances, batch_size: int | None = None) -> Tensor:
+        """Return the per-instance losses ``[n]``, computed in batches, as :meth:`outputs`."""
+        size = batch_size or fitting_batch(instances)
         return torch.cat(
-            [self.loss(apply(self.network, b.inputs), b.targets) for b in instances.batches(batch_size)]
+            [self.loss(apply(self.network, b.inputs), b.targets) for b in instances.batches(size)]
         )
+
+
+def fitting_batch(instances: Instances) -> int:
+    """Return how many instances to evaluate at once: 4,096 rows, some hundred images, about 64 sentences.
+
+    A token stands for a vector of hundreds of numbers in every layer.
+    """
+    numbers = 1
+    for name, tensor in instances.tensors().items():
+        if name != "targets" and len(tensor):
+            numbers += tensor[0].numel() * (1 if tensor.is_floating_point() else 256)
+    return max(1, min(4096, 2**21 // numbers))
 
 
 def apply(network: nn.Module, inputs: Inputs) -> Tensor:

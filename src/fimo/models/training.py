@@ -105,7 +105,12 @@ def constant_loss(final_model: FinalModel, data: InstancesModule) -> float:
     if data.task == "regression":
         constant = targets.mean(0)
     else:
-        share = torch.bincount(targets.flatten(), minlength=data.outputs).double() + 1e-12
+        known = targets[targets >= 0]  # sequences mark positions without a target by a negative number
+        share = torch.bincount(known, minlength=data.outputs).double() + 1e-12
         constant = (share / share.sum()).log().float()
-    outputs = constant.expand(len(data.test), *constant.shape)
-    return float(final_model.loss(outputs, data.test.targets).double().mean())
+    losses = []
+    for batch in data.test.batches(256):
+        positions = batch.targets.shape[: batch.targets.ndim - (data.task == "regression")]
+        outputs = constant.expand(*positions, *constant.shape)
+        losses.append(final_model.loss(outputs, batch.targets).double())
+    return float(torch.cat(losses).mean())

@@ -1,0 +1,242 @@
+"""Networks of the transformers library: text classifiers and causal language models.
+
+Attention is the plain ("eager") implementation: fused kernels have neither second derivatives nor rules for
+``torch.func``, which replicas and per-instance gradients need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fimo.errors import InputError, shortened
+from fimo.hub import model_source
+from fimo.models.lora import add_adapters
+
+KEY = "model.network.path"
+POOLINGS = ("first", "mean")
+
+
+class TextClassifier(nn.Module):
+    """An encoder's token representations, pooled, and a linear layer to the classes.
+
+    Args:
+        encoder: returns ``[n, T, d]`` (or an object with ``last_hidden_state``) for token indices.
+        outputs: classes.
+        pooling: ``first`` takes the first (classification) token, ``mean`` the mean over tokens.
+    """
+
+    def __init__(self, encoder: nn.Module, width: int, outputs: int, pooling: str = "first") -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise InputError("model.network.pooling", f"expected first or mean but got {pooling!r}")
+        self.encoder, self.pooling = encoder, pooling
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return logits ``[n, C]`` of token indices ``[n, T]``, where the mask ``[n, T]`` is 1 for tokens."""
+        input_ids, attention_mask = trimmed(input_ids, attention_mask)
+        mask = additive(attention_mask, self.head.weight.dtype)
+        hidden = self.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        if self.pooling == "first":
+            return self.head(hidden[:, 0])
+        share = attention_mask.to(hidden.dtype)[..., None]
+        return self.head((hidden * share).sum(1) / share.sum(1).clamp(min=1))
+
+
+class Logits(nn.Module):
+    """A whole transformers model as a network that returns its logits.
+
+    Args:
+        model: called by name with token indices (and a mask), returns an object with ``logits``.
+        causal: the mask is left away: with padding on the right, no token sees it.
+    """
+
+    def __init__(self, model: nn.Module, causal: bool = False) -> None:
+        super().__init__()
+        self.model, self.causal = model, causal
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return logits ``[n, C]``, or ``[n, T, V]`` of a language model."""
+        if self.causal:
+            return self.model(input_ids=input_ids, use_cache=False).logits
+        if attention_mask is None:
+            return self.model(input_ids=input_ids).logits
+        input_ids, attention_mask = trimmed(input_ids, attention_mask)
+        dtype = next(self.model.parameters()).dtype
+        return self.model(input_ids=input_ids, attention_mask=additive(attention_mask, dtype)).logits
+
+
+def text_classifier(
+    path: str,
+    inputs: int,
+    outputs: int,
+    pooling: str = "first",
+    head: str = "new",
+    dropout: float | None = None,
+    adapters: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Return a text classifier that starts from a pretrained model.
+
+    Args:
+        path: a local folder, ``package:NAME``, or a name on the hub (see :func:`~fimo.hub.model_source`).
+        inputs: the tokenizer's vocabulary, checked against the model's.
+        outputs: classes.
+        pooling: of a new head: ``first`` or ``mean``.
+        head: ``new`` puts a linear layer on the encoder; ``own`` keeps the model's classification head.
+        dropout: every rate of the model; None keeps its configured ones.
+        adapters: arguments of :func:`~fimo.models.lora.add_adapters`; the encoder is then frozen in the final
+            model's training, and ``model.trainable`` should name the adapters (``*.up``, ``*.down``).
+
+    Raises:
+        InputError: the model can't be read, or does not fit the tokenizer or the classes.
+    """
+    if head not in ("new", "own"):
+        raise InputError("model.network.head", f"expected new or own but got {head!r}")
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    network: nn.Module
+    if head == "own":
+        model = _pretrained(AutoModelForSequenceClassification, path, inputs)
+        if model.config.num_labels != outputs:
+            raise InputError(
+                KEY, f"{path} has {model.config.num_labels} classes but the data set has {outputs}"
+            )
+        network = Logits(model)
+    else:
+        model = _pretrained(AutoModel, path, inputs)
+        if getattr(model, "pooler", None) is not None:
+            model.pooler = None  # unused: its parameters would have no gradient
+        network = TextClassifier(model, model.config.hidden_size, outputs, pooling)
+    if dropout is not None:
+        set_dropout(network, dropout)
+    if adapters is not None:
+        add_adapters(network, freeze="encoder.*" if head == "new" else "model.*", **adapters)
+    return network
+
+
+def causal_lm(
+    inputs: int,
+    path: str | None = None,
+    width: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    positions: int = 256,
+    dropout: float = 0.0,
+    adapters: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Return a causal language model: a new GPT-2 of a given size, or a pretrained model.
+
+    Args:
+        inputs: the tokenizer's vocabulary.
+        path: of a pretrained model; the sizes below are then its own. Some models (Llama) normalise in
+            float32 whatever their dtype, so their losses have its precision even where evaluated in float64.
+        positions: longest sequence.
+        dropout: every rate.
+        adapters: as in :func:`text_classifier`.
+
+    Raises:
+        InputError: a bad size, or a model that can't be read.
+    """
+    if path is not None:
+        from transformers import AutoModelForCausalLM
+
+        model = _pretrained(AutoModelForCausalLM, path, inputs)
+    else:
+        model = _new_language_model(inputs, width, layers, heads, positions)
+    network = Logits(model, causal=True)
+    set_dropout(network, dropout)
+    if adapters is not None:
+        add_adapters(network, freeze="model.*", **adapters)
+    return network
+
+
+def trimmed(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut off columns that are padding in every instance of a batch (padding is on the right).
+
+    Left as they are under ``vmap`` over instances or batches, where lengths may differ.
+    """
+    try:
+        longest = int(attention_mask.sum(1).max())
+    except RuntimeError:  # vmap has no rule for a number that differs along its axis
+        return input_ids, attention_mask
+    longest = max(longest, 1)
+    return input_ids[:, :longest], attention_mask[:, :longest]
+
+
+def additive(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask ``[n, T]`` of ones and zeros as what is added to attention scores ``[n, 1, T, T]``.
+
+    Made here since the library's own conversion looks at the mask's values, which ``vmap`` can't.
+    """
+    n, length = attention_mask.shape
+    absent = (1 - attention_mask)[:, None, None, :].to(dtype)
+    return (absent * torch.finfo(dtype).min).expand(n, 1, length, length)
+
+
+def set_dropout(network: nn.Module, rate: float) -> None:
+    """Set every dropout rate of a network, in place; transformers keep some outside ``nn.Dropout``."""
+    if not 0 <= rate < 1:
+        raise InputError("model.network.dropout", f"expected a rate in [0, 1) but got {rate}")
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+        for name in ("attention_dropout", "dropout", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, rate)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from reporting each weight it reads; what matters here becomes an error."""
+    from transformers.utils import logging
+
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _pretrained(kind: Any, path: str, inputs: int) -> Any:
+    source = model_source(path, KEY)
+    try:
+        with quiet_transformers():
+            model, info = kind.from_pretrained(
+                source, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(KEY, f"{path} can't be read as {kind.__name__}: {reason}") from None
+    except Exception as error:  # damaged weights fail in their reader's own ways
+        raise InputError(KEY, f"{path} can't be read ({type(error).__name__}: {error})") from None
+    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise InputError(KEY, f"{path} lacks the weights {shortened(missing, 3)}")
+    known = model.get_input_embeddings().weight.shape[0]
+    if inputs > known:
+        raise InputError(
+            KEY, f"the tokenizer has {inputs} tokens but {path} knows {known}: they don't belong together"
+        )
+    return model
+
+
+def _new_language_model(inputs: int, width: int, layers: int, heads: int, positions: int) -> Any:
+    if heads < 1 or width < heads or width % heads:
+        raise InputError("model.network.heads", f"expected heads that divide width={width} but got {heads}")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=inputs, n_embd=width, n_layer=layers, n_head=heads, n_positions=positions,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    return GPT2LMHeadModel(config)

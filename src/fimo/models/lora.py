@@ -1,0 +1,98 @@
+"""Low-rank adapters (Hu et al., 2022): few parameters to move in a network of many."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fimo.errors import InputError, shortened
+
+KEY = "model.network.adapters"
+
+
+class LowRankAdapter(nn.Module):
+    """A linear layer W and its low-rank change: ``x -> W x + b + (alpha / rank) B A x``.
+
+    B starts at zero, so that the network computes what it did before; the gradient in A is then zero at
+    first, and that in B is not. Exact under :func:`merge_adapters`.
+
+    Args:
+        layer: ``nn.Linear``, or GPT-2's layer with the transposed weight ``[in, out]``.
+        rank: of the change.
+        alpha: its scale, divided by the rank.
+    """
+
+    def __init__(self, layer: nn.Module, rank: int, alpha: float) -> None:
+        super().__init__()
+        rows, columns = _shape(layer)
+        weight = layer.get_parameter("weight")
+        self.layer, self.scale = layer, alpha / rank
+        self.down = nn.Parameter(torch.empty(rank, columns, dtype=weight.dtype, device=weight.device))
+        self.up = nn.Parameter(torch.zeros(rows, rank, dtype=weight.dtype, device=weight.device))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.scale * ((x @ self.down.T) @ self.up.T)
+
+    def merged(self) -> nn.Module:
+        """Return the layer with the change added to its weight, in place."""
+        change = self.scale * (self.up @ self.down)
+        weight = self.layer.get_parameter("weight")
+        with torch.no_grad():
+            weight.add_(change if isinstance(self.layer, nn.Linear) else change.T)
+        return self.layer
+
+
+def add_adapters(
+    network: nn.Module, layers: Sequence[str], rank: int = 4, alpha: float = 8.0, freeze: str = "*"
+) -> list[str]:
+    """Put adapters on a network's linear layers, in place.
+
+    Args:
+        layers: patterns (``fnmatch``) of the layers' names, such as ``*query``.
+        rank, alpha: see :class:`LowRankAdapter`.
+        freeze: pattern of the parameters that the final model's training then leaves alone.
+
+    Returns:
+        The names of the adapted layers.
+
+    Raises:
+        InputError: naming ``model.network.adapters``: a pattern that matches no linear layer, or a bad rank.
+    """
+    linear = [name for name, module in network.named_modules() if _is_linear(module)]
+    chosen = []
+    for pattern in layers:
+        found = fnmatch.filter(linear, pattern)
+        if not found:
+            raise InputError(KEY, f"no linear layer matches {pattern!r}; there are {shortened(linear)}")
+        chosen += [name for name in found if name not in chosen]
+    if rank < 1:
+        raise InputError(KEY, f"expected a rank of at least 1 but got {rank}")
+    for name, parameter in network.named_parameters():
+        if fnmatch.fnmatch(name, freeze):
+            parameter.requires_grad_(False)
+    for name in chosen:
+        network.set_submodule(name, LowRankAdapter(network.get_submodule(name), rank, alpha))
+    return chosen
+
+
+def merge_adapters(network: nn.Module) -> nn.Module:
+    """Add every adapter's change to its layer and take the adapter away, in place; returns the network."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, LowRankAdapter):
+            network.set_submodule(name, module.merged())
+    return network
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    """Return the numbers of outputs and inputs."""
+    rows, columns = layer.get_parameter("weight").shape
+    return (rows, columns) if isinstance(layer, nn.Linear) else (columns, rows)

