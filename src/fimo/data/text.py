@@ -1,0 +1,225 @@
+"""Labelled texts: SST-2 and any other table of texts and classes, tokenised once."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from fimo.data.datamodule import InstancesModule, Split
+from fimo.data.display import Display
+from fimo.data.instances import Instances
+from fimo.data.tokens import Tokens, make_tokens
+from fimo.errors import InputError, shortened
+from fimo.hub import require_hub
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".tsv", ".csv", ".parquet", ".jsonl", ".json")
+TEST_NAMES = ("validation", "valid", "dev", "test")
+
+
+class TextData(InstancesModule):
+    """Texts with one class each.
+
+    Instances are ``input_ids`` and ``attention_mask``, ``[n, T]``, padded on the right to the longest text.
+
+    Args:
+        path: a folder with ``train.*`` and ``validation.*`` (or ``test.*``), or one file that is split; tsv,
+            csv, parquet or jsonl.
+        hub: name of a data set on the hub, with a configuration after a colon (``glue:sst2``); read where
+            ``path`` is None.
+        tokenizer: ``bytes``, or a model's folder, package or hub name.
+        text, label: columns.
+        class_names: in the order of the labels 0, 1, ...; None takes the labels found in the training set.
+        max_length: most tokens of a text, special ones included; longer texts are cut. None: the model's.
+        train_size: training instances, drawn at random; None for all.
+        test_size: test instances: a number (the first ones, as in the paper), or of one file the share held
+            out; None for all.
+        split_seed: of the draw and the split.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        hub: str | None = None,
+        tokenizer: str | None = None,
+        text: str = "text",
+        label: str = "label",
+        class_names: Sequence[str] | None = None,
+        max_length: int | None = None,
+        train_size: int | None = None,
+        test_size: int | float | None = None,
+        name: str = "text",
+        batch_size: int = 32,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__(name, batch_size)
+        for key, value in (("max_length", max_length), ("train_size", train_size), ("test_size", test_size)):
+            if value is not None and value <= 0:
+                raise InputError(f"dataset.{key}", f"expected a positive number or null but got {value}")
+        self.task = "classification"
+        self.path, self.hub, self.tokenizer = path, hub, tokenizer
+        self.text, self.label = text, label
+        self.max_length, self.train_size, self.test_size = max_length, train_size, test_size
+        self.split_seed = split_seed
+        self._given_names = tuple(class_names) if class_names is not None else None
+
+    def load(self) -> None:
+        tokens = make_tokens(self.tokenizer)
+        self._vocabulary = tokens.vocabulary
+        train, test = self._read()
+        for split, frame in (("train", train), ("test", test)):
+            self._check(frame, split)
+        if self.train_size is not None and self.train_size < len(train):
+            rows = np.random.default_rng(self.split_seed).choice(len(train), self.train_size, replace=False)
+            train = train.iloc[np.sort(rows)].reset_index(drop=True)
+        if isinstance(self.test_size, int):
+            test = test.iloc[: self.test_size]
+        self._set_classes(train[self.label])
+        self._frames = {"train": train, "test": test}
+        texts = [str(t) for frame in (train, test) for t in frame[self.text]]
+        inputs = padded(self._cut(tokens, texts), tokens.padding)
+        targets = torch.tensor(
+            [*self._indices(train[self.label], "train"), *self._indices(test[self.label], "test")]
+        )
+        everything = Instances(inputs, targets)
+        self.train, self.test = everything[: len(train)], everything[len(train) :]
+        self.outputs = len(self.class_names)
+
+    @property
+    def inputs(self) -> int:
+        """Number of token indices (what a network's embedding must know)."""
+        return self._vocabulary
+
+    def display(self, split: Split, index: int) -> Display:
+        row = self._frames[split].iloc[index]
+        target = int(getattr(self, split).targets[index])
+        return Display(self.class_names[target], text=str(row[self.text]).strip())
+
+    def _read(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        if self.path is None:
+            return self._from_hub()
+        path = Path(self.path)
+        if not path.is_dir():
+            whole = read_table(path)
+            share = 0.1 if self.test_size is None else self.test_size
+            if len(whole) < 4 or share >= len(whole):
+                raise InputError("dataset.path", f"{path} has {len(whole)} rows, too few to hold out {share}")
+            train, test = train_test_split(
+                np.arange(len(whole)), test_size=share, random_state=self.split_seed
+            )
+            return whole.iloc[train].reset_index(drop=True), whole.iloc[test].reset_index(drop=True)
+        return read_table(_member(path, ("train",))), read_table(_member(path, TEST_NAMES))
+
+    def _from_hub(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        if self.hub is None:
+            raise InputError(
+                "dataset.path", "must be given: a folder with train.* and validation.*, or a file"
+            )
+        require_hub(f"the data set {self.hub!r}", "dataset.path", "set dataset.path to a local copy")
+        from datasets import load_dataset
+
+        name, _, configuration = self.hub.partition(":")
+        try:
+            found = load_dataset(name, configuration or None)
+            test = next(s for s in TEST_NAMES if s in found)
+            return found["train"].to_pandas(), found[test].to_pandas()
+        except Exception as error:
+            raise InputError("dataset.hub", f"{self.hub!r} can't be read ({error})".splitlines()[0]) from None
+
+    def _check(self, frame: pd.DataFrame, split: str) -> None:
+        for key, column in (("text", self.text), ("label", self.label)):
+            if column not in frame:
+                raise InputError(
+                    f"dataset.{key}",
+                    f"no column {column!r} in the {split} data; there are {shortened(list(frame.columns))}",
+                )
+        if frame.empty:
+            raise InputError("dataset.path", f"the {split} data have no rows")
+        blank = frame[self.text].isna() | (frame[self.text].astype(str).str.strip() == "")
+        if blank.any():
+            row = int(np.flatnonzero(blank)[0])
+            raise InputError("dataset.path", f"the text in row {row} of the {split} data is empty")
+
+    def _set_classes(self, labels: pd.Series) -> None:
+        if self._given_names is not None:
+            self.class_names = self._given_names
+            self._classes = {str(k): k for k in range(len(self._given_names))}
+            self._classes |= {name: k for k, name in enumerate(self._given_names)}
+            return
+        found = sorted(labels.unique().tolist())
+        if not 2 <= len(found) <= max(2, len(labels) // 2):
+            raise InputError("dataset.label", f"column {self.label!r} has {len(found)} classes")
+        self.class_names = tuple(map(str, found))
+        self._classes = {name: k for k, name in enumerate(self.class_names)}
+
+    def _indices(self, labels: pd.Series, split: str) -> list[int]:
+        for row, label in enumerate(labels.astype(str)):
+            if label not in self._classes:
+                raise InputError(
+                    "dataset.label",
+                    f"label {label!r} in row {row} of the {split} data is not among the classes "
+                    f"{shortened(self.class_names)}",
+                )
+        return [self._classes[label] for label in labels.astype(str)]
+
+    def _cut(self, tokens: Tokens, texts: list[str]) -> list[list[int]]:
+        most = min((n for n in (self.max_length, tokens.longest) if n is not None), default=None)
+        found = tokens.encode(texts)
+        if most is None:
+            return found
+        long = sum(len(ids) > most for ids in found)
+        if long:
+            log.warning("%s: %d of %d texts are cut to %d tokens", self.name, long, len(found), most)
+        # the last token is kept: it is the special one that ends a text
+        return [ids if len(ids) <= most else [*ids[: most - 1], ids[-1]] for ids in found]
+
+
+def padded(indices: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:
+    """Return ``input_ids`` and ``attention_mask``, ``[n, T]`` int64, padded on the right to the longest."""
+    longest = max(map(len, indices))
+    input_ids = torch.full((len(indices), longest), padding)
+    attention_mask = torch.zeros(len(indices), longest, dtype=torch.int64)
+    for row, ids in enumerate(indices):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a tsv, csv, parquet or jsonl file; every text stays as it stands (``null`` is a word).
+
+    Raises:
+        InputError: naming ``dataset.path``.
+    """
+    if not path.is_file():
+        raise InputError("dataset.path", f"no such file: {path}")
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".tsv":  # unquoted by convention: quotation marks are text
+            return pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False)
+        if suffix == ".csv":
+            return pd.read_csv(path, keep_default_na=False)
+        if suffix == ".parquet":
+            return pd.read_parquet(path)
+        if suffix in (".jsonl", ".json"):
+            return pd.read_json(path, lines=suffix == ".jsonl", dtype=False)
+    except Exception as error:  # each reader has its own errors
+        raise InputError("dataset.path", f"{path} can't be read ({error})".splitlines()[0]) from None
+    raise InputError("dataset.path", f"expected one of {', '.join(SUFFIXES)} but got {path}")
+
+
+def _member(folder: Path, names: Sequence[str]) -> Path:
+    for name in names:
+        for suffix in SUFFIXES:
+            if (folder / f"{name}{suffix}").is_file():
+                return folder / f"{name}{suffix}"
+    raise InputError("dataset.path", f"{folder} holds no {' or '.join(names)} file ({', '.join(SUFFIXES)})")

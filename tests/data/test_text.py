@@ -1,0 +1,156 @@
+"""Labelled texts: tokenised once, padded, drawn; clear answers to bad files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fimo.data.text import TextData, read_table
+from fimo.data.tokens import ByteTokens, ModelTokens, make_tokens
+from fimo.errors import InputError
+from tests.models.folders import save_tokenizer
+
+FIMO_DATA = os.environ.get("FIMO_DATA")
+TRAIN = "sentence\tlabel\n" + "\n".join(
+    f'{"a good" if k % 2 else "the very dull"} "film" {"bright " * (k % 4)}\t{k % 2}' for k in range(20)
+)
+TEST = "sentence\tlabel\na bad film\t0\nnull\t1\ngood\t1\n"
+
+
+def folder(tmp_path: Path, train: str = TRAIN, test: str = TEST) -> Path:
+    (tmp_path / "train.tsv").write_text(train)
+    (tmp_path / "validation.tsv").write_text(test)
+    return tmp_path
+
+
+def text_data(path: Path, **arguments: object) -> TextData:
+    settings = {"tokenizer": "bytes", "text": "sentence", "class_names": ["negative", "positive"]}
+    data = TextData(str(path), **{**settings, **arguments})  # type: ignore[arg-type]
+    data.setup()
+    return data
+
+
+def test_texts_become_padded_indices_with_a_mask(tmp_path: Path) -> None:
+    data = text_data(folder(tmp_path))
+    assert isinstance(data.test.inputs, dict)
+    ids, mask = data.test.inputs["input_ids"], data.test.inputs["attention_mask"]
+    longest = max(len(line.split("\t")[0].encode()) for line in TRAIN.splitlines()[1:]) + 1
+    assert ids.shape == mask.shape == (3, longest)
+    assert mask.sum(1).tolist() == [11, 5, 5]
+    assert ids[1].tolist() == [*b"null", ByteTokens.end, *[ByteTokens.padding] * (longest - 5)]
+    assert data.test.targets.tolist() == [0, 1, 1]
+    assert (data.inputs, data.outputs, len(data.train)) == (258, 2, 20)
+
+
+def test_quotation_marks_and_the_word_null_are_text(tmp_path: Path) -> None:
+    data = text_data(folder(tmp_path))
+    assert data.display("train", 0).text == 'the very dull "film"'
+    assert data.display("test", 1).text == "null"
+    assert data.display("test", 1).target == "positive"
+    assert data.prediction(torch.tensor([2.0, 1.0])) == "negative"
+
+
+def test_long_texts_keep_the_token_that_ends_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = text_data(folder(tmp_path), max_length=6)
+    assert isinstance(data.test.inputs, dict)
+    assert data.test.inputs["input_ids"][0].tolist() == [*b"a bad", ByteTokens.end]
+    assert "21 of 23 texts are cut to 6 tokens" in caplog.text
+
+
+def test_training_texts_are_drawn_by_seed_and_test_texts_are_the_first(tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    first, again = (text_data(path, train_size=8, test_size=2) for _ in range(2))
+    other = text_data(path, train_size=8, split_seed=1)
+    shown = [[d.display("train", i) for i in range(8)] for d in (first, again, other)]
+    assert shown[0] == shown[1] != shown[2]
+    assert first.test.targets.tolist() == [0, 1]
+
+
+def test_one_file_is_split(tmp_path: Path) -> None:
+    rows = ["text,label", *(f"text {k},{'yes' if k % 3 else 'no'}" for k in range(20))]
+    (tmp_path / "all.csv").write_text("\n".join(rows))
+    data = TextData(str(tmp_path / "all.csv"), tokenizer="bytes", test_size=0.2)
+    data.setup()
+    assert (len(data.train), len(data.test), data.class_names) == (16, 4, ("no", "yes"))
+
+
+def test_all_formats_hold_the_same_texts(tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    frame = read_table(path / "train.tsv")
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
+    for name in ("t.csv", "t.jsonl"):
+        assert read_table(tmp_path / name)["sentence"].tolist() == frame["sentence"].tolist()
+    pytest.importorskip("pyarrow", reason="pyarrow, which reads parquet, is not installed")
+    frame.to_parquet(tmp_path / "t.parquet")
+    assert read_table(tmp_path / "t.parquet")["sentence"].tolist() == frame["sentence"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "arguments", "key", "said"),
+    [
+        (TRAIN + "\n   \t1", TEST, {}, "dataset.path", "the text in row 20 of the train data is empty"),
+        (TRAIN, TEST + "fine\t2\n", {}, "dataset.label", "label '2' in row 3 of the test data is not among"),
+        (TRAIN, TEST, {"text": "words"}, "dataset.text", "no column 'words' in the train data"),
+        (TRAIN, "sentence\tlabel\n", {}, "dataset.path", "the test data have no rows"),
+        (TRAIN, TEST, {"tokenizer": None}, "dataset.tokenizer", "must be given; a text model"),
+        (TRAIN, TEST, {"max_length": 0}, "dataset.max_length", "expected a positive number"),
+        (TRAIN.replace("\t1", "\t0"), TEST, {"class_names": None}, "dataset.label", "has 1 classes"),
+    ],
+)
+def test_bad_texts_are_answered_by_key(
+    tmp_path: Path, train: str, test: str, arguments: dict, key: str, said: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        text_data(folder(tmp_path, train, test), **arguments)
+    assert caught.value.key == key
+    assert said in caught.value.problem
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_and_an_unreachable_hub_are_answered_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"holds no train file"):
+        text_data(tmp_path)
+    with pytest.raises(InputError, match=r"no such file"):
+        text_data(tmp_path / "none.tsv")
+    with pytest.raises(InputError, match=r"must be given: a folder with train"):
+        TextData(tokenizer="bytes").setup()
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match=r"the data set 'glue:sst2' is not here, and HF_HUB_OFFLINE is set"):
+        TextData(hub="glue:sst2", tokenizer="bytes").setup()
+
+
+def test_a_models_tokenizer_adds_its_special_tokens_and_its_limit(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    save_tokenizer(tmp_path, longest=5)
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "max_position_embeddings": 16}')
+    tokens = ModelTokens(str(tmp_path))
+    assert (tokens.vocabulary, tokens.padding, tokens.longest) == (12, 0, 5)
+    assert tokens.encode(["a good film"])[0] == [2, 7, 4, 6, 3]
+    assert tokens.encode(["a good film"], special=False)[0] == [7, 4, 6]
+    assert tokens.decode([2, 7, 4, 6, 3, 0]) == "a good film"
+    (tmp_path / "data").mkdir()
+    data = text_data(folder(tmp_path / "data"), tokenizer=str(tmp_path))
+    assert isinstance(data.train.inputs, dict)
+    assert data.train.inputs["input_ids"].shape == (20, 5)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=r"dataset.tokenizer: .* has no tokenizer that can be read"):
+        make_tokens(str(tmp_path))
+
+
+def test_bytes_round_trip_any_text() -> None:
+    tokens = ByteTokens()
+    assert tokens.decode(tokens.encode(["naïve, 日本"])[0]) == "naïve, 日本"
+
+
+@pytest.mark.skipif(FIMO_DATA is None, reason="FIMO_DATA is not set")
+def test_sst2_is_read_as_it_is_published() -> None:
+    data = text_data(Path(str(FIMO_DATA)) / "sst2", train_size=100)
+    assert (len(data.train), len(data.test)) == (100, 872)
+    assert 0.4 < float(data.test.targets.double().mean()) < 0.6
