@@ -69,7 +69,7 @@ class FullRun:
         self.protocol, self.seed, self.device = protocol, seed, torch.device(device)
         self.network = training_mode(FinalModel(self.model.network, self.model.loss).network)
         self.buffers = self.model.buffers()
-        self.stochastic = is_stochastic(self.network)
+        self.stochastic = is_stochastic(self.model, self.train)
         linear = choose_engine(self.model, self.train) == "linear"
         self.layers = linear_layers(self.network) if linear else None
         self.total = protocol.total_steps(len(train))

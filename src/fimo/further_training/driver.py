@@ -73,6 +73,8 @@ class FurtherTrainingModule(pl.LightningModule):
         assert self.job is not None
         while len(self.work) < self.workers and (work := self.job.next_work()):
             self.work.append(work)
+            # taken before, or by the full run
+            self.replica_steps += work.chunk.step * len(work.chunk.replicas)
         if not self.work:
             self.finished = self.job.is_finished
             if not self.finished:
@@ -165,7 +167,10 @@ class ReplicaProgress(TQDMProgressBar):
         bar.update(min(module.replica_steps, bar.total or 0) - bar.n)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
-        self.train_progress_bar.refresh()
+        bar = self.train_progress_bar
+        if module.finished:  # others took the rest, or epochs of runs leaving out are shorter
+            bar.update((bar.total or 0) - bar.n)
+        bar.refresh()
 
 
 class _Rounds(IterableDataset):

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimo.data.instances import Inputs, Instances
 from fimo.further_training.schedule import Batch
-from fimo.models.final_model import FinalModel, functional_apply
+from fimo.models.final_model import FinalModel, apply, functional_apply
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class FunctionalNetwork(StackedNetwork):
         self.vectorise, self.autocast = vectorise, autocast
         self.network = training_mode(FinalModel(final_model.network, final_model.loss).network)
         self.buffers = final_model.buffers()
-        self.stochastic = is_stochastic(self.network)
+        self.stochastic = True  # unless told otherwise: steps are seeded
 
     def differentiate(self, train: Instances, batch: Batch, seed: int) -> None:
         shared = len(batch.index) == 1
@@ -204,13 +204,27 @@ def training_mode(network: nn.Module) -> nn.Module:
     return network
 
 
-def is_stochastic(network: nn.Module) -> bool:
-    """Return whether a forward pass in train mode draws random numbers (dropout of any kind)."""
-    for module in network.modules():
-        rates = (getattr(module, name, 0.0) for name in ("p", "dropout", "attention_dropout", "drop_prob"))
-        if any(isinstance(rate, float) and rate > 0 for rate in rates):
-            return True
-    return False
+def is_stochastic(final_model: FinalModel, train: Instances) -> bool:
+    """Return whether a forward pass in train mode draws random numbers (dropout of any kind): it is tried."""
+    network = training_mode(final_model.to().network)
+    device = train.targets.device
+    state = torch.cuda.get_rng_state if device.type == "cuda" else torch.get_rng_state
+    with seeded(0, device), torch.no_grad():
+        before = state()
+        apply(network, train[:2].inputs)
+        return not torch.equal(before, state())
+
+
+def without_gradient(final_model: FinalModel, train: Instances) -> list[str]:
+    """Return the names of trainable parameters that the loss does not depend on (an unused pooler)."""
+    network = final_model.network
+    free = {n: p.clone().requires_grad_() for n, p in final_model.parameters().items()}
+    two = train[:2]
+    with torch.enable_grad():
+        outputs = functional_apply(network, {**final_model.buffers(), **free}, two.inputs)
+        loss = final_model.loss(outputs, two.targets).sum()
+        found = torch.autograd.grad(loss, list(free.values()), allow_unused=True)
+    return [name for name, g in zip(free, found, strict=True) if g is None]
 
 
 @contextlib.contextmanager

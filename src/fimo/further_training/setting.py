@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fimo.data.instances import Instances
-from fimo.further_training.networks import Engine, choose_engine, is_stochastic
+from fimo.errors import shortened
+from fimo.further_training.networks import Engine, choose_engine, is_stochastic, without_gradient
 from fimo.further_training.protocol import DTYPES, Protocol
 from fimo.models.final_model import FinalModel
+
+log = logging.getLogger(__name__)
 
 CPU_BYTES = {"linear": 4 * 2**20, "functional": 64 * 2**20}
 """Parameters, gradients and activations of a chunk on a CPU: about a core's share of its caches, but for
@@ -25,6 +29,7 @@ class Setting:
         final_model, train: in the dtype of the runs.
         evaluation_model, test: in the dtype of the test losses.
         activations: elements that the network's layers produce for one instance.
+        stochastic: training steps draw random numbers (dropout).
     """
 
     final_model: FinalModel
@@ -34,6 +39,7 @@ class Setting:
     protocol: Protocol
     engine: Engine
     activations: int = 1
+    stochastic: bool = False
 
     @classmethod
     def build(
@@ -48,6 +54,8 @@ class Setting:
         dtype, wide = DTYPES[protocol.dtype], DTYPES[protocol.evaluation_dtype]
         model, train = final_model.to(device, dtype), train.to(device, dtype)
         engine = choose_engine(model, train, protocol.autocast_dtype)
+        if unused := without_gradient(model, train):
+            log.info("the loss does not depend on %s: further training leaves them alone", shortened(unused))
         return cls(
             model,
             final_model.to(device, wide),
@@ -56,12 +64,8 @@ class Setting:
             protocol,
             engine,
             _activations(model, train, engine),
+            engine != "linear" and is_stochastic(model, train),
         )
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether training steps draw random numbers (dropout)."""
-        return is_stochastic(self.final_model.network)
 
     @property
     def device(self) -> torch.device:
