@@ -19,6 +19,7 @@ from fimo.evaluation import METRICS
 from fimo.further_training.identity import describe_loss, describe_network
 from fimo.further_training.protocol import Protocol
 from fimo.methods.base import AttributionMethod
+from fimo.models.best import KeepBest
 from fimo.models.checkpoint import load_checkpoint
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import LOSSES, Loss
@@ -128,9 +129,15 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
     """Build the Trainer of the final model's training."""
     settings = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(settings, dict)
+    if config.trainer.keep not in ("last", "best"):
+        raise InputError("trainer.keep", f"expected last or best but got {config.trainer.keep!r}")
+    callbacks: list[pl.Callback] = [EpochProgress()] if config.trainer.enable_progress_bar else []
+    if config.trainer.keep == "best":
+        callbacks.append(KeepBest())
     return pl.Trainer(
-        **{str(k): v for k, v in settings.items() if k != "enable_progress_bar"},
-        callbacks=[EpochProgress()] if config.trainer.enable_progress_bar else [],
+        **{str(k): v for k, v in settings.items() if k not in ("enable_progress_bar", "keep")},
+        callbacks=callbacks,
+        num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_checkpointing=False,
         enable_model_summary=False,

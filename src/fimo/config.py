@@ -42,6 +42,7 @@ class Trainer:
     strategy: str = "auto"
     precision: Any = "32-true"
     gradient_clip_val: float | None = None
+    keep: str = "last"
     enable_progress_bar: bool = True
 
 
@@ -70,6 +71,7 @@ class FurtherTraining:
     left_out: Any = 50
     test: Any = None
     subtract_mean: bool = True
+    shard: str | None = None
     chunk: Any = "auto"
     save_raw: bool = True
 
@@ -113,6 +115,7 @@ class Config:
     threads: int | None = None
     store: str = "outputs/store"
     scale: float = 1.0
+    until: str = "report"
     report: bool = True
 
 
@@ -155,6 +158,10 @@ def validated(config: DictConfig, conf: Path) -> DictConfig:
         raise InputError("scale", f"expected a share in (0, 1] but got {checked.scale}")
     if checked.threads is not None and checked.threads < 1:
         raise InputError("threads", f"expected at least 1 but got {checked.threads}")
+    if checked.until not in ("further_training", "report"):
+        raise InputError("until", f"expected further_training or report but got {checked.until!r}")
+    if checked.further_training.shard is not None and checked.until == "report":
+        raise InputError("further_training.shard", "is for runs with until=further_training")
     if checked.logger.mode not in ("offline", "online", "disabled"):
         raise InputError(
             "logger.mode", f"expected offline, online or disabled but got {checked.logger.mode!r}"

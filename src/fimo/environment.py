@@ -22,6 +22,7 @@ def quiet_libraries() -> None:
         ".*does not have many workers.*",
         ".*is deprecated, use `isinstance.*",
         ".*log_every_n_steps.*",
+        ".*validation_step. but have no.*",
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fimo.cost import Cost
 from fimo.data.bundled import BundledData
+from fimo.models.best import KeepBest
 from fimo.models.checkpoint import load_checkpoint
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import cross_entropy, mean_squared_error
@@ -24,6 +25,15 @@ def trainer(epochs: int = 2) -> pl.Trainer:
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
+
+
+class Decaying(FinalModelModule):
+    """Trains for one epoch and spoils its network before every other."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch:
+            for p in self.network.parameters():
+                p.data.mul_(10.0)
 
 
 def diabetes() -> BundledData:
@@ -85,3 +95,18 @@ def test_quality_compares_with_the_best_constant_prediction() -> None:
     share = torch.bincount(cancer.train.targets) / len(cancer.train)
     loss = -share.log()[cancer.test.targets].mean()
     assert abs(constant_loss(FinalModel(mlp(30, 2), cross_entropy), cancer) - loss) < 1e-5
+
+
+def test_the_best_epoch_can_be_kept(tmp_path: Path) -> None:
+    def trained(keep: bool, epochs: int) -> FinalModelModule:
+        torch.manual_seed(0)
+        found = Decaying(mlp(10, 1, (8,)), mean_squared_error, "regression", 1, lr=0.05)
+        runs = trainer(epochs)
+        runs.callbacks.extend([KeepBest()] if keep else [])  # type: ignore[attr-defined]
+        train_final_model(found, diabetes(), runs, Store(tmp_path), {}, 0, Cost("final_model"))
+        return found
+
+    best, first, last = trained(True, 3), trained(False, 1), trained(False, 3)
+    for a, b, c in zip(*(m.network.parameters() for m in (best, first, last)), strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)

@@ -75,6 +75,8 @@ class FinalModelModule(pl.LightningModule):
             self.accuracy.update(outputs, batch.targets)
             self.log("accuracy", self.accuracy, on_step=False, on_epoch=True, batch_size=len(batch))
 
+    validation_step = test_step
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         moved = [p for p in self.network.parameters() if p.requires_grad]
         if self.optimizer_name == "sgd":

@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from fimo.cost import Cost
 from fimo.data.datamodule import InstancesModule
+from fimo.models.best import KeepBest
 from fimo.models.final_model import FinalModel
 from fimo.models.module import FinalModelModule
 from fimo.store import Store, content_hash, read_tensors, write_tensors
@@ -60,6 +61,8 @@ def train_final_model(
         "train": content_hash(data.train.tensors()),
         "initial": content_hash(module.network.state_dict()),
     }
+    if keeps_best(trainer):
+        full_key["best_on"] = content_hash(data.test.tensors())
     folder = store.folder("final_model", full_key)
     path = folder / "model.safetensors"
     cost.gradient_evaluations = len(data.train) * (trainer.max_epochs or 0)
@@ -69,11 +72,17 @@ def train_final_model(
             cost.recall(folder)
             return
         torch.manual_seed(seed)
-        trainer.fit(module, train_dataloaders=data.train_dataloader())
+        judged = data.val_dataloader() if keeps_best(trainer) else None
+        trainer.fit(module, train_dataloaders=data.train_dataloader(), val_dataloaders=judged)
         if trainer.interrupted:
             raise KeyboardInterrupt
         write_tensors(path, copy.deepcopy(module.network).cpu().state_dict())
         cost.keep(folder)
+
+
+def keeps_best(trainer: pl.Trainer) -> bool:
+    """Return whether a Trainer keeps its best epoch rather than its last."""
+    return any(isinstance(callback, KeepBest) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def save_checkpoint(module: FinalModelModule, trainer: pl.Trainer, path: Path) -> None:
