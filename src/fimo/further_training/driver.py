@@ -22,6 +22,7 @@ from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import IterableDataset
 
+from fimo.errors import InputError
 from fimo.further_training import records
 from fimo.further_training.job import Job, Work
 from fimo.further_training.setting import worker_threads
@@ -41,7 +42,8 @@ class FurtherTrainingModule(pl.LightningModule):
         make_job: builds the job on the Trainer's device.
 
     Attributes:
-        work: the chunks under way.
+        work: the chunk under way of each worker.
+        completed: chunks whose results are to be written.
         replica_steps, total_replica_steps: taken so far in this process, and to take for what the store
             lacked at the start.
     """
@@ -51,7 +53,8 @@ class FurtherTrainingModule(pl.LightningModule):
         self.automatic_optimization = False
         self.make_job = make_job
         self.job: Job | None = None
-        self.work: list[Work] = []
+        self.work: dict[int, Work] = {}
+        self.completed: list[Work] = []
         self.finished = False
         self.replica_steps = self.total_replica_steps = 0
 
@@ -71,24 +74,39 @@ class FurtherTrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         assert self.job is not None
-        while len(self.work) < self.workers and (work := self.job.next_work()):
-            self.work.append(work)
-            # taken before, or by the full run
-            self.replica_steps += work.chunk.step * len(work.chunk.replicas)
-        if not self.work:
+        until = time.monotonic() + BLOCK_SECONDS
+        # attention's kernel is a global setting, which threads must not change under each other
+        with sdpa_kernel(SDPBackend.MATH):
+            slots = range(self.workers)
+            if self.workers == 1:
+                steps = [self._block(slot, until) for slot in slots]
+            else:
+                steps = list(self.pool.map(lambda slot: self._block(slot, until), slots))
+        self.replica_steps += sum(steps)
+        if not self.work and not self.completed:
             self.finished = self.job.is_finished
             if not self.finished:
                 time.sleep(POLL_SECONDS)  # another process works on all that is left
-            return
-        points = len(self.job.points)
-        if self.workers == 1:
-            steps = [advance(work, points, BLOCK_SECONDS) for work in self.work]
-        else:
-            with sdpa_kernel(
-                SDPBackend.MATH
-            ):  # a global setting: threads must not change it under each other
-                steps = list(self.pool.map(lambda work: advance(work, points, BLOCK_SECONDS), self.work))
-        self.replica_steps += sum(steps)
+
+    def _block(self, slot: int, until: float) -> int:
+        """Advance chunks, one after another, until a time; return the replica-steps."""
+        assert self.job is not None
+        steps = 0
+        while time.monotonic() < until:
+            if slot not in self.work:
+                work = self.job.next_work()
+                if work is None:
+                    break
+                self.work[slot] = work
+                # taken before, or by the full run
+                steps += work.chunk.step * len(work.chunk.replicas)
+            work = self.work[slot]
+            began = time.monotonic()
+            steps += advance(work, len(self.job.points), until - began)
+            work.seconds += (time.monotonic() - began) / self.workers
+            if work.done == len(self.job.points):
+                self.completed.append(self.work.pop(slot))
+        return steps
 
     def on_fit_end(self) -> None:
         self.close()
@@ -99,10 +117,10 @@ class FurtherTrainingModule(pl.LightningModule):
         if pool is not None:
             pool.shutdown()
             torch.set_num_threads(self.threads)  # workers' setting reaches the matrix library's own
-        for work in self.work:  # interrupted
+        for work in [*self.completed, *self.work.values()]:  # interrupted
             assert self.job is not None
             self.job.records.release(work.chunk.replicas, work.lock)
-        self.work = []
+        self.work, self.completed = {}, []
 
 
 def advance(work: Work, points: int, seconds: float) -> int:
@@ -125,7 +143,6 @@ def advance(work: Work, points: int, seconds: float) -> int:
             work.done += 1
         elif chunk.network.device.type == "cuda":
             torch.cuda.synchronize(chunk.network.device)  # launches return at once
-    work.seconds += time.monotonic() - began
     return (chunk.step - first) * len(chunk.replicas)
 
 
@@ -133,13 +150,12 @@ class SaveToStore(pl.Callback):
     """Writes a chunk's results when it is finished, and its state every ``SAVE_SECONDS`` until then."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        job = module.job
-        for work in list(module.work):
-            if work.done == len(job.points):
-                job.finish(work)
-                module.work.remove(work)
-            elif time.monotonic() - work.saved > records.SAVE_SECONDS:
-                job.save(work)
+        while module.completed:
+            module.job.finish(module.completed[0])
+            module.completed.pop(0)
+        for work in module.work.values():
+            if time.monotonic() - work.saved > records.SAVE_SECONDS:
+                module.job.save(work)
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         module.close()
@@ -215,7 +231,13 @@ def make_trainer(trainer: Mapping[str, Any] | None, *more: pl.Callback) -> pl.Tr
     if arguments["enable_progress_bar"] and not any(isinstance(c, ProgressBar) for c in callbacks):
         callbacks.append(ReplicaProgress())
     arguments["max_epochs"] = 1  # an epoch of the Trainer is the whole job
-    return pl.Trainer(callbacks=[*callbacks, *more], **arguments)
+    made = pl.Trainer(callbacks=[*callbacks, *more], **arguments)
+    if made.world_size > 1:
+        raise InputError(
+            "trainer.devices",
+            f"expected 1 but got {made.world_size}; start more processes on one store instead",
+        )
+    return made
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class Job:
         self.found = sum(r in done for r in [*self.full, *self.runs])
         self.found_seconds = _seconds(done)
         self._full_losses: dict[int, Tensor] = {}
+        self._one_thread = threading.Lock()
         self._say_what_starts_again(done)
 
     def _by_occurrence(self, seed: int, units: Sequence[Unit]) -> list[Unit]:
@@ -106,7 +108,7 @@ class Job:
 
     def next_work(self) -> Work | None:
         """Claim and set up the next chunk; None where all is finished or under way."""
-        with self.records.planning():
+        with self._one_thread, self.records.planning():
             done = self._finished()
             full = [r for r in self.full if r not in done]
             runs = [r for r in self.runs if r not in done]

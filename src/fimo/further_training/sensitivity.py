@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from fimo.store import read_tensors, write_tensors
+from fimo.store import read_tensors, written_aside
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Sensitivity:
                 tensors[name] = tensor
         if with_raw:
             tensors["raw"] = self.raw
-        write_tensors(path, tensors, {"subtract_mean": str(self.subtract_mean).lower()})
+        write_in_pieces(path, tensors, {"subtract_mean": str(self.subtract_mean).lower()})
 
     @classmethod
     def load(cls, path: Path, subtract_mean: bool = True) -> Sensitivity:
@@ -80,3 +83,25 @@ class Sensitivity:
 def adjust(raw: Tensor, subtract_mean: bool = True) -> Tensor:
     """Return raw changes ``[..., J, L]``, minus their mean over left-out instances if asked (eqs. 13, 17)."""
     return raw - raw.mean(-1, keepdim=True) if subtract_mean else raw.clone()
+
+
+def write_in_pieces(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all, without a copy of a large (mapped) tensor in memory.
+
+    Raises:
+        OSError: the disk is full or not writable; nothing is left behind.
+    """
+    names = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, t in tensors.items():
+        start, end = end, end + t.numel() * t.element_size()
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(path) as aside, aside.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for t in tensors.values():
+            for piece in t.detach().cpu().contiguous().reshape(-1).split(2**22):
+                file.write(piece.numpy().tobytes())
