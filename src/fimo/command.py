@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import logging
+import importlib.util
 import re
 import sys
+import warnings
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from fimo.config import nearest, validated
 from fimo.errors import InputError
+from fimo.sweep import Sweep, is_sweep, run_once
 
-log = logging.getLogger(__name__)
+# the launchers' settings have the plugins' own names, so that Hydra checks them against the plugins' schemas
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 MULTIRUN = ("-m", "--multirun")
 """Goes first: Hydra refuses settings on both sides of it."""
@@ -25,30 +29,62 @@ def main(conf: Path) -> None:
     """Run the command line given in ``sys.argv``, with configuration groups from the folder ``conf``."""
     conf = conf.resolve()  # Hydra would take a relative folder as relative to this file
     sys.argv[1:] = sorted(map(_as_addition, sys.argv[1:]), key=lambda argument: argument not in MULTIRUN)
+    start = hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(job)
     try:
         check_choices(sys.argv[1:], conf)
+        check_plugins(sys.argv[1:], conf)
+        if not is_sweep(sys.argv[1:]):
+            start()
+            return
+        sweep = Sweep(sys.argv[1:], conf)
     except InputError as error:
         _fail(error)
-    hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(job)()
+    sys.argv += sweep.arguments
+    try:
+        start()
+    finally:
+        all_done = sweep.conclude()
+    if not all_done:
+        raise SystemExit(1)
+
+
+def console() -> None:
+    """Run the command line with the packaged configuration: the console command ``fimo``."""
+    packaged = Path(__file__).parent / "conf"  # in an installed wheel; else the repository's
+    main(packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf")
 
 
 def job(composed: DictConfig) -> float | None:
     """Run one job of a sweep, or the only one.
 
     Returns:
-        The objective for a sweeper that searches (see ``evaluation.objective``), or None.
+        The objective for a sweeper that searches (:func:`fimo.experiment.best_agreement`); NaN where the job
+        failed and the sweep goes on.
     """
-    single = HydraConfig.get().mode == RunMode.RUN
-    try:
-        config = validated(composed, conf_folder())
-        from fimo.experiment import run_experiment  # torch and Lightning take seconds to import
-
-        return run_experiment(config, Path(HydraConfig.get().runtime.output_dir))
-    except InputError as error:
-        if single:
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    if hydra_config.mode == RunMode.RUN:
+        try:
+            return _run(composed, folder)
+        except InputError as error:
             _fail(error)
-        log.error("%s", error)
-        raise  # so that the launcher counts this job as failed and goes on with the next
+    # the basic sweeper would stop at the batch that a failed job is in; others count failures themselves
+    go_on = hydra_config.sweeper._target_.endswith("BasicSweeper")
+    return run_once(
+        lambda: _run(composed, folder),
+        composed,
+        folder,
+        hydra_config.job.num,
+        list(hydra_config.overrides.task),
+        go_on,
+    )
+
+
+def _run(composed: DictConfig, folder: Path) -> float | None:
+    config = validated(composed, conf_folder())
+    from fimo.experiment import run_experiment  # torch and Lightning take seconds to import
+
+    return run_experiment(config, folder)
 
 
 def conf_folder() -> Path:
@@ -74,11 +110,29 @@ def check_choices(arguments: list[str], conf: Path) -> None:
                 raise InputError(match[1], f"no choice {choice!r}; {nearest(choice, allowed)}")
 
 
+def check_plugins(arguments: list[str], conf: Path) -> None:
+    """Refuse a launcher or sweeper whose package is not installed, saying how to install it.
+
+    Raises:
+        InputError: naming the group.
+    """
+    for argument in arguments:
+        group, _, choice = argument.partition("=")
+        file = conf / group / f"{choice}.yaml"
+        if group not in ("hydra/launcher", "hydra/sweeper") or not file.is_file():
+            continue
+        node = OmegaConf.load(file)
+        package = ".".join(str(node._target_).split(".")[:2])
+        if package.startswith("hydra_plugins") and importlib.util.find_spec(package) is None:
+            extra = {"ray": "ray", "search": "optuna"}.get(choice, "sweeps")
+            raise InputError(group, f"{choice} needs {package.split('.')[1]}: pip install 'fimo[{extra}]'")
+
+
 def _as_addition(argument: str) -> str:
     """Accept ``method=X`` as well as ``+method=X``: the group is not in the defaults list."""
     return f"+{argument}" if argument.startswith("method=") else argument
 
 
-def _fail(error: InputError) -> None:
+def _fail(error: InputError) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)

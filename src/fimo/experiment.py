@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -39,7 +40,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
 
     Returns:
         The best method's agreement with the sensitivity at the last evaluation point (of the first
-        metric), for sweepers that search.
+        metric), for sweepers that search; NaN where the run ends with the gold standard.
 
     Raises:
         InputError: bad input, before any training.
@@ -86,6 +87,9 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
         )
         sensitivity.save(run_dir / "sensitivity.safetensors", with_raw=config.further_training.save_raw)
     costs.append(cost)
+    if config.until == "further_training":
+        write_costs(costs, run_dir / "cost.csv")
+        return math.nan
 
     scores = {}
     for name, method in methods.items():

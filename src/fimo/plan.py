@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from omegaconf import DictConfig
 
 from fimo.build import build_protocol, choose, choose_seeds, scaled
 from fimo.data.datamodule import InstancesModule
+from fimo.errors import InputError
 from fimo.further_training.protocol import Protocol
 
 
@@ -40,13 +42,37 @@ class Plan:
             InputError: naming the key of ``further_training`` at fault.
         """
         node = config.further_training
+        seeds = choose_seeds(scaled(node.seeds, config.scale, least=2))
+        left_out = choose(
+            scaled(node.left_out, config.scale, least=3), len(data.train), "further_training.left_out"
+        )
+        if node.shard is not None:
+            seeds, left_out = shard(node.shard, seeds, left_out)
         return cls(
             build_protocol(config),
-            choose_seeds(scaled(node.seeds, config.scale, least=2)),
-            choose(
-                scaled(node.left_out, config.scale, least=3), len(data.train), "further_training.left_out"
-            ),
+            seeds,
+            left_out,
             choose(scaled(node.test, config.scale, least=3), len(data.test), "further_training.test"),
             node.subtract_mean,
             node.chunk,
         )
+
+
+def shard(text: str, seeds: list[int], left_out: list[Any]) -> tuple[list[int], list[Any]]:
+    """Return the seeds and left-out instances of one part, ``k/n``, of a gold standard.
+
+    Parts divide the seeds where there are enough of them, else the left-out instances.
+
+    Raises:
+        InputError: not of that form, or more parts than either.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise InputError("further_training.shard", f"expected k/n with k from 0 to n - 1 but got {text!r}")
+    k, n = int(match[1]), int(match[2])
+    if n <= len(seeds):
+        return seeds[k::n], left_out
+    if n <= len(left_out):
+        return seeds, left_out[k::n]
+    most = max(len(seeds), len(left_out))
+    raise InputError("further_training.shard", f"expected at most {most} parts but got {n}")

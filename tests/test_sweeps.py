@@ -1,0 +1,256 @@
+"""Sweeps: failures are reported, the same command repeats only what is missing, launchers agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from fimo.command import main
+from fimo.errors import InputError
+from fimo.sweep import JobRecord, Sweep, is_sweep, job_identity, job_overrides, run_once
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "trainer.max_epochs=3", "further_training.epochs=1", "further_training.seeds=2",
+    "further_training.left_out=4", "further_training.test=3", "trainer.enable_progress_bar=false",
+    "model.network.hidden=[4]", "evaluation.bootstrap=0", "logger=none", "report=false", "threads=1",
+]  # fmt: skip
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "src.run", "-m", *SMALL, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def records(sweep: Path) -> list[JobRecord]:
+    found = [JobRecord.read(path.parent) for path in sweep.glob("*/job.json")]
+    return sorted((r for r in found if r is not None), key=lambda r: r.number)
+
+
+@pytest.fixture
+def sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
+    """Run a sweep in this process with the basic launcher; return its exit status and what it printed."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["src.run", "-m", f"store={tmp_path}/store", *SMALL, *arguments])
+        status = 0
+        try:
+            main(ROOT / "conf")
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def table(path: Path) -> str:
+    path.write_text("a,b,label\n" + "\n".join(f"{k},{k % 7},{'yn'[k % 2]}" for k in range(40)))
+    return str(path)
+
+
+def test_a_failed_job_is_reported_and_is_all_that_the_same_command_repeats(sweep, tmp_path: Path) -> None:
+    first, second = table(tmp_path / "one.csv"), tmp_path / "two.csv"
+    command = (
+        "+method=graddot", "dataset=csv", "dataset.target=label", "dataset.task=classification",
+        f"dataset.path={first},{second}", f"hydra.sweep.dir={tmp_path}/sweep",
+    )  # fmt: skip
+    status, printed = sweep(*command)
+    assert status == 1
+    assert "2 jobs" in printed
+    assert "1 finished, 1 failed" in printed
+    assert f"dataset.path: no such file: {second}" in printed
+    assert "no such file" in (tmp_path / "sweep" / "1" / "error.txt").read_text()
+    kept = tmp_path / "sweep" / "0" / "sensitivity.safetensors"
+    before = kept.stat().st_mtime_ns
+    table(second)
+    status, printed = sweep(*command)
+    assert status == 0
+    assert "1 of 2 jobs are done" in printed
+    assert "1 done before, skipped, 1 finished" in printed
+    assert kept.stat().st_mtime_ns == before
+    assert not (tmp_path / "sweep" / "1" / "error.txt").exists()
+    assert [r.status for r in records(tmp_path / "sweep")] == ["skipped", "finished"]
+
+
+def test_a_failed_job_does_not_keep_later_batches_from_running(sweep, tmp_path: Path) -> None:
+    status, printed = sweep(
+        "+method=graddot", "further_training.lr=-1,0.1", "hydra.sweeper.max_batch_size=1",
+        f"hydra.sweep.dir={tmp_path}/sweep",
+    )  # fmt: skip
+    assert status == 1
+    assert "1 finished, 1 failed" in printed
+    assert [r.status for r in records(tmp_path / "sweep")] == ["failed", "finished"]
+
+
+def test_the_gold_standard_assembles_from_shards_to_the_same_bytes(sweep, tmp_path: Path) -> None:
+    shards = ("until=further_training", f"hydra.sweep.dir={tmp_path}/shards")
+    for axes in ("further_training.seeds=[0],[1]", "further_training.left_out=[0,132],[264,396]"):
+        assert sweep(axes, *shards)[0] == 0, axes
+    # what was made so far: both seeds with all left out, and seeds 0, 1 with halves
+    assert not (tmp_path / "shards" / "0" / "scores").exists()
+    whole = ("+method=graddot,random", f"hydra.sweep.dir={tmp_path}/whole")
+    assert sweep(*whole)[0] == 0
+    costs = (tmp_path / "whole" / "0" / "cost.csv").read_text().splitlines()
+    assert [line.split(",")[-1] for line in costs if line.startswith("further_training")] == ["1.0"]
+    assert sweep(*whole, f"store={tmp_path}/another", f"hydra.sweep.dir={tmp_path}/unsharded")[0] == 0
+    made = [tmp_path / name / "0" / "sensitivity.safetensors" for name in ("whole", "unsharded")]
+    assert made[0].read_bytes() == made[1].read_bytes()
+
+
+def test_shards_divide_the_seeds_or_else_the_left_out_instances(sweep, tmp_path: Path) -> None:
+    shards = "further_training.shard=0/4,1/4,2/4,3/4"  # of 2 seeds and 4 left-out instances
+    assert sweep(shards, "until=further_training", f"hydra.sweep.dir={tmp_path}/shards")[0] == 0
+    assert sweep("+method=graddot,random", f"hydra.sweep.dir={tmp_path}/whole")[0] == 0
+    costs = (tmp_path / "whole" / "0" / "cost.csv").read_text().splitlines()
+    assert [line.split(",")[-1] for line in costs if line.startswith("further_training")] == ["1.0"]
+
+
+@pytest.mark.launcher
+def test_a_job_killed_in_the_middle_is_repeated_to_the_same_result(tmp_path: Path) -> None:
+    arguments = (
+        "+method=graddot,tracin", "further_training.epochs=100", "further_training.seeds=10",
+        f"store={tmp_path}/store", f"hydra.sweep.dir={tmp_path}/sweep", "hydra/launcher=submitit_local",
+    )  # fmt: skip
+    process = start(*arguments)
+    victim = wait_for_further_training(tmp_path / "sweep" / "1", process)
+    os.kill(victim, signal.SIGKILL)
+    printed = process.communicate()[0]
+    assert process.returncode == 1, printed
+    assert "1 ended without a result" in printed
+    assert records(tmp_path / "sweep")[1].done is False
+    again = start(*arguments)
+    printed = again.communicate()[0]
+    assert again.returncode == 0, printed
+    assert "#0 +method=graddot: done before, skipped" in printed
+    assert "1 done before, skipped, 1 finished" in printed
+    results = [tmp_path / "sweep" / job / "sensitivity.safetensors" for job in "01"]
+    assert results[0].read_bytes() == results[1].read_bytes()
+
+
+def wait_for_further_training(folder: Path, process: subprocess.Popen[str]) -> int:
+    """Return the process id of a job once it has a final model, and is thus further training it."""
+    while process.poll() is None:
+        record = JobRecord.read(folder)
+        if record is not None and (folder / "final_model.ckpt").exists():
+            return int(record.process.rpartition(":")[2])
+        time.sleep(0.02)
+    raise AssertionError(process.communicate()[0])
+
+
+@pytest.mark.launcher
+def test_joblib_gives_the_basic_launchers_result(sweep, tmp_path: Path) -> None:
+    arguments = ("+method=graddot,tracin", f"hydra.sweep.dir={tmp_path}/joblib", "hydra/launcher=joblib")
+    process = start(f"store={tmp_path}/other", *arguments)
+    printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    assert "2 jobs" in printed
+    assert "deprecated" not in printed
+    assert sweep("+method=graddot,tracin", f"hydra.sweep.dir={tmp_path}/basic")[0] == 0
+    for job in "01":
+        files = [tmp_path / name / job / "sensitivity.safetensors" for name in ("joblib", "basic")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("choice", ["joblib", "submitit_local", "submitit_slurm", "ray"])
+def test_every_launchers_settings_are_known_to_its_plugin(choice: str) -> None:
+    module = {"joblib": "joblib", "ray": "ray"}.get(choice, "submitit")
+    pytest.importorskip(f"hydra_plugins.hydra_{module}_launcher", reason=f"{choice} is an extra")
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()
+    schema = ConfigStore.instance().load(f"hydra/launcher/{choice}.yaml").node
+    ours = OmegaConf.load(ROOT / "conf" / "hydra" / "launcher" / f"{choice}.yaml")
+    assert set(ours) == set(schema)
+    OmegaConf.merge(schema, ours)
+
+
+def test_a_launcher_that_is_not_installed_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["src.run", "-m", "hydra/launcher=ray"])
+    with pytest.raises(SystemExit) as ended:
+        main(ROOT / "conf")
+    assert ended.value.code == 2
+    assert "hydra/launcher: ray needs hydra_ray_launcher: pip install 'fimo[ray]'" in capsys.readouterr().err
+
+
+def test_the_same_command_goes_on_in_its_folder_and_a_changed_one_gets_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    conf = tmp_path / "conf"
+    conf.mkdir()
+    pattern = f"{tmp_path}/sweeps/${{now:%Y-%m-%d}}/${{now:%H-%M-%S-%f}}"
+    (conf / "config.yaml").write_text(f"hydra: {{sweep: {{dir: '{pattern}'}}}}")
+    first = Sweep(["-m", "a=1,2"], conf)
+    assert first.arguments == [f"hydra.sweep.dir='{first.folder}'"]
+    beside = Sweep(["-m", "a=1,2"], conf)
+    assert beside.folder != first.folder, "two at a time never share a folder"
+    with pytest.raises(InputError, match="another sweep is running"):
+        Sweep(["-m", "a=1,2", f"hydra.sweep.dir={first.folder}"], conf)
+    beside.lock.release()
+    first.lock.release()
+    assert Sweep(["-m", "a=1,2"], conf).folder in (first.folder, beside.folder)
+    assert Sweep(["-m", "a=1,3"], conf).folder not in (first.folder, beside.folder)
+    (conf / "config.yaml").write_text((conf / "config.yaml").read_text() + "\nb: 1")
+    assert Sweep(["-m", "a=1,2"], conf).folder not in (first.folder, beside.folder)
+    capsys.readouterr()
+
+
+def test_a_finished_job_is_skipped_unless_its_settings_files_or_code_changed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs = []
+
+    def run(config: dict) -> float | None:
+        return run_once(lambda: runs.append(1) or 0.5, OmegaConf.create(config), tmp_path, 3, ["a=1"], True)
+
+    data = tmp_path / "data.csv"
+    data.write_text("1")
+    config = {"dataset": {"path": str(data)}, "a": 1}
+    assert [run(config), run(config), len(runs)] == [0.5, 0.5, 1]
+    data.write_text("23")
+    run(config)
+    run({**config, "a": 2})
+    assert len(runs) == 3
+    monkeypatch.setattr("fimo.sweep.code_identity", lambda: "edited")
+    run({**config, "a": 2})
+    assert len(runs) == 4
+    assert json.loads((tmp_path / "job.json").read_text())["objective"] == 0.5
+
+
+def test_an_edited_module_of_the_users_own_is_another_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "own_network.py").write_text("class Net: pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = OmegaConf.create({"network": {"_target_": "own_network.Net"}})
+    before = job_identity(config)
+    assert job_identity(config) == before
+    (tmp_path / "own_network.py").write_text("class Net: layers = 2")
+    assert job_identity(config) != before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "swept"),
+    [("-m a=1", True), ("--multirun a=1", True), ("a=1", False), ("-m --help", False), ("-m -c job", False)],
+)
+def test_a_sweep_is_told_from_a_run_and_from_help(arguments: str, swept: bool) -> None:
+    assert is_sweep(arguments.split()) is swept
+
+
+def test_the_jobs_of_a_command_line_are_known_before_they_start() -> None:
+    jobs = job_overrides(["-m", "a=1,2", "b=[0,1],[2]", "hydra.sweep.dir=x", "hydra/launcher=joblib"])
+    assert jobs == [["a=1", "b=[0,1]"], ["a=1", "b=[2]"], ["a=2", "b=[0,1]"], ["a=2", "b=[2]"]]
+    assert job_overrides(["-m", "hydra/sweeper=search", "a=interval(0,1)"]) == []
