@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fimo.curvature.rows import FactoredRows, LayerFactors, Rows
 from fimo.further_training.protocol import Protocol
 
 
@@ -57,3 +58,35 @@ def preconditioner(protocol: Protocol, second_moment: dict[str, Tensor] | None) 
         return None
     flat = torch.cat([v.flatten() for v in second_moment.values()])
     return 1 / (flat.sqrt() + protocol.eps)
+
+
+def scaled(rows: Rows, second_moment: dict[str, Tensor], protocol: Protocol) -> Rows | None:
+    """Return factored rows times the square root of a preconditioner that keeps them factored.
+
+    Each weight's diagonal D [out, in] is replaced by a b^T with the same energy in every row and column,
+    sum_i D v = sum_i a b v and sum_o D v = sum_o a b v with v the second moment (by proportional fitting), so
+    that inner products cost as little as without it. None for rows that aren't factored.
+    """
+    if not isinstance(rows, FactoredRows):
+        return None
+    layers = []
+    for layer in rows.layers:
+        if layer.weight:
+            v = second_moment[layer.weight].double()
+            left, right = _proportional_fit(v, v / (v.sqrt() + protocol.eps))
+            left, right = left.sqrt().to(rows.dtype), right.sqrt().to(rows.dtype)
+            layers.append(LayerFactors(layer.weight, None, layer.entering * right, layer.delta * left))
+        if layer.bias:
+            diagonal = 1 / (second_moment[layer.bias].sqrt() + protocol.eps)
+            layers.append(LayerFactors(None, layer.bias, layer.entering, layer.delta * diagonal.sqrt()))
+    return FactoredRows(tuple(layers), rows.shapes)
+
+
+def _proportional_fit(base: Tensor, target: Tensor, rounds: int = 30) -> tuple[Tensor, Tensor]:
+    """Return a ``[m]`` and b ``[n]`` for which a base b^T has target's row and column sums (nearly)."""
+    left, right = torch.ones_like(base[:, 0]), torch.ones_like(base[0])
+    tiny = torch.finfo(base.dtype).tiny
+    for _ in range(rounds):
+        left = target.sum(1) / (base @ right).clamp(min=tiny)
+        right = target.sum(0) / (left @ base).clamp(min=tiny)
+    return left, right

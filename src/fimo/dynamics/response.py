@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fimo.curvature.gradients import InstanceGradients
 from fimo.data.instances import Instances
-from fimo.dynamics.optimizer import CoefficientOptimizer
+from fimo.dynamics.optimizer import CoefficientOptimizer, preconditioner, scaled
 from fimo.dynamics.output_space import OutputSpace
 from fimo.dynamics.points import Segment
 from fimo.dynamics.steps import steps
@@ -50,13 +50,21 @@ class Kernel:
         train: Instances,
         test: Instances,
         space: OutputSpace,
-        weight: Tensor | None,
+        protocol: Protocol,
+        second_moment: dict[str, Tensor] | None,
     ) -> Kernel:
-        """Compute it at the parameters of ``gradients``; ``weight`` ``[P]`` is the preconditioner."""
+        """Compute it at the parameters of ``gradients``; the second moment is Adam's, by name."""
         followed = Instances(train[space.kept].inputs, space.directions)
         rows = gradients.rows(followed, lambda _, directions: directions, "directions")
         outputs = gradients.outputs(test)
         m, r, _ = space.directions.shape
+        weight = None
+        if second_moment is not None and protocol.optimizer != "sgd":
+            left, right = (scaled(x, second_moment, protocol) for x in (outputs, rows))
+            if left is None or right is None:
+                weight = preconditioner(protocol, second_moment)
+            else:
+                outputs, rows = left, right
         inner = rows.gram(rows, weight).reshape(m, r, m * r)
         return cls(inner, outputs.gram(rows, weight).reshape(-1, m * r))
 
@@ -94,8 +102,9 @@ def responses(
     points: Sequence[int],
     segments: Sequence[Segment],
     kernels: Iterator[Kernel],
+    groups: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the changes ``[J·D, L]`` of test outputs at each of the E evaluation points.
+    """Yield the changes ``[J·D, L + K]`` of test outputs at each of the E evaluation points.
 
     Args:
         left_out: ``[L]``, one instance per run.
@@ -103,14 +112,16 @@ def responses(
         points: ``[E]`` optimizer steps.
         segments: of the evaluation points, each with the next of ``kernels``. The coefficients of earlier
             segments are carried over, that is, read with the new Jacobians.
+        groups: ``[K, G]``, instances left out together by K more runs, under ``mask``.
     """
     m, r, _ = space.directions.shape
     like = along.gradient
     place = torch.full((instances,), -1, dtype=torch.int64, device=like.device)
     place[space.kept] = torch.arange(m, device=like.device)
-    optimizer = CoefficientOptimizer(protocol, (m * r, len(left_out) + 1), like)
+    runs = len(left_out) + (0 if groups is None else len(groups))
+    optimizer = CoefficientOptimizer(protocol, (m * r, runs + 1), like)
     coefficients = optimizer.coefficients
-    stream, taken = steps(seed, left_out, instances, protocol, like.dtype), 0
+    stream, taken = steps(seed, left_out, instances, protocol, like.dtype, groups), 0
     whole = m == instances
     for segment in segments:
         kernel = next(kernels)

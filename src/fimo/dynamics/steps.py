@@ -13,12 +13,12 @@ from fimo.further_training.protocol import Protocol
 
 @dataclass(frozen=True)
 class Step:
-    """One step of L runs that leave out an instance, aligned with the full run's.
+    """One step of L runs that leave out an instance and K that leave out a group, beside the full run's.
 
     Args:
         index: ``[m]``, all instances that any of the runs sees.
         full: ``[m]``, what the full run multiplies their losses with.
-        without: ``[m, L]``, what the runs leaving out instances multiply them with.
+        without: ``[m, L + K]``, what the runs leaving out instances multiply them with.
         lr: learning rate.
     """
 
@@ -29,7 +29,12 @@ class Step:
 
 
 def steps(
-    seed: int, left_out: Tensor, instances: int, protocol: Protocol, dtype: torch.dtype
+    seed: int,
+    left_out: Tensor,
+    instances: int,
+    protocol: Protocol,
+    dtype: torch.dtype,
+    groups: Tensor | None = None,
 ) -> Iterator[Step]:
     """Yield the steps of a seed's full run, to its last evaluation point.
 
@@ -39,10 +44,14 @@ def steps(
     Args:
         left_out: ``[L]``, one instance per run.
         instances: N.
+        groups: ``[K, G]``, instances that K more runs leave out together; ``shift`` is ``mask`` for them.
     """
     total, size = protocol.total_steps(instances), protocol.batch_size
     generator = torch.Generator().manual_seed(seed)
     left_out = left_out.cpu()
+    groups = torch.empty(0, 0, dtype=torch.int64) if groups is None else groups.cpu()
+    member = torch.zeros(instances, len(groups), dtype=torch.bool)
+    member.scatter_(0, groups.T, True)
     taken = 0
     while True:
         order = torch.randperm(instances, generator=generator)
@@ -60,20 +69,19 @@ def steps(
             without = without.expand(len(here), len(left_out)).clone()
             if protocol.leave_out != "every_batch":
                 without[here[:, None] == hole] = 0.0
+                masked = full[:, None].masked_fill(member[window], 0.0)
             else:
-                window, full, without = _everywhere(window, full, without, left_out, instances)
+                apart = member.any(1)
+                apart[left_out] = True
+                apart[window] = False
+                missing = apart.nonzero()[:, 0]  # their losses are subtracted from every batch's
+                window = torch.cat([window, missing])
+                full = torch.cat([full, full.new_zeros(len(missing))])
+                without = torch.cat([without, without.new_zeros(len(missing), len(left_out))])
+                without -= (window[:, None] == left_out).to(dtype) / instances
+                masked = full[:, None] - member[window].to(dtype) / instances
+            without = torch.cat([without, masked], 1)
             yield Step(window, full, without, protocol.learning_rate(taken, total))
             taken += 1
             if taken == total:
                 return
-
-
-def _everywhere(
-    window: Tensor, full: Tensor, without: Tensor, left_out: Tensor, instances: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Subtract each run's own loss / N, whether or not the batch holds the instance."""
-    missing = left_out[~torch.isin(left_out, window)].unique()
-    window = torch.cat([window, missing])
-    full = torch.cat([full, full.new_zeros(len(missing))])
-    without = torch.cat([without, without.new_zeros(len(missing), without.shape[1])])
-    return window, full, without - (window[:, None] == left_out).to(without.dtype) / instances

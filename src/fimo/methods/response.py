@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -26,6 +26,7 @@ from fimo.dynamics.response import (
     with_parameters,
 )
 from fimo.errors import InputError
+from fimo.further_training.linear import linear_layers
 from fimo.further_training.protocol import DTYPES
 from fimo.further_training.trajectory import FurtherTraining, Trajectory
 from fimo.methods.base import AttributionMethod
@@ -151,8 +152,14 @@ class Response(FollowingMethod):
 
     # -- along="path" ---------------------------------------------------------------------------------
 
-    def by_seed(self, test: Instances) -> Iterator[tuple[Trajectory, Tensor]]:
-        """Yield each seed's full run and its scores ``[E, J, L]`` (float64)."""
+    def by_seed(
+        self, test: Instances, groups: Mapping[int, Tensor] | None = None
+    ) -> Iterator[tuple[Trajectory, Tensor]]:
+        """Yield each seed's full run and its scores ``[E, J, L]`` (float64).
+
+        Args:
+            groups: by seed, ``[K, G]`` instances that are left out together, whose scores follow the others.
+        """
         dtype = DTYPES[self.ft.protocol.dtype]
         model, train = self.final_model.to(dtype=dtype), self.train.to(dtype=dtype)
         test = test.to(dtype=dtype)
@@ -175,7 +182,7 @@ class Response(FollowingMethod):
             )
             changes = responses(
                 trajectory.seed, self.left_out, len(train), self.ft.protocol, space, along, self.ft.steps,
-                cut, kernels,
+                cut, kernels, None if groups is None else groups[trajectory.seed],
             )  # fmt: skip
             found = []
             for parameters, change in zip(trajectory.parameters[1:], changes, strict=True):
@@ -190,7 +197,8 @@ class Response(FollowingMethod):
         outputs = self.final_model.outputs(test[:1])[0].numel()
         rows = min(self.max_rows, n * outputs)
         # a factored inner product costs about the layers' widths, twice sqrt(P) each; a weighted one costs P
-        width = p if self.ft.protocol.optimizer != "sgd" else 4 * p**0.5
+        factored = self.ft.protocol.optimizer == "sgd" or linear_layers(self.final_model.network) is not None
+        width = 4 * p**0.5 if factored else p
         one = 2.0 * rows * (rows + len(test) * outputs) * width
         runs = len(self.ft.seeds) * len(self.left_out) * self.ft.steps[-1]
         whole = 6.0 * runs * min(self.ft.protocol.batch_size, n) * p
@@ -238,8 +246,8 @@ class Response(FollowingMethod):
         parameters = mean_of([m[0] for m in middles])
         moments = [m[1] for m in middles if m[1] is not None]
         gradients = InstanceGradients(with_parameters(model, parameters), self.memory_mb)
-        weight = preconditioner(self.ft.protocol, mean_of(moments) if moments else None)
-        kernel = Kernel.at(gradients, train, test, space, weight)
+        moment = mean_of(moments) if moments else None
+        kernel = Kernel.at(gradients, train, test, space, self.ft.protocol, moment)
         self.gradient_evaluations += gradients.evaluations
         return kernel
 

@@ -1,0 +1,43 @@
+"""The factored preconditioner against the diagonal that it stands for."""
+
+from __future__ import annotations
+
+import torch
+
+from fimo.curvature.gradients import InstanceGradients
+from fimo.dynamics.optimizer import preconditioner, scaled
+from fimo.further_training.protocol import Protocol
+from tests.cases import CASES
+
+ADAM = Protocol(optimizer="adam", epochs=1)
+
+
+def test_a_second_moment_of_rank_one_is_scaled_exactly() -> None:
+    case = CASES["mlp_regression"]()
+    gradients = InstanceGradients(case.final_model)
+    rows = gradients.outputs(case.train)
+    generator = torch.Generator().manual_seed(0)
+    moments = {}
+    for name, shape in rows.shapes.items():
+        parts = [0.1 + torch.rand(n, generator=generator, dtype=torch.float64) for n in shape]
+        moments[name] = parts[0][:, None] * parts[1] if len(parts) == 2 else parts[0]
+    found = scaled(rows, moments, ADAM)
+    assert found is not None
+    expected = rows.gram(rows, preconditioner(ADAM, moments))
+    torch.testing.assert_close(found.gram(found), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_a_real_second_moment_is_scaled_closely_and_unused_parameters_do_no_harm() -> None:
+    case = CASES["mlp_classification"]()
+    gradients = InstanceGradients(case.final_model)
+    rows = gradients.losses(case.train)
+    flat = rows.dense()[:, 0].square().mean(0)
+    moments, start = {}, 0
+    for name, shape in rows.shapes.items():
+        moments[name] = flat[start : start + shape.numel()].view(shape)
+        start += shape.numel()
+    found = scaled(rows, moments, ADAM)
+    assert found is not None
+    inner, expected = found.gram(found).flatten(), rows.gram(rows, preconditioner(ADAM, moments)).flatten()
+    assert torch.isfinite(inner).all()
+    assert torch.nn.functional.cosine_similarity(inner, expected, dim=0) > 0.97
