@@ -137,6 +137,21 @@ def test_float32_changes_equal_those_of_a_float32_loop_to_rounding(name: str) ->
     assert_equals_plain_loop(case, Protocol(batch_size=5, epochs=4, lr=0.05), tolerance=2e-5)
 
 
+@pytest.mark.parametrize("name", ["mlp_classification", "conv_net", "transformer"])
+def test_autocast_changes_results_by_no_more_than_its_precision(name: str) -> None:
+    case = CASES[name]().to(torch.float32)
+    data = (case.final_model, case.train, case.test)
+    settings = {"batch_size": 5, "epochs": 2, "lr": 0.05}
+    exact = further_train(*data, Protocol(**settings), [0], [1, 2])
+    lower = further_train(*data, Protocol(**settings, autocast="bfloat16"), [0], [1, 2])
+    assert exact.full_losses is not None
+    assert lower.full_losses is not None
+    difference = (exact.full_losses - lower.full_losses).abs().max() / exact.full_losses.abs().max()
+    assert 1e-5 < difference < 2e-2
+    correlation = torch.corrcoef(torch.stack([exact.raw.flatten(), lower.raw.flatten()]))[0, 1]
+    assert correlation > 0.99
+
+
 def test_only_trainable_parameters_move() -> None:
     data = CASES["mlp_classification"]()
     network = data.final_model.network

@@ -160,27 +160,32 @@ class FunctionalNetwork(StackedNetwork):
 
     def _weighted(self, instances: Instances, weight: Tensor, shared: bool, seed: int) -> dict[str, Tensor]:
         def loss(parameters: dict[str, Tensor], inputs: Inputs, targets: Tensor, weight: Tensor) -> Tensor:
-            with torch.autocast(targets.device.type, self.autocast, enabled=self.autocast is not None):
-                outputs = functional_apply(self.network, {**self.buffers, **parameters}, inputs)
+            outputs = functional_apply(self.network, {**self.buffers, **parameters}, inputs)
             outputs = outputs.to(weight.dtype)
             return (self.loss(outputs, targets) * weight).sum()
 
         inputs, targets = instances.inputs, instances.targets
         axis = None if shared else 0
-        with sdpa_kernel(SDPBackend.MATH), seeded(seed if self.stochastic else None, targets.device):
-            if self.vectorise:
+        if self.vectorise:
+            with self._training_step(seed):
                 mapped = vmap(grad(loss), in_dims=(0, axis, axis, 0), randomness="same")
                 return mapped(self.parameters, inputs, targets, weight)
         single = []
         for r in range(self.replicas):
-            with seeded(seed if self.stochastic else None, targets.device):
-                own = instances if shared else Instances(_row(inputs, r), targets[r])
-                parameters = {n: p[r].detach().requires_grad_() for n, p in self.parameters.items()}
-                with torch.enable_grad():
-                    value = loss(parameters, own.inputs, own.targets, weight[r])
-                found = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
-                single.append(dict(zip(parameters, found, strict=True)))
+            own = instances if shared else Instances(_row(inputs, r), targets[r])
+            parameters = {n: p[r].detach().requires_grad_() for n, p in self.parameters.items()}
+            with self._training_step(seed), torch.enable_grad():
+                value = loss(parameters, own.inputs, own.targets, weight[r])
+            found = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
+            single.append(dict(zip(parameters, found, strict=True)))
         return {n: torch.stack([g[n] for g in single]) for n in self.parameters}
+
+    @contextlib.contextmanager
+    def _training_step(self, seed: int) -> Iterator[None]:
+        """Set a step's random state, precision, and an attention kernel that can be vectorised."""
+        lower = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+        with lower, sdpa_kernel(SDPBackend.MATH), seeded(seed if self.stochastic else None, self.device):
+            yield
 
     def outputs(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
         model = self.evaluation_model
