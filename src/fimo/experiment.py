@@ -31,6 +31,7 @@ from fimo.reporting.wandb import log_run
 from fimo.scoring import applicable, score
 from fimo.store import Store, write_tensors
 from fimo.summary import summarise
+from fimo.tasks import Judged, build_tasks, with_findings
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     methods, skipped = applicable(build_methods(config), build_final_model(module, config), data.train)
     for name, reason in skipped.items():
         log.warning("%s is skipped: %s", name, reason)
+    tasks = build_tasks(config, data)
     trainer = build_trainer(config)
     device = trainer.strategy.root_device
 
@@ -101,6 +103,13 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
         costs.append(cost)
         log.info("%s: %.1f s", name, cost.seconds)
 
+    findings = {}
+    for name, task in tasks.items():
+        with measured(name) as cost:
+            findings[name] = task(Judged(config, data, plan, final_model, methods, store, device, cost))
+        costs.append(cost)
+        log.info("%s: %.1f s", name, cost.seconds)
+
     with measured("evaluation") as cost:
         evaluation = assess(
             scores,
@@ -118,6 +127,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
             plain(config), data, final_model, final_quality, sensitivity, methods, scores, evaluation,
             costs, skipped,
         )  # fmt: skip
+        results = with_findings(results, findings, run_dir)
         results.save(run_dir)
         write_costs(costs, run_dir / "cost.csv")
         if config.report:

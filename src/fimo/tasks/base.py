@@ -1,0 +1,150 @@
+"""What a task is handed: a run's final model, data, plan and methods, and the engine with its store."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+
+from fimo.build import build
+from fimo.cost import Cost
+from fimo.data.datamodule import InstancesModule
+from fimo.environment import trainer_settings
+from fimo.errors import InputError
+from fimo.evaluation.assessment import Scores
+from fimo.further_training import further_train
+from fimo.further_training.sensitivity import Sensitivity
+from fimo.methods.base import AttributionMethod
+from fimo.models.final_model import FinalModel
+from fimo.plan import Plan
+from fimo.reporting.results import TASK_TABLES, Results
+from fimo.scoring import score
+from fimo.store import Store, written_aside
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A run whose methods are judged.
+
+    Args:
+        config: of the run.
+        data: its training and test instances.
+        plan: the protocol of further training, its seeds and the test instances.
+        final_model: trained, on the CPU.
+        methods: by name.
+        store: where scores and further training are kept.
+        device: of the methods' computations.
+        cost: gets the gradient evaluations of the task.
+    """
+
+    config: DictConfig
+    data: InstancesModule
+    plan: Plan
+    final_model: FinalModel
+    methods: Mapping[str, AttributionMethod]
+    store: Store
+    device: torch.device
+    cost: Cost
+
+    def scores(self, left_out: Sequence[int] | None = None) -> Scores:
+        """Return every method's access level and scores ``[J, L]`` or ``[E, J, L]``.
+
+        Args:
+            left_out: training instances; all N when None.
+        """
+        chosen = list(range(len(self.data.train)) if left_out is None else left_out)
+        plan = replace(self.plan, left_out=chosen)
+        model, found = self.final_model.to(self.device), {}
+        for name, method in self.methods.items():
+            cost = Cost(name)
+            tensors = score(name, method, model, self.data, plan, self.config, self.store, cost)
+            self.cost.gradient_evaluations += cost.gradient_evaluations
+            found[name] = (str(method.access), tensors["scores"])
+        return found
+
+    def leave_out(self, groups: Sequence[Any], seeds: Sequence[int] | None = None) -> Sensitivity:
+        """Further train with and without each of some instances or groups of them.
+
+        Args:
+            seeds: as many as the run's gold standard when None.
+        """
+        plan, cost = self.plan, Cost("further_training")
+        found = further_train(
+            self.final_model,
+            self.data.train,
+            self.data.test[plan.test],
+            plan.protocol,
+            plan.seeds if seeds is None else seeds,
+            groups,
+            test_index=plan.test,
+            store=self.store,
+            chunk=plan.chunk,
+            subtract_mean=plan.subtract_mean,
+            trainer=trainer_settings(self.config),
+            cost=cost,
+        )
+        self.cost.gradient_evaluations += cost.gradient_evaluations
+        return found
+
+
+class Task(ABC):
+    """One more way to judge methods."""
+
+    def check(self, config: DictConfig, data: InstancesModule) -> None:  # noqa: B027, as most need none
+        """Refuse a run that the task can't judge, before any training.
+
+        Raises:
+            InputError: naming the key at fault.
+        """
+
+    @abstractmethod
+    def __call__(self, run: Judged) -> pd.DataFrame | Sensitivity:
+        """Judge a run's methods: a table, or another gold standard to compare with."""
+
+
+def build_tasks(config: DictConfig, data: InstancesModule) -> dict[str, Task]:
+    """Build every configured task by name, and check that it applies.
+
+    Raises:
+        InputError: naming the key under ``evaluation.tasks`` at fault.
+    """
+    tasks = {}
+    for name, node in (config.evaluation.tasks or {}).items():
+        task = build(node, f"evaluation.tasks.{name}", _convert_="all")
+        if not isinstance(task, Task):
+            raise InputError(f"evaluation.tasks.{name}", f"expected a Task but got {type(task).__name__}")
+        task.check(config, data)
+        tasks[str(name)] = task
+    return tasks
+
+
+def with_findings(
+    results: Results, findings: Mapping[str, pd.DataFrame | Sensitivity], folder: Path
+) -> Results:
+    """Add what tasks found to a run's results; tables that no report knows are only written."""
+    tables = {n: found for n, found in findings.items() if isinstance(found, pd.DataFrame)}
+    for name in tables.keys() - TASK_TABLES.keys():
+        with written_aside(folder / f"evaluation_{name}.csv") as path:
+            tables[name].to_csv(path, index=False)
+    known = {name: table for name, table in tables.items() if name in TASK_TABLES}
+    again = next((f for f in findings.values() if isinstance(f, Sensitivity)), None)
+    return replace(results, tasks=known, retraining=again)
+
+
+def seeds_of(value: int | None, plan: Plan, key: str) -> list[int]:
+    """Return the first so many of the run's seeds; all when None.
+
+    Raises:
+        InputError: with ``key``.
+    """
+    if value is None:
+        return plan.seeds
+    if not 1 <= value <= len(plan.seeds):
+        raise InputError(key, f"expected 1 to {len(plan.seeds)} (further_training.seeds) but got {value}")
+    return plan.seeds[:value]

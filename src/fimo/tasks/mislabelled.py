@@ -1,0 +1,108 @@
+"""Detection of labels that were flipped before the final model was trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from fimo.build import build_final_model, build_module, build_trainer, training_key
+from fimo.cost import Cost
+from fimo.data.datamodule import InstancesModule
+from fimo.data.instances import Instances
+from fimo.errors import InputError
+from fimo.evaluation.mislabelled import detection, flip_labels, suspicion
+from fimo.models.training import train_final_model
+from fimo.tasks.base import Judged, Task, seeds_of
+
+KEY = "evaluation.tasks.mislabelled"
+GOLD_STANDARD = "further training"
+"""The row of the sensitivity itself: what a perfect attribution would find."""
+
+
+class Mislabelled(Task):
+    """Flip labels, train a final model on them, and see whose scores find them among candidates.
+
+    Args:
+        share: of the training set's labels that are flipped.
+        candidates: how many training instances, evenly spaced, are ordered by suspicion; None for all. The
+            gold standard is made for these.
+        order_by: ``test`` takes the instances that harm the test instances most; ``self`` those that their
+            own loss depends on most (self-influence), which needs no right labels to compare with.
+        repeats: final models, each trained on other flips; error bars are over them.
+        seeds: of further training; None for as many as the gold standard has; 0 leaves out its row.
+        seed: of the flips.
+    """
+
+    def __init__(
+        self,
+        share: float = 0.1,
+        candidates: int | None = 100,
+        order_by: str = "test",
+        repeats: int = 3,
+        seeds: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not 0 < share < 1:
+            raise InputError(f"{KEY}.share", f"expected a share between 0 and 1 but got {share}")
+        if order_by not in ("test", "self"):
+            raise InputError(f"{KEY}.order_by", f"expected test or self but got {order_by!r}")
+        if repeats < 1:
+            raise InputError(f"{KEY}.repeats", f"expected at least 1 but got {repeats}")
+        if candidates is not None and candidates < 2:
+            raise InputError(f"{KEY}.candidates", f"expected at least 2 but got {candidates}")
+        self.share, self.candidates, self.order_by = share, candidates, order_by
+        self.repeats, self.seeds, self.seed = repeats, seeds, seed
+
+    def check(self, config: DictConfig, data: InstancesModule) -> None:
+        if data.task != "classification":
+            raise InputError(KEY, f"labels can only be flipped in classification; this is {data.task}")
+        if config.model.checkpoint is not None:
+            raise InputError(KEY, "needs a final model that is trained here, without model.checkpoint")
+
+    def __call__(self, run: Judged) -> pd.DataFrame:
+        candidates = self._candidates(len(run.data.train))
+        repeats = []
+        for repeat in range(self.repeats):
+            generator = torch.Generator().manual_seed(1000 * self.seed + repeat)
+            targets, flipped = flip_labels(run.data.train.targets, self.share, run.data.outputs, generator)
+            repeats.append((self._found(self._flipped(run, targets), candidates), flipped[candidates]))
+        return detection(repeats)
+
+    def _candidates(self, instances: int) -> list[int]:
+        count = min(self.candidates or instances, instances)
+        return [k * instances // count for k in range(count)]
+
+    def _flipped(self, run: Judged, targets: Tensor) -> Judged:
+        """Return the run with other training targets, and a final model that was trained on them."""
+        data = copy.copy(run.data)
+        data.train = Instances(run.data.train.inputs, targets)
+        module = build_module(run.config, data)
+        key, cost = training_key(run.config, module), Cost("final_model")
+        train_final_model(module, data, build_trainer(run.config), run.store, key, run.config.seed, cost)
+        run.cost.gradient_evaluations += cost.gradient_evaluations
+        return replace(run, data=data, final_model=build_final_model(module, run.config))
+
+    def _found(self, run: Judged, candidates: Sequence[int]) -> dict[str, Tensor]:
+        """Return by method the suspicion ``[L]`` of each candidate."""
+        measure: Callable[[Tensor], Tensor] = suspicion
+        if self.order_by == "self":
+            data = copy.copy(run.data)
+            data.test = run.data.train[list(candidates)]
+            run = replace(run, data=data, plan=replace(run.plan, test=list(range(len(candidates)))))
+            measure = own
+        found = {name: measure(scores) for name, (_, scores) in run.scores(candidates).items()}
+        if self.seeds != 0:
+            seeds = seeds_of(self.seeds, run.plan, f"{KEY}.seeds")
+            found[GOLD_STANDARD] = measure(run.leave_out(list(candidates), seeds).raw.mean(0))
+        return found
+
+
+def own(scores: Tensor) -> Tensor:
+    """Return self-influences: the diagonal of ``[L, L]``, or of the last of ``[E, L, L]``; ``[L]``."""
+    return (scores[-1] if scores.ndim == 3 else scores).double().diagonal()

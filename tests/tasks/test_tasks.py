@@ -1,0 +1,165 @@
+"""More ways to judge, from the configuration to their tables, each through the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
+from torch import nn
+
+from fimo.build import build_data, build_final_model, build_methods, build_module
+from fimo.config import validated
+from fimo.cost import Cost
+from fimo.errors import InputError
+from fimo.experiment import run_experiment
+from fimo.further_training import Protocol
+from fimo.plan import Plan
+from fimo.store import Store
+from fimo.tasks import Judged, Mislabelled, build_tasks, retrain
+from fimo.tasks.mislabelled import GOLD_STANDARD
+from fimo.tasks.retraining import check_retraining
+from tests.reference.further_training import plain_sensitivity
+
+CONF = Path(__file__).parents[2] / "conf"
+SMALL = [
+    "dataset=digits", "trainer.max_epochs=2", "further_training.epochs=1", "further_training.seeds=2",
+    "further_training.left_out=4", "further_training.test=5", "trainer.enable_progress_bar=false",
+    "model.network.hidden=[8]", "evaluation.bootstrap=0", "logger=none", "report=false", "threads=1",
+    "+method=[graddot,random]",
+]  # fmt: skip
+
+
+def configured(store: Path, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return validated(compose("config", overrides=[*SMALL, f"store={store}", *overrides]), CONF)
+
+
+def judged(config: DictConfig) -> Judged:
+    """Return a run whose final model is untrained."""
+    data = build_data(config)
+    final_model = build_final_model(build_module(config, data), config)
+    methods = build_methods(config)
+    plan, device = Plan.of(config, data), torch.device("cpu")
+    return Judged(config, data, plan, final_model, methods, Store(config.store), device, Cost("task"))
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("everything")
+    (folder / "run").mkdir()
+    config = configured(
+        folder / "store", "evaluation=everything", "evaluation.tasks.datamodeling.subsets=5",
+        "evaluation.tasks.removal.counts=[1,20]", "evaluation.tasks.mislabelled.candidates=30",
+        "evaluation.tasks.mislabelled.repeats=2",
+    )  # fmt: skip
+    run_experiment(config, folder / "run")
+    return folder / "run"
+
+
+def test_every_way_to_judge_writes_its_table_with_error_bars_and_cost(everything: Path) -> None:
+    lds = pd.read_csv(everything / "evaluation_datamodeling.csv")
+    assert list(lds["method"]) == ["graddot", "random"]
+    assert lds["sem"].notna().all()
+    removal = pd.read_csv(everything / "evaluation_removal.csv")
+    assert set(zip(removal["method"], removal["removed"], strict=True)) == {
+        (name, k) for name in ("graddot", "random", "chance") for k in (1, 20)
+    }
+    assert removal["sem"].notna().all()
+    mislabelled = pd.read_csv(everything / "evaluation_mislabelled.csv")
+    assert list(mislabelled["method"]) == ["graddot", "random", GOLD_STANDARD]
+    assert mislabelled["mean"].between(0, 1).all()
+    assert (mislabelled["repeats"] == 2).all()
+    stages = list(pd.read_csv(everything / "cost.csv")["stage"])
+    assert stages[-6:] == ["datamodeling", "removal", "mislabelled", "retraining", "evaluation", "report"]
+
+
+def test_retraining_is_on_the_same_instances_as_the_sensitivity(everything: Path) -> None:
+    again, further = (load_file(everything / f"{name}.safetensors") for name in ("retraining", "sensitivity"))
+    assert again["raw"].shape == (2, 1, 5, 4)
+    for axis in ("left_out", "test", "seeds"):
+        assert again[axis].tolist() == further[axis].tolist()
+
+
+def test_retraining_equals_plain_training_from_each_seeds_initial_parameters(tmp_path: Path) -> None:
+    config = configured(
+        tmp_path, "dataset=diabetes", "model.optimizer=adam", "model.lr=0.001", "model.weight_decay=0.01",
+        "further_training.left_out=[0,3]", "further_training.dtype=float64",
+    )  # fmt: skip
+    run = judged(config)
+    found = retrain(run, run.plan.left_out, [0, 5])
+    protocol = Protocol(
+        optimizer="adam", lr=0.001, batch_size=32, epochs=2, weight_decay=0.01, dtype="float64"
+    )
+    for s, seed in enumerate([0, 5]):
+        own = OmegaConf.merge(config, {"seed": seed})
+        assert isinstance(own, DictConfig)
+        initial = build_final_model(build_module(own, run.data), own)
+        test = run.data.test[run.plan.test]
+        plain = plain_sensitivity(initial, run.data.train, test, protocol, [seed], [(0,), (3,)])
+        torch.testing.assert_close(
+            found.raw[s, -1].double(), plain["raw"][0, -1].double(), rtol=1e-4, atol=1e-8
+        )
+    assert found.step.tolist() == [26]
+    assert not torch.equal(found.raw[0], found.raw[1])
+
+
+def test_flipped_labels_train_another_model_and_leave_the_runs_data_alone(tmp_path: Path) -> None:
+    run = judged(configured(tmp_path))
+    before = run.data.train.targets.clone()
+    targets = (before + 1) % 10
+    other = Mislabelled()._flipped(run, targets)
+    assert torch.equal(run.data.train.targets, before)
+    assert torch.equal(other.data.train.targets, targets)
+    right, wrong = (float(m.losses(run.data.test).mean()) for m in (run.final_model, other.final_model))
+    assert wrong > right, "a model of wrong labels fits right ones worse than an untrained one"
+
+
+def test_a_label_flipped_on_purpose_is_found_by_the_gold_standard_and_by_self_influence(
+    tmp_path: Path,
+) -> None:
+    run = judged(configured(tmp_path, "trainer.max_epochs=8"))
+    for order_by in ("test", "self"):
+        found = Mislabelled(order_by=order_by, repeats=1, candidates=60)(run).set_index("method")
+        assert found.loc[[GOLD_STANDARD, "graddot"], "mean"].min() > 3 * found["chance"].iloc[0], order_by
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "said"),
+    [
+        (["evaluation=mislabelled", "dataset=diabetes"], "mislabelled", "this is regression"),
+        (["evaluation=mislabelled", f"model.checkpoint={__file__}"], "mislabelled", "model.checkpoint"),
+        (["evaluation=mislabelled", "evaluation.tasks.mislabelled.share=1.5"], "mislabelled.share", "share"),
+        (["evaluation=counterfactual", "evaluation.tasks.removal.counts=[2000]"], "removal.counts", "1617"),
+        (["evaluation=lds", "evaluation.tasks.datamodeling.start=none"], "datamodeling.start", "random"),
+        (["evaluation=lds", "+evaluation.tasks.datamodeling.subset=3"], "datamodeling", "subset"),
+    ],
+)  # fmt: skip
+def test_a_task_that_does_not_apply_is_refused_before_any_training(
+    tmp_path: Path, overrides: list[str], key: str, said: str
+) -> None:
+    config = configured(tmp_path, *overrides)
+    with pytest.raises(InputError) as refused:
+        build_tasks(config, build_data(config))
+    assert refused.value.key == f"evaluation.tasks.{key}"
+    assert said in refused.value.problem
+
+
+def test_batch_statistics_are_not_trained_from_scratch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(tmp_path, "evaluation=retraining")
+    network = nn.Sequential(nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 10))
+    data = build_data(config)
+    monkeypatch.setattr("fimo.build.build", lambda node, key, **_: network)
+    with pytest.raises(InputError, match="batch normalisation"):
+        check_retraining(config, data, "evaluation.tasks.retraining")
+
+
+def test_several_ways_to_judge_compose(tmp_path: Path) -> None:
+    config = configured(tmp_path, "evaluation=[lds,retraining]")
+    assert set(config.evaluation.tasks) == {"datamodeling", "retraining"}
