@@ -84,7 +84,7 @@ def test_a_target_is_picked_by_name_or_index_and_a_header_may_be_absent(tmp_path
         ("a,b,label\n" + ROWS, {"target": "lable"}, "dataset.target", "no column 'lable'; there are a, b"),
         ("a,b,label\n" + ROWS, {"target": 7}, "dataset.target", "below 3 but got 7"),
         ("a,b,label\n" + ROWS + "\n1,x,no", {}, "dataset.path", "column 'b' has 'x' in data row 20"),
-        ("a,b,label\n" + ROWS + "\n1,,no", {}, "dataset.path", "'b' has a missing value (NaN) in data row 20"),
+        ("a,b,label\n" + ROWS + "\n1,,no", {}, "dataset.path", "'b' has a missing value (NaN) in data row"),
         ("a,b,label\n" + ROWS + "\n1,inf,no", {}, "dataset.path", "'inf' in data row 20"),
         ("a,b,label\n" + ROWS + "\n1,2,", {}, "dataset.target", "missing value in data row 20"),
         ("a,b,label\n" + ROWS.replace("yes", "no"), {}, "dataset.target", "one class only ('no')"),
