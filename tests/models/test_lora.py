@@ -19,7 +19,7 @@ def network() -> nn.Sequential:
 
 def moved(adapted: nn.Module) -> nn.Module:
     for name, parameter in adapted.named_parameters():
-        if name.endswith((".up", ".down")):
+        if name.endswith((".up.weight", ".down.weight")):
             nn.init.normal_(parameter)
     return adapted
 
@@ -35,7 +35,7 @@ def test_merging_is_exact_and_leaves_the_plain_network() -> None:
     add_adapters(adapted, ["*"], rank=2, alpha=3.0)
     before = moved(adapted)(x)
     weight = adapted.get_submodule("2.layer").weight.clone()
-    change = 1.5 * adapted.get_parameter("2.up") @ adapted.get_parameter("2.down")
+    change = 1.5 * adapted.get_parameter("2.up.weight") @ adapted.get_parameter("2.down.weight")
     merge_adapters(adapted)
     torch.testing.assert_close(adapted(x), before, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(adapted.get_parameter("2.weight"), weight + change)
@@ -59,9 +59,9 @@ def test_only_adapters_and_what_is_not_frozen_are_trained() -> None:
     adapted = network()
     add_adapters(adapted, ["0"], rank=2, freeze="[02].*")
     assert [n for n, p in adapted.named_parameters() if p.requires_grad] == [
-        "0.down", "0.up", "4.weight", "4.bias",
+        "0.down.weight", "0.up.weight", "4.weight", "4.bias",
     ]  # fmt: skip
-    model = FinalModel(adapted, cross_entropy, trainable=("*.up", "*.down"))
+    model = FinalModel(adapted, cross_entropy, trainable=("*.up.*", "*.down.*"))
     assert model.size == 2 * (5 + 7)
 
 

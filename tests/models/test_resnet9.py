@@ -8,16 +8,16 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from fimo.errors import InputError
-from fimo.models.resnet9 import ResNet9
+from fimo.models.resnet9 import resnet9
 
 
 def test_it_has_the_usual_number_of_parameters() -> None:
-    assert sum(p.numel() for p in ResNet9(10).parameters()) == 6_573_130
+    assert sum(p.numel() for p in resnet9(10).parameters()) == 6_573_130
 
 
 def test_in_eval_mode_instances_do_not_see_one_another() -> None:
     torch.manual_seed(0)
-    network, x = ResNet9(3, width=2).double(), torch.randn(4, 3, 16, 16).double()
+    network, x = resnet9(3, width=2).double(), torch.randn(4, 3, 16, 16).double()
     network(x)  # batch statistics away from zero and one
     network.eval()
     torch.testing.assert_close(network(x)[1:2], network(x[1:2]), rtol=1e-10, atol=1e-12)
@@ -35,6 +35,6 @@ def test_in_eval_mode_instances_do_not_see_one_another() -> None:
 
 
 def test_greys_and_sizes() -> None:
-    assert ResNet9(4, channels=1, width=2)(torch.randn(2, 1, 28, 28)).shape == (2, 4)
+    assert resnet9(4, channels=1, width=2)(torch.randn(2, 1, 28, 28)).shape == (2, 4)
     with pytest.raises(InputError, match=r"model\.network\.width"):
-        ResNet9(4, width=0)
+        resnet9(4, width=0)

@@ -48,6 +48,7 @@ class EmbeddingSimilarity(AttributionMethod):
         only = (
             isinstance(final_model.network, nn.Sequential)
             and len(list(final_model.network.parameters())) <= 2
+            and not any(isinstance(m, nn.Identity) for m in final_model.network)  # marks computed features
         )
         return (
             "the network has no hidden representation" if only or final_model.network is linear[0] else None

@@ -7,7 +7,8 @@ Attention is the plain ("eager") implementation: fused kernels have neither seco
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from fimo.errors import InputError, shortened
 from fimo.hub import model_source
+from fimo.models.frozen import remaining
 from fimo.models.lora import add_adapters
 
 KEY = "model.network.path"
@@ -42,10 +44,59 @@ class TextClassifier(nn.Module):
         input_ids, attention_mask = trimmed(input_ids, attention_mask)
         mask = additive(attention_mask, self.head.weight.dtype)
         hidden = self.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
-        if self.pooling == "first":
-            return self.head(hidden[:, 0])
-        share = attention_mask.to(hidden.dtype)[..., None]
-        return self.head((hidden * share).sum(1) / share.sum(1).clamp(min=1))
+        return self.head(pooled(hidden, attention_mask, self.pooling))
+
+    def split(self, trainable: Collection[str]) -> tuple[nn.Module, nn.Module] | None:
+        """Cut before the head, or before the first trained block of an encoder such as BERT's."""
+        if not any(name.startswith("encoder.") for name in trainable):
+            return Encoded(self.encoder, pooling=self.pooling), remaining(OrderedDict(head=self.head))
+        blocks = getattr(getattr(self.encoder, "encoder", None), "layer", None)
+        prefix = "encoder.encoder.layer."
+        inside = [n.removeprefix(prefix) for n in trainable if n.startswith("encoder.")]
+        if not isinstance(blocks, nn.ModuleList) or any(n.startswith("encoder.") for n in inside):
+            return None
+        first = min(int(name.split(".")[0]) for name in inside)
+        return Encoded(self.encoder, blocks=first), LastBlocks(blocks, first, self.head, self.pooling)
+
+
+class Encoded(nn.Module):
+    """An encoder's pooled representation ``[n, d]``, or its tokens before one of its blocks.
+
+    Args:
+        pooling: what to return where ``blocks`` is None.
+        blocks: how many are passed through; then ``hidden`` ``[n, T, d]`` with the mask is returned.
+    """
+
+    def __init__(self, encoder: nn.Module, pooling: str = "first", blocks: int | None = None) -> None:
+        super().__init__()
+        self.encoder, self.pooling, self.blocks = encoder, pooling, blocks
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | dict[str, Tensor]:
+        mask = additive(attention_mask, next(self.encoder.parameters()).dtype)
+        found = self.encoder(input_ids=input_ids, attention_mask=mask, output_hidden_states=True)
+        if self.blocks is None:
+            return pooled(found.last_hidden_state, attention_mask, self.pooling)
+        return {"hidden": found.hidden_states[self.blocks], "attention_mask": attention_mask}
+
+
+class LastBlocks(nn.Module):
+    """The blocks of a text classifier from ``first`` on, with its head; parameters keep their names."""
+
+    def __init__(self, blocks: nn.ModuleList, first: int, head: nn.Linear, pooling: str) -> None:
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.encoder = nn.Module()
+        kept = {str(k): block for k, block in enumerate(blocks) if k >= first}
+        self.encoder.encoder.layer = nn.ModuleDict(kept)
+        self.head, self.pooling = head, pooling
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden, attention_mask = trimmed(hidden, attention_mask)
+        mask = additive(attention_mask, hidden.dtype)
+        for block in self.encoder.encoder.layer.values():  # type: ignore[union-attr,operator]
+            found = block(hidden, mask)
+            hidden = found if isinstance(found, Tensor) else found[0]
+        return self.head(pooled(hidden, attention_mask, self.pooling))
 
 
 class Logits(nn.Module):
@@ -90,7 +141,7 @@ def text_classifier(
         head: ``new`` puts a linear layer on the encoder; ``own`` keeps the model's classification head.
         dropout: every rate of the model; None keeps its configured ones.
         adapters: arguments of :func:`~fimo.models.lora.add_adapters`; the encoder is then frozen in the final
-            model's training, and ``model.trainable`` should name the adapters (``*.up``, ``*.down``).
+            model's training, and ``model.trainable`` should name the adapters (``*.up.*``, ``*.down.*``).
 
     Raises:
         InputError: the model can't be read, or does not fit the tokenizer or the classes.
@@ -116,7 +167,7 @@ def text_classifier(
         set_dropout(network, dropout)
     if adapters is not None:
         add_adapters(network, freeze="encoder.*" if head == "new" else "model.*", **adapters)
-    return network
+    return network.train()  # pretrained models come in eval mode, which the Trainer would keep
 
 
 def causal_lm(
@@ -152,7 +203,15 @@ def causal_lm(
     set_dropout(network, dropout)
     if adapters is not None:
         add_adapters(network, freeze="model.*", **adapters)
-    return network
+    return network.train()
+
+
+def pooled(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
+    """Return ``[n, d]`` of token representations ``[n, T, d]``: the first, or the mean over tokens."""
+    if pooling == "first":
+        return hidden[:, 0]
+    share = attention_mask.to(hidden.dtype)[..., None]
+    return (hidden * share).sum(1) / share.sum(1).clamp(min=1)
 
 
 def trimmed(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

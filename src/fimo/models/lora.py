@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Sequence
 
 import torch
@@ -31,16 +30,17 @@ class LowRankAdapter(nn.Module):
         rows, columns = _shape(layer)
         weight = layer.get_parameter("weight")
         self.layer, self.scale = layer, alpha / rank
-        self.down = nn.Parameter(torch.empty(rank, columns, dtype=weight.dtype, device=weight.device))
-        self.up = nn.Parameter(torch.zeros(rows, rank, dtype=weight.dtype, device=weight.device))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        # modules of their own, so that methods which work layer by layer cover them
+        self.down = nn.Linear(columns, rank, bias=False, dtype=weight.dtype, device=weight.device)
+        self.up = nn.Linear(rank, rows, bias=False, dtype=weight.dtype, device=weight.device)
+        nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) + self.scale * ((x @ self.down.T) @ self.up.T)
+        return self.layer(x) + self.scale * self.up(self.down(x))
 
     def merged(self) -> nn.Module:
         """Return the layer with the change added to its weight, in place."""
-        change = self.scale * (self.up @ self.down)
+        change = self.scale * (self.up.weight @ self.down.weight)
         weight = self.layer.get_parameter("weight")
         with torch.no_grad():
             weight.add_(change if isinstance(self.layer, nn.Linear) else change.T)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from collections import OrderedDict
+
 from torch import Tensor, nn
 
 from fimo.errors import InputError
@@ -29,8 +30,8 @@ class Residual(nn.Module):
         return x + self.second(self.first(x))
 
 
-class ResNet9(nn.Module):
-    """Eight convolutions with two residual blocks, and a linear head: images ``[n, c, h, w]`` to logits.
+def resnet9(outputs: int, channels: int = 3, width: int = 64) -> nn.Sequential:
+    """Return eight convolutions with two residual blocks, and a linear head: ``[n, c, h, w]`` to logits.
 
     6,573,130 parameters at width 64 for ten classes (He et al., 2016, in the form of the DAWNBench entries);
     the paper's own image network was not released. Further training keeps the batch statistics frozen.
@@ -39,22 +40,20 @@ class ResNet9(nn.Module):
         outputs: classes.
         channels: c.
         width: of the first layer; later ones are 2, 4 and 8 times as wide.
-        scale: factor of the logits.
+
+    Raises:
+        InputError: a width or a number of channels below 1.
     """
-
-    def __init__(self, outputs: int, channels: int = 3, width: int = 64, scale: float = 1.0) -> None:
-        super().__init__()
-        if width < 1 or channels < 1:
-            raise InputError(
-                "model.network.width", f"expected at least 1 but got {width} ({channels} channels)"
-            )
-        self.prepare = convolution(channels, width)
-        self.layer1 = nn.Sequential(convolution(width, 2 * width, pool=True), Residual(2 * width))
-        self.layer2 = convolution(2 * width, 4 * width, pool=True)
-        self.layer3 = nn.Sequential(convolution(4 * width, 8 * width, pool=True), Residual(8 * width))
-        self.head = nn.Linear(8 * width, outputs)
-        self.scale = scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(self.prepare(x))))
-        return self.scale * self.head(F.adaptive_max_pool2d(x, 1).flatten(1))
+    if width < 1 or channels < 1:
+        raise InputError("model.network.width", f"expected at least 1 but got {width} ({channels} channels)")
+    return nn.Sequential(
+        OrderedDict(
+            prepare=convolution(channels, width),
+            layer1=nn.Sequential(convolution(width, 2 * width, pool=True), Residual(2 * width)),
+            layer2=convolution(2 * width, 4 * width, pool=True),
+            layer3=nn.Sequential(convolution(4 * width, 8 * width, pool=True), Residual(8 * width)),
+            pool=nn.AdaptiveMaxPool2d(1),
+            flat=nn.Flatten(),
+            head=nn.Linear(8 * width, outputs),
+        )
+    )

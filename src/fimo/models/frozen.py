@@ -1,0 +1,113 @@
+"""Computing once what further training never changes: the frozen layers before the first trained one.
+
+Where ``trainable`` leaves out a network's first layers, what they compute of an instance is the same in every
+run and for every method. Their outputs then take the place of the inputs, and the remaining layers that of
+the network; losses and gradients are the same, at a fraction of the cost.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from fimo.data.datamodule import InstancesModule
+from fimo.data.instances import Inputs, Instances
+from fimo.models.final_model import FinalModel, apply, fitting_batch
+
+log = logging.getLogger(__name__)
+
+Data = TypeVar("Data", bound=InstancesModule)
+Parts = tuple[nn.Module, nn.Module]
+MOST_BYTES = 2**30
+"""Of computed inputs; beyond it the network is left whole."""
+
+
+@runtime_checkable
+class Splits(Protocol):
+    """A network that knows how to be cut before its first trained layer."""
+
+    def split(self, trainable: Collection[str]) -> Parts | None:
+        """Return what comes before and what remains, or None where nothing can be cut off.
+
+        Args:
+            trainable: names of the parameters that are trained; the remaining part keeps them.
+        """
+
+
+def without_frozen_part(final_model: FinalModel, data: Data) -> tuple[FinalModel, Data]:
+    """Return the trained part of a final model with a copy of the data that enter it.
+
+    The same objects where nothing is frozen, where nothing can be cut off, or where the frozen part draws
+    random numbers in training (dropout), which differ from run to run.
+    """
+    parts = split(final_model.network, final_model.parameters())
+    if parts is None or not any(True for _ in parts[0].parameters()) or _draws(parts[0]):
+        return final_model, data
+    before, after = parts
+    probe = data.train[:4]
+    if not _agree(final_model, before, after, probe) or _bytes(before, probe, data) > MOST_BYTES:
+        return final_model, data
+    found = copy.copy(data)
+    found.train, found.test = computed(before, data.train), computed(before, data.test)
+    names = tuple(final_model.parameters())
+    frozen = sum(p.numel() for p in before.parameters())
+    log.info("%d frozen parameters before the first trained layer are evaluated once", frozen)
+    return FinalModel(after, final_model.loss, final_model.measurement, names), found
+
+
+def split(network: nn.Module, trainable: Collection[str]) -> Parts | None:
+    """Cut a network before its first trained layer, or return None; see :class:`Splits`."""
+    if isinstance(network, Splits):
+        return network.split(trainable)
+    if not isinstance(network, nn.Sequential) or type(network).forward is not nn.Sequential.forward:
+        return None
+    children = list(network.named_children())
+    first = next(
+        (k for k, (name, _) in enumerate(children) if any(t.startswith(f"{name}.") for t in trainable)), 0
+    )
+    if first == 0:
+        return None
+    return nn.Sequential(OrderedDict(children[:first])), remaining(OrderedDict(children[first:]))
+
+
+def remaining(children: OrderedDict[str, nn.Module]) -> nn.Sequential:
+    """Return a sequence whose input was computed by other layers, marked by a leading identity."""
+    return nn.Sequential(OrderedDict([("computed", nn.Identity()), *children.items()]))
+
+
+@torch.no_grad()
+def computed(before: nn.Module, instances: Instances) -> Instances:
+    """Return instances with a network's outputs in the place of their inputs."""
+    found: list[Inputs] = [apply(before, b.inputs) for b in instances.batches(fitting_batch(instances))]
+    first = found[0]
+    if isinstance(first, Tensor):
+        return Instances(torch.cat([f for f in found if isinstance(f, Tensor)]), instances.targets)
+    together = {name: torch.cat([f[name] for f in found if isinstance(f, dict)]) for name in first}
+    return Instances(together, instances.targets)
+
+
+@torch.no_grad()
+def _agree(final_model: FinalModel, before: nn.Module, after: nn.Module, probe: Instances) -> bool:
+    whole = final_model.outputs(probe)
+    try:
+        parts = apply(after, computed(before, probe).inputs)
+    except Exception as error:  # a model of another structure than expected
+        log.info("the frozen part can't be cut off (%s)", type(error).__name__)
+        return False
+    return parts.shape == whole.shape and torch.allclose(parts, whole, rtol=1e-3, atol=1e-4)
+
+
+def _bytes(before: nn.Module, probe: Instances, data: InstancesModule) -> int:
+    tensors = computed(before, probe).tensors()
+    each = sum(t[0].numel() * t.element_size() for name, t in tensors.items() if name != "targets")
+    return each * (len(data.train) + len(data.test))
+
+
+def _draws(before: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in before.modules())
