@@ -24,6 +24,7 @@ from fimo.cost import Cost, measured, write_costs
 from fimo.environment import quiet_libraries, trainer_settings
 from fimo.evaluation import assess
 from fimo.further_training import further_train
+from fimo.models.frozen import without_frozen_part
 from fimo.models.training import quality, save_checkpoint, train_final_model
 from fimo.plan import Plan
 from fimo.reporting.report import write_report
@@ -71,12 +72,13 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
         final_quality = quality(final_model, data)
     costs.append(cost)
     log.info("final model: %s", final_quality)
+    trained, seen = without_frozen_part(final_model, data)  # what no run changes is computed once
 
     with measured("further_training") as cost:
         sensitivity = further_train(
-            final_model,
-            data.train,
-            data.test[plan.test],
+            trained,
+            seen.train,
+            seen.test[plan.test],
             plan.protocol,
             plan.seeds,
             plan.left_out,
@@ -96,7 +98,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     scores = {}
     for name, method in methods.items():
         with measured(name) as cost:
-            tensors = score(name, method, final_model.to(device), data, plan, config, store, cost)
+            tensors = score(name, method, trained.to(device), seen, plan, config, store, cost)
             scores[name] = (str(method.access), tensors["scores"])
             indices = {"left_out": sensitivity.left_out, "test": sensitivity.test}
             write_tensors(run_dir / "scores" / f"{name}.safetensors", {**tensors, **indices})
