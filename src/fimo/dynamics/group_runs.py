@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
+from fimo.dynamics.threads import one_thread
 from fimo.further_training.chunk import Chunk
 from fimo.further_training.protocol import Protocol
 from fimo.further_training.replicas import Replica
@@ -67,7 +68,8 @@ def run_groups(
         replicas = replicas[len(chunk) :]
         running, found = Chunk(setting, chunk), []
         for step in running.evaluation_steps:
-            running.advance(step)
+            with one_thread():
+                running.advance(step)
             found.append(running.evaluate()[0])
         for replica, values in zip(chunk, torch.stack(found, 1), strict=True):
             losses[replica.seed].append(values)

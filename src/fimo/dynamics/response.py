@@ -27,6 +27,7 @@ from fimo.dynamics.optimizer import CoefficientOptimizer, preconditioner, scaled
 from fimo.dynamics.output_space import OutputSpace
 from fimo.dynamics.points import Segment
 from fimo.dynamics.steps import steps
+from fimo.dynamics.threads import one_thread
 from fimo.further_training.protocol import Protocol
 from fimo.models.final_model import FinalModel, functional_apply
 
@@ -126,35 +127,36 @@ def responses(
     for segment in segments:
         kernel = next(kernels)
         for e in range(segment.first, segment.last):
-            while taken < points[e]:
-                step = next(stream)
-                index, without, full = (t.to(like.device) for t in (step.index, step.without, step.full))
-                if not whole:
-                    index = place[index]
-                    known = index >= 0
-                    index, without, full = index[known], without[known], full[known]
-                k, share = along.bracket(taken)
-                if taken == along.at[k]:
-                    coefficients[:, -1] = 0.0  # the full run's own column starts again from what is known
-                hessian = torch.lerp(along.hessian[k][index], along.hessian[k + 1][index], share)
-                gradient = along.gradient[k][index]
-                change = kernel.train[index].view(-1, m * r) @ coefficients
-                if r == 1:
-                    force = change.mul_(hessian[:, 0])
-                    gradient = gradient + force[:, -1:]
-                    force[:, :-1].mul_(without).addcmul_(without - full[:, None], gradient)
-                    force[:, -1:] = full[:, None] * gradient
-                    rows = index
-                else:
-                    force = hessian @ change.view(len(index), r, -1)
-                    gradient = gradient + force[:, :, -1]
-                    force[:, :, :-1].mul_(without[:, None])
-                    force[:, :, :-1].addcmul_((without - full[:, None])[:, None], gradient[:, :, None])
-                    force[:, :, -1] = full[:, None] * gradient
-                    force = force.flatten(0, 1)
-                    rows = (index[:, None] * r + torch.arange(r, device=like.device)).flatten()
-                optimizer.step(rows, force, step.lr)
-                taken += 1
+            with one_thread():
+                while taken < points[e]:
+                    step = next(stream)
+                    index, without, full = (t.to(like.device) for t in (step.index, step.without, step.full))
+                    if not whole:
+                        index = place[index]
+                        known = index >= 0
+                        index, without, full = index[known], without[known], full[known]
+                    k, share = along.bracket(taken)
+                    if taken == along.at[k]:
+                        coefficients[:, -1] = 0.0  # the full run's own column starts again from what is known
+                    hessian = torch.lerp(along.hessian[k][index], along.hessian[k + 1][index], share)
+                    gradient = along.gradient[k][index]
+                    change = kernel.train[index].view(-1, m * r) @ coefficients
+                    if r == 1:
+                        force = change.mul_(hessian[:, 0])
+                        gradient = gradient + force[:, -1:]
+                        force[:, :-1].mul_(without).addcmul_(without - full[:, None], gradient)
+                        force[:, -1:] = full[:, None] * gradient
+                        rows = index
+                    else:
+                        force = hessian @ change.view(len(index), r, -1)
+                        gradient = gradient + force[:, :, -1]
+                        force[:, :, :-1].mul_(without[:, None])
+                        force[:, :, :-1].addcmul_((without - full[:, None])[:, None], gradient[:, :, None])
+                        force[:, :, -1] = full[:, None] * gradient
+                        force = force.flatten(0, 1)
+                        rows = (index[:, None] * r + torch.arange(r, device=like.device)).flatten()
+                    optimizer.step(rows, force, step.lr)
+                    taken += 1
             yield kernel.test @ coefficients[:, :-1]
 
 

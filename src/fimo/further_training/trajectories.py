@@ -18,7 +18,7 @@ from fimo.further_training.gold_standard import check_seeds, evaluation_points
 from fimo.further_training.identity import describe
 from fimo.further_training.protocol import Protocol
 from fimo.further_training.replicas import Replica
-from fimo.further_training.setting import Setting
+from fimo.further_training.setting import Setting, chunk_size, worker_threads
 from fimo.further_training.trajectory import Trajectory
 from fimo.models.final_model import FinalModel
 from fimo.store import Store, write_tensors
@@ -70,12 +70,27 @@ def full_runs(
     seeds = check_seeds(seeds)
     device = trainer_device(trainer) if device is None else device
     setting = Setting.build(final_model, train, train[:1], protocol, device)
-    for seed in seeds:
+    for start in range(0, len(seeds), together := _at_once(setting, len(seeds))):
+        chosen = seeds[start : start + together]
         if store is None:
-            yield _in_memory(setting, seed)
+            yield from _in_memory(setting, chosen)
         else:
-            key = {**describe(final_model, train, train[:0], protocol), "seed": seed}
-            yield _stored(setting, seed, store.folder("trajectory", key))
+            keys = [{**describe(final_model, train, train[:0], protocol), "seed": s} for s in chosen]
+            yield from _stored(setting, chosen, [store.folder("trajectory", key) for key in keys])
+
+
+MEMORY = 2**28
+"""Bytes of trajectories that are made together, as one chunk."""
+
+
+def _at_once(setting: Setting, seeds: int) -> int:
+    """Return how many seeds' full runs are advanced together."""
+    if setting.stochastic:  # a chunk's replicas share their dropout masks
+        return 1
+    states = 1 + (setting.protocol.optimizer != "sgd")
+    points = 1 + len(evaluation_points(setting.protocol, len(setting.train))[0])
+    one = 8 * states * points * setting.final_model.size
+    return max(1, min(seeds, chunk_size(setting, seeds * worker_threads(setting)), MEMORY // one))
 
 
 def trainer_device(trainer: Mapping[str, Any] | None) -> torch.device:
@@ -87,22 +102,37 @@ def trainer_device(trainer: Mapping[str, Any] | None) -> torch.device:
     return make_trainer(trainer).strategy.root_device
 
 
-def _points(setting: Setting, seed: int) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
-    """Yield (step, tensors by kind and name) at θ^f and at each evaluation point."""
-    chunk = Chunk(setting, [Replica(seed)])
+def _points(
+    setting: Setting, seeds: Sequence[int]
+) -> Iterator[tuple[int, list[dict[str, dict[str, Tensor]]]]]:
+    """Yield (step, each seed's tensors by kind and name) at θ^f and at each evaluation point."""
+    chunk = Chunk(setting, [Replica(seed) for seed in seeds])
     for step in [0, *evaluation_points(setting.protocol, len(setting.train))[0]]:
-        chunk.advance(step)
-        yield step, _tensors(chunk)
+        with _one_thread(setting):
+            chunk.advance(step)
+        yield step, [_tensors(chunk, row) for row in range(len(seeds))]
 
 
-def _tensors(chunk: Chunk) -> dict[str, dict[str, Tensor]]:
+@contextlib.contextmanager
+def _one_thread(setting: Setting) -> Iterator[None]:
+    """Keep the small products of a linear network on one CPU thread, which is faster than sharing them."""
+    before = torch.get_num_threads()
+    if setting.engine == "linear" and setting.device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _tensors(chunk: Chunk, row: int) -> dict[str, dict[str, Tensor]]:
     network, optimizer = chunk.network, chunk.optimizer
-    found = {"parameters": {n: p[0].clone() for n, p in network.parameters.items()}}
+    found = {"parameters": {n: p[row].clone() for n, p in network.parameters.items()}}
     if "second_moment" in optimizer.state:
         beta2 = chunk.setting.protocol.betas[1]
         correction = 1 - beta2**optimizer.steps if optimizer.steps else 1.0
         moments = network.views(optimizer.state["second_moment"])
-        found["second_moment"] = {n: m[0] / correction for n, m in moments.items()}
+        found["second_moment"] = {n: m[row] / correction for n, m in moments.items()}
     return found
 
 
@@ -111,22 +141,37 @@ def _trajectory(seed: int, points: Sequence[Mapping[str, Any]]) -> Trajectory:
     return Trajectory(seed, tuple(p["parameters"] for p in points), moments)
 
 
-def _in_memory(setting: Setting, seed: int) -> Trajectory:
-    return _trajectory(seed, [tensors for _, tensors in _points(setting, seed)])
+def _in_memory(setting: Setting, seeds: Sequence[int]) -> Iterator[Trajectory]:
+    points = [tensors for _, tensors in _points(setting, seeds)]
+    for row, seed in enumerate(seeds):
+        yield _trajectory(seed, [tensors[row] for tensors in points])
 
 
-def _stored(setting: Setting, seed: int, folder: Path) -> Trajectory:
+def _stored(setting: Setting, seeds: Sequence[int], folders: Sequence[Path]) -> Iterator[Trajectory]:
     names = list(setting.final_model.parameters())
     kinds = TENSORS if setting.protocol.optimizer != "sgd" else TENSORS[:1]
-    paths = [
-        folder / f"step-{s:09d}.safetensors"
-        for s in [0, *evaluation_points(setting.protocol, len(setting.train))[0]]
-    ]
+    steps = [0, *evaluation_points(setting.protocol, len(setting.train))[0]]
+    paths = {
+        seed: [folder / f"step-{s:09d}.safetensors" for s in steps]
+        for seed, folder in zip(seeds, folders, strict=True)
+    }
+
+    def missing() -> list[int]:
+        return [seed for seed in seeds if not all(p.exists() for p in paths[seed])]
+
     with contextlib.ExitStack() as stack:
-        if not all(p.exists() for p in paths):
-            stack.enter_context(FileLock(folder / ".lock"))
-        if not all(p.exists() for p in paths):
-            for path, (_, tensors) in zip(paths, _points(setting, seed), strict=True):
-                if not path.exists():
-                    write_tensors(path, {f"{k}.{n}": t for k in kinds for n, t in tensors[k].items()})
-    return _trajectory(seed, [{k: _StoredTensors(p, k, names, setting.device) for k in kinds} for p in paths])
+        if missing():
+            for folder in sorted(
+                folders
+            ):  # always in the same order, so that no two processes wait in a ring
+                stack.enter_context(FileLock(folder / ".lock"))
+        if made := missing():
+            for at, (_, tensors) in enumerate(_points(setting, made)):
+                for seed, own in zip(made, tensors, strict=True):
+                    if not paths[seed][at].exists():
+                        contents = {f"{k}.{n}": t for k in kinds for n, t in own[k].items()}
+                        write_tensors(paths[seed][at], contents)
+    for seed in seeds:
+        yield _trajectory(
+            seed, [{k: _StoredTensors(p, k, names, setting.device) for k in kinds} for p in paths[seed]]
+        )

@@ -22,9 +22,9 @@ class CalibratedResponse(Response):
         real(group) = a · response(group) + sum over i in the group of z_i + noise,
 
     score_i = a · response_i + E[z_i | runs] at each evaluation point, with the sizes of noise and z found by
-    marginal likelihood: where the response is right it stays as it is, and where further training has gone beyond any
-    linear response (its runs have forgotten their common past) the runs take over. The group effects of the
-    response are those of leaving out the group, not sums.
+    marginal likelihood: where the response is right it stays as it is, and where further training has gone
+    beyond any linear response the runs take over. The group effects of the response are those of leaving
+    out the group, not sums.
 
     Args:
         budget: cost of the group runs, as a share of the runs that the gold standard makes.
@@ -32,8 +32,8 @@ class CalibratedResponse(Response):
         seed: of the groups.
 
     Attributes:
-        validation: for each evaluation point after :meth:`attribute`, the correlation of the predicted with the
-            real effects of groups, and the scale a; None where there were too few runs.
+        validation: for each evaluation point after :meth:`attribute`, the correlation of the predicted with
+            the real effects of groups, and the scale a; None where there were too few runs.
     """
 
     def __init__(

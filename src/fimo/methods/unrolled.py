@@ -24,11 +24,11 @@ class Unrolled(FollowingMethod):
     """Differentiates each seed's full run, step by step, in the weights of instances.
 
     score[t, j, i] = mean over seeds of loss_j(f - df/dw_i) - loss_j(f), f the outputs of test instance j
-    after t steps of the full run and w_i the weight of i's loss, which leaving i out takes from 1 to 0. Nothing
-    is approximated but that the outputs are linear in w_i: batches, curvature and the optimizer's state are the
-    run's own (``shift`` is taken as ``mask``). Reverse mode is Engstrom et al. (2025) for further training.
-    It is the reference for cheaper approximations; where it departs from the gold standard, no linear
-    response can follow.
+    after t steps of the full run and w_i the weight of i's loss, which leaving i out takes from 1 to 0.
+    Nothing is approximated but that the outputs are linear in w_i: batches, curvature and the optimizer's
+    state are the run's own (``shift`` is taken as ``mask``). Reverse mode is Engstrom et al. (2025) for
+    further training. It is the reference for cheaper approximations of the derivative; where it departs from
+    the gold standard, the change is too large for a derivative.
 
     Args:
         mode: ``forward`` carries one tangent per left-out instance, ``reverse`` one adjoint per evaluation

@@ -1,0 +1,84 @@
+"""The cheapest method that is expected to reach the ceiling."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import Tensor
+
+from fimo.data.instances import Instances
+from fimo.errors import InputError
+from fimo.further_training.trajectory import FurtherTraining
+from fimo.methods.base import AttributionMethod
+from fimo.methods.calibrated import CalibratedResponse
+from fimo.methods.ekfac import Ekfac
+from fimo.methods.response import FollowingMethod, Response
+from fimo.models.final_model import FinalModel
+
+log = logging.getLogger(__name__)
+
+
+class Best(FollowingMethod):
+    """Chooses a method by model size, optimizer and amount of further training, and says which and why.
+
+    - ``response`` for SGD up to ``short`` epochs: leaving an instance out is still a small change of the run,
+      and the response, which knows the seeds' batches, agrees with the gold standard as well as a
+      repetition of the gold standard does;
+    - ``calibrated`` for more, and for Adam, whose second moment the response holds fixed: a few real runs
+      correct it;
+    - EK-FAC influence with time-matched damping where the response doesn't apply (its outputs are too
+      many).
+
+    The rules are measurements: ``benchmarks/response.py``.
+
+    Args:
+        short: epochs of SGD up to which nothing is corrected.
+        budget: see :class:`~fimo.methods.calibrated.CalibratedResponse`.
+        memory_mb: of Jacobians held at once.
+
+    Attributes:
+        chosen: the method, after :meth:`attribute`.
+        reason: why.
+    """
+
+    def __init__(self, short: float = 5, budget: float = 0.06, memory_mb: float = 1024) -> None:
+        if short < 0:
+            raise InputError("short", f"expected at least 0 but got {short}")
+        self.short, self.memory_mb = short, memory_mb
+        self.corrected = CalibratedResponse(budget=budget, memory_mb=memory_mb)
+        self.chosen: AttributionMethod | None = None
+        self.reason = ""
+
+    def attribute(
+        self,
+        final_model: FinalModel,
+        train: Instances,
+        test: Instances,
+        left_out: Tensor | None = None,
+        further_training: FurtherTraining | None = None,
+    ) -> Tensor:
+        if further_training is None:
+            raise InputError("further_training", "best follows it, but none was given")
+        self.chosen, self.reason = self.choose(final_model, train, further_training)
+        log.info("best: %s, since %s", type(self.chosen).__name__, self.reason)
+        found = self.chosen.attribute(final_model, train, test, left_out, further_training)
+        self.score_sem = getattr(self.chosen, "score_sem", None)
+        self.gradient_evaluations = self.chosen.gradient_evaluations
+        return found if found.ndim == 3 else found.expand(len(further_training.steps), -1, -1)
+
+    def choose(
+        self, final_model: FinalModel, train: Instances, further_training: FurtherTraining
+    ) -> tuple[AttributionMethod, str]:
+        """Return the method and the reason for it."""
+        if why := self.corrected.inapplicable(final_model, train):
+            return Ekfac(damping="time_matched", memory_mb=self.memory_mb), f"the response can't: {why}"
+        protocol = further_training.protocol
+        epochs = further_training.steps[-1] / protocol.batches_per_epoch(len(train))
+        if protocol.optimizer != "sgd":
+            return self.corrected, f"{protocol.optimizer}'s second moment depends on the left-out instance"
+        if epochs <= self.short:
+            return Response(memory_mb=self.memory_mb), f"{epochs:.3g} epochs of SGD change a run little"
+        return self.corrected, f"after {epochs:.3g} epochs a run may have left any linear response"
+
+    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+        raise NotImplementedError("best delegates attribute() to the method that it chooses")

@@ -1,0 +1,101 @@
+"""SOURCE, for further training."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fimo.curvature.gradients import InstanceGradients
+from fimo.curvature.kernel import MAX_DIMENSION, KernelSpectrum, Phi, kernel_dimension
+from fimo.curvature.rows import DenseRows
+from fimo.data.instances import Instances
+from fimo.dynamics.optimizer import preconditioner
+from fimo.dynamics.points import mean_of, spread
+from fimo.dynamics.relaxation import relaxation, times
+from fimo.dynamics.response import with_parameters
+from fimo.errors import InputError
+from fimo.further_training.trajectory import Trajectory
+from fimo.methods.response import FollowingMethod
+
+
+class Source(FollowingMethod):
+    """Unrolled differentiation with piecewise stationary dynamics (SOURCE; Bae et al., 2024, eqs. 12-17).
+
+    Further training up to an evaluation point is cut into segments, in each of which the curvature G_l and the
+    instance's gradient g_il are constant:
+
+        score[t, j, i] = (1/N) sum over l of g_j^T [prod over k > l of exp(-tau_k G_k)] phi(tau_l, G_l) g_il
+
+    with phi(tau, G) = (1 - exp(-tau G)) G^-1 and tau_l the sum of the segment's learning rates; g_j is the
+    test loss's gradient at the end. G_l and g_il are taken at the mean parameters of the segment's points and
+    seeds, as in the paper's fast variant; G_l is the whole Gauss-Newton matrix, where the paper approximates
+    it by EK-FAC. With Adam, the mean second moment preconditions both.
+
+    Args:
+        segments: of each span of further training; the paper takes 3.
+        points: most evaluation points for which it is done; others take the nearest one's scores.
+        memory_mb: of gradients held at once.
+    """
+
+    def __init__(self, segments: int = 3, points: int = 5, memory_mb: float = 1024) -> None:
+        for key, value in (("segments", segments), ("points", points), ("memory_mb", memory_mb)):
+            if value < 1:
+                raise InputError(key, f"expected at least 1 but got {value}")
+        self.segments, self.points, self.memory_mb = segments, points, memory_mb
+
+    def inapplicable(self, final_model, train: Instances) -> str | None:  # type: ignore[no-untyped-def]
+        dimension = kernel_dimension(final_model, train)
+        if dimension <= MAX_DIMENSION:
+            return None
+        return f"its eigenproblem is {dimension} x {dimension} (at most {MAX_DIMENSION})"
+
+    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+        self.gradient_evaluations = 0
+        runs = list(self.ft.full_runs())
+        self.gradient_evaluations += (
+            len(runs) * self.ft.steps[-1] * min(self.ft.protocol.batch_size, len(self.train))
+        )
+        chosen = spread(self.ft.steps, self.points)
+        found = {e: self._until(e, runs, test, left_out) for e in chosen}
+        nearest = [min(chosen, key=lambda k, e=e: abs(k - e)) for e in range(1, len(self.ft.steps) + 1)]  # type: ignore[misc]
+        return torch.stack([found[k] for k in nearest])
+
+    def _until(self, end: int, runs: Sequence[Trajectory], test: Instances, left_out: Instances) -> Tensor:
+        """Return the scores ``[J, L]`` at evaluation point ``end`` (from 1)."""
+        time = [0.0, *times(self.ft.protocol, self.ft.steps)]
+        bounds = sorted({round(end * k / self.segments) for k in range(self.segments + 1)})
+        at_end = InstanceGradients(with_parameters(self.final_model, _mean(runs, [end])), self.memory_mb)
+        vectors = at_end.measurements(test).dense().double()  # [J, 1, P]
+        self.gradient_evaluations += at_end.evaluations
+        total = torch.zeros(len(test), len(left_out), dtype=torch.float64, device=vectors.device)
+        for first, last in reversed(list(itertools.pairwise(bounds))):
+            inside = sorted({first, (first + last) // 2, last})
+            model = with_parameters(self.final_model, _mean(runs, inside))
+            gradients = InstanceGradients(model, self.memory_mb)
+            moments = [
+                mean_of([r.second_moment[k] for k in inside if k])
+                for r in runs
+                if r.second_moment is not None
+            ]
+            weight = preconditioner(self.ft.protocol, mean_of(moments) if moments else None)
+            scale = None if weight is None else weight.double().sqrt()
+            spectrum = KernelSpectrum(model, self.train, gradients, column_scale=scale)
+            tau = time[last] - time[first]
+            rows = DenseRows(vectors, gradients.shapes)
+            force = gradients.losses(left_out)
+            total += spectrum.apply(relaxation(tau), rows, force)[:, 0, :, 0]
+            carried = spectrum.parameter_change(_decay(tau), rows).T  # in scaled units
+            vectors = (carried if scale is None else carried / scale)[:, None]
+            self.gradient_evaluations += gradients.evaluations
+        return (total / len(self.train)).to(next(iter(self.final_model.parameters().values())).dtype)
+
+
+def _mean(runs: Sequence[Trajectory], points: Sequence[int]) -> dict[str, Tensor]:
+    return mean_of([r.parameters[k] for r in runs for k in points])
+
+
+def _decay(tau: float) -> Phi:
+    return lambda curvature: torch.exp(-tau * curvature)

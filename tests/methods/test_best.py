@@ -1,0 +1,64 @@
+"""The choice of a method, and that it is what is run."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from fimo.errors import InputError
+from fimo.further_training.protocol import Protocol
+from fimo.methods import response
+from fimo.methods.best import Best
+from fimo.methods.calibrated import CalibratedResponse
+from fimo.methods.ekfac import Ekfac
+from fimo.methods.response import Response
+from tests.cases import CASES
+from tests.methods.test_response import following
+
+CASE = CASES["mlp_regression"]()
+RUN = (CASE.final_model, CASE.train, CASE.test, torch.tensor([0, 2, 5, 7, 9]))
+
+
+def test_little_sgd_takes_the_response_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    ft = following(CASE, Protocol(lr=0.02, batch_size=6, epochs=2, dtype="float64"))
+    method = Best()
+    with caplog.at_level(logging.INFO):
+        found = method.attribute(*RUN, ft)
+    torch.testing.assert_close(found, Response().attribute(*RUN, ft))
+    assert isinstance(method.chosen, Response)
+    assert "2 epochs of SGD" in caplog.text
+    assert method.score_sem is not None
+    assert method.gradient_evaluations > 0
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        Protocol(lr=0.02, batch_size=6, epochs=9, dtype="float64"),
+        Protocol(optimizer="adam", lr=1e-3, batch_size=6, epochs=1, dtype="float64"),
+    ],
+)
+def test_much_sgd_and_adam_are_corrected_by_real_runs(protocol: Protocol) -> None:
+    method, reason = Best().choose(CASE.final_model, CASE.train, following(CASE, protocol))
+    assert isinstance(method, CalibratedResponse)
+    assert reason
+
+
+def test_where_the_response_does_not_apply_an_influence_function_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(response, "MAX_OUTPUTS", 0)
+    ft = following(CASE, Protocol(lr=0.02, batch_size=6, epochs=2, dtype="float64"))
+    method = Best()
+    found = method.attribute(*RUN, ft)
+    assert isinstance(method.chosen, Ekfac)
+    assert found.shape == (2, len(CASE.test), 5)
+
+
+def test_a_wrong_argument_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match="short"):
+        Best(short=-1)
+    with pytest.raises(InputError, match="budget"):
+        Best(budget=2)
