@@ -126,9 +126,15 @@ def build_final_model(module: FinalModelModule, config: DictConfig) -> FinalMode
 
 
 def build_trainer(config: DictConfig) -> pl.Trainer:
-    """Build the Trainer of the final model's training."""
+    """Build the Trainer of the final model's training, on the first of the devices.
+
+    The others serve further training: on several, a final model's batches would be larger.
+    """
     settings = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(settings, dict)
+    devices = settings["devices"]
+    if devices not in (1, "1"):
+        settings |= {"devices": devices[:1] if isinstance(devices, list) else 1, "strategy": "auto"}
     if config.trainer.keep not in ("last", "best"):
         raise InputError("trainer.keep", f"expected last or best but got {config.trainer.keep!r}")
     callbacks: list[pl.Callback] = [EpochProgress()] if config.trainer.enable_progress_bar else []
@@ -221,7 +227,7 @@ def scaled(number: Any, scale: float, least: int = 1) -> Any:
     return max(min(least, number), round(number * scale))
 
 
-def choose_seeds(value: Any) -> list[int]:
+def choose_seeds(value: Any, key: str) -> list[int]:
     """Return seeds: ``N`` means 0 to N - 1; a list is taken as it is."""
     if isinstance(value, ListConfig):
         seeds = list(value)
@@ -231,5 +237,5 @@ def choose_seeds(value: Any) -> list[int]:
             )
         return seeds
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError("further_training.seeds", f"expected at least 1 seed but got {value!r}")
+        raise InputError(key, f"expected at least 1 seed but got {value!r}")
     return list(range(value))

@@ -68,6 +68,7 @@ class FurtherTraining:
     evaluation_dtype: str = "float64"
     autocast: str | None = None
     seeds: Any = 10
+    followed_seeds: Any = None
     left_out: Any = 50
     test: Any = None
     subtract_mean: bool = True

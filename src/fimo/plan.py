@@ -21,6 +21,7 @@ class Plan:
     Args:
         protocol: of further training.
         seeds: S.
+        followed: seeds whose full runs are handed to methods that follow further training.
         left_out: L training indices, or groups of them.
         test: J test indices.
         subtract_mean: of the adjustment.
@@ -29,6 +30,7 @@ class Plan:
 
     protocol: Protocol
     seeds: list[int]
+    followed: list[int]
     left_out: list[Any]
     test: list[int]
     subtract_mean: bool
@@ -42,7 +44,10 @@ class Plan:
             InputError: naming the key of ``further_training`` at fault.
         """
         node = config.further_training
-        seeds = choose_seeds(scaled(node.seeds, config.scale, least=2))
+        seeds = choose_seeds(scaled(node.seeds, config.scale, least=2), "further_training.seeds")
+        followed = seeds
+        if node.followed_seeds is not None:
+            followed = choose_seeds(node.followed_seeds, "further_training.followed_seeds")
         left_out = choose(
             scaled(node.left_out, config.scale, least=3), len(data.train), "further_training.left_out"
         )
@@ -51,6 +56,7 @@ class Plan:
         return cls(
             build_protocol(config),
             seeds,
+            followed,
             left_out,
             choose(scaled(node.test, config.scale, least=3), len(data.test), "further_training.test"),
             node.subtract_mean,

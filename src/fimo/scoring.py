@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import logging
 from collections.abc import Mapping
 
@@ -67,6 +69,7 @@ def score(
     """
     key = {
         "method": OmegaConf.to_container(config.methods[name], resolve=True),
+        "source": source_hash(method),
         "model": content_hash(final_model.state()),
         "network": describe_network(final_model.network),
         "trainable": sorted(final_model.parameters()),
@@ -77,7 +80,7 @@ def score(
     }
     if method.follows_further_training:
         points = evaluation_points(plan.protocol, len(data.train))[0]
-        key |= {"protocol": plan.protocol.key(), "steps": list(map(int, points)), "seeds": plan.seeds}
+        key |= {"protocol": plan.protocol.key(), "steps": list(map(int, points)), "seeds": plan.followed}
     folder = store.folder("scores", key)
     path = folder / "scores.safetensors"
     with FileLock(folder / "lock"):
@@ -89,6 +92,15 @@ def score(
         write_tensors(path, tensors)
         cost.keep(folder)
     return tensors
+
+
+def source_hash(method: AttributionMethod) -> str:
+    """Return a hash of the module that defines a method, so that an edited method is another one."""
+    module = inspect.getmodule(type(method))
+    try:
+        return hashlib.sha256(inspect.getsource(module or type(method)).encode()).hexdigest()[:24]
+    except (OSError, TypeError):  # defined in a session without files
+        return ""
 
 
 def _compute(
@@ -131,8 +143,8 @@ def further_training(final_model: FinalModel, train: Instances, plan: Plan, stor
     return FurtherTraining(
         plan.protocol,
         steps,
-        tuple(plan.seeds),
+        tuple(plan.followed),
         lambda: full_runs(
-            final_model, train, plan.protocol, plan.seeds, store=store, device=train.targets.device
+            final_model, train, plan.protocol, plan.followed, store=store, device=train.targets.device
         ),
     )
