@@ -11,11 +11,13 @@ class BuildWithConfiguration(build_py):
     """Copies ``conf`` beside the package's modules, where :func:`fimo.command.console` finds it."""
 
     def run(self) -> None:
+        if self.editable_mode:  # reads the repository's own
+            super().run()
+            return
+        package = Path(self.build_lib) / "fimo"
+        shutil.rmtree(package, ignore_errors=True)  # modules of an earlier build would stay
         super().run()
-        if not self.editable_mode:  # an editable install reads the repository's own
-            target = Path(self.build_lib) / "fimo" / "conf"
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree("conf", target, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree("conf", package / "conf")
 
 
 setup(cmdclass={"build_py": BuildWithConfiguration})

@@ -3,12 +3,16 @@
 A training step of the Trainer advances a chunk of replicas through evaluation points (or a block of
 optimizer steps) for about ``BLOCK_SECONDS``, so that the Trainer's own time per step does not show.
 Callbacks save to the store and show progress.
+
+On several devices, Lightning starts a process for each, and every process claims chunks until none is left;
+they meet only in the store, and to agree on when to end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +35,9 @@ POLL_SECONDS = 0.2
 BLOCK_SECONDS = 0.25
 """About the time of one training step of the Trainer."""
 
+STRATEGIES = ("auto", "ddp", "ddp_spawn")
+"""Of several devices; they mean the same here."""
+
 
 class FurtherTrainingModule(pl.LightningModule):
     """Advances a job's chunks.
@@ -40,6 +47,7 @@ class FurtherTrainingModule(pl.LightningModule):
 
     Args:
         make_job: builds the job on the Trainer's device.
+        processes: how many share the job under this Trainer.
 
     Attributes:
         work: the chunk under way of each worker.
@@ -48,8 +56,10 @@ class FurtherTrainingModule(pl.LightningModule):
             lacked at the start.
     """
 
-    def __init__(self, make_job: Callable[[torch.device], Job]) -> None:
+    def __init__(self, make_job: Callable[[torch.device], Job], processes: int = 1) -> None:
         super().__init__()
+        if processes > 1:  # Lightning's strategies for several devices refuse a module without any
+            self.unused = torch.nn.Parameter(torch.zeros(1))
         self.automatic_optimization = False
         self.make_job = make_job
         self.job: Job | None = None
@@ -83,10 +93,11 @@ class FurtherTrainingModule(pl.LightningModule):
             else:
                 steps = list(self.pool.map(lambda slot: self._block(slot, until), slots))
         self.replica_steps += sum(steps)
-        if not self.work and not self.completed:
-            self.finished = self.job.is_finished
-            if not self.finished:
-                time.sleep(POLL_SECONDS)  # another process works on all that is left
+        idle = not self.work and not self.completed
+        # together: Lightning's processes must take equally many training steps
+        self.finished = self.trainer.strategy.reduce_boolean_decision(idle and self.job.is_finished)
+        if idle and not self.finished:
+            time.sleep(POLL_SECONDS)  # another process works on all that is left
 
     def _block(self, slot: int, until: float) -> int:
         """Advance chunks, one after another, until a time; return the replica-steps."""
@@ -180,7 +191,8 @@ class ReplicaProgress(TQDMProgressBar):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         bar = self.train_progress_bar
-        bar.update(min(module.replica_steps, bar.total or 0) - bar.n)
+        done = module.replica_steps * trainer.world_size  # the other processes' are not known here
+        bar.update(min(done, bar.total or 0) - bar.n)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         bar = self.train_progress_bar
@@ -209,11 +221,29 @@ def run_job(make_job: Callable[[torch.device], Job], trainer: Mapping[str, Any] 
         trainer: arguments of :class:`pytorch_lightning.Trainer`, such as ``accelerator``, ``devices``,
             ``callbacks``, ``logger``, ``enable_progress_bar``.
     """
-    module = FurtherTrainingModule(make_job)
     with _quiet():
-        make_trainer(trainer, SaveToStore()).fit(module)
+        lightning = make_trainer(trainer, SaveToStore())
+        module = FurtherTrainingModule(make_job, lightning.world_size)
+        if lightning.world_size > 1:
+            return _run_on_devices(module, lightning)
+        lightning.fit(module)
     assert module.job is not None
     return module.job
+
+
+def _run_on_devices(module: FurtherTrainingModule, trainer: pl.Trainer) -> Job:
+    """Run a job in one process for each device; this process reads what they stored."""
+    job = module.make_job(torch.device("cpu"))
+    if job.is_finished:
+        return job
+    try:
+        pickle.dumps(module.make_job)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise InputError(
+            "trainer.devices", f"several need a network and losses that can be sent to processes ({error})"
+        ) from None
+    trainer.fit(module)
+    return job
 
 
 def make_trainer(trainer: Mapping[str, Any] | None, *more: pl.Callback) -> pl.Trainer:
@@ -232,12 +262,19 @@ def make_trainer(trainer: Mapping[str, Any] | None, *more: pl.Callback) -> pl.Tr
         callbacks.append(ReplicaProgress())
     arguments["max_epochs"] = 1  # an epoch of the Trainer is the whole job
     made = pl.Trainer(callbacks=[*callbacks, *more], **arguments)
-    if made.world_size > 1:
+    if made.num_nodes > 1:
         raise InputError(
-            "trainer.devices",
-            f"expected 1 but got {made.world_size}; start more processes on one store instead",
+            "trainer.num_nodes", f"expected 1 but got {made.num_nodes}; start a process on each, on one store"
         )
-    return made
+    if made.world_size == 1:
+        return made
+    if arguments.get("strategy", "auto") not in STRATEGIES:
+        raise InputError(
+            "trainer.strategy", f"expected one of {', '.join(STRATEGIES)} but got {arguments['strategy']!r}"
+        )
+    # processes that run nothing but the job: those of `ddp` would repeat the whole program
+    arguments["strategy"] = "ddp_spawn"
+    return pl.Trainer(callbacks=[*callbacks, *more], **arguments)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,8 +59,8 @@ def further_train(
         store: where results are kept as they are made, and read from; nothing is kept when None.
         chunk: replicas advanced together; ``auto`` chooses by cache or device memory.
         subtract_mean: see :class:`Sensitivity`.
-        trainer: arguments of the Lightning Trainer (``accelerator``, ``devices``, ``callbacks``, ``logger``,
-            ``enable_progress_bar``).
+        trainer: arguments of the Lightning Trainer (``accelerator``, ``devices``, ``strategy``,
+            ``callbacks``, ``logger``, ``enable_progress_bar``); several devices share the chunks.
         cost: gets the gradients of all runs, the share found in the store and the time those took.
         keep_states: keep the runs' last states in the store, so that evaluation points can be added later;
             ``auto`` does so up to 1 GiB in all.
@@ -81,15 +82,10 @@ def further_train(
     with _folder(store, final_model, train, test, protocol) as folder:
         records = Records(folder)
 
-        def make_job(device: torch.device) -> Job:
-            setting = Setting.build(final_model, train, test, protocol, device)
-            replicas = len(seeds) * (len(units) + 1)
-            size = chunk if isinstance(chunk, int) else chunk_size(setting, replicas)
-            keep = keep_states
-            if keep == "auto":
-                keep = store is not None and _state_bytes(final_model, protocol) * replicas <= KEEP_BYTES
-            return Job(setting, seeds, units, points, records, size, keep)
-
+        make_job = JobMaker(
+            final_model, train, test, protocol, seeds, units, points, records, chunk,
+            False if keep_states == "auto" and store is None else keep_states,
+        )  # fmt: skip
         job = _run(make_job, trainer)
         if cost is not None:
             per_run = _gradients(protocol, len(train))
@@ -97,6 +93,31 @@ def further_train(
             cost.reused = job.found / job.replicas
             cost.seconds += job.found_seconds
         return _assemble(job, seeds, units, points, epochs, index, subtract_mean)
+
+
+@dataclass(frozen=True)
+class JobMaker:
+    """Builds a job on a device: where there are several, in the process of each."""
+
+    final_model: FinalModel
+    train: Instances
+    test: Instances
+    protocol: Protocol
+    seeds: Sequence[int]
+    units: Sequence[Unit]
+    points: Sequence[int]
+    records: Records
+    chunk: int | Literal["auto"]
+    keep_states: bool | Literal["auto"]
+
+    def __call__(self, device: torch.device) -> Job:
+        setting = Setting.build(self.final_model, self.train, self.test, self.protocol, device)
+        replicas = len(self.seeds) * (len(self.units) + 1)
+        size = self.chunk if isinstance(self.chunk, int) else chunk_size(setting, replicas)
+        keep = self.keep_states
+        if keep == "auto":
+            keep = _state_bytes(self.final_model, self.protocol) * replicas <= KEEP_BYTES
+        return Job(setting, self.seeds, self.units, self.points, self.records, size, keep)
 
 
 def evaluation_points(protocol: Protocol, instances: int) -> tuple[list[int], list[int]]:
