@@ -59,7 +59,7 @@ def test_killed_at_many_random_moments_it_resumes_to_the_same_bytes(name: str, t
         job.kill()
         job.join()
         kills += 1
-        wait = random.uniform(0.05, 0.25) + 0.02 * kills
+        wait = random.uniform(0.05, 0.25) + 0.05 * kills
     assert job.exitcode == 0
     assert kills >= 2
     assert_same_bytes(run(tmp_path / "store", name), expected)
