@@ -14,7 +14,6 @@ doesn't resist its own removal.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +28,7 @@ from fimo.dynamics.points import Segment
 from fimo.dynamics.steps import steps
 from fimo.dynamics.threads import one_thread
 from fimo.further_training.protocol import Protocol
-from fimo.models.final_model import FinalModel, functional_apply
+from fimo.models.final_model import FinalModel, fitting_batch, functional_apply
 
 
 @dataclass(frozen=True)
@@ -160,26 +159,28 @@ def responses(
             yield kernel.test @ coefficients[:, :-1]
 
 
-def outputs_at(
-    final_model: FinalModel, parameters: Mapping[str, Tensor], instances: Instances, batch_size: int = 4096
-) -> Tensor:
+def outputs_at(final_model: FinalModel, parameters: Mapping[str, Tensor], instances: Instances) -> Tensor:
     """Return the flattened outputs ``[n, D]`` with other values of the trainable parameters, in eval mode."""
     tensors = {**final_model.buffers(), **parameters}
     with torch.no_grad():
         parts = [
-            functional_apply(final_model.network, tensors, b.inputs) for b in instances.batches(batch_size)
+            functional_apply(final_model.network, tensors, b.inputs)
+            for b in instances.batches(fitting_batch(instances))
         ]
     return torch.cat(parts).flatten(1)
 
 
 def with_parameters(final_model: FinalModel, parameters: Mapping[str, Tensor]) -> FinalModel:
-    """Return the model with other values of its trainable parameters."""
-    network = copy.deepcopy(final_model.network)
+    """Return a copy of the model with other values of its trainable parameters."""
+    return moved(final_model.to(), parameters)
+
+
+def moved(copied: FinalModel, parameters: Mapping[str, Tensor]) -> FinalModel:
+    """Set the trainable parameters of a model that is the caller's own copy, and return it."""
     with torch.no_grad():
-        own = dict(network.named_parameters())
-        for name, value in parameters.items():
-            own[name].copy_(value)
-    return FinalModel(network, final_model.loss, final_model.measurement, final_model.trainable)
+        for name, own in copied.parameters().items():
+            own.copy_(parameters[name])
+    return copied
 
 
 def loss_changes(final_model: FinalModel, outputs: Tensor, targets: Tensor, change: Tensor) -> Tensor:

@@ -52,36 +52,42 @@ def steps(
     groups = torch.empty(0, 0, dtype=torch.int64) if groups is None else groups.cpu()
     member = torch.zeros(instances, len(groups), dtype=torch.bool)
     member.scatter_(0, groups.T, True)
+    everywhere = torch.cat([left_out, groups.flatten()]).unique()
     taken = 0
     while True:
         order = torch.randperm(instances, generator=generator)
-        at = torch.arange(instances)
-        hole = torch.argsort(order)[left_out]  # [L], where in this epoch each left-out instance occurs
-        rank = at[:, None] - (at[:, None] > hole).long() if protocol.leave_out == "shift" else at[:, None]
+        seen = _batch_seen(order, left_out, member, protocol)
         kept = instances - 1 if protocol.leave_out == "shift" else instances
-        for start in range(0, instances, size):
+        for batch, start in enumerate(range(0, instances, size)):
             stop = min(start + size, instances)
             reach = min(stop + 1, instances) if protocol.leave_out == "shift" else stop
-            window, here = order[start:reach], at[start:reach]
-            full = (here < stop).to(dtype) / (stop - start)
-            seen = (rank[start:reach] >= start) & (rank[start:reach] < stop)
-            without = seen.to(dtype) / max(1, min(stop, kept) - start)
-            without = without.expand(len(here), len(left_out)).clone()
-            if protocol.leave_out != "every_batch":
-                without[here[:, None] == hole] = 0.0
-                masked = full[:, None].masked_fill(member[window], 0.0)
-            else:
-                apart = member.any(1)
-                apart[left_out] = True
-                apart[window] = False
-                missing = apart.nonzero()[:, 0]  # their losses are subtracted from every batch's
-                window = torch.cat([window, missing])
+            window = order[start:reach]
+            full = torch.full((reach - start,), 1 / (stop - start), dtype=dtype)
+            full[stop - start :] = 0.0
+            without = (seen[start:reach] == batch).to(dtype)
+            without[:, : len(left_out)] /= max(1, min(stop, kept) - start)
+            without[:, len(left_out) :] /= stop - start
+            if protocol.leave_out == "every_batch":
+                missing = everywhere[~torch.isin(everywhere, window)]
+                window = torch.cat([window, missing])  # their losses are subtracted from every batch's
                 full = torch.cat([full, full.new_zeros(len(missing))])
-                without = torch.cat([without, without.new_zeros(len(missing), len(left_out))])
-                without -= (window[:, None] == left_out).to(dtype) / instances
-                masked = full[:, None] - member[window].to(dtype) / instances
-            without = torch.cat([without, masked], 1)
+                without = torch.cat([without, without.new_zeros(len(missing), without.shape[1])])
+                without[:, : len(left_out)] -= (window[:, None] == left_out).to(dtype) / instances
+                without[:, len(left_out) :] -= member[window].to(dtype) / instances
             yield Step(window, full, without, protocol.learning_rate(taken, total))
             taken += 1
             if taken == total:
                 return
+
+
+def _batch_seen(order: Tensor, left_out: Tensor, member: Tensor, protocol: Protocol) -> Tensor:
+    """Return in which batch ``[N, L + K]`` of an epoch each run sees the instance at each place, or -1."""
+    at = torch.arange(len(order), dtype=torch.int32)[:, None]
+    hole = torch.argsort(order)[left_out]  # where each left-out instance occurs
+    rank = at - (at > hole).int() if protocol.leave_out == "shift" else at
+    alone = (rank // protocol.batch_size).expand(len(order), len(left_out)).clone()
+    groups = (at // protocol.batch_size).expand(-1, member.shape[1])
+    if protocol.leave_out != "every_batch":
+        alone[hole, torch.arange(len(left_out))] = -1
+        groups = groups.masked_fill(member[order], -1)
+    return torch.cat([alone, groups], 1)

@@ -21,6 +21,7 @@ from fimo.dynamics.response import (
     Kernel,
     linear_loss_changes,
     loss_changes,
+    moved,
     outputs_at,
     responses,
     with_parameters,
@@ -245,7 +246,7 @@ class Response(FollowingMethod):
         middles = [midpoint(t, segment) for t in trajectories]
         parameters = mean_of([m[0] for m in middles])
         moments = [m[1] for m in middles if m[1] is not None]
-        gradients = InstanceGradients(with_parameters(model, parameters), self.memory_mb)
+        gradients = InstanceGradients(moved(model, parameters), self.memory_mb)
         moment = mean_of(moments) if moments else None
         kernel = Kernel.at(gradients, train, test, space, self.ft.protocol, moment)
         self.gradient_evaluations += gradients.evaluations

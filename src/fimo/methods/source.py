@@ -24,8 +24,8 @@ from fimo.methods.response import FollowingMethod
 class Source(FollowingMethod):
     """Unrolled differentiation with piecewise stationary dynamics (SOURCE; Bae et al., 2024, eqs. 12-17).
 
-    Further training up to an evaluation point is cut into segments, in each of which the curvature G_l and the
-    instance's gradient g_il are constant:
+    Further training up to an evaluation point is cut into segments, in each of which the curvature G_l and
+    the instance's gradient g_il are constant:
 
         score[t, j, i] = (1/N) sum over l of g_j^T [prod over k > l of exp(-tau_k G_k)] phi(tau_l, G_l) g_il
 

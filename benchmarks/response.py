@@ -1,0 +1,162 @@
+"""How near the ceiling methods stay as further training grows, and at what part of the gold standard's cost.
+
+    python benchmarks/response.py --dataset concrete --path FILE --optimizer sgd --lr 0.03 --epochs 50
+
+prints, per method, the agreement (cosine, mean over test instances) at a few epochs, its ratio to the noise
+ceiling in brackets, and the CPU time relative to the gold standard's. The final model is trained first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fimo.data.bundled import BundledData
+from fimo.data.concrete import ConcreteData
+from fimo.data.instances import Instances
+from fimo.data.tabular import TabularModule
+from fimo.evaluation import agreement, noise_ceiling
+from fimo.further_training import full_runs, further_train
+from fimo.further_training.protocol import Protocol
+from fimo.further_training.trajectory import FurtherTraining
+from fimo.methods.base import AttributionMethod
+from fimo.methods.best import Best
+from fimo.methods.calibrated import CalibratedResponse
+from fimo.methods.exact import ExactInfluence
+from fimo.methods.graddot import GradDot
+from fimo.methods.response import Response
+from fimo.methods.source import Source
+from fimo.methods.unrolled import Unrolled
+from fimo.models.final_model import FinalModel
+from fimo.models.losses import cross_entropy, mean_squared_error
+from fimo.models.mlp import mlp
+
+METHODS: dict[str, Callable[[], AttributionMethod]] = {
+    "graddot": GradDot,
+    "exact": ExactInfluence,
+    "exact_time_matched": lambda: ExactInfluence(damping="time_matched"),
+    "source": Source,
+    "response_final": lambda: Response(along="final"),
+    "response_end": lambda: Response(along="end"),
+    "response_loss": lambda: Response(propagate="loss"),
+    "response": Response,
+    "calibrated": CalibratedResponse,
+    "best": Best,
+    "unrolled": Unrolled,
+}
+
+
+def main() -> None:
+    a = arguments()
+    torch.set_num_threads(a.threads)
+    data = ConcreteData(a.path) if a.dataset == "concrete" else BundledData(a.dataset)
+    data.setup()
+    final_model = train_final_model(data, a.final_epochs, a.final_lr)
+    train, test = data.train, data.test[evenly(len(data.test), a.tests)]
+    protocol = Protocol(
+        optimizer=a.optimizer, lr=a.lr, batch_size=a.batch_size or data.batch_size, epochs=a.epochs,
+        leave_out=a.leave_out, momentum=a.momentum,
+    )  # fmt: skip
+    seeds, left_out = list(range(a.seeds)), evenly(len(train), a.left_out)
+    start, wall = time.process_time(), time.perf_counter()
+    truth = further_train(
+        final_model, train, test, protocol, seeds, left_out.tolist(),
+        trainer={"enable_progress_bar": False},
+    )  # fmt: skip
+    gold, gold_wall = time.process_time() - start, time.perf_counter() - wall
+    shown = [e for e in (1, 2, 5, 10, 20, 50, 100, 200, 500) if e <= a.epochs]
+    at = torch.tensor(shown) - 1
+    ceiling = noise_ceiling(truth.raw, "cosine", seed_counts=[a.seeds])[at, 0]
+    print(f"{a.dataset}, {a.optimizer} {a.lr}, batch {protocol.batch_size}, {a.leave_out}")
+    print(f"N={len(train)}, L={len(left_out)}, J={len(test)}, S={a.seeds}")
+    print(f"gold standard: {gold:.1f} s CPU, {gold_wall:.1f} s")
+    print(f"{'epoch':20s} {'cost':>6s} " + " ".join(f"{e:>12d}" for e in shown))
+    print(f"{'ceiling':20s} {'1':>6s} " + " ".join(f"{c:>12.3f}" for c in ceiling))
+    ft = FurtherTraining(
+        protocol, tuple(truth.step.tolist()), tuple(seeds),
+        lambda: full_runs(final_model, train, protocol, seeds),
+    )  # fmt: skip
+    for name in a.methods:
+        method = METHODS[name]()
+        if reason := method.inapplicable(final_model, train):
+            print(f"{name:20s} skipped: {reason}")
+            continue
+        start = time.process_time()
+        scores = method.attribute(final_model, train, test, left_out, ft)
+        cost = (time.process_time() - start) / gold
+        found = agreement(centred(scores), truth.sensitivity)[at].nanmean(1)
+        row = " ".join(f"{v:6.3f} ({v / c:.2f})" for v, c in zip(found, ceiling, strict=True))
+        print(f"{name:20s} {cost:6.3f} {row}", flush=True)
+        for line in notes(method, shown):
+            print(f"  {line}", flush=True)
+
+
+def centred(scores: Tensor) -> Tensor:
+    """Subtract the mean over left-out instances, as the adjusted sensitivity does."""
+    return scores - scores.mean(-1, keepdim=True)
+
+
+def notes(method: Any, shown: list[int]) -> list[str]:
+    """Return what a method says about its own result."""
+    found = []
+    if isinstance(method, Best):
+        found.append(f"{type(method.chosen).__name__}: {method.reason}")
+        method = method.chosen
+    if (validation := getattr(method, "validation", None)) is not None:
+        pairs = ", ".join(f"{e}: {validation[e - 1][0]:.2f}/{validation[e - 1][1]:.2f}" for e in shown)
+        found.append(f"groups' effects predicted (correlation/scale) {pairs}")
+    return found
+
+
+def train_final_model(data: TabularModule, epochs: int, lr: float) -> FinalModel:
+    """Train the paper's MLP by SGD."""
+    torch.manual_seed(0)
+    regression = data.task == "regression"
+    network = mlp(data.train.inputs.shape[1], data.train.targets.shape[1] if regression else data.outputs)
+    loss = mean_squared_error if regression else cross_entropy
+    optimizer = torch.optim.SGD(network.parameters(), lr)
+    for _ in range(epochs):
+        order = torch.randperm(len(data.train))
+        for start in range(0, len(order), data.batch_size):
+            batch: Instances = data.train[order[start : start + data.batch_size]]
+            optimizer.zero_grad()
+            loss(network(batch.inputs), batch.targets).mean().backward()
+            optimizer.step()
+    return FinalModel(network, loss)
+
+
+def evenly(total: int, count: int) -> Tensor:
+    """Return at most ``count`` evenly spaced indices."""
+    return torch.arange(min(count, total)) * total // min(count, total)
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "--dataset", default="diabetes", choices=["diabetes", "breast_cancer", "digits", "concrete"]
+    )
+    p.add_argument("--path", help="concrete's file")
+    p.add_argument("--final-epochs", type=int, default=100)
+    p.add_argument("--final-lr", type=float, default=0.1)
+    p.add_argument("--optimizer", default="sgd", choices=["sgd", "adam", "adamw"])
+    p.add_argument("--lr", type=float, default=0.01)
+    p.add_argument("--momentum", type=float, default=0.0)
+    p.add_argument("--batch-size", type=int, help="the data set's when not given")
+    p.add_argument("--leave-out", default="shift", choices=["shift", "mask", "every_batch"])
+    p.add_argument("--epochs", type=int, default=20)
+    p.add_argument("--seeds", type=int, default=10)
+    p.add_argument("--left-out", type=int, default=50)
+    p.add_argument("--tests", type=int, default=50)
+    p.add_argument("--threads", type=int, default=1)
+    default = ["graddot", "exact", "exact_time_matched", "source", "response", "calibrated"]
+    p.add_argument("--methods", nargs="+", choices=list(METHODS), default=default)
+    return p.parse_args()
+
+
+if __name__ == "__main__":
+    main()
