@@ -173,6 +173,7 @@ class Sweep:
         """
         while self._alive():
             time.sleep(0.5)
+        self.lock.release()
         records = list(self._records())
         if not records:
             return not self.jobs

@@ -1,0 +1,62 @@
+"""The built wheel: the console command with its configuration, from any folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel from a copy, so that nothing is left in the repository; needs no network."""
+    copy = tmp_path_factory.mktemp("wheel") / "copy"
+    copy.mkdir()
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md"):
+        shutil.copy(ROOT / name, copy)
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("src", "conf"):
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    (copy / "build" / "lib" / "fimo").mkdir(parents=True)
+    (copy / "build" / "lib" / "fimo" / "forgotten.py").touch()  # of an earlier build
+    command = ["-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--quiet", "-w", "dist"]
+    made = subprocess.run([sys.executable, *command], cwd=copy, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return next((copy / "dist").glob("*.whl"))
+
+
+def test_it_holds_the_package_its_configuration_and_the_reports_page_and_nothing_else(wheel: Path) -> None:
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    conf = {f"fimo/conf/{p.relative_to(ROOT / 'conf')}" for p in (ROOT / "conf").rglob("*.yaml")}
+    modules = {
+        f"fimo/{p.relative_to(ROOT / 'src' / 'fimo')}"
+        for p in (ROOT / "src" / "fimo").rglob("*")
+        if p.suffix in (".py", ".html", ".css", ".js")
+    }
+    assert set(names) == conf | modules
+
+
+def test_the_console_command_explains_itself_from_any_folder(wheel: Path, tmp_path: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    archive.extractall(tmp_path / "site")
+    entry = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
+    assert "fimo = fimo.command:console" in archive.read(entry).decode()
+    code = "import fimo, sys; from fimo.command import console; print(fimo.__file__); console()"
+    shown = subprocess.run(
+        [sys.executable, "-c", code, "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith(str(tmp_path / "site"))
+    for choice in ("datainf", "concrete", "counterfactual", "further_training: adam, default"):
+        assert choice in shown.stdout
