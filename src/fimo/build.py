@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from fimo.further_training.protocol import Protocol
 from fimo.methods.base import AttributionMethod
 from fimo.models.best import KeepBest
 from fimo.models.checkpoint import load_checkpoint
-from fimo.models.final_model import FinalModel
+from fimo.models.final_model import FinalModel, apply
 from fimo.models.losses import LOSSES, Loss
 from fimo.models.module import FinalModelModule
 from fimo.models.progress import EpochProgress
@@ -77,9 +78,11 @@ def build_module(config: DictConfig, data: InstancesModule) -> FinalModelModule:
     if model.checkpoint is not None:
         load_checkpoint(network, model.checkpoint)
     description = {"network": OmegaConf.to_container(model.network, resolve=True), **arguments}
+    loss = build_loss(model.loss if model.loss != "auto" else LOSS_OF_TASK[data.task], "model.loss")
+    check_fit(network, loss, data)
     return FinalModelModule(
         network,
-        build_loss(model.loss if model.loss != "auto" else LOSS_OF_TASK[data.task], "model.loss"),
+        loss,
         data.task,
         data.outputs,
         model.optimizer,
@@ -88,6 +91,32 @@ def build_module(config: DictConfig, data: InstancesModule) -> FinalModelModule:
         model.weight_decay,
         description,
     )
+
+
+@torch.no_grad()
+def check_fit(network: nn.Module, loss: Loss, data: InstancesModule) -> None:
+    """Try a network and its loss on two training instances.
+
+    Raises:
+        InputError: naming ``model.network`` or ``model.loss``: an input or target that does not fit, fewer outputs
+            than classes, or a loss that is not one number per instance.
+    """
+    probe, hint = data.train[:2], f"does not fit the data set {data.name}"
+    try:
+        outputs = apply(copy.deepcopy(network).eval(), probe.inputs)
+        losses = loss(outputs, probe.targets)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a network makes of inputs that are not for it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError("model.network", f"{hint}: {reason}") from None
+    if data.task == "classification" and (outputs.ndim != 2 or outputs.shape[1] < data.outputs):
+        shape = tuple(outputs.shape[1:])
+        raise InputError("model.network", f"{hint}: outputs of shape {shape} for {data.outputs} classes")
+    if losses.shape != (len(probe),):
+        raise InputError(
+            "model.loss", f"expected one loss for each of 2 instances but got shape {tuple(losses.shape)}"
+        )
 
 
 def build_loss(name: Any, key: str) -> Loss:

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 
 from fimo.cost import Cost
 from fimo.data.bundled import BundledData
+from fimo.data.custom import CustomData
+from fimo.data.instances import Instances
 from fimo.models.best import KeepBest
 from fimo.models.checkpoint import load_checkpoint
-from fimo.models.final_model import FinalModel
-from fimo.models.losses import cross_entropy, mean_squared_error
+from fimo.models.final_model import FinalModel, fitting_batch
+from fimo.models.losses import cross_entropy, language_modelling, mean_squared_error
 from fimo.models.mlp import mlp
 from fimo.models.module import FinalModelModule
 from fimo.models.training import constant_loss, quality, save_checkpoint, train_final_model
@@ -112,3 +114,28 @@ def test_the_best_epoch_can_be_kept(tmp_path: Path) -> None:
     for a, b, c in zip(*(m.network.parameters() for m in (best, first, last)), strict=True):
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
+
+
+def test_a_language_models_baseline_is_the_tokens_frequencies() -> None:
+    targets = torch.tensor([[0, 1, 1, -100], [2, 1, -100, -100], [1, 1, 0, 2]])
+    inputs = {"input_ids": torch.zeros(3, 4, dtype=torch.int64)}
+    everything = Instances(inputs, targets)
+    data = CustomData(everything[:2], everything[2:], task="language_modelling", class_names=["a", "b", "c"])
+    data.setup()
+    share = torch.tensor([1, 3, 1]) / 5
+    expected = -share.log()[targets[2]].mean()
+    assert abs(constant_loss(FinalModel(mlp(4, 3), language_modelling), data) - expected) < 1e-5
+
+
+def test_batches_that_are_evaluated_at_once_suit_the_inputs() -> None:
+    def instances(x: torch.Tensor) -> Instances:
+        return Instances(x, torch.zeros(len(x), dtype=torch.int64))
+
+    rows, pictures = torch.zeros(1, 30), torch.zeros(1, 3, 32, 32)
+    tokens = torch.zeros(1, 64, dtype=torch.int64)
+    sizes = [fitting_batch(instances(x)) for x in (rows, pictures, tokens)]
+    assert sizes[0] == 4096
+    assert sizes[0] > sizes[1] > sizes[2] >= 64
+    network, x = mlp(30, 3), torch.randn(9, 30)
+    model = FinalModel(network, cross_entropy)
+    torch.testing.assert_close(model.outputs(instances(x), 2), model.outputs(instances(x)))
