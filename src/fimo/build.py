@@ -98,8 +98,8 @@ def check_fit(network: nn.Module, loss: Loss, data: InstancesModule) -> None:
     """Try a network and its loss on two training instances.
 
     Raises:
-        InputError: naming ``model.network`` or ``model.loss``: an input or target that does not fit, fewer outputs
-            than classes, or a loss that is not one number per instance.
+        InputError: naming ``model.network`` or ``model.loss``: an input or target that does not fit, fewer
+            outputs than classes, or a loss that is not one number per instance.
     """
     probe, hint = data.train[:2], f"does not fit the data set {data.name}"
     try:
