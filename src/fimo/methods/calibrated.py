@@ -38,7 +38,7 @@ class CalibratedResponse(Response):
 
     def __init__(
         self,
-        budget: float = 0.06,
+        budget: float = 0.04,
         propagate: Literal["outputs", "loss"] = "outputs",
         segments: int = 6,
         kernels: Literal["auto", "own", "shared"] = "auto",

@@ -36,7 +36,7 @@ from fimo.models.final_model import FinalModel
 KNOTS = 32
 """Points of a trajectory at which training outputs are computed; linear in between."""
 
-KERNEL_SHARE = 0.02
+KERNEL_SHARE = 0.01
 """Of the gold standard's arithmetic, spent on kernels."""
 
 
@@ -105,7 +105,7 @@ class Response(FollowingMethod):
         propagate: ``outputs`` evaluates the loss at the changed outputs; ``loss`` takes it as linear in them.
         segments: most points at which ``path`` or ``end`` takes Jacobians.
         kernels: Jacobians of each seed's ``own`` run, or ``shared``: of the seeds' mean parameters; ``auto``
-            takes as many, and own ones, as 2 % of the arithmetic of further training without each of the
+            takes as many, and own ones, as 1 % of the arithmetic of further training without each of the
             left-out instances allows.
         max_rows: most training outputs that are followed; beyond it the less curved directions are dropped.
         memory_mb: of Jacobians held at once.
@@ -220,10 +220,7 @@ class Response(FollowingMethod):
     ) -> tuple[OutputSpace, Along]:
         """Return the output space (chosen at the first seed), and the training outputs along a run."""
         knots = sorted({0, *spread(self.ft.steps, KNOTS), *(s.last for s in cut)})
-        outputs = torch.stack(
-            [with_parameters(model, trajectory.parameters[k]).outputs(train) for k in knots]
-        )
-        outputs = outputs.flatten(2)
+        outputs = torch.stack([outputs_at(model, trajectory.parameters[k], train) for k in knots])
         if space is None:
             few = outputs[:: max(1, len(knots) // 4)]
             space = OutputSpace.choose(model.loss, few, train.targets, self.left_out, self.max_rows)
