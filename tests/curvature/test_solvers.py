@@ -7,33 +7,37 @@ import torch
 from torch import Tensor, nn
 
 from fimo.curvature.gradients import InstanceGradients
+from fimo.curvature.kernel import KernelSpectrum
 from fimo.curvature.kronecker import fit_factors
 from fimo.curvature.operators import Hessian, RowsOperator
-from fimo.curvature.solvers import DivergenceError, conjugate_gradients, lanczos, largest_eigenvalue, lissa
-from fimo.curvature.spaces import KernelSpace, ParameterSpace, Space
+from fimo.curvature.solvers import (
+    DivergenceError,
+    conjugate_gradients,
+    lanczos,
+    largest_eigenvalue,
+    lissa,
+    lissa_on_spectrum,
+)
+from fimo.curvature.spaces import KernelSpace, ParameterSpace, Space, SpectralSpace
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import mean_squared_error
 from tests.cases import CASES, Case
 from tests.reference import attribution as dense
 
-SPACES = ["parameters", "kernel"]
+SPACES = ["parameters", "kernel", "spectrum"]
 
 
 def setting(case: Case, space: str) -> tuple[Space, Tensor, InstanceGradients]:
     """Return a space for the test gradients, the dense matrix, and the gradients."""
     gradients = InstanceGradients(case.final_model)
     rows, test = gradients.gauss_newton(case.train), gradients.losses(case.test)
+    matrix = dense.gauss_newton(case.final_model, case.train)
+    found: Space = ParameterSpace(RowsOperator(rows), test)
     if space == "kernel":
-        return (
-            KernelSpace(rows, test, len(case.train)),
-            dense.gauss_newton(case.final_model, case.train),
-            gradients,
-        )
-    return (
-        ParameterSpace(RowsOperator(rows), test),
-        dense.gauss_newton(case.final_model, case.train),
-        gradients,
-    )
+        found = KernelSpace(rows, test, len(case.train))
+    elif space == "spectrum":
+        found = SpectralSpace(KernelSpectrum(case.final_model, case.train, gradients), test)
+    return found, matrix, gradients
 
 
 def solved(case: Case, matrix: Tensor, damping: float) -> Tensor:
@@ -58,7 +62,7 @@ def test_conjugate_gradients_reach_the_dense_solve_and_stay_there(name: str, spa
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_both_spaces_take_the_same_iterates(name: str) -> None:
+def test_all_spaces_take_the_same_iterates(name: str) -> None:
     case = CASES[name]()
     found = []
     for space_name in SPACES:
@@ -70,9 +74,10 @@ def test_both_spaces_take_the_same_iterates(name: str) -> None:
         ):
             found.append(space.against(solution.vectors, train))
             found.append(solution.residuals)
-    half = len(found) // 2
-    for parameters, kernel in zip(found[:half], found[half:], strict=True):
-        torch.testing.assert_close(parameters, kernel, rtol=1e-6, atol=1e-9)
+    parameters, kernel, spectrum = (found[k : k + 4] for k in (0, 4, 8))
+    for one, other, third in zip(parameters, kernel, spectrum, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(one, third, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -113,6 +118,16 @@ def test_lissa_s_answer_is_the_dense_solve_whatever_its_scale(name: str, space_n
         torch.testing.assert_close(found, solved(case, matrix, 0.2), rtol=1e-6, atol=1e-8)
 
 
+def test_lissa_s_sum_is_its_iterate() -> None:
+    case = CASES["mlp_classification"]()
+    space = setting(case, "spectrum")[0]
+    assert isinstance(space, SpectralSpace)
+    stepped, summed = lissa(space, 0.1, 20.0, 7, tolerance=0), lissa_on_spectrum(space, 0.1, 20.0, 7)
+    torch.testing.assert_close(stepped.vectors, summed.vectors)
+    with pytest.raises(DivergenceError):
+        lissa_on_spectrum(space, 0.1, 1e-3, 7)
+
+
 @pytest.mark.parametrize("space_name", SPACES)
 def test_lissa_says_that_it_diverges(space_name: str) -> None:
     case = CASES["mlp_classification"]()
@@ -129,7 +144,7 @@ def test_lissa_diverges_where_the_hessian_is_more_negative_than_the_damping() ->
     operator = Hessian(case.final_model, case.train)
     space = ParameterSpace(operator, InstanceGradients(case.final_model).losses(case.test))
     with pytest.raises(DivergenceError):
-        lissa(space, -values[0].item() / 2, values[-1].item() * 1.1, depth=20000)
+        lissa(space, -values[0].item() / 2, values[-1].item() * 1.1, depth=5000)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -51,7 +51,7 @@ METHODS = [
 TIGHT: dict[str, dict[str, Any]] = {
     "cg": {"tolerance": 1e-11},
     "lissa": {"tolerance": 1e-11, "damping": 1.0},
-    "lissa_h": {"tolerance": 1e-8, "damping": 20.0},
+    "lissa_h": {"tolerance": 1e-8, "damping": 20.0, "batch_size": None},
 }
 SOLVERS = ["exact", "cg", "lissa", "lissa_h", "ekfac", "kfac"]
 

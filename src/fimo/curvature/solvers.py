@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fimo.curvature.spaces import Space
+from fimo.curvature.spaces import Space, SpectralSpace
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +120,31 @@ def lissa(
             if batches is None and bool((residuals <= tolerance).all()):
                 break
     return Solution(x / scale, residuals, iterations, bool((residuals <= tolerance).all()))
+
+
+def lissa_on_spectrum(space: SpectralSpace, damping: float, scale: float, depth: int) -> Solution:
+    """Return :func:`lissa`'s iterate after ``depth`` steps from its sum, without taking the steps.
+
+    Along an eigenvector the series is geometric: x_t / scale = (1 - q^(t+1)) / (c + damping) times g, with
+    q = 1 - (c + damping) / scale, and its residual is q^(t+1).
+
+    Raises:
+        DivergenceError: |q| > 1 for an eigenvalue.
+    """
+    values = (
+        torch.cat([space.spectrum.eigenvalues, space.spectrum.eigenvalues.new_zeros(1)])[:, None] + damping
+    )
+    ratio = 1 - values / scale
+    if ratio.abs().max() > 1:
+        raise DivergenceError(
+            f"LiSSA diverged: the largest eigenvalue and damping, {values.max().item():.3g}, exceed twice "
+            f"the scale {scale:.3g}; raise the scale"
+        )
+    left = ratio ** (depth + 1)
+    g = space.right_hand_sides()
+    size = space.inner(g, g).sqrt()
+    residuals = space.inner(left * g, left * g).clamp(min=0).sqrt() / size.where(size > 0, 1)
+    return Solution((1 - left) / values * g, residuals, depth, True)
 
 
 def largest_eigenvalue(times: Callable[[Tensor], Tensor], like: Tensor, iterations: int = 30) -> float:

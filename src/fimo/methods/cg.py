@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Literal
@@ -10,18 +11,21 @@ import torch
 from torch import Tensor
 
 from fimo.curvature.damping import DampingValue
-from fimo.curvature.kernel import MAX_DIMENSION
+from fimo.curvature.kernel import KernelSpectrum
 from fimo.curvature.kronecker import KroneckerFactors, fit_factors
 from fimo.curvature.operators import GaussNewton, Operator, RowsOperator
 from fimo.curvature.rows import Rows, StreamedRows
 from fimo.curvature.solvers import Solution, conjugate_gradients
-from fimo.curvature.spaces import KernelSpace, ParameterSpace, Space
+from fimo.curvature.spaces import ParameterSpace, Space, SpectralSpace
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.gradient import CurvatureMethod
 from fimo.models.final_model import FinalModel
 
 log = logging.getLogger(__name__)
+
+MAX_SPECTRAL = 3000
+"""Largest eigenproblem, min(P, N·R), that is solved to iterate on eigenvalues instead of vectors."""
 
 MAX_ROWS = 64
 """Gauss-Newton rows per instance above which products go through the network instead."""
@@ -40,7 +44,7 @@ class IterativeMethod(CurvatureMethod):
 
     def fit(self, final_model: FinalModel, train: Instances) -> None:
         super().fit(final_model, train)
-        self.kernel: Tensor | None = None
+        self.__dict__.pop("spectrum", None)
         outputs = final_model.outputs(train[:1])[0].numel()
         self.by_rows = outputs <= MAX_ROWS
         if self.by_rows:
@@ -53,17 +57,16 @@ class IterativeMethod(CurvatureMethod):
         trace = RowsOperator(self.rows).trace() if self.by_rows else self.operator.trace()
         return trace / self.final_model.size
 
-    def space(self, left: Rows, kernel: bool = True) -> Space:
-        """Return where to solve for the rows ``left``: the kernel's span where that is smaller."""
-        if (
-            kernel
-            and self.by_rows
-            and 2 * self.rows.n * self.rows.r < min(self.final_model.size, 2 * MAX_DIMENSION)
-        ):
-            if self.kernel is None:
-                self.kernel = self.rows.gram(self.rows).flatten(0, 1).flatten(1)
-            return KernelSpace(self.rows, left, len(self.train), self.kernel)
+    def space(self, left: Rows) -> Space:
+        """Return where to iterate on the rows ``left``: iterates are the same, steps differ in cost."""
+        if self.by_rows and min(self.final_model.size, self.rows.n * self.rows.r) <= MAX_SPECTRAL:
+            return SpectralSpace(self.spectrum, left)
         return ParameterSpace(self.operator, left)
+
+    @functools.cached_property
+    def spectrum(self) -> KernelSpectrum:
+        """The eigendecomposition of the curvature, made once where it is used."""
+        return KernelSpectrum(self.final_model, self.train, self.gradients, self.rows)
 
     def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Tensor:
         # blocks of right-hand sides: a block's vectors of length P stay within the memory
@@ -109,7 +112,7 @@ class ConjugateGradients(IterativeMethod):
         damping: DampingValue = "auto",
         propagate: Literal["loss", "outputs"] = "loss",
         tolerance: float = 1e-5,
-        max_iterations: int = 500,
+        max_iterations: int = 1000,
         precondition: Literal["none", "ekfac"] = "none",
         memory_mb: float = 1024,
         storage: str | None = None,
@@ -130,9 +133,9 @@ class ConjugateGradients(IterativeMethod):
         if self.precondition == "ekfac":
             self.factors = fit_factors(self.gradients, train)
 
-    def space(self, left: Rows, kernel: bool = True) -> Space:
-        # a preconditioner leaves the span of the gradients
-        return super().space(left, kernel and self.precondition == "none")
+    def space(self, left: Rows) -> Space:
+        # a preconditioner is one of parameter space
+        return super().space(left) if self.factors is None else ParameterSpace(self.operator, left)
 
     def iterate(self, space: Space, part: Rows, damping: float) -> Solution:
         precondition: Callable[[Tensor], Tensor] | None = None

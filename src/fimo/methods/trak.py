@@ -98,11 +98,18 @@ class Trak(GradientMethod):
         explained = projected(
             test, model.measurement or scalar, "measurement" if model.measurement else "scalar"
         )
-        matrix = features.T @ features / len(features)
+        n, k = features.shape
         mean_square = features.square().sum(1).mean().item()
-        resolved = self.damping.resolve(mean_square / model.size, matrix.diagonal().mean().item())
-        matrix.diagonal().add_(resolved.to(matrix.device))
-        return explained @ torch.linalg.solve(matrix, removed.T) / len(features)
+        damping = self.damping.resolve(mean_square / model.size, mean_square / k).item()
+        if n >= k:
+            matrix = features.T @ features / n
+            matrix.diagonal().add_(damping)
+            return explained @ torch.linalg.solve(matrix, removed.T) / n
+        # the same by the N x N matrix (Woodbury)
+        matrix = features @ features.T / n
+        matrix.diagonal().add_(damping)
+        inside = (explained @ features.T) @ torch.linalg.solve(matrix, features @ removed.T) / n
+        return (explained @ removed.T - inside) / damping / n
 
     def _explained(self, model: FinalModel, test: Instances) -> Tensor:
         """Return the factor of each test instance: q_j, or 1 where a measurement is explained."""

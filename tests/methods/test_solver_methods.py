@@ -1,0 +1,181 @@
+"""Methods that solve with a curvature: at convergence they are the dense influence, whatever the route."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fimo.curvature.gradients import InstanceGradients
+from fimo.curvature.projection import project
+from fimo.errors import InputError
+from fimo.methods.arnoldi import Arnoldi
+from fimo.methods.cg import ConjugateGradients, IterativeMethod
+from fimo.methods.ekfac import Ekfac
+from fimo.methods.exact import ExactInfluence
+from fimo.methods.lissa import Lissa, LissaHessian
+from fimo.methods.representer import Representer
+from fimo.methods.trak import Trak
+from fimo.models.final_model import FinalModel
+from fimo.models.losses import cross_entropy
+from tests.cases import CASES
+from tests.reference import attribution as dense
+
+
+@pytest.mark.parametrize("spectral", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_cg_and_lissa_converge_to_the_dense_influence(
+    name: str, spectral: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name]()
+    if not spectral:
+        monkeypatch.setattr("fimo.methods.cg.MAX_SPECTRAL", 0)
+    expected = dense.influence(case, dense.gauss_newton(case.final_model, case.train), 0.5)
+    methods: list[IterativeMethod] = [ConjugateGradients(0.5, tolerance=1e-9), Lissa(0.5, tolerance=1e-9)]
+    if not spectral:
+        methods.append(ConjugateGradients(0.5, tolerance=1e-9, precondition="ekfac"))
+    for method in methods:
+        scores = method.attribute(case.final_model, case.train, case.test)
+        torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-8)
+        assert max(method.residuals) <= 1e-9
+
+
+@pytest.mark.parametrize("name", ["mlp_regression", "mlp_classification"])
+def test_lissa_with_the_hessian_converges_to_the_dense_influence(name: str) -> None:
+    case = CASES[name]()
+    hessian = dense.hessian(case.final_model, case.train)
+    damping = 3.0 - torch.linalg.eigvalsh(hessian)[0].clamp(max=0).item()
+    method = LissaHessian(damping, depth=500, batch_size=None, tolerance=1e-9)
+    scores = method.attribute(case.final_model, case.train, case.test)
+    torch.testing.assert_close(scores, dense.influence(case, hessian, damping), rtol=1e-5, atol=1e-8)
+
+
+def test_lissa_with_the_hessian_says_that_it_diverges() -> None:
+    case = CASES["mlp_classification"]()
+    data = case.final_model, case.train, case.test
+    least = torch.linalg.eigvalsh(dense.hessian(case.final_model, case.train))[0].item()
+    with pytest.raises(InputError, match="diverged"):
+        LissaHessian(-least / 2, depth=20000, batch_size=None).attribute(
+            case.final_model, case.train, case.test
+        )
+    # auto damping exceeds the most negative eigenvalue
+    method = LissaHessian(batch_size=None)
+    assert method.attribute(*data).isfinite().all()
+    assert method.dampings().item() > -least
+
+
+def test_batches_of_lissa_are_near_the_whole_in_both_spaces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = CASES["mlp_regression"]()
+    data = case.final_model, case.train, case.test
+    expected = dense.influence(case, dense.gauss_newton(case.final_model, case.train), 1.0)
+    kernel = Lissa(1.0, depth=200, batch_size=8, scale=60.0).attribute(
+        case.final_model, case.train, case.test
+    )
+    assert (kernel - expected).norm() < 0.3 * expected.norm()
+    monkeypatch.setattr("fimo.methods.lissa.MAX_DIMENSION", 0)
+    whole = Lissa(1.0, depth=200, batch_size=8, scale=60.0).attribute(*data)
+    torch.testing.assert_close(whole, kernel, rtol=1e-6, atol=1e-9)
+    everything = Lissa(1.0, batch_size=23, tolerance=1e-9).attribute(*data)
+    torch.testing.assert_close(everything, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", [ConjugateGradients, Ekfac, ExactInfluence])
+def test_a_sweep_over_dampings_is_the_single_values(method: type) -> None:
+    case = CASES["mlp_classification"]()
+    arguments = {"tolerance": 1e-11} if method is ConjugateGradients else {}
+    swept = method(0.1, **arguments)
+    swept.fit(case.final_model, case.train)
+    found = swept.scores_for(torch.tensor([0.1, 1.0, 10.0]).double(), case.test, case.train)
+    for e, damping in enumerate([0.1, 1.0, 10.0]):
+        single = method(damping, **arguments).attribute(case.final_model, case.train, case.test)
+        torch.testing.assert_close(found[e], single, rtol=1e-5, atol=1e-9)
+
+
+def test_ekfac_is_exact_for_one_linear_layer_with_one_output() -> None:
+    case = CASES["mlp_regression"]()
+    model = FinalModel(torch.nn.Sequential(torch.nn.Linear(4, 1)).double(), case.final_model.loss)
+    exact = ExactInfluence(0.1).attribute(model, case.train, case.test)
+    torch.testing.assert_close(Ekfac(0.1).attribute(model, case.train, case.test), exact)
+
+
+def test_ekfac_auto_damps_each_module_by_its_own_mean_eigenvalue() -> None:
+    case = CASES["mlp_classification"]()
+    method = Ekfac("auto")
+    scores = method.attribute(case.final_model, case.train, case.test)
+    left = dense.instance_gradients(case.final_model, case.test)
+    right = dense.instance_gradients(case.final_model, case.train)
+    expected, start = torch.zeros_like(scores), 0
+    for b in method.factors.blocks:
+        size = b.values.numel()
+        ours, theirs = left[:, start : start + size], right[:, start : start + size]
+        widths = [case.final_model.parameters()[n].numel() for n in b.names]
+        a, c = (
+            b.rotate(b.gather(dict(zip(b.names, x.split(widths, 1), strict=True)))).flatten(1)
+            for x in (ours, theirs)
+        )
+        expected += (a / (b.values.flatten() + 0.1 * b.values.mean())) @ c.T / len(case.train)
+        start += size
+    torch.testing.assert_close(scores, expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_arnoldi_with_all_eigenvectors_is_the_pseudo_inverse(name: str) -> None:
+    case = CASES[name]()
+    matrix = dense.gauss_newton(case.final_model, case.train)
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values.argsort(descending=True)[:8]
+    test, train = (dense.instance_gradients(case.final_model, d) for d in (case.test, case.train))
+    a, b = test @ vectors[:, kept], train @ vectors[:, kept]
+    expected = (a / values[kept]) @ b.T / len(case.train)
+    scores = Arnoldi(rank=8, iterations=200).attribute(case.final_model, case.train, case.test)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_trak_in_many_dimensions_is_the_kernel_of_the_margin() -> None:
+    case = CASES["mlp_classification"]()
+
+    def margin(outputs: Tensor, targets: Tensor) -> Tensor:
+        p = outputs.softmax(1).gather(1, targets[:, None])[:, 0]
+        return (p / (1 - p)).log()
+
+    features = dense.instance_gradients(case.final_model, case.train, margin)
+    ours = dense.instance_gradients(case.final_model, case.test, margin)
+    matrix = features.T @ features / 23 + 0.5 * torch.eye(83, dtype=torch.float64)
+    q = [1 - case.final_model.losses(d).neg().exp() for d in (case.test, case.train)]
+    expected = q[0][:, None] * (ours @ torch.linalg.solve(matrix, features.T) / 23) * q[1]
+    scores = Trak(20000, damping=0.5).attribute(case.final_model, case.train, case.test)
+    assert (scores - expected).norm() < 0.05 * expected.norm()
+    # fewer dimensions than instances
+    narrow = Trak(16).attribute(case.final_model, case.train, case.test)
+    assert narrow.isfinite().all()
+
+
+def test_trak_averages_an_ensemble() -> None:
+    case = CASES["mlp_regression"]()
+    state = case.final_model.state()
+    one = Trak(64, checkpoints=[state]).attribute(case.final_model, case.train, case.test)
+    torch.testing.assert_close(one, Trak(64).attribute(case.final_model, case.train, case.test))
+    both = Trak(64, checkpoints=[state, state]).attribute(case.final_model, case.train, case.test)
+    other = Trak(64, seed=1).attribute(case.final_model, case.train, case.test)
+    torch.testing.assert_close(both, (one + other) / 2)
+
+
+@pytest.mark.parametrize("kind", ["normal", "sign", "sparse"])
+def test_a_projection_preserves_inner_products_and_does_not_depend_on_blocks(kind: str) -> None:
+    case = CASES["conv_net"]()
+    whole = InstanceGradients(case.final_model).losses(case.train)
+    blocks = InstanceGradients(case.final_model, case.final_model.size * 8 * 3 / 2**20).losses(case.train)
+    a = project(whole, 4000, kind, memory_mb=0.01)[:, 0]  # type: ignore[arg-type]
+    torch.testing.assert_close(a, project(blocks, 4000, kind)[:, 0])  # type: ignore[arg-type]
+    truth = whole.gram(whole)[:, 0, :, 0]
+    assert (a @ a.T - truth).norm() < 0.1 * truth.norm()
+
+
+def test_representers_are_last_layer_gradient_products() -> None:
+    case = CASES["mlp_classification"]()
+    model = FinalModel(case.final_model.network, cross_entropy, trainable=("4.*",))
+    dot = dense.instance_gradients(model, case.test) @ dense.instance_gradients(model, case.train).T
+    scores = Representer(penalty=0.5).attribute(case.final_model, case.train, case.test)
+    torch.testing.assert_close(scores, dot / 23)
