@@ -49,6 +49,8 @@ def network(name: str, folder: Path) -> nn.Module:
     pytest.importorskip("transformers", reason="transformers is not installed")
     from fimo.models.huggingface import text_classifier
 
+    if name == "own":
+        return text_classifier(str(save_bert(folder, classes=3)), 12, 3, head="own", dropout=0.0).double()
     return text_classifier(str(save_bert(folder)), 12, 3, pooling=name, dropout=0.0).double()
 
 
@@ -59,6 +61,7 @@ CASES = [
     ("mean", ("head*",)),
     ("mean", ("*layer.1.*", "head*")),
     ("first", ("*layer.1.output*",)),
+    ("own", ("model.classifier*",)),
 ]
 
 
@@ -93,6 +96,22 @@ def test_representations_are_the_same() -> None:
         EmbeddingSimilarity().attribute(m, d.train, d.test) for m, d in ((part, seen), (whole, data))
     )
     torch.testing.assert_close(ours, theirs)
+
+
+class Doubled(nn.Module):
+    """A network whose last layer is used twice, so that it is not the last step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last = nn.Linear(192, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.last(self.body(x.flatten(1))).tanh())
+
+
+def test_a_layer_that_is_not_simply_the_last_is_not_cut_off() -> None:
+    whole = FinalModel(Doubled().double(), cross_entropy, trainable=("last*",))
+    assert without_frozen_part(whole, images())[0] is whole
 
 
 def test_a_network_is_left_whole_where_all_is_trained_or_the_frozen_part_draws() -> None:

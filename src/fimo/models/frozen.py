@@ -66,7 +66,7 @@ def split(network: nn.Module, trainable: Collection[str]) -> Parts | None:
     if isinstance(network, Splits):
         return network.split(trainable)
     if not isinstance(network, nn.Sequential) or type(network).forward is not nn.Sequential.forward:
-        return None
+        return _before_last_layer(network, trainable)
     children = list(network.named_children())
     first = next(
         (k for k, (name, _) in enumerate(children) if any(t.startswith(f"{name}.") for t in trainable)), 0
@@ -79,6 +79,45 @@ def split(network: nn.Module, trainable: Collection[str]) -> Parts | None:
 def remaining(children: OrderedDict[str, nn.Module]) -> nn.Sequential:
     """Return a sequence whose input was computed by other layers, marked by a leading identity."""
     return nn.Sequential(OrderedDict([("computed", nn.Identity()), *children.items()]))
+
+
+class Entering(nn.Module):
+    """What enters a layer of a network, whatever the network does around it.
+
+    Args:
+        layer: its name.
+    """
+
+    def __init__(self, network: nn.Module, layer: str) -> None:
+        super().__init__()
+        self.network, self.layer = network, layer
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        layer = self.network.get_submodule(self.layer)
+        handle = layer.register_forward_pre_hook(lambda _, entering: seen.append(entering[0]))
+        try:
+            self.network(*inputs, **named)
+        finally:
+            handle.remove()
+        if len(seen) != 1:  # outputs could agree, gradients would not
+            raise ValueError(f"{self.layer} is used {len(seen)} times")
+        return seen[0]
+
+
+def _before_last_layer(network: nn.Module, trainable: Collection[str]) -> Parts | None:
+    """Cut any network before a linear layer that alone is trained; that it is the last one is tried later."""
+    names = {name.rpartition(".")[0] for name in trainable}
+    if len(names) != 1:
+        return None
+    path = names.pop()
+    layer = network.get_submodule(path)
+    if not path or not isinstance(layer, nn.Linear):
+        return None
+    after: nn.Module = layer
+    for name in reversed(path.split(".")):  # nested, so that its parameters keep their names
+        after = nn.Sequential(OrderedDict([(name, after)]))
+    return Entering(network, path), remaining(OrderedDict(after.named_children()))
 
 
 @torch.no_grad()
@@ -96,7 +135,10 @@ def computed(before: nn.Module, instances: Instances) -> Instances:
 def _agree(final_model: FinalModel, before: nn.Module, after: nn.Module, probe: Instances) -> bool:
     whole = final_model.outputs(probe)
     try:
-        parts = apply(after, computed(before, probe).inputs)
+        found = computed(before, probe)
+        if len(found) != len(probe):
+            return False
+        parts = apply(after, found.inputs)
     except Exception as error:  # a model of another structure than expected
         log.info("the frozen part can't be cut off (%s)", type(error).__name__)
         return False
