@@ -72,6 +72,8 @@ class Encoded(nn.Module):
         self.encoder, self.pooling, self.blocks = encoder, pooling, blocks
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | dict[str, Tensor]:
+        if self.blocks is None:  # else tokens of all batches must be alike
+            input_ids, attention_mask = trimmed(input_ids, attention_mask)
         mask = additive(attention_mask, next(self.encoder.parameters()).dtype)
         found = self.encoder(input_ids=input_ids, attention_mask=mask, output_hidden_states=True)
         if self.blocks is None:

@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from fimo.cost import Cost
 from fimo.data.datamodule import InstancesModule
+from fimo.data.instances import Instances
 from fimo.models.best import KeepBest
 from fimo.models.final_model import FinalModel
 from fimo.models.module import FinalModelModule
@@ -94,18 +95,17 @@ def save_checkpoint(module: FinalModelModule, trainer: pl.Trainer, path: Path) -
 def quality(final_model: FinalModel, data: InstancesModule) -> Quality:
     """Measure a model on its training and test instances, in eval mode."""
 
-    def accuracy(instances: Any) -> float | None:
+    def measure(instances: Instances) -> tuple[float, float | None]:
         if data.task != "classification":
-            return None
-        return float((final_model.outputs(instances).argmax(-1) == instances.targets).double().mean())
+            return float(final_model.losses(instances).double().mean()), None
+        outputs = final_model.outputs(instances)
+        right = outputs.argmax(-1) == instances.targets
+        return float(final_model.loss(outputs, instances.targets).double().mean()), float(
+            right.double().mean()
+        )
 
-    return Quality(
-        float(final_model.losses(data.train).double().mean()),
-        float(final_model.losses(data.test).double().mean()),
-        constant_loss(final_model, data),
-        accuracy(data.train),
-        accuracy(data.test),
-    )
+    (train_loss, train_accuracy), (test_loss, test_accuracy) = measure(data.train), measure(data.test)
+    return Quality(train_loss, test_loss, constant_loss(final_model, data), train_accuracy, test_accuracy)
 
 
 def constant_loss(final_model: FinalModel, data: InstancesModule) -> float:
