@@ -116,6 +116,21 @@ def test_shards_divide_the_seeds_or_else_the_left_out_instances(sweep, tmp_path:
     assert [line.split(",")[-1] for line in costs if line.startswith("further_training")] == ["1.0"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("until=further_training further_training.shard=3/3", "expected k/n with k from 0 to n - 1"),
+        ("until=further_training further_training.shard=0/9", "expected at most 4 parts but got 9"),
+        ("further_training.shard=0/2", "is for runs with until=further_training"),
+        ("until=final_model", "until: expected further_training or report"),
+    ],
+)
+def test_a_part_that_there_is_not_is_refused(sweep, tmp_path: Path, arguments: str, said: str) -> None:
+    status, printed = sweep(*arguments.split(), f"hydra.sweep.dir={tmp_path}/sweep")
+    assert status == 1
+    assert said in printed
+
+
 @pytest.mark.launcher
 def test_a_job_killed_in_the_middle_is_repeated_to_the_same_result(tmp_path: Path) -> None:
     arguments = (

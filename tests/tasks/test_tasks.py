@@ -20,7 +20,7 @@ from fimo.experiment import run_experiment
 from fimo.further_training import Protocol
 from fimo.plan import Plan
 from fimo.store import Store
-from fimo.tasks import Judged, Mislabelled, build_tasks, retrain
+from fimo.tasks import Datamodeling, Judged, Mislabelled, build_tasks, retrain
 from fimo.tasks.mislabelled import GOLD_STANDARD
 from fimo.tasks.retraining import check_retraining
 from tests.reference.further_training import plain_sensitivity
@@ -106,6 +106,14 @@ def test_retraining_equals_plain_training_from_each_seeds_initial_parameters(tmp
         )
     assert found.step.tolist() == [26]
     assert not torch.equal(found.raw[0], found.raw[1])
+
+
+def test_the_datamodeling_score_can_train_from_scratch(tmp_path: Path) -> None:
+    run = judged(configured(tmp_path, "dataset=diabetes"))
+    table = Datamodeling(subsets=4, start="random")(run)
+    assert list(table["method"]) == ["graddot", "random"]
+    assert table["step"].tolist() == [26, 26], "after the last epoch of training"
+    assert table["mean"].between(-1, 1).all()
 
 
 def test_flipped_labels_train_another_model_and_leave_the_runs_data_alone(tmp_path: Path) -> None:
