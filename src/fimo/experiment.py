@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from fimo.build import (
     build_data,
@@ -95,11 +96,14 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
         write_costs(costs, run_dir / "cost.csv")
         return math.nan
 
-    scores = {}
+    scores: dict[str, tuple[str, Tensor]] = {}
+    errors: dict[str, Tensor] = {}
     for name, method in methods.items():
         with measured(name) as cost:
             tensors = score(name, method, trained.to(device), seen, plan, config, store, cost)
             scores[name] = (str(method.access), tensors["scores"])
+            if "sem" in tensors:
+                errors[name] = tensors["sem"]
             indices = {"left_out": sensitivity.left_out, "test": sensitivity.test}
             write_tensors(run_dir / "scores" / f"{name}.safetensors", {**tensors, **indices})
         costs.append(cost)
@@ -127,7 +131,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     with measured("report") as cost:
         results = summarise(
             plain(config), data, final_model, final_quality, sensitivity, methods, scores, evaluation,
-            costs, skipped,
+            costs, skipped, errors,
         )  # fmt: skip
         results = with_findings(results, findings, run_dir)
         results.save(run_dir)

@@ -34,6 +34,7 @@ def summarise(
     evaluation: Evaluation,
     costs: Sequence[Cost],
     skipped: Mapping[str, str],
+    errors: Mapping[str, Tensor],
 ) -> Results:
     """Gather what a run found."""
 
@@ -70,6 +71,7 @@ def summarise(
         bootstrap=evaluation.bootstrap,
         slopes=evaluation.slopes,
         distance=distance_table(sensitivity, final_model),
+        errors=errors,
     )
 
 

@@ -19,8 +19,8 @@ def explorer_data(run: Results, per_test: int = 5) -> dict[str, Any]:
     """Return the last evaluation point's sensitivities and scores of the test instances to choose from.
 
     Keys: ``left_out [L]``; ``tests``, each with ``index``, ``display``, ``sensitivity [L]``, ``scores`` by
-    method ``[L]``, ``agreement`` by method, ``helpful`` and ``harmful`` (``index, effect, error,
-    seeds_agreeing``); ``train``: displays by index; ``methods``, best first.
+    method ``[L]`` (and ``errors`` where it has them), ``agreement`` by method, ``helpful`` and ``harmful``
+    (``index, effect, error, seeds_agreeing``); ``train``: displays by index; ``methods``, best first.
     """
     methods = scored_methods(run)
     left_out = len(run.sensitivity.left_out)
@@ -43,6 +43,7 @@ def explorer_data(run: Results, per_test: int = 5) -> dict[str, Any]:
                 "display": display.as_dict() if display else None,
                 "sensitivity": rounded(last[j]),
                 "scores": {m: rounded(s[j]) for m, s in scores.items()},
+                "errors": {m: rounded(run.errors[m][-1, j]) for m in methods if m in run.errors},
                 "agreement": {m: round(v[j].item(), 3) for m, v in values.items()},
                 "helpful": [vars(row) for row in helpful],
                 "harmful": [vars(row) for row in harmful],

@@ -25,6 +25,7 @@ from fimo.reporting.curves import (
 from fimo.reporting.findings import method_order, same_scores
 from fimo.reporting.results import Results
 from fimo.reporting.style import CEILING, DASHES, colors, translucent
+from fimo.reporting.trust import share_of_ceiling_table, trusted_methods
 
 Table = pd.DataFrame
 EPOCHS = "epochs of further training"
@@ -39,6 +40,7 @@ def all_figures(runs: Sequence[Results]) -> dict[str, dict[str, go.Figure]]:
         "cost": cost_figure,
         "mean": mean_effect_figure,
         "retraining": retraining_figure,
+        "trust": trust_figure,
     }
     made = {name: {m: make(runs, m) for m in metrics} for name, make in by_metric.items()}
     made["distance"] = {"": distance_figure(runs)}
@@ -52,6 +54,19 @@ def all_figures(runs: Sequence[Results]) -> dict[str, dict[str, go.Figure]]:
 def agreement_figure(runs: Sequence[Results], metric: str) -> go.Figure:
     """Agreement against the amount of further training, with SEM bands and the noise ceiling."""
     return _lines(runs, lambda run: agreement_table(run, metric), "epoch", EPOCHS, metric)
+
+
+def trust_figure(runs: Sequence[Results], metric: str) -> go.Figure:
+    """Agreement as a share of the noise ceiling, for methods that follow further training."""
+
+    def shares(run: Results) -> Table:
+        table = share_of_ceiling_table(run, metric)
+        return table[table["method"].isin(trusted_methods(run))]
+
+    figure = _lines(runs, shares, "epoch", EPOCHS, f"{metric} / ceiling")
+    if figure.data:
+        figure.add_hline(y=0.95, line={"color": CEILING, "dash": "dot", "width": 1})
+    return figure
 
 
 def seeds_figure(runs: Sequence[Results], metric: str) -> go.Figure:

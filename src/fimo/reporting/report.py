@@ -26,12 +26,12 @@ from fimo.reporting.findings import (
     method_order,
     number,
     same_scores,
-    scored_methods,
 )
 from fimo.reporting.flat import flat
 from fimo.reporting.interactive import all_figures
 from fimo.reporting.results import Results, plain
 from fimo.reporting.style import colors
+from fimo.reporting.trust import coverage, departures, trusted_methods
 from fimo.store import written_aside
 
 
@@ -97,7 +97,8 @@ def run_context(run: Results) -> dict[str, Any]:
         "noun": noun(run),
         "same": same_scores(run),
         "above": above_ceiling(run),
-        "predicting": [m for m in scored_methods(run) if run.predicts_raw_changes(m)],
+        "predicting": trusted_methods(run),
+        "trust": trust_rows(run),
         "columns": columns([run.show("train", row.index) for row in [*helpful, *harmful]]),
         "unit": Unit.of([row.effect for row in [*helpful, *harmful]]),
         "test_loss": mean_test_loss(run),
@@ -118,6 +119,24 @@ def run_context(run: Results) -> dict[str, Any]:
         "total_seconds": float(run.cost["seconds"].sum()),
         "facts": final_model_facts(run.final_model),
     }
+
+
+def trust_rows(run: Results) -> list[dict[str, Any]]:
+    """Return, for each method that predicts loss changes, its size, its errors, where it fails."""
+    slopes = {} if run.slopes is None else dict(iter(run.slopes.groupby("method")))
+    rows = []
+    for method in trusted_methods(run):
+        covered = coverage(run, method)
+        slope = slopes[method].sort_values("step")["slope"].tolist()
+        rows.append(
+            {
+                "name": method,
+                "slope": (slope[0], slope[-1]),
+                "coverage": None if covered is None else (float(covered[0]), float(covered[-1])),
+                "departures": departures(run, method),
+            }
+        )
+    return rows
 
 
 def method_rows(run: Results) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ class Results:
         name: of the run, for legends.
         sensitivity: the gold standard.
         scores: by method, ``[J, L]`` or ``[E, J, L]``.
+        errors: by method that gives them, standard errors ``[E, J, L]`` of its scores over seeds.
         evaluation: ``evaluation.csv``.
         cost: ``cost.csv``.
         final_model: ``train_loss, test_loss``, and where known ``train_accuracy, test_accuracy``, and
@@ -73,6 +74,7 @@ class Results:
     retraining: Sensitivity | None = None
     tasks: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     has_raw: bool = True
+    errors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def access(self) -> dict[str, str]:
@@ -131,6 +133,8 @@ class Results:
         self.sensitivity.save(folder / "sensitivity.safetensors")
         for name, scores in self.scores.items():
             tensors = {"scores": scores, "left_out": self.sensitivity.left_out, "test": self.sensitivity.test}
+            if name in self.errors:
+                tensors["sem"] = self.errors[name]
             write_tensors(folder / "scores" / f"{name}.safetensors", tensors)
         self.evaluation.to_csv(folder / "evaluation.csv", index=False)
         self.cost.to_csv(folder / "cost.csv", index=False)
@@ -155,9 +159,8 @@ class Results:
         sensitivity, has_raw = load_sensitivity(folder / "sensitivity.safetensors")
         evaluation = pd.read_csv(folder / "evaluation.csv")
         order = list(evaluation["method"].unique())
-        scores = {
-            p.stem: read_tensors(p)["scores"] for p in sorted((folder / "scores").glob("*.safetensors"))
-        }
+        stored = {p.stem: read_tensors(p) for p in sorted((folder / "scores").glob("*.safetensors"))}
+        scores = {name: tensors["scores"] for name, tensors in stored.items()}
         shown = {
             split: {int(index): InstanceDisplay(**display) for index, display in instances.items()}
             for split, instances in content.pop("shown").items()
@@ -181,6 +184,7 @@ class Results:
             retraining=load_sensitivity(again)[0] if again.exists() else None,
             tasks={t: pd.read_csv(folder / f) for t, f in TASK_TABLES.items() if (folder / f).exists()},
             has_raw=has_raw,
+            errors={name: tensors["sem"] for name, tensors in stored.items() if "sem" in tensors},
             **optional,
             **content,
         )

@@ -162,6 +162,7 @@
     const order = test.sensitivity.map((_, i) => i).sort((a, b) => test.sensitivity[b] - test.sensitivity[a]);
     const sensitivity = order.map((i) => test.sensitivity[i]);
     const scores = order.map((i) => test.scores[method][i]);
+    const errors = test.errors[method] && order.map((i) => test.errors[method][i]);
     const factor = scale(sensitivity) / scale(scores.filter((v) => v !== null));
     const ids = order.map((i) => `training ${noun} #${source.left_out[i]}`);
     const rank = order.map((_, i) => i + 1);
@@ -174,7 +175,7 @@
       { type: "scatter", mode: "markers", x: rank, y: scores.map((v) => (v === null ? null : v * factor)), customdata: scores, text: ids, name: `${method}, scaled`, marker: { color: accent, size: 6 }, hovertemplate: "%{text}<br>score %{customdata:.3g}<extra></extra>" },
     ], themed({ ...base, legend, bargap: 0, xaxis: { title: { text: `left-out training ${noun}s, sorted` }, zeroline: false }, yaxis: { title: { text: "change of this test loss" }, exponentformat: "power", automargin: true } }), settings);
     Plotly.react(element.querySelector(".plot-scatter"), [
-      { type: "scatter", mode: "markers", x: scores, y: sensitivity, text: ids, marker: { color: accent, size: 7, opacity: 0.7 }, hovertemplate: "%{text}<br>score %{x:.3g}<br>sensitivity %{y:.3g}<extra></extra>" },
+      { type: "scatter", mode: "markers", x: scores, y: sensitivity, error_x: errors ? { type: "data", array: errors, thickness: 1, width: 0 } : undefined, text: ids, marker: { color: accent, size: 7, opacity: 0.7 }, hovertemplate: "%{text}<br>score %{x:.3g}<br>sensitivity %{y:.3g}<extra></extra>" },
     ], themed({ ...base, title: { text: `${source.metric} ${number(test.agreement[method], 3)}`, font: { size: 14 }, x: 0.5, y: 0.97 }, xaxis: { title: { text: `score by ${method}` }, exponentformat: "power", automargin: true }, yaxis: { title: { text: "sensitivity" }, exponentformat: "power", automargin: true } }), settings);
     element.querySelector(".helpful-rows").replaceChildren(rowsTable(test.helpful, source.train, "helpful", noun));
     element.querySelector(".harmful-rows").replaceChildren(rowsTable(test.harmful, source.train, "harmful", noun));
