@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 
 from fimo.command import main
 from fimo.errors import InputError
-from fimo.sweep import JobRecord, Sweep, code_identity, is_sweep, job_identity, job_overrides, run_once
+from fimo.jobs import JobRecord, code_identity, job_identity, run_once
+from fimo.sweep import Sweep, is_sweep, job_overrides
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -40,7 +41,8 @@ def records(sweep: Path) -> list[JobRecord]:
 @pytest.fixture
 def sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
     """Run a sweep in this process with the basic launcher; return its exit status and what it printed."""
-    monkeypatch.setattr("fimo.sweep.code_identity", lambda: "as it is")  # someone may be at work on it
+    for module in ("fimo.sweep", "fimo.jobs"):  # someone may be at work on the code
+        monkeypatch.setattr(f"{module}.code_identity", lambda: "as it is")
 
     def run(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["src.run", "-m", f"store={tmp_path}/store", *SMALL, *arguments])
@@ -260,7 +262,7 @@ def test_a_finished_job_is_skipped_unless_its_settings_files_or_code_changed(
     run(config)
     run({**config, "a": 2})
     assert len(runs) == 3
-    monkeypatch.setattr("fimo.sweep.code_identity", lambda: "edited")
+    monkeypatch.setattr("fimo.jobs.code_identity", lambda: "edited")
     run({**config, "a": 2})
     assert len(runs) == 4
     assert json.loads((tmp_path / "job.json").read_text())["objective"] == 0.5

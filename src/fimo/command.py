@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from fimo.config import nearest, validated
 from fimo.errors import InputError
-from fimo.sweep import Sweep, is_sweep, run_once
+from fimo.jobs import run_once
+from fimo.sweep import Sweep, is_sweep
 
 # the launchers' settings have the plugins' own names, so that Hydra checks them against the plugins' schemas
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
