@@ -195,7 +195,7 @@ class Response(FollowingMethod):
     def _kernel_plan(self, test: Instances) -> tuple[bool, int]:
         """Return whether seeds share kernels, and the number of segments."""
         p, n = self.final_model.size, len(self.train)
-        outputs = self.final_model.outputs(test[:1])[0].numel()
+        outputs = self.final_model.outputs(self.train[:1])[0].numel()
         rows = min(self.max_rows, n * outputs)
         # a factored inner product costs about the layers' widths, twice sqrt(P) each; a weighted one costs P
         factored = self.ft.protocol.optimizer == "sgd" or linear_layers(self.final_model.network) is not None
