@@ -23,6 +23,7 @@ from fimo.methods.exact import ExactInfluence
 from fimo.methods.gradcos import GradCos
 from fimo.methods.graddot import GradDot
 from fimo.methods.random import RandomScores
+from fimo.methods.top import top_k
 from fimo.methods.tracin import TracIn
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import cross_entropy, mean_squared_error
@@ -409,3 +410,16 @@ def test_a_network_that_cannot_be_vectorised_is_differentiated_one_by_one() -> N
             FinalModel(case.final_model.network, lambda f, y: cross_entropy(scale[0] * f, y)), case.train[:1]
         )[0],
     )
+
+
+@pytest.mark.parametrize("block", [1, 4, 100])
+def test_the_top_scores_do_not_depend_on_blocks(block: int) -> None:
+    case = CASES["mlp_classification"]()
+    scores = GradDot().attribute(case.final_model, case.train, case.test)
+    top = top_k(GradDot(), case.final_model, case.train, case.test, k=3, block=block)
+    torch.testing.assert_close(top.helpful, scores.sort(1, descending=True).values[:, :3])
+    torch.testing.assert_close(top.harmful, scores.sort(1).values[:, :3])
+    torch.testing.assert_close(scores.gather(1, top.helpful_index), top.helpful)
+    torch.testing.assert_close(scores.gather(1, top.harmful_index), top.harmful)
+    with pytest.raises(InputError, match="k"):
+        top_k(GradDot(), case.final_model, case.train, case.test, k=24)
