@@ -3,10 +3,11 @@
     python benchmarks/further_training.py [--seconds 5] [--only mlp_regression ...] [--growth]
 
 Prints, for each network: milliseconds per replica-step (evaluation at every epoch included) of a plain
-PyTorch loop with all threads, of one such loop per thread in processes of their own, and of the engine under
-the Trainer; their ratios; the engine's share of the measured matrix-multiply peak; and the largest difference
-between the test losses of a run by the loop and by the engine, relative to the largest loss. With
-``--growth``: time and memory against the number of replicas and epochs.
+PyTorch loop with all threads, of the same loop over a DataLoader (as most training code is written), of one
+plain loop per thread in processes of their own, and of the engine under the Trainer; their ratios; the
+engine's share of the measured matrix-multiply peak; and the largest difference between the test losses of a
+run by the loop and by the engine, relative to the largest loss. With ``--growth``: time and memory against
+the number of replicas and epochs. A loop with several threads suffers most from other work on the machine.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -116,18 +118,29 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 }
 
 
-def plain_loop(problem: Problem, seconds: float) -> float:
-    """Return milliseconds per step of one run after another, as a user would write it."""
+def plain_loop(problem: Problem, seconds: float, loader: bool = False) -> float:
+    """Return milliseconds per step of one run after another.
+
+    Args:
+        loader: batches come from a DataLoader, not by indexing the tensors.
+    """
     train, test, loss, size = problem.train, problem.test, problem.final_model.loss, problem.batch_size
     network = copy.deepcopy(problem.final_model.network).train().requires_grad_(True)
     optimizer = torch.optim.SGD(network.parameters(), problem.lr)
     steps, start = 0, 0.0
-    while True:
+    assert isinstance(train.inputs, Tensor)
+    loaded = DataLoader(TensorDataset(train.inputs, train.targets), size, shuffle=True)
+
+    def indexed() -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(train))
         for first in range(0, len(train), size):
             batch = train[order[first : first + size]]
+            yield batch.inputs, batch.targets
+
+    while True:
+        for inputs, targets in loaded if loader else indexed():
             optimizer.zero_grad()
-            loss(apply(network, batch.inputs), batch.targets).mean().backward()
+            loss(network(inputs), targets).mean().backward()
             optimizer.step()
         network.eval()
         with torch.no_grad():
@@ -220,7 +233,8 @@ def compare(names: list[str], seconds: float) -> None:
     threads = torch.get_num_threads()
     print(f"{os.cpu_count()} cores, {threads} threads; ms per replica-step, evaluation every epoch included")
     print(
-        "network               loop  processes   engine  loop/engine  processes/engine  of peak  difference"
+        "network               loop  DataLoader  processes   engine  loop/engine  DataLoader/engine"
+        "  processes/engine  of peak  difference"
     )
     for name in names:
         torch.manual_seed(0)
@@ -233,17 +247,19 @@ def compare(names: list[str], seconds: float) -> None:
             rounds.append(
                 (
                     plain_loop(problem, seconds / 2),
+                    plain_loop(problem, seconds / 2, loader=True),
                     plain_processes(name, threads, seconds / 2),
                     engine(problem, 1, 100, epochs),
                     -matmul_peak(threads),
                 )
             )
-        loop, process, own, peak = (min(column) for column in zip(*rounds, strict=True))
+        loop, loader, process, own, peak = (min(column) for column in zip(*rounds, strict=True))
         flops = operations(problem)
         share = f"{flops / own / 1e6 / -peak:.0%}" if flops else "-"
         print(
-            f"{name:20s} {loop:5.3f}  {process:9.3f}  {own:7.4f}  {loop / own:11.1f}  {process / own:16.1f}"
-            f"  {share:>7s}  {difference:10.0e}  (peak {-peak:.0f} GFLOP/s)",
+            f"{name:20s} {loop:5.3f}  {loader:10.3f}  {process:9.3f}  {own:7.4f}  {loop / own:11.1f}"
+            f"  {loader / own:17.1f}  {process / own:16.1f}  {share:>7s}  {difference:10.0e}"
+            f"  (peak {-peak:.0f} GFLOP/s)",
             flush=True,
         )
 
