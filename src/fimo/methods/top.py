@@ -36,7 +36,7 @@ def top_k(
     k: int = 10,
     block: int = 4096,
 ) -> Top:
-    """Score training instances block by block and keep the k largest and smallest scores: memory J·(k + block).
+    """Score training instances block by block and keep the k largest and smallest: memory J·(k + block).
 
     Args:
         method: one whose scores are ``[J, L]`` and don't depend on which instances are scored together.
