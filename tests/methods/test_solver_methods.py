@@ -179,3 +179,11 @@ def test_representers_are_last_layer_gradient_products() -> None:
     dot = dense.instance_gradients(model, case.test) @ dense.instance_gradients(model, case.train).T
     scores = Representer(penalty=0.5).attribute(case.final_model, case.train, case.test)
     torch.testing.assert_close(scores, dot / 23)
+
+
+def test_products_with_the_hessian_are_counted() -> None:
+    case = CASES["mlp_regression"]()
+    method = LissaHessian(10.0, depth=10, batch_size=8, scale=60.0)
+    method.attribute(case.final_model, case.train, case.test)
+    # rows and gradients of N + N + J instances, and 10 steps of 8 instances for each of J right-hand sides
+    assert method.gradient_evaluations == 2 * 23 + 5 + 10 * 8 * 5

@@ -69,6 +69,10 @@ class InstanceGradients:
         layers = linear_layers(final_model.network)
         self.layers: list[Layer] | None = layers
 
+    def count(self, evaluations: int) -> None:
+        """Add to the number of evaluations, for products that don't go through rows."""
+        self.evaluations += evaluations
+
     def losses(self, instances: Instances) -> Rows:
         """Return the gradients of the training loss: R = 1."""
         return self.rows(instances, _of_one(self.final_model.loss), "loss")

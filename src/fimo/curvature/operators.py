@@ -84,11 +84,18 @@ class AutogradOperator(Operator):
         instances: over which the loss is averaged.
         batch_size: instances per pass; the sum over batches is exact, so it changes no result.
         vectors_at_once: vectors per pass.
+        count: called with the number of products of one instance and one vector, as they are made.
     """
 
     def __init__(
-        self, final_model: FinalModel, instances: Instances, batch_size: int = 256, vectors_at_once: int = 32
+        self,
+        final_model: FinalModel,
+        instances: Instances,
+        batch_size: int = 256,
+        vectors_at_once: int = 32,
+        count: Callable[[int], None] | None = None,
     ) -> None:
+        self.count = count
         self.final_model, self.instances = final_model, instances
         self.batch_size, self.vectors_at_once = batch_size, vectors_at_once
         self.parameters, self.buffers = final_model.parameters(), final_model.buffers()
@@ -98,6 +105,8 @@ class AutogradOperator(Operator):
 
     def times(self, vectors: Tensor) -> Tensor:
         total = torch.zeros_like(vectors)
+        if self.count is not None:
+            self.count(len(self.instances) * vectors.shape[1])
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
             for batch in self.instances.batches(self.batch_size):
                 product = self._product(batch)

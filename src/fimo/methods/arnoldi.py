@@ -77,9 +77,9 @@ class Arnoldi(CurvatureMethod):
                 self.kernel_rows = rows
                 return
         elif self.curvature == "gauss_newton":
-            self.operator = GaussNewton(final_model, train)
+            self.operator = GaussNewton(final_model, train, count=self.gradients.count)
         else:
-            self.operator = Hessian(final_model, train)
+            self.operator = Hessian(final_model, train, count=self.gradients.count)
         self._keep(*lanczos(self.operator.times, start, self.iterations), smallest=1e-6)
 
     def _keep(self, values: Tensor, vectors: Tensor, smallest: float) -> None:

@@ -51,7 +51,9 @@ class IterativeMethod(CurvatureMethod):
             self.rows = self.gradients.gauss_newton(train)
         # rows that don't stay in memory cost more to make anew for each product than the network's passes
         stays = self.by_rows and not isinstance(self.rows, StreamedRows)
-        self.operator: Operator = RowsOperator(self.rows) if stays else GaussNewton(final_model, train)
+        self.operator: Operator = (
+            RowsOperator(self.rows) if stays else GaussNewton(final_model, train, count=self.gradients.count)
+        )
 
     def mean_eigenvalue(self) -> float:
         trace = RowsOperator(self.rows).trace() if self.by_rows else self.operator.trace()

@@ -80,7 +80,7 @@ class Lissa(IterativeMethod):
         super().fit(final_model, train)
         self._largest: float | None = None
         if self.curvature == "hessian":
-            self.by_rows, self.operator = False, Hessian(final_model, train)
+            self.by_rows, self.operator = False, Hessian(final_model, train, count=self.gradients.count)
         if self.batch_size is not None and self.batch_size >= len(train):
             self.batch_size = None
 
@@ -151,10 +151,10 @@ class Lissa(IterativeMethod):
                 return lambda vectors: space.times_of_batch(vectors, index)
             chosen = self.train[index]
             if self.curvature == "hessian":
-                return Hessian(self.final_model, chosen).times
+                return Hessian(self.final_model, chosen, count=self.gradients.count).times
             if self.by_rows:
                 return RowsOperator(self.gradients.gauss_newton(chosen)).times
-            return GaussNewton(self.final_model, chosen).times
+            return GaussNewton(self.final_model, chosen, count=self.gradients.count).times
 
         assert isinstance(space, KernelSpace | ParameterSpace)
         return batch
@@ -199,7 +199,9 @@ class LissaHessian(Lissa):
     def mean_eigenvalue(self) -> float:
         """Return that of the Gauss-Newton matrix, plus ten times what makes the Hessian positive."""
         whole = (
-            RowsOperator(self.rows) if hasattr(self, "rows") else GaussNewton(self.final_model, self.train)
+            RowsOperator(self.rows)
+            if hasattr(self, "rows")
+            else GaussNewton(self.final_model, self.train, count=self.gradients.count)
         )
         generator = torch.Generator(self.operator.device).manual_seed(1)
         start = torch.randn(
