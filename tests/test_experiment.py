@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -135,6 +136,19 @@ def test_a_sweep_over_methods_makes_a_job_each_and_one_gold_standard(default_run
     assert all(cost.loc["further_training", "reused"] == 1 for cost in costs)
 
 
+def test_a_method_that_fails_on_this_model_does_not_take_the_others_with_it(default_run: Path) -> None:
+    folder = default_run / "failing"
+    done = run(
+        "+method=graddot", "+methods.broken._target_=tests.diverging.Diverging", "logger=none",
+        "report=false", f"hydra.run.dir={folder}", folder=default_run,
+    )  # fmt: skip
+    assert "broken failed: grew a hundredfold" in done.stdout + done.stderr
+    assert (
+        json.loads((folder / "report.json").read_text())["skipped"]["broken"] == "failed: grew a hundredfold"
+    )
+    assert set(pd.read_csv(folder / "evaluation.csv")["method"]) == {"graddot"}
+
+
 def test_classification_and_adam_run_on_a_table_of_ones_own(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(60, 3, generator=generator)
@@ -145,4 +159,8 @@ def test_classification_and_adam_run_on_a_table_of_ones_own(tmp_path: Path) -> N
         "dataset.task=classification", "further_training=adam", "further_training.leave_out=mask",
         "+method=[graddot,exact]", "logger=none", f"hydra.run.dir={tmp_path}/run", folder=tmp_path,
     )  # fmt: skip
-    assert len(load_file(tmp_path / "run" / "scores" / "exact.safetensors")["scores"]) == 4
+    shapes = {
+        name: tuple(load_file(tmp_path / "run" / "scores" / f"{name}.safetensors")["scores"].shape)
+        for name in ("graddot", "exact")
+    }
+    assert shapes == {"graddot": (4, 5), "exact": (2, 4, 5)}  # exact is matched to the amount of training

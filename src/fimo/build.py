@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,7 +23,7 @@ from fimo.methods.base import AttributionMethod
 from fimo.models.best import KeepBest
 from fimo.models.checkpoint import load_checkpoint
 from fimo.models.final_model import FinalModel, apply
-from fimo.models.losses import LOSSES, Loss
+from fimo.models.losses import LOSSES, MEASUREMENTS, Loss
 from fimo.models.module import FinalModelModule
 from fimo.models.progress import EpochProgress
 
@@ -119,18 +119,18 @@ def check_fit(network: nn.Module, loss: Loss, data: InstancesModule) -> None:
         )
 
 
-def build_loss(name: Any, key: str) -> Loss:
+def build_loss(name: Any, key: str, known: Mapping[str, Loss] = LOSSES) -> Loss:
     """Return a per-instance loss by its configured name, dotted path, or ``_target_``."""
     if OmegaConf.is_config(name):
         return build(name, key)
-    if name in LOSSES:
-        return LOSSES[name]
+    if name in known:
+        return known[name]
     if "." in str(name):
         try:
             return get_object(str(name))
         except (ImportError, AttributeError, ValueError) as error:
             raise InputError(key, f"{name} can't be imported ({error})") from None
-    raise InputError(key, f"expected one of {', '.join(LOSSES)} or a dotted path but got {name!r}")
+    raise InputError(key, f"expected one of {', '.join(known)} or a dotted path but got {name!r}")
 
 
 def training_key(config: DictConfig, module: FinalModelModule) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def build_final_model(module: FinalModelModule, config: DictConfig) -> FinalMode
     return FinalModel(
         module.network,
         module.loss,
-        None if measurement is None else build_loss(measurement, "model.measurement"),
+        None if measurement is None else build_loss(measurement, "model.measurement", MEASUREMENTS),
         tuple(config.model.trainable),
     )
 

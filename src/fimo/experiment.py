@@ -22,7 +22,9 @@ from fimo.build import (
 )
 from fimo.config import plain
 from fimo.cost import Cost, measured, write_costs
+from fimo.curvature.solvers import DivergenceError
 from fimo.environment import quiet_libraries, trainer_settings
+from fimo.errors import InputError
 from fimo.evaluation import assess
 from fimo.further_training import further_train
 from fimo.models.frozen import without_frozen_part
@@ -36,6 +38,15 @@ from fimo.summary import summarise
 from fimo.tasks import Judged, build_tasks, with_findings
 
 log = logging.getLogger(__name__)
+
+NUMERICAL_FAILURES = (
+    InputError,
+    DivergenceError,
+    torch.linalg.LinAlgError,
+    torch.OutOfMemoryError,
+    MemoryError,
+)
+"""Failures of one method on this model that say nothing about the others."""
 
 
 def run_experiment(config: DictConfig, run_dir: Path) -> float:
@@ -100,7 +111,14 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     errors: dict[str, Tensor] = {}
     for name, method in methods.items():
         with measured(name) as cost:
-            tensors = score(name, method, trained.to(device), seen, plan, config, store, cost)
+            try:
+                tensors = score(name, method, trained.to(device), seen, plan, config, store, cost)
+            except NUMERICAL_FAILURES as error:
+                if len(methods) == 1:
+                    raise
+                log.error("%s failed: %s", name, error)
+                skipped[name] = f"failed: {error}"  # the others' results are not lost with it
+                continue
             scores[name] = (str(method.access), tensors["scores"])
             if "sem" in tensors:
                 errors[name] = tensors["sem"]
@@ -108,6 +126,10 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
             write_tensors(run_dir / "scores" / f"{name}.safetensors", {**tensors, **indices})
         costs.append(cost)
         log.info("%s: %.1f s", name, cost.seconds)
+
+    methods = {name: method for name, method in methods.items() if name in scores}
+    if not scores:
+        raise InputError("method", "; ".join(f"{name} {reason}" for name, reason in skipped.items()))
 
     findings = {}
     for name, task in tasks.items():
