@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -65,7 +66,7 @@ def summarise(
             "classes": list(data.class_names),
         },
         shown=collect(sensitivity, show),
-        descriptions={n: (inspect.getdoc(type(m)) or n).splitlines()[0] for n, m in methods.items()},
+        descriptions={name: first_sentence(method) for name, method in methods.items()},
         skipped=skipped,
         warnings=evaluation.notes,
         bootstrap=evaluation.bootstrap,
@@ -73,6 +74,12 @@ def summarise(
         distance=distance_table(sensitivity, final_model),
         errors=errors,
     )
+
+
+def first_sentence(method: AttributionMethod) -> str:
+    """Return the first line of a method's docstring, without markup."""
+    line = (inspect.getdoc(type(method)) or type(method).__name__).splitlines()[0]
+    return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", line).replace("``", "")
 
 
 def distance_table(sensitivity: Sensitivity, final_model: FinalModel) -> pd.DataFrame | None:
