@@ -107,12 +107,13 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
         write_costs(costs, run_dir / "cost.csv")
         return math.nan
 
+    placed = trained.to(device)
     scores: dict[str, tuple[str, Tensor]] = {}
     errors: dict[str, Tensor] = {}
     for name, method in methods.items():
         with measured(name) as cost:
             try:
-                tensors = score(name, method, trained.to(device), seen, plan, config, store, cost)
+                tensors = score(name, method, placed, seen, plan, config, store, cost)
             except NUMERICAL_FAILURES as error:
                 if len(methods) == 1:
                     raise

@@ -17,12 +17,12 @@ from fimo.data.datamodule import InstancesModule
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training import evaluation_points, full_runs
-from fimo.further_training.identity import describe_loss, describe_network
+from fimo.further_training.identity import describe_problem
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
 from fimo.plan import Plan
-from fimo.store import Store, content_hash, read_tensors, write_tensors
+from fimo.store import Store, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +70,7 @@ def score(
     key = {
         "method": OmegaConf.to_container(config.methods[name], resolve=True),
         "source": source_hash(method),
-        "model": content_hash(final_model.state()),
-        "network": describe_network(final_model.network),
-        "trainable": sorted(final_model.parameters()),
-        "losses": [describe_loss(x) for x in (final_model.loss, final_model.measurement) if x is not None],
-        "train": content_hash(data.train.tensors()),
-        "test": content_hash(data.test[plan.test].tensors()),
+        **describe_problem(final_model, data.train, data.test[plan.test]),
         "left_out": plan.left_out,
     }
     if method.follows_further_training:

@@ -19,7 +19,12 @@ from fimo.store import content_hash
 def describe(
     final_model: FinalModel, train: Instances, test: Instances, protocol: Protocol
 ) -> dict[str, Any]:
-    """Return the description of a job: data, checkpoint, network, losses and protocol.
+    """Return the description of a job: data, checkpoint, network, losses and protocol."""
+    return {**describe_problem(final_model, train, test), "protocol": protocol.key()}
+
+
+def describe_problem(final_model: FinalModel, train: Instances, test: Instances) -> dict[str, Any]:
+    """Return the description of data, checkpoint, network and losses.
 
     Networks and losses of the user's own are described by their source, so that editing them is a new key.
     """
@@ -31,7 +36,6 @@ def describe(
         "measurement": describe_loss(final_model.measurement or final_model.loss),
         "train": content_hash(train.tensors()),
         "test": content_hash(test.tensors()),
-        "protocol": protocol.key(),
     }
 
 
