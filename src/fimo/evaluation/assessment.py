@@ -13,15 +13,8 @@ from torch import Tensor
 from fimo.errors import InputError
 from fimo.evaluation.bootstrap import bootstrap_agreement
 from fimo.evaluation.ceiling import ceiling_undefined, noise_ceiling
-from fimo.evaluation.metrics import (
-    METRICS,
-    MetricName,
-    agreement,
-    check_shapes,
-    comparable,
-    cosines,
-    mean_and_sem,
-)
+from fimo.evaluation.metrics import METRICS, MetricName, check_shapes, mean_and_sem
+from fimo.evaluation.resampling import mean_agreements
 from fimo.evaluation.slope import fitted_slope
 from fimo.further_training.sensitivity import Sensitivity, adjust
 from fimo.store import written_aside
@@ -106,48 +99,39 @@ def assess(
     truth = sensitivity.sensitivity
     for name, (_, values) in scores.items():
         check_shapes(values, truth, f"scores of {name}")
-    scores = {
-        name: (access, adjusted_scores(values, name in estimate_loss_change, sensitivity.subtract_mean))
-        for name, (access, values) in scores.items()
+    judged = {
+        name: adjusted_scores(values, name in estimate_loss_change, sensitivity.subtract_mean)
+        for name, (_, values) in scores.items()
     }
+    access = {name: str(level) for name, (level, _) in scores.items()}
     generator = torch.Generator().manual_seed(seed)
+    points = {"step": sensitivity.step.tolist(), "epoch": sensitivity.epoch.tolist()}
     rows: list[pd.DataFrame] = []
     bounds: list[pd.DataFrame] = []
     instances: dict[tuple[str, str], Tensor] = {}
-    points = {"step": sensitivity.step.tolist(), "epoch": sensitivity.epoch.tolist()}
     for metric in metrics:
-        ceiling = noise_ceiling(
-            sensitivity.raw, metric, sensitivity.subtract_mean, counts, generator=generator
-        )
-        by_count = {
-            k: _over_subsets(scores, sensitivity, metric, seed_subsets(total, k, subsets, generator))
-            for k in counts
-            if k < total
-        }
-        intervals = bootstrap_agreement(
-            {name: s for name, (_, s) in scores.items()},
-            sensitivity.raw,
-            metric,
-            sensitivity.subtract_mean,
-            resamples,
-            generator=generator,
-        )
-        for name, (access, values) in scores.items():
-            full = agreement(values, truth, metric)
+        raw, adjusted = sensitivity.raw, sensitivity.subtract_mean
+        ceiling = noise_ceiling(raw, metric, adjusted, counts, generator=generator)
+        chosen = {k: seed_subsets(total, k, subsets, generator) for k in counts if k < total}
+        found = mean_agreements(judged, raw, {**chosen, total: [range(total)]}, metric, adjusted)
+        intervals = bootstrap_agreement(judged, raw, metric, adjusted, resamples, generator=generator)
+        for name, full in found[total].items():
             instances[name, metric] = full
-            fixed = {"method": name, "access": str(access), "metric": metric}
+            fixed = {"method": name, "access": access[name], "metric": metric}
             for column, k in enumerate(counts):
-                mean, sem = mean_and_sem(full if k == total else by_count[k][name])
-                numbers = {"mean": mean.tolist(), "sem": sem.tolist(), "ceiling": ceiling[:, column].tolist()}
+                numbers = {**_mean_columns(found[k][name]), "ceiling": ceiling[:, column].tolist()}
                 rows.append(pd.DataFrame({**fixed, **points, "seeds": k, **numbers}))
             low, high = intervals[name]
-            numbers = {"mean": mean_and_sem(full)[0].tolist(), "low": low.tolist(), "high": high.tolist()}
+            numbers = {"mean": _mean_columns(full)["mean"], "low": low.tolist(), "high": high.tolist()}
             defined = {"undefined": full.isnan().sum(-1).tolist(), "instances": full.shape[-1]}
-            fixed = {"method": name, "metric": metric}
-            bounds.append(pd.DataFrame({**fixed, **points, "seeds": total, **numbers, **defined}))
+            bounds.append(
+                pd.DataFrame(
+                    {"method": name, "metric": metric, **points, "seeds": total, **numbers, **defined}
+                )
+            )
     slopes = [
-        pd.DataFrame({"method": name, **points, "slope": fitted_slope(scores[name][1], truth).tolist()})
-        for name in scores
+        pd.DataFrame({"method": name, **points, "slope": fitted_slope(values, truth).tolist()})
+        for name, values in judged.items()
         if name in estimate_loss_change
     ]
     return Evaluation(
@@ -159,6 +143,12 @@ def assess(
         instances=instances,
         notes=_notes(instances, total),
     )
+
+
+def _mean_columns(values: Tensor) -> dict[str, list[float]]:
+    """Return mean and SEM over test instances as columns of a table."""
+    mean, sem = mean_and_sem(values)
+    return {"mean": mean.tolist(), "sem": sem.tolist()}
 
 
 def adjusted_scores(scores: Tensor, loss_change: bool, subtract_mean: bool) -> Tensor:
@@ -199,20 +189,6 @@ def seed_subsets(seeds: int, k: int, least: int, generator: torch.Generator) -> 
         if len(chosen) >= least:
             break
     return list(chosen.values())
-
-
-def _over_subsets(
-    scores: Scores, sensitivity: Sensitivity, metric: MetricName, subsets: Sequence[Sequence[int]]
-) -> dict[str, Tensor]:
-    """Return each method's agreement ``[E, J]``, the mean over subsets of the seeds."""
-    u = {name: comparable(values, metric) for name, (_, values) in scores.items()}
-    values: dict[str, list[Tensor]] = {name: [] for name in scores}
-    for subset in subsets:
-        mean = sensitivity.raw[list(subset)].mean(0)
-        v = comparable(adjust(mean, sensitivity.subtract_mean), metric)
-        for name, agreements in cosines(u, v).items():
-            values[name].append(agreements)
-    return {name: torch.stack(v).nanmean(0) for name, v in values.items()}
 
 
 def _notes(instances: Mapping[tuple[str, str], Tensor], seeds: int) -> tuple[str, ...]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from fimo.evaluation.metrics import MetricName, comparable, cosines
-from fimo.further_training.sensitivity import adjust
+from fimo.evaluation.metrics import MetricName
+from fimo.evaluation.resampling import agreements
 
 
 def bootstrap_agreement(
-    scores: dict[str, Tensor],
+    scores: Mapping[str, Tensor],
     raw: Tensor,
     metric: MetricName,
     subtract_mean: bool = True,
@@ -34,22 +36,21 @@ def bootstrap_agreement(
     """
     seeds, points, tests, _ = raw.shape
     generator = generator or torch.Generator().manual_seed(0)
-    u = {name: comparable(s, metric) for name, s in scores.items()}
-    draws: dict[str, list[Tensor]] = {name: [] for name in scores}
-    truth = comparable(adjust(raw.mean(0), subtract_mean), metric)
-    estimate = {name: values.nanmean(-1) for name, values in cosines(u, truth).items()}
+    weights, instances = [torch.ones(seeds)], [torch.ones(tests)]  # the estimate: everything once
     for _ in range(resamples):
-        drawn = torch.randint(seeds, (seeds,), generator=generator)
-        weight = torch.bincount(drawn, minlength=seeds).to(raw.dtype) / seeds
-        v = comparable(adjust(torch.einsum("s,sejl->ejl", weight, raw), subtract_mean), metric)
-        instances = torch.randint(tests, (tests,), generator=generator)
-        for name, values in cosines(u, v).items():
-            draws[name].append(values[:, instances].nanmean(-1))
+        for counts in (weights, instances):
+            drawn = torch.randint(len(counts[0]), (len(counts[0]),), generator=generator)
+            counts.append(torch.bincount(drawn, minlength=len(counts[0])).float())
+    drawn_tests = torch.stack(instances)  # [R + 1, J]
+    total = torch.zeros(len(scores), points, resamples + 1)
+    count = torch.zeros_like(total)
+    for e, block, values in agreements(scores, raw, torch.stack(weights) / seeds, metric, subtract_mean):
+        times = drawn_tests[:, block]
+        total[:, e] += (values.nan_to_num(0.0) * times).sum(-1)
+        count[:, e] += (values.isfinite() * times).sum(-1)
+    means = (total / count).double()  # [M, E, R + 1]; 0 / 0 is NaN
+    estimate, sample = means[..., :1], means[..., 1:] if resamples else torch.full_like(means, torch.nan)
     tail = (1 - level) / 2
-    intervals = {}
-    for name, sampled in draws.items():
-        sample = torch.stack(sampled) if sampled else torch.full((1, points), torch.nan)
-        ends = torch.nanquantile(sample.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
-        ends = (ends + (estimate[name] - sample.nanmean(0))).clamp(-1, 1)
-        intervals[name] = (ends[0], ends[1])
-    return intervals
+    ends = torch.nanquantile(sample, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=-1)
+    low, high = (ends + (estimate - sample.nanmean(-1, keepdim=True))[..., 0]).clamp(-1, 1)
+    return {name: (low[m], high[m]) for m, name in enumerate(scores)}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fimo.errors import InputError
-from fimo.evaluation.metrics import MetricName, comparable
-from fimo.further_training.sensitivity import adjust
+from fimo.evaluation.metrics import MetricName
+from fimo.evaluation.resampling import seed_means, subset_weights
 
 
 def noise_ceiling(
@@ -65,12 +65,12 @@ def instance_ceiling(
     if ceiling_undefined(seeds) is not None:
         return torch.full((points, tests, len(counts)), torch.nan)
     half = seeds // 2
-    total = torch.zeros(points, tests, dtype=torch.float64)
     chosen = half_splits(seeds, splits, generator)
-    for first, second in chosen:
-        u = comparable(adjust(raw[first].mean(0), subtract_mean), metric)
-        v = comparable(adjust(raw[second].mean(0), subtract_mean), metric)
-        total += (u * v).sum(-1)
+    weights = subset_weights([side for split in zip(*chosen, strict=True) for side in split], seeds)
+    total = torch.empty(points, tests, dtype=torch.float64)
+    for e, block, means in seed_means(raw, weights, metric, subtract_mean):
+        first, second = means.split(len(chosen))
+        total[e, block] = (first * second).sum(-1).double().sum(0)
     reliability = (total / len(chosen)).clamp(0, 1)[..., None]
     ratio = counts / half
     return torch.sqrt(ratio * reliability / (1 + (ratio - 1) * reliability)).float()
