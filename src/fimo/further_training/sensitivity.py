@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,9 +51,9 @@ class Sensitivity:
         """Adjusted changes ``[S, E, J, L]`` of each seed."""
         return adjust(self.raw, self.subtract_mean)
 
-    @property
+    @functools.cached_property
     def sensitivity(self) -> Tensor:
-        """The gold standard ``[E, J, L]``: adjusted changes averaged over seeds."""
+        """The gold standard ``[E, J, L]``: adjusted changes averaged over seeds; computed once."""
         return adjust(self.raw.mean(0), self.subtract_mean)
 
     def save(self, path: Path, with_raw: bool = True) -> None:

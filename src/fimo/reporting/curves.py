@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 import torch
+from torch import Tensor
 
-from fimo.evaluation.metrics import MetricName, agreement, mean_and_sem
-from fimo.further_training.sensitivity import adjust
+from fimo.evaluation.metrics import MetricName, mean_and_sem
+from fimo.evaluation.resampling import mean_agreements
 from fimo.reporting.findings import at_last_point, method_order, scored_methods
 from fimo.reporting.results import Results
 
@@ -37,24 +38,11 @@ def mean_effect_table(run: Results, metric: str) -> pd.DataFrame:
     if not run.has_raw:
         return pd.DataFrame(columns=["method", "subtract_mean", "step", "epoch", "mean", "sem"])
     frames = []
-    average = run.sensitivity.raw.mean(0)
-    for method in scored_methods(run):
-        for subtract in (True, False):
-            values = agreement(
-                run.judged_scores(method, subtract), adjust(average, subtract), _metric(metric)
-            )
-            mean, sem = mean_and_sem(values)
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "method": method,
-                        "subtract_mean": subtract,
-                        **_points(run),
-                        "mean": mean.tolist(),
-                        "sem": sem.tolist(),
-                    }
-                )
-            )
+    average = run.sensitivity.raw.mean(0, keepdim=True)
+    for subtract in (True, False):
+        judged = {m: run.judged_scores(m, subtract) for m in scored_methods(run)}
+        found = mean_agreements(judged, average, {1: [[0]]}, _metric(metric), subtract)[1]
+        frames += [_mean_frame(run, values, method=m, subtract_mean=subtract) for m, values in found.items()]
     return with_epochs(run, pd.concat(frames, ignore_index=True))
 
 
@@ -71,8 +59,7 @@ def loss_table(run: Results) -> pd.DataFrame | None:
     losses = run.sensitivity.full_losses
     if losses is None:
         return None
-    mean, sem = mean_and_sem(losses.mean(-1).T)
-    return with_epochs(run, pd.DataFrame({**_points(run), "mean": mean.tolist(), "sem": sem.tolist()}))
+    return with_epochs(run, _mean_frame(run, losses.mean(-1).T))
 
 
 def retraining_table(run: Results, metric: str) -> pd.DataFrame | None:
@@ -82,16 +69,12 @@ def retraining_table(run: Results, metric: str) -> pd.DataFrame | None:
     """
     if run.retraining is None:
         return None
-    truth = run.retraining.sensitivity[-1:]
-    rows = {"further training": run.sensitivity.sensitivity} | {
+    truth = run.retraining.sensitivity[-1:].expand(len(run.sensitivity.step), -1, -1)
+    scores = {"further training": run.sensitivity.sensitivity} | {
         m: run.judged_scores(m) for m in scored_methods(run)
     }
-    frames = []
-    for method, scores in rows.items():
-        values = agreement(scores, truth.expand(len(run.sensitivity.step), -1, -1), _metric(metric))
-        mean, sem = mean_and_sem(values)
-        numbers = {"mean": mean.tolist(), "sem": sem.tolist()}
-        frames.append(pd.DataFrame({"method": method, **_points(run), **numbers}))
+    found = mean_agreements(scores, truth[None], {1: [[0]]}, _metric(metric), subtract_mean=False)[1]
+    frames = [_mean_frame(run, values, method=m) for m, values in found.items()]
     return with_epochs(run, pd.concat(frames, ignore_index=True))
 
 
@@ -132,6 +115,12 @@ def _steps_per_epoch(step: list[int], epoch: list[int]) -> float:
 def _ordered(run: Results, rows: pd.DataFrame) -> pd.DataFrame:
     place = {method: i for i, method in enumerate(method_order(run))}
     return rows.sort_values("method", key=lambda c: c.map(place).fillna(len(place)), kind="stable")
+
+
+def _mean_frame(run: Results, values: Tensor, **columns: object) -> pd.DataFrame:
+    """Return ``step,epoch,mean,sem`` of values ``[E, n]``, after columns that say what they are of."""
+    mean, sem = mean_and_sem(values)
+    return pd.DataFrame({**columns, **_points(run), "mean": mean.tolist(), "sem": sem.tolist()})
 
 
 def _points(run: Results) -> dict[str, list[int]]:

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from fimo.further_training.sensitivity import adjust
 from fimo.reporting.results import Results
 
 ABSENT = "\N{EN DASH}"
@@ -49,7 +50,7 @@ def influences(
     Args:
         position: of a test instance along J; the mean over all test instances when None.
     """
-    last = results.sensitivity.adjusted[:, -1].double()
+    last = adjust(results.sensitivity.raw[:, -1], results.sensitivity.subtract_mean).double()
     per_seed = last.mean(1) if position is None else last[:, position]  # [S, L]
     effect = per_seed.mean(0)
     seeds = len(per_seed)
@@ -106,15 +107,25 @@ def same_scores(results: Results) -> list[list[str]]:
     groups: list[list[str]] = []
     for method in scored_methods(results):
         for group in groups:
-            u, v = results.scores[group[0]].double(), results.scores[method].double()
-            if u.shape == v.shape and u.isfinite().all() and v.isfinite().all():
-                u, v = u / u.norm().clamp(min=1e-300), v / v.norm().clamp(min=1e-300)
-                if (u - v).norm() < 1e-4:
-                    group.append(method)
-                    break
+            if _proportional(results.scores[group[0]], results.scores[method]):
+                group.append(method)
+                break
         else:
             groups.append([method])
     return [group for group in groups if len(group) > 1]
+
+
+def _proportional(u: Tensor, v: Tensor) -> bool:
+    """Return whether scores are the same up to a positive factor; looking at the last ones first."""
+    if u.shape != v.shape:
+        return False
+    for one, other in ((u[-1], v[-1]), (u, v)):
+        if not (one.isfinite().all() and other.isfinite().all()):
+            return False
+        one, other = (x.double() / x.double().norm().clamp(min=1e-300) for x in (one, other))
+        if (one - other).norm() >= 1e-4:
+            return False
+    return True
 
 
 def mean_test_loss(results: Results) -> float:

@@ -54,12 +54,13 @@ def write_report(results: Results | Sequence[Results], path: str | Path) -> Path
     )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # columns keep their order
     environment.filters |= {"number": number, "duration": duration, "decimals": decimals}
+    comparison = figures(runs) if len(runs) > 1 else None
     html = environment.get_template("report.html").render(
         runs=[run_context(run) for run in runs],
-        comparison=figures(runs) if len(runs) > 1 else None,
+        comparison=comparison,
         data={
             "runs": [{"figures": figures([run]), "explorer": plain(explorer_data(run))} for run in runs],
-            "comparison": figures(runs) if len(runs) > 1 else None,
+            "comparison": comparison,
         },
         plotly=plotly.offline.get_plotlyjs(),
         style=(page / "report.css").read_text("utf-8"),
@@ -126,13 +127,12 @@ def trust_rows(run: Results) -> list[dict[str, Any]]:
     slopes = {} if run.slopes is None else dict(iter(run.slopes.groupby("method")))
     rows = []
     for method in trusted_methods(run):
-        covered = coverage(run, method)
         slope = slopes[method].sort_values("step")["slope"].tolist()
         rows.append(
             {
                 "name": method,
                 "slope": (slope[0], slope[-1]),
-                "coverage": None if covered is None else (float(covered[0]), float(covered[-1])),
+                "coverage": coverage(run, method),
                 "departures": departures(run, method),
             }
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 from torch import Tensor
 
+from fimo.further_training.sensitivity import adjust
 from fimo.reporting.curves import with_epochs
 from fimo.reporting.findings import method_order, scored_methods
 from fimo.reporting.results import Results
@@ -44,29 +46,33 @@ def share_of_ceiling_table(run: Results, metric: str) -> pd.DataFrame:
     return with_epochs(run, share).sort_values("method", key=lambda m: m.map(order), kind="stable")
 
 
-def coverage(run: Results, method: str) -> Tensor | None:
-    """Return the share ``[E]`` of sensitivities within ``WITHIN`` standard errors of a method's scores.
+def coverage(run: Results, method: str, points: Sequence[int] = (0, -1)) -> list[float] | None:
+    """Return the share of sensitivities within ``WITHIN`` standard errors of a method's scores.
 
     The variance is that of the score and of the sensitivity, both from their spread over seeds; where both
     follow the same seeds their errors are correlated and the interval is wider than it need be.
 
+    Args:
+        points: evaluation points along E; the first and the last by default.
+
     Returns:
-        None where the method gives no error bars, or single seeds were not kept.
+        by point; None where the method gives no error bars, or single seeds were not kept.
     """
-    error = combined_error(run, method)
-    if error is None:
-        return None
-    difference = (run.judged_scores(method).double() - run.sensitivity.sensitivity.double()).abs()
-    return (difference <= WITHIN * error).double().mean((-2, -1))
+    shares = []
+    for e in points:
+        if (error := combined_error(run, method, e)) is None:
+            return None
+        difference = run.judged_scores(method)[e].double() - run.sensitivity.sensitivity[e].double()
+        shares.append((difference.abs() <= WITHIN * error).double().mean().item())
+    return shares
 
 
-def combined_error(run: Results, method: str) -> Tensor | None:
-    """Return the standard error ``[E, J, L]`` of score minus sensitivity, taken as independent."""
+def combined_error(run: Results, method: str, point: int) -> Tensor | None:
+    """Return the standard error ``[J, L]`` of score minus sensitivity at a point, taken as independent."""
     if method not in run.errors or not run.has_raw or len(run.sensitivity.seeds) < 2:
         return None
-    seeds = len(run.sensitivity.seeds)
-    own = run.sensitivity.adjusted.double().var(0) / seeds
-    return (own + run.errors[method].double().square()).sqrt()
+    changes = adjust(run.sensitivity.raw[:, point], run.sensitivity.subtract_mean).double()
+    return (changes.var(0) / len(changes) + run.errors[method][point].double().square()).sqrt()
 
 
 def departures(run: Results, method: str, most: int = 5) -> list[Departure]:
@@ -74,8 +80,8 @@ def departures(run: Results, method: str, most: int = 5) -> list[Departure]:
     difference = run.judged_scores(method)[-1].double() - run.sensitivity.sensitivity[-1].double()
     size = difference.square().mean(0).sqrt()
     effect = run.sensitivity.sensitivity[-1].double().square().mean(0).sqrt()
-    error = combined_error(run, method)
-    expected = None if error is None else error[-1].square().mean(0).sqrt()
+    error = combined_error(run, method, -1)
+    expected = None if error is None else error.square().mean(0).sqrt()
     return [
         Departure(
             int(run.sensitivity.left_out[k]),
