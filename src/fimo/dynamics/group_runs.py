@@ -6,6 +6,7 @@ datamodels, Ilyas et al., 2022): every run bears on every instance.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
-from fimo.dynamics.threads import one_thread
+from fimo.dynamics.threads import side_by_side
 from fimo.further_training.chunk import Chunk
 from fimo.further_training.protocol import Protocol
 from fimo.further_training.replicas import Replica
-from fimo.further_training.setting import Setting
+from fimo.further_training.setting import Setting, worker_threads
 from fimo.models.final_model import FinalModel
 
 AT_ONCE = 0.1
@@ -50,7 +51,7 @@ def run_groups(
     test: Instances,
     protocol: Protocol,
     groups: Mapping[int, Tensor],
-    at_once: int = 32,
+    at_once: int = 16,
 ) -> dict[int, Tensor]:
     """Run further training without each group, and return each seed's test losses ``[K, E, J]`` (float64).
 
@@ -61,18 +62,27 @@ def run_groups(
         protocol = replace(protocol, leave_out="mask")
     setting = Setting.build(final_model, train, test, protocol, train.targets.device)
     replicas = [Replica(seed, tuple(g)) for seed, rows in groups.items() for g in rows.tolist()]
-    losses: dict[int, list[Tensor]] = {seed: [] for seed in groups}
     mixed = setting.engine == "linear"  # others share their dropout masks, which are a seed's own
-    while replicas:
-        chunk = [r for r in replicas[:at_once] if mixed or r.seed == replicas[0].seed]
-        replicas = replicas[len(chunk) :]
+    chunks: list[list[Replica]] = []
+    for _, same in itertools.groupby(replicas, lambda r: None if mixed else r.seed):
+        some = list(same)
+        parts = min(
+            len(some), 2 * -(-len(some) // (2 * at_once))
+        )  # even, for two threads, and of equal sizes
+        cuts = [round(len(some) * k / parts) for k in range(parts + 1)]
+        chunks += [some[a:b] for a, b in itertools.pairwise(cuts)]
+
+    def run(chunk: list[Replica]) -> Tensor:
         running, found = Chunk(setting, chunk), []
         for step in running.evaluation_steps:
-            with one_thread():
-                running.advance(step)
+            running.advance(step)
             found.append(running.evaluate()[0])
-        for replica, values in zip(chunk, torch.stack(found, 1), strict=True):
-            losses[replica.seed].append(values)
+        return torch.stack(found, 1)
+
+    losses: dict[int, list[Tensor]] = {seed: [] for seed in groups}
+    for chunk, values in zip(chunks, side_by_side(run, chunks, worker_threads(setting)), strict=True):
+        for replica, own in zip(chunk, values, strict=True):
+            losses[replica.seed].append(own)
     return {seed: torch.stack(values) for seed, values in losses.items()}
 
 

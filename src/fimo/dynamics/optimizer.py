@@ -17,7 +17,7 @@ class CoefficientOptimizer:
     regularisation is exact for SGD and left out for Adam; clipping is left out.
 
     Args:
-        shape: of the coefficients.
+        shape: of the coefficients, their rows first.
     """
 
     def __init__(self, protocol: Protocol, shape: tuple[int, ...], like: Tensor) -> None:

@@ -14,6 +14,7 @@ doesn't resist its own removal.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ from fimo.dynamics.optimizer import CoefficientOptimizer, preconditioner, scaled
 from fimo.dynamics.output_space import OutputSpace
 from fimo.dynamics.points import Segment
 from fimo.dynamics.steps import steps
-from fimo.dynamics.threads import one_thread
+from fimo.further_training.linear import linear_layers
 from fimo.further_training.protocol import Protocol
 from fimo.models.final_model import FinalModel, fitting_batch, functional_apply
 
@@ -36,12 +37,26 @@ class Kernel:
     """Inner products of output Jacobians at one point of a trajectory.
 
     Args:
-        train: ``[M, R, M·R]``, between the followed training outputs.
-        test: ``[J·D, M·R]``, of test outputs with them.
+        train: ``[M, R, M·R]``, between the followed training outputs; ``[S, M, R, M·R]`` if of S seeds.
+        test: ``[J·D, M·R]``, of test outputs with them; ``[S, J·D, M·R]``.
     """
 
     train: Tensor
     test: Tensor
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return the rows ``[S, B·R, M·R]`` of each seed's instances ``[S, B]``."""
+        m, r, mr = self.train.shape[-3:]
+        if self.train.dim() == 4:
+            index = index + (torch.arange(len(index), device=index.device) * m)[:, None]
+        return self.train.view(-1, r * mr).index_select(0, index.flatten()).view(len(index), -1, mr)
+
+    @classmethod
+    def of_seeds(cls, kernels: Sequence[Kernel]) -> Kernel:
+        """Return several seeds' own kernels as one."""
+        if len(kernels) == 1:
+            return kernels[0]
+        return cls(torch.stack([k.train for k in kernels]), torch.stack([k.test for k in kernels]))
 
     @classmethod
     def at(
@@ -71,15 +86,15 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Along:
-    """Training outputs of a full run, at K points.
+    """Training outputs of S full runs, at K points.
 
     In between, the Hessian is interpolated, and the gradient follows the run's own batches by the kernel,
     from the point before.
 
     Args:
         at: ``[K]`` optimizer steps, ascending from 0.
-        gradient: ``[K, M, R]``, the loss's derivatives along the directions of an output space.
-        hessian: ``[K, M, R, R]``.
+        gradient: ``[S, K, M, R]``, the loss's derivatives along the directions of an output space.
+        hessian: ``[S, K, M, R, R]``, or ``[S, 1, M, R, R]`` where it is constant.
     """
 
     at: Sequence[int]
@@ -88,12 +103,12 @@ class Along:
 
     def bracket(self, step: int) -> tuple[int, float]:
         """Return the last point at or before a step, and the share of the way to the next."""
-        k = min(max(0, sum(a <= step for a in self.at) - 1), len(self.at) - 2)
+        k = min(max(0, bisect.bisect_right(self.at, step) - 1), len(self.at) - 2)
         return k, (step - self.at[k]) / (self.at[k + 1] - self.at[k])
 
 
 def responses(
-    seed: int,
+    seeds: Sequence[int],
     left_out: Tensor,
     instances: int,
     protocol: Protocol,
@@ -104,7 +119,7 @@ def responses(
     kernels: Iterator[Kernel],
     groups: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the changes ``[J·D, L + K]`` of test outputs at each of the E evaluation points.
+    """Yield the changes ``[S, J·D, L + K]`` of test outputs at each of the E evaluation points.
 
     Args:
         left_out: ``[L]``, one instance per run.
@@ -112,61 +127,111 @@ def responses(
         points: ``[E]`` optimizer steps.
         segments: of the evaluation points, each with the next of ``kernels``. The coefficients of earlier
             segments are carried over, that is, read with the new Jacobians.
-        groups: ``[K, G]``, instances left out together by K more runs, under ``mask``.
+        groups: ``[S, K, G]``, instances left out together by K more runs, under ``mask``.
     """
     m, r, _ = space.directions.shape
-    like = along.gradient
-    place = torch.full((instances,), -1, dtype=torch.int64, device=like.device)
-    place[space.kept] = torch.arange(m, device=like.device)
-    runs = len(left_out) + (0 if groups is None else len(groups))
-    optimizer = CoefficientOptimizer(protocol, (m * r, runs + 1), like)
-    coefficients = optimizer.coefficients
-    stream, taken = steps(seed, left_out, instances, protocol, like.dtype, groups), 0
+    like, s = along.gradient, len(seeds)
+    device = like.device
+    place = torch.full((instances,), -1, dtype=torch.int64, device=device)
+    place[space.kept] = torch.arange(m, device=device)
     whole = m == instances
+    runs = len(left_out) + (0 if groups is None else groups.shape[1])
+    optimizer = CoefficientOptimizer(protocol, (s * m * r, runs + 1), like)
+    coefficients = optimizer.coefficients.view(s, m * r, -1)  # the last column is the full run's own
+    first = (torch.arange(s, device=device) * m)[:, None]  # a seed's rows among all seeds'
+    within = torch.arange(r, device=device)
+    gradients, hessians = along.gradient.transpose(0, 1).flatten(1, 2), along.hessian.transpose(0, 1)
+    hessians = hessians.flatten(1, 2)  # [K, S·M, R, R]
+    stream, taken = steps(seeds, left_out, instances, protocol, like.dtype, groups), 0
     for segment in segments:
         kernel = next(kernels)
         for e in range(segment.first, segment.last):
-            with one_thread():
-                while taken < points[e]:
-                    step = next(stream)
-                    index, without, full = (t.to(like.device) for t in (step.index, step.without, step.full))
-                    if not whole:
-                        index = place[index]
-                        known = index >= 0
-                        index, without, full = index[known], without[known], full[known]
-                    k, share = along.bracket(taken)
-                    if taken == along.at[k]:
-                        coefficients[:, -1] = 0.0  # the full run's own column starts again from what is known
-                    hessian = torch.lerp(along.hessian[k][index], along.hessian[k + 1][index], share)
-                    gradient = along.gradient[k][index]
-                    change = kernel.train[index].view(-1, m * r) @ coefficients
-                    if r == 1:
-                        force = change.mul_(hessian[:, 0])
-                        gradient = gradient + force[:, -1:]
-                        force[:, :-1].mul_(without).addcmul_(without - full[:, None], gradient)
-                        force[:, -1:] = full[:, None] * gradient
-                        rows = index
-                    else:
-                        force = hessian @ change.view(len(index), r, -1)
-                        gradient = gradient + force[:, :, -1]
-                        force[:, :, :-1].mul_(without[:, None])
-                        force[:, :, :-1].addcmul_((without - full[:, None])[:, None], gradient[:, :, None])
-                        force[:, :, -1] = full[:, None] * gradient
-                        force = force.flatten(0, 1)
-                        rows = (index[:, None] * r + torch.arange(r, device=like.device)).flatten()
-                    optimizer.step(rows, force, step.lr)
-                    taken += 1
-            yield kernel.test @ coefficients[:, :-1]
+            while taken < points[e]:
+                step = next(stream)
+                index, without, full = (t.to(device) for t in (step.index, step.without, step.full))
+                if not whole:  # what isn't followed doesn't change
+                    index = place[index]
+                    known = (index >= 0).to(like.dtype)
+                    index, without = index.clamp(min=0), without * known[:, :, None]
+                    full = full * known
+                b = index.shape[1]
+                k, share = along.bracket(taken)
+                if taken == along.at[k]:
+                    coefficients[:, :, -1] = 0.0  # starts again from what is known
+                at = (index + first).flatten()
+                rows = at if r == 1 else (at[:, None] * r + within).flatten()
+                gradient = gradients[k].index_select(0, at).view(s, b, r, 1)
+                hessian = hessians[0 if len(hessians) == 1 else k].index_select(0, at)
+                if len(hessians) > 1:
+                    hessian = torch.lerp(hessian, hessians[k + 1].index_select(0, at), share)
+                change = kernel.rows(index) @ coefficients  # [S, B·R, L + K + 1]
+                if r == 1:
+                    force = change.view(s, b, 1, -1).mul_(hessian.view(s, b, 1, 1))
+                else:
+                    force = (hessian @ change.view(s * b, r, -1)).view(s, b, r, -1)
+                gradient = gradient + force[..., -1:]
+                own = full[..., None, None] * gradient
+                removed = (without - full[..., None])[:, :, None]
+                force[..., :-1].mul_(without[:, :, None]).addcmul_(removed, gradient)
+                force[..., -1:] = own
+                optimizer.step(rows, force.view(s * b * r, -1), step.lr)
+                taken += 1
+            yield kernel.test @ coefficients[:, :, :-1]
 
 
 def outputs_at(final_model: FinalModel, parameters: Mapping[str, Tensor], instances: Instances) -> Tensor:
     """Return the flattened outputs ``[n, D]`` with other values of the trainable parameters, in eval mode."""
-    tensors = {**final_model.buffers(), **parameters}
+    return outputs_along(final_model, [parameters], instances)[0]
+
+
+AT_ONCE = 2**20
+"""Elements of one layer's outputs of a network of linear layers that are held at once."""
+
+
+def outputs_along(
+    final_model: FinalModel, points: Sequence[Mapping[str, Tensor]], instances: Instances
+) -> Tensor:
+    """Return the flattened outputs ``[K, n, D]`` at K values of the trainable parameters, in eval mode."""
+    layers, inputs = linear_layers(final_model.network), instances.inputs
     with torch.no_grad():
-        parts = [
-            functional_apply(final_model.network, tensors, b.inputs)
-            for b in instances.batches(fitting_batch(instances))
-        ]
+        fixed = dict(final_model.network.named_parameters())
+        if layers is None or not isinstance(inputs, Tensor) or inputs.dim() < 2:
+            return torch.stack([_outputs(final_model, p, instances) for p in points])
+        inputs = inputs.flatten(1)
+        if inputs.shape[1] != fixed[layers[0].weight].shape[1]:  # a layer is applied along other axes
+            return torch.stack([_outputs(final_model, p, instances) for p in points])
+        width = max(fixed[layer.weight].shape[0] for layer in layers)
+        block = max(1, AT_ONCE // (len(inputs) * width))
+        found = []
+        for start in range(0, len(points), block):
+            some = points[start : start + block]
+            after = inputs.expand(len(some), -1, -1)
+            for layer in layers:
+                weight = _stacked(layer.weight, some, fixed).transpose(1, 2)
+                if layer.bias is None:
+                    before = after @ weight
+                else:
+                    before = torch.baddbmm(_stacked(layer.bias, some, fixed)[:, None], after, weight)
+                after = before
+                if layer.activation is not None:
+                    after = before if layer.activation.from_output else torch.empty_like(before)
+                    layer.activation.forward(before, after)
+            found.append(after)
+        return torch.cat(found)
+
+
+def _stacked(name: str, points: Sequence[Mapping[str, Tensor]], fixed: Mapping[str, Tensor]) -> Tensor:
+    if name not in set(points[0]):  # not trained
+        return fixed[name].detach().expand(len(points), *fixed[name].shape)
+    return torch.stack([p[name] for p in points])
+
+
+def _outputs(final_model: FinalModel, parameters: Mapping[str, Tensor], instances: Instances) -> Tensor:
+    tensors = {**final_model.buffers(), **parameters}
+    parts = [
+        functional_apply(final_model.network, tensors, b.inputs)
+        for b in instances.batches(fitting_batch(instances))
+    ]
     return torch.cat(parts).flatten(1)
 
 

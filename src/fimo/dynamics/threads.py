@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Item, Found = TypeVar("Item"), TypeVar("Found")
 
 
 @contextlib.contextmanager
@@ -17,3 +22,19 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def side_by_side(function: Callable[[Item], Found], items: Sequence[Item], workers: int) -> list[Found]:
+    """Return the function's values, computed on as many CPU threads, each of which uses one.
+
+    A value doesn't depend on the number of workers, unless the function's arithmetic does on torch's threads.
+    """
+    if workers <= 1 or len(items) <= 1:
+        return [function(item) for item in items]
+    # attention's kernel is a global setting, which threads must not change under each other
+    with (
+        one_thread(),
+        sdpa_kernel(SDPBackend.MATH),
+        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        return list(pool.map(function, items))

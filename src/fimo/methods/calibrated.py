@@ -65,7 +65,7 @@ class CalibratedResponse(Response):
         none = groups[followed[0]][:0]
         predicted: list[Tensor] = []
         singles = []
-        for _, found in self.by_seed(test, {s: groups.get(s, none) for s in seeds}):
+        for found in self.by_seed(test, {s: groups.get(s, none) for s in seeds}):
             singles.append(found[:, :, :count])
             predicted.append(found[:, :, count:])
         mean = self.average(iter(singles)).double()

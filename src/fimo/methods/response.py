@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import ClassVar, Literal
@@ -22,19 +23,25 @@ from fimo.dynamics.response import (
     linear_loss_changes,
     loss_changes,
     moved,
+    outputs_along,
     outputs_at,
     responses,
     with_parameters,
 )
+from fimo.dynamics.threads import side_by_side
 from fimo.errors import InputError
 from fimo.further_training.linear import linear_layers
 from fimo.further_training.protocol import DTYPES
 from fimo.further_training.trajectory import FurtherTraining, Trajectory
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
+from fimo.models.losses import mean_squared_error
 
 KNOTS = 32
 """Points of a trajectory at which training outputs are computed; linear in between."""
+
+TOGETHER = 8
+"""Most seeds that are followed together, as one batched computation on one thread."""
 
 KERNEL_SHARE = 0.01
 """Of the gold standard's arithmetic, spent on kernels."""
@@ -149,14 +156,12 @@ class Response(FollowingMethod):
             return self._at_final_model(test, left_out)
         if self.along == "end":
             return self.average(self._at_ends(t, test, left_out) for t in self.ft.full_runs())
-        return self.average(found for _, found in self.by_seed(test))
+        return self.average(self.by_seed(test))
 
     # -- along="path" ---------------------------------------------------------------------------------
 
-    def by_seed(
-        self, test: Instances, groups: Mapping[int, Tensor] | None = None
-    ) -> Iterator[tuple[Trajectory, Tensor]]:
-        """Yield each seed's full run and its scores ``[E, J, L]`` (float64).
+    def by_seed(self, test: Instances, groups: Mapping[int, Tensor] | None = None) -> Iterator[Tensor]:
+        """Yield each seed's scores ``[E, J, L + K]`` (float64).
 
         Args:
             groups: by seed, ``[K, G]`` instances that are left out together, whose scores follow the others.
@@ -164,33 +169,56 @@ class Response(FollowingMethod):
         dtype = DTYPES[self.ft.protocol.dtype]
         model, train = self.final_model.to(dtype=dtype), self.train.to(dtype=dtype)
         test = test.to(dtype=dtype)
+        workers = torch.get_num_threads() if train.targets.device.type == "cpu" else 1
         share, most = self._kernel_plan(test)
         cut = segments(self.ft.steps, most)
         trajectories: Iterator[Trajectory] = self.ft.full_runs()
+        first = next(trajectories)
+        trajectories = itertools.chain([first], trajectories)
+        space = self._space(model, train, first)
         shared: list[Kernel] | None = None
-        space: OutputSpace | None = None
         if share:
             kept = list(trajectories)
             trajectories = iter(kept)
-        for trajectory in trajectories:
-            space, along = self._along(model, train, trajectory, cut, space)
-            if share and shared is None:
-                shared = [self._kernel(model, train, test, space, kept, s) for s in cut]
-            kernels = (
-                iter(shared)
-                if shared is not None
-                else (self._kernel(model, train, test, space, [trajectory], s) for s in cut)
-            )
+            shared = side_by_side(lambda s: self._kernel(train, test, space, kept, s), cut, workers)
+
+        def follow(runs: Sequence[Trajectory]) -> list[Tensor]:
+            own = model.to()
+            kernels = iter(shared) if shared is not None else self._own_kernels(train, test, space, runs, cut)
             changes = responses(
-                trajectory.seed, self.left_out, len(train), self.ft.protocol, space, along, self.ft.steps,
-                cut, kernels, None if groups is None else groups[trajectory.seed],
+                [t.seed for t in runs], self.left_out, len(train), self.ft.protocol, space,
+                self._along(own, train, space, runs, cut), self.ft.steps, cut, kernels,
+                None if groups is None else torch.stack([groups[t.seed] for t in runs]),
             )  # fmt: skip
-            found = []
-            for parameters, change in zip(trajectory.parameters[1:], changes, strict=True):
-                outputs = outputs_at(model, parameters, test)
-                found.append(self.loss_changes(model, outputs, test.targets, change))
-            self.gradient_evaluations += self.ft.steps[-1] * min(self.ft.protocol.batch_size, len(train))
-            yield trajectory, torch.stack(found)
+            outputs = [outputs_along(own, t.parameters[1:], test) for t in runs]
+            found: list[list[Tensor]] = [[] for _ in runs]
+            for e, change in enumerate(changes):
+                for mine, at, c in zip(found, outputs, change, strict=True):
+                    mine.append(self.loss_changes(own, at[e], test.targets, c))
+            return [torch.stack(f) for f in found]
+
+        parts = self._together(groups)
+        for start in range(0, len(parts), workers):
+            runs = [list(itertools.islice(trajectories, n)) for n in parts[start : start + workers]]
+            for found in side_by_side(follow, runs, workers):
+                for scores in found:
+                    self.gradient_evaluations += self.ft.steps[-1] * min(
+                        self.ft.protocol.batch_size, len(train)
+                    )
+                    yield scores
+
+    def _together(self, groups: Mapping[int, Tensor] | None) -> list[int]:
+        """Return how many seeds are followed together: an even number of parts, of equal sizes if possible.
+
+        Seeds with other numbers of groups are kept apart.
+        """
+        counts = [0 if groups is None else len(groups[s]) for s in self.ft.seeds]
+        found = []
+        for _, same in itertools.groupby(counts):
+            n = len(list(same))
+            parts = min(n, 2 * -(-n // (2 * TOGETHER)))
+            found += [n // parts + (k < n % parts) for k in range(parts)]
+        return found
 
     def _kernel_plan(self, test: Instances) -> tuple[bool, int]:
         """Return whether seeds share kernels, and the number of segments."""
@@ -210,30 +238,47 @@ class Response(FollowingMethod):
             return share, max(1, min(self.segments, int(each)))
         return share, self.segments
 
+    def _knots(self, cut: Sequence[Segment]) -> list[int]:
+        """Return the evaluation points at which training outputs are computed."""
+        return sorted({0, *spread(self.ft.steps, KNOTS), *(s.last for s in cut)})
+
+    def _space(self, model: FinalModel, train: Instances, trajectory: Trajectory) -> OutputSpace:
+        few = [trajectory.parameters[k] for k in sorted({0, *spread(self.ft.steps, 4)})]
+        outputs = outputs_along(model, few, train)
+        return OutputSpace.choose(model.loss, outputs, train.targets, self.left_out, self.max_rows)
+
     def _along(
         self,
         model: FinalModel,
         train: Instances,
-        trajectory: Trajectory,
+        space: OutputSpace,
+        trajectories: Sequence[Trajectory],
         cut: Sequence[Segment],
-        space: OutputSpace | None,
-    ) -> tuple[OutputSpace, Along]:
-        """Return the output space (chosen at the first seed), and the training outputs along a run."""
-        knots = sorted({0, *spread(self.ft.steps, KNOTS), *(s.last for s in cut)})
-        outputs = torch.stack([outputs_at(model, trajectory.parameters[k], train) for k in knots])
-        if space is None:
-            few = outputs[:: max(1, len(knots) // 4)]
-            space = OutputSpace.choose(model.loss, few, train.targets, self.left_out, self.max_rows)
-        steps = [0, *self.ft.steps]
-        return space, Along(
-            [steps[k] for k in knots],
-            torch.stack([space.gradient(model.loss, f, train.targets) for f in outputs]),
-            torch.stack([space.hessian(model.loss, f, train.targets) for f in outputs]),
-        )
+    ) -> Along:
+        """Return the training outputs along runs."""
+        knots, steps = self._knots(cut), [0, *self.ft.steps]
+        constant = model.loss is mean_squared_error
+        gradient, hessian = [], []
+        for trajectory in trajectories:
+            outputs = outputs_along(model, [trajectory.parameters[k] for k in knots], train)
+            gradient.append(torch.stack([space.gradient(model.loss, f, train.targets) for f in outputs]))
+            some = outputs[:1] if constant else outputs
+            hessian.append(torch.stack([space.hessian(model.loss, f, train.targets) for f in some]))
+        return Along([steps[k] for k in knots], torch.stack(gradient), torch.stack(hessian))
+
+    def _own_kernels(
+        self,
+        train: Instances,
+        test: Instances,
+        space: OutputSpace,
+        trajectories: Sequence[Trajectory],
+        cut: Sequence[Segment],
+    ) -> Iterator[Kernel]:
+        for segment in cut:
+            yield Kernel.of_seeds([self._kernel(train, test, space, [t], segment) for t in trajectories])
 
     def _kernel(
         self,
-        model: FinalModel,
         train: Instances,
         test: Instances,
         space: OutputSpace,
@@ -241,9 +286,10 @@ class Response(FollowingMethod):
         segment: Segment,
     ) -> Kernel:
         middles = [midpoint(t, segment) for t in trajectories]
-        parameters = mean_of([m[0] for m in middles])
         moments = [m[1] for m in middles if m[1] is not None]
-        gradients = InstanceGradients(moved(model, parameters), self.memory_mb)
+        dtype = DTYPES[self.ft.protocol.dtype]
+        model = moved(self.final_model.to(dtype=dtype), mean_of([m[0] for m in middles]))
+        gradients = InstanceGradients(model, self.memory_mb)
         moment = mean_of(moments) if moments else None
         kernel = Kernel.at(gradients, train, test, space, self.ft.protocol, moment)
         self.gradient_evaluations += gradients.evaluations
