@@ -152,8 +152,14 @@ def test_every_kind_of_run_gives_a_well_formed_page(run: Results, tmp_path: Path
 
 def test_runs_are_overlaid_with_a_tab_for_each(tmp_path: Path) -> None:
     path = write_report([example("sgd"), example("adam", noise=3.0)], tmp_path / "report.html")
-    names = {t.get("name") for t in page_data(path)["comparison"]["agreement"]["cosine"]["data"]}
-    assert {"graddot · sgd", "graddot · adam", "noise ceiling · adam"} <= names
+    figure = page_data(path)["comparison"]["agreement"]["cosine"]
+    assert [note["text"] for note in figure["layout"]["annotations"]] == ["sgd", "adam"], "a panel for each"
+    lines = [t for t in figure["data"] if t.get("name") == "graddot"]
+    assert [t.get("xaxis") for t in lines] == ["x", "x2"]
+    assert [t["showlegend"] for t in lines] == [True, False], "named once"
+    assert lines[0]["line"]["color"] == lines[1]["line"]["color"]
+    ceilings = [t for t in figure["data"] if t.get("name") == "noise ceiling"]
+    assert [t["xaxis"] for t in ceilings] == ["x", "x2"]
     assert page_text(path).count('role="tab"') == 3
     assert path.read_text("utf-8").count("plotly.js v") == 1
 

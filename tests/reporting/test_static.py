@@ -56,7 +56,7 @@ def test_the_command_rebuilds_a_report_overlays_runs_and_draws_figures(
     assert (tmp_path / "a" / "report.html").exists()
     both = [str(tmp_path / "a"), str(tmp_path / "b")]
     assert command.main([*both, "--output", str(tmp_path / "both.html")]) == 0
-    assert "sgd (a)" in (tmp_path / "both.html").read_text(), "equal names are told apart"
+    assert "sgd, a" in (tmp_path / "both.html").read_text(), "equal names are told apart"
     assert command.main([both[0], "--figures", "cost", "--folder", str(tmp_path / "f")]) == 0
     assert {p.name for p in (tmp_path / "f").iterdir()} == {"cost.pdf", "cost.png"}
     assert str(tmp_path / "f" / "cost.pdf") in capsys.readouterr().out

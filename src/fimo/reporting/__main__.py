@@ -19,11 +19,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m fimo.reporting",
         description="Rebuild the report of a run from its folder, or overlay several runs in one.",
     )
-    parser.add_argument("run_dir", nargs="+", type=Path, help="folder of a finished run")
+    parser.add_argument(
+        "run_dir", nargs="+", type=Path, help="folder of a finished run, or of a sweep (its finished jobs)"
+    )
     parser.add_argument(
         "--output",
         type=Path,
-        help="report to write; default: report.html in the run's folder (several runs: in this folder)",
+        help="report to write; default: report.html in the run's or sweep's folder (several: in this folder)",
     )
     parser.add_argument(
         "--figures",
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"write figures as PDF and PNG instead: all, or some of {', '.join(FIGURES)}",
     )
     parser.add_argument("--folder", type=Path, help="of the figures; default: figures beside the report")
-    parser.add_argument("--names", nargs="*", help="names of the runs in legends; default: their own")
+    parser.add_argument("--names", nargs="*", help="names of the runs in legends; default: what differs")
     chosen = parser.parse_args(arguments)
     try:
         for path in write(chosen):
@@ -48,18 +50,18 @@ def write(chosen: argparse.Namespace) -> list[Path]:
     """Write what was asked for, and return the files."""
     import dataclasses
 
-    from fimo.reporting.results import Results
+    from fimo.reporting.naming import named_apart
+    from fimo.reporting.results import Results, run_folders
 
-    runs = [Results.load(folder) for folder in chosen.run_dir]
+    folders = [folder for given in chosen.run_dir for folder in run_folders(given)]
+    runs = [Results.load(folder) for folder in folders]
     if chosen.names:
         if len(chosen.names) != len(runs):
             raise InputError("--names", f"expected {len(runs)} names but got {len(chosen.names)}")
         runs = [dataclasses.replace(run, name=n) for run, n in zip(runs, chosen.names, strict=True)]
-    elif len({run.name for run in runs}) < len(runs):
-        # runs of one sweep share a name: tell them apart by their folders
-        folders = zip(runs, chosen.run_dir, strict=True)
-        runs = [dataclasses.replace(run, name=f"{run.name} ({path.name})") for run, path in folders]
-    output = chosen.output or (chosen.run_dir[0] if len(runs) == 1 else Path()) / "report.html"
+    else:
+        runs = named_apart(runs, folders)
+    output = chosen.output or (chosen.run_dir[0] if len(chosen.run_dir) == 1 else Path()) / "report.html"
     if chosen.figures is not None:
         from fimo.reporting.static import write_figures
 

@@ -19,6 +19,11 @@ def agreement_table(run: Results, metric: str) -> pd.DataFrame:
     return _ordered(run, with_epochs(run, rows))
 
 
+def last_table(run: Results, metric: str) -> pd.DataFrame:
+    """Return ``method,mean,sem,ceiling`` at the last evaluation point with all seeds, best first."""
+    return at_last_point(run, metric)[["method", "mean", "sem", "ceiling"]]
+
+
 def seeds_table(run: Results, metric: str) -> pd.DataFrame:
     """Return ``method,seeds,mean,sem,ceiling`` at the last evaluation point."""
     table = run.evaluation

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fimo.further_training.sensitivity import adjust
 from fimo.reporting.results import Results
+from fimo.reporting.style import BASELINES
 
 ABSENT = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -85,6 +86,33 @@ def at_last_point(results: Results, metric: str) -> pd.DataFrame:
 def method_order(results: Results) -> list[str]:
     """Return methods by agreement at the last point, best first."""
     return list(at_last_point(results, results.metrics[0])["method"])
+
+
+MOST_HIGHLIGHTED = 8
+"""Lines that a reader can tell apart."""
+
+
+def all_methods(runs: Sequence[Results]) -> list[str]:
+    """Return the methods of several runs by their mean agreement at the last point, best first."""
+    rows = pd.concat([at_last_point(run, run.metrics[0]) for run in runs])
+    means = rows.groupby("method", sort=False)["mean"].mean()
+    return list(means.sort_values(ascending=False, kind="stable", na_position="last").index)
+
+
+def highlighted(runs: Sequence[Results]) -> list[str]:
+    """Return the methods that figures draw in colours of their own, best first: at most eight.
+
+    The best five, Grad-Dot (which the others refine) and baselines that know nothing, then the next best;
+    of methods with the same scores, one.
+    """
+    methods = all_methods(runs)
+    if len(methods) <= MOST_HIGHLIGHTED:
+        return methods
+    twins = set.intersection(*({m for group in same_scores(run) for m in group[1:]} for run in runs))
+    single = [m for m in methods if m not in twins]
+    wanted = [*single[:5], *(m for m in ("graddot", *BASELINES) if m in single), *single]
+    chosen = [*dict.fromkeys(wanted)][:MOST_HIGHLIGHTED]
+    return [m for m in methods if m in chosen]
 
 
 def scored_methods(results: Results) -> list[str]:

@@ -1,20 +1,19 @@
-"""The report's figures as plotly figures: hover, toggle methods in the legend, overlay runs."""
+"""The report's figures as plotly figures: hover, toggle methods in the legend, runs side by side."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from fimo.evaluation.removal import CHANCE
 from fimo.reporting.curves import (
     agreement_table,
     cost_table,
     datamodeling_table,
     distance_table,
+    last_table,
     loss_table,
     mean_effect_table,
     mislabelled_table,
@@ -22,13 +21,13 @@ from fimo.reporting.curves import (
     retraining_table,
     seeds_table,
 )
-from fimo.reporting.findings import method_order, same_scores
+from fimo.reporting.findings import all_methods, highlighted
+from fimo.reporting.panels import EPOCHS, Palette, axes, band, lines, panels, thinned
 from fimo.reporting.results import Results
-from fimo.reporting.style import CEILING, DASHES, colors, translucent
+from fimo.reporting.style import CEILING, DASHES, OTHER, PALETTE
 from fimo.reporting.trust import share_of_ceiling_table, trusted_methods
 
 Table = pd.DataFrame
-EPOCHS = "epochs of further training"
 
 
 def all_figures(runs: Sequence[Results]) -> dict[str, dict[str, go.Figure]]:
@@ -36,6 +35,7 @@ def all_figures(runs: Sequence[Results]) -> dict[str, dict[str, go.Figure]]:
     metrics = [m for m in runs[0].metrics if all(m in run.metrics for run in runs)]
     by_metric = {
         "agreement": agreement_figure,
+        "last": last_figure,
         "seeds": seeds_figure,
         "cost": cost_figure,
         "mean": mean_effect_figure,
@@ -53,7 +53,42 @@ def all_figures(runs: Sequence[Results]) -> dict[str, dict[str, go.Figure]]:
 
 def agreement_figure(runs: Sequence[Results], metric: str) -> go.Figure:
     """Agreement against the amount of further training, with SEM bands and the noise ceiling."""
-    return _lines(runs, lambda run: agreement_table(run, metric), "epoch", EPOCHS, metric)
+    return lines(runs, lambda run: agreement_table(run, metric), "epoch", EPOCHS, metric)
+
+
+def last_figure(runs: Sequence[Results], metric: str) -> go.Figure:
+    """Agreement at the last evaluation point: a row for each method, a colour for each run."""
+    figure = go.Figure()
+    if len(runs) == 1:
+        return figure  # the table of methods says it
+    order = all_methods(runs)[::-1]  # plotly's first category is at the bottom
+    for run, color in zip(runs, _run_colors(runs), strict=True):
+        table = last_table(run, metric)
+        figure.add_scatter(
+            x=table["mean"],
+            y=table["method"],
+            error_x={"type": "data", "array": table["sem"], "thickness": 1.5, "width": 0},
+            mode="markers",
+            marker={"size": 9, "color": color, "symbol": runs.index(run)},
+            name=run.name,
+            legendgroup=run.name,
+            hovertemplate="%{y}: %{x:.3f}<extra>" + run.name + "</extra>",
+        )
+        if table["ceiling"].notna().any():
+            figure.add_scatter(
+                x=[table["ceiling"].iloc[0]] * 2,
+                y=[order[0], order[-1]],
+                mode="lines",
+                line={"color": color, "dash": "dash", "width": 1.5},
+                name=f"ceiling, {run.name}",
+                legendgroup=run.name,
+                hovertemplate="%{x:.3f}<extra>noise ceiling, " + run.name + "</extra>",
+            )
+    axes(figure, metric, "")
+    figure.update_yaxes(categoryorder="array", categoryarray=order, zeroline=False, dtick=1)
+    figure.update_xaxes(zeroline=True)
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
+    return figure
 
 
 def trust_figure(runs: Sequence[Results], metric: str) -> go.Figure:
@@ -63,7 +98,7 @@ def trust_figure(runs: Sequence[Results], metric: str) -> go.Figure:
         table = share_of_ceiling_table(run, metric)
         return table[table["method"].isin(trusted_methods(run))]
 
-    figure = _lines(runs, shares, "epoch", EPOCHS, f"{metric} / ceiling")
+    figure = lines(runs, shares, "epoch", EPOCHS, f"{metric} / ceiling")
     if figure.data:
         figure.add_hline(y=0.95, line={"color": CEILING, "dash": "dot", "width": 1})
     return figure
@@ -71,7 +106,7 @@ def trust_figure(runs: Sequence[Results], metric: str) -> go.Figure:
 
 def seeds_figure(runs: Sequence[Results], metric: str) -> go.Figure:
     """Agreement at the last evaluation point against the number of seeds averaged."""
-    figure = _lines(runs, lambda run: seeds_table(run, metric), "seeds", "seeds averaged", metric)
+    figure = lines(runs, lambda run: seeds_table(run, metric), "seeds", "seeds averaged", metric)
     counts = sorted({int(k) for run in runs for k in run.evaluation["seeds"].unique()})
     figure.update_xaxes(type="log", tickvals=counts, ticktext=[str(k) for k in counts])
     return figure
@@ -80,10 +115,10 @@ def seeds_figure(runs: Sequence[Results], metric: str) -> go.Figure:
 def cost_figure(runs: Sequence[Results], metric: str) -> go.Figure:
     """Agreement at the last evaluation point against what a method costs."""
     figure = go.Figure()
-    palette = colors(_methods(runs))
+    palette, first = Palette(runs).color, highlighted(runs)
     for position, run in enumerate(runs):
         table = cost_table(run, metric)
-        for row, place in zip(table.to_dict("records"), label_places(table), strict=True):
+        for row, place in zip(table.to_dict("records"), label_places(table, first), strict=True):
             method = row["method"]
             figure.add_scatter(
                 x=[row["seconds"]],
@@ -91,8 +126,8 @@ def cost_figure(runs: Sequence[Results], metric: str) -> go.Figure:
                 error_y={"type": "data", "array": [row["sem"]], "thickness": 1.5, "width": 0},
                 mode="markers+text",
                 marker={"size": 12, "color": palette[method], "symbol": position},
-                text=[method] if position == 0 else None,  # one label for all runs: colours tell the rest
-                textposition=place,
+                text=[method] if place and position == 0 else None,  # one for all runs: colours tell the rest
+                textposition=place or "top center",
                 cliponaxis=False,
                 name=_label(method, run, runs),
                 legendgroup=method,
@@ -100,7 +135,7 @@ def cost_figure(runs: Sequence[Results], metric: str) -> go.Figure:
                 hovertemplate="%{y:.3f}, %{x:.3g} s<br>%{customdata[0]:,.0f} gradient evaluations<br>"
                 "%{customdata[1]:,.0f} MB at peak<extra>" + _label(method, run, runs) + "</extra>",
             )
-    _axes(figure, "seconds (one-off precomputation and scores)", metric)
+    axes(figure, "seconds (one-off precomputation and scores)", metric)
     seconds = [float(trace.x[0]) for trace in figure.data] or [1.0]
     few = math.log10(max(seconds) / min(seconds)) < 2
     ends = [math.log10(min(seconds)) - 0.4, math.log10(max(seconds)) + 0.4]
@@ -109,52 +144,59 @@ def cost_figure(runs: Sequence[Results], metric: str) -> go.Figure:
     return figure
 
 
-def label_places(table: Table) -> list[str]:
-    """Return where each point's label goes: below or beside it where one above would cover another's."""
+def label_places(table: Table, first: Collection[str]) -> list[str | None]:
+    """Return where each point's label goes so that none covers another's; None where there is no room.
+
+    Args:
+        first: methods that are given room before the others.
+    """
     x = table["seconds"].map(math.log10)
-    width, height = (
-        max(float(x.max() - x.min()), 0.8),
-        max(float(table["mean"].max() - table["mean"].min()), 0.2),
-    )
+    width = max(float(x.max() - x.min()), 0.8)
+    height = max(float(table["mean"].max() - table["mean"].min()), 0.2)
+    points = list(zip(table["method"], x, table["mean"], strict=True))
     taken: list[tuple[float, float, str]] = []
-    for here, value in zip(x, table["mean"], strict=True):
-        near = {
-            place
-            for x0, y0, place in taken
-            if abs(here - x0) < 0.17 * width and abs(value - y0) < 0.1 * height
-        }
+    places: dict[str, str | None] = {}
+    for method, here, value in sorted(points, key=lambda point: point[0] not in first):
+        near = [p for x0, y0, p in taken if abs(here - x0) < 0.17 * width and abs(value - y0) < 0.1 * height]
         free = [p for p in ("top center", "bottom center", "middle right", "middle left") if p not in near]
-        taken.append((here, value, free[0] if free else "top center"))
-    return [place for _, _, place in taken]
+        places[method] = free[0] if free and (method in first or len(near) < 2) else None
+        if (place := places[method]) is not None:
+            taken.append((here, value, place))
+    return [places[method] for method in table["method"]]
 
 
 def mean_effect_figure(runs: Sequence[Results], metric: str) -> go.Figure:
     """Agreement with (solid) and without (dotted) subtracting the mean over left-out instances."""
-    figure = go.Figure()
-    palette = colors(_methods(runs))
-    for run in runs:
+    figure, cells = panels(runs)
+    palette = Palette(runs)
+    for run, cell in zip(runs, cells, strict=True):
         table = mean_effect_table(run, metric)
         for (method, subtracted), rows in table.groupby(["method", "subtract_mean"], sort=False):
+            rows, color = thinned(rows), palette.color[str(method)]
+            said = "mean subtracted" if subtracted else "raw change"
             figure.add_scatter(
                 x=rows["epoch"],
                 y=rows["mean"],
                 mode="lines",
-                name=_label(method, run, runs),
+                name=method,
                 legendgroup=method,
-                showlegend=bool(subtracted),
-                line={"color": palette[str(method)], "dash": "solid" if subtracted else "dot", "width": 2},
-                hovertemplate="%{y:.3f}<extra>"
-                + _label(method, run, runs)
-                + (", mean subtracted" if subtracted else ", raw change")
-                + "</extra>",
+                legendrank=palette.rank[str(method)],
+                showlegend=bool(subtracted) and cell.get("col", 1) == 1,
+                line={
+                    "color": color,
+                    "dash": "solid" if subtracted else "dot",
+                    "width": 1 if color == OTHER else 2,
+                },
+                hovertemplate=f"%{{y:.3f}}<extra>{method}, {said}</extra>",
+                **cell,
             )
-    _axes(figure, EPOCHS, metric)
+    axes(figure, EPOCHS, metric)
     return figure
 
 
 def distance_figure(runs: Sequence[Results]) -> go.Figure:
     """How far further training moved from the final model, as a share of its norm."""
-    figure = _by_run(runs, distance_table, "distance / norm of the final model")
+    figure = _by_run(runs, distance_table, "distance / final norm")
     figure.update_yaxes(rangemode="tozero")
     return figure
 
@@ -172,13 +214,16 @@ def loss_figure(runs: Sequence[Results]) -> go.Figure:
 
 def _by_run(runs: Sequence[Results], make: Callable[[Results], Table | None], y_title: str) -> go.Figure:
     figure = go.Figure()
-    palette = list(colors([str(i) for i in range(len(runs))]).values())
-    for position, (run, color) in enumerate(zip(runs, palette, strict=True)):
+    for position, (run, color) in enumerate(zip(runs, _run_colors(runs), strict=True)):
         if (table := make(run)) is not None:
-            _band(figure, table, "epoch", color, run.name, DASHES[position % len(DASHES)], run.name)
-    _axes(figure, EPOCHS, y_title)
+            band(figure, thinned(table), "epoch", color, run.name, DASHES[position % len(DASHES)])
+    axes(figure, EPOCHS, y_title)
     figure.update_layout(showlegend=len(runs) > 1)
     return figure
+
+
+def _run_colors(runs: Sequence[Results]) -> list[str]:
+    return [PALETTE[position % len(PALETTE)] for position in range(len(runs))]
 
 
 def datamodeling_figure(runs: Sequence[Results]) -> go.Figure:
@@ -186,7 +231,7 @@ def datamodeling_figure(runs: Sequence[Results]) -> go.Figure:
     kept = [run for run in runs if datamodeling_table(run) is not None]
     if not kept:
         return go.Figure()
-    return _lines(kept, lambda run: _certain(datamodeling_table(run)), "epoch", EPOCHS, "LDS (spearman)")
+    return lines(kept, lambda run: _certain(datamodeling_table(run)), "epoch", EPOCHS, "LDS (spearman)")
 
 
 def removal_figure(runs: Sequence[Results]) -> go.Figure:
@@ -195,10 +240,13 @@ def removal_figure(runs: Sequence[Results]) -> go.Figure:
     if not kept:
         return go.Figure()
 
-    def table(run: Results) -> Table:
-        return _certain(removal_table(run)).assign(ceiling=math.nan)
-
-    figure = _lines(kept, table, "removed", "training instances left out", "change of the mean test loss")
+    figure = lines(
+        kept,
+        lambda run: _certain(removal_table(run)),
+        "removed",
+        "training instances left out",
+        "change of the mean test loss",
+    )
     figure.update_yaxes(exponentformat="power")
     return figure
 
@@ -206,7 +254,7 @@ def removal_figure(runs: Sequence[Results]) -> go.Figure:
 def mislabelled_figure(runs: Sequence[Results]) -> go.Figure:
     """Average precision of finding flipped labels, beside chance."""
     figure = go.Figure()
-    palette = colors(_methods(runs))
+    palette = Palette(runs).color
     for run in runs:
         if (table := mislabelled_table(run)) is None:
             continue
@@ -219,23 +267,24 @@ def mislabelled_figure(runs: Sequence[Results]) -> go.Figure:
             hovertemplate="%{x}: %{y:.3f}<extra></extra>",
         )
         figure.add_hline(y=table["chance"].iloc[0], line={"color": CEILING, "dash": "dash", "width": 1.5})
-    _axes(figure, "", "average precision")
+    axes(figure, "", "average precision")
     figure.update_layout(showlegend=False)
     return figure
 
 
 def retraining_figure(runs: Sequence[Results], metric: str) -> go.Figure:
     """Agreement with retraining from scratch leaving one out: of further training, and of the methods."""
-    figure = go.Figure()
-    palette = {"further training": CEILING} | colors(_methods(runs))
-    for position, run in enumerate(runs):
-        table = retraining_table(run, metric)
-        if table is None:
-            continue
-        dash = DASHES[position % len(DASHES)]
-        for method, rows in table.groupby("method", sort=False):
-            _band(figure, rows, "epoch", palette[str(method)], _label(method, run, runs), dash, method)
-    _axes(figure, EPOCHS, f"{metric} with retraining")
+    kept = [run for run in runs if run.retraining is not None]
+    if not kept:
+        return go.Figure()
+    figure, cells = panels(kept)
+    palette = Palette(kept)
+    palette.color["further training"] = CEILING
+    palette.rank["further training"] = 1
+    for run, cell in zip(kept, cells, strict=True):
+        for method, rows in _certain(retraining_table(run, metric)).groupby("method", sort=False):
+            palette.add(figure, cell, thinned(rows), "epoch", str(method))
+    axes(figure, EPOCHS, f"{metric} with retraining")
     return figure
 
 
@@ -244,82 +293,5 @@ def _certain(table: Table | None) -> Table:
     return table
 
 
-def _lines(
-    runs: Sequence[Results], make: Callable[[Results], Table], x: str, x_title: str, y_title: str
-) -> go.Figure:
-    figure = go.Figure()
-    tables = [make(run) for run in runs]
-    palette = colors([*dict.fromkeys([*_methods(runs), *(m for table in tables for m in table["method"])])])
-    for position, (run, table) in enumerate(zip(runs, tables, strict=True)):
-        dash = DASHES[position % len(DASHES)]
-        covering = {method for group in same_scores(run) for method in group[1:]}
-        for method, rows in table.groupby("method", sort=False):
-            # dashed over its twin's solid line, so that both colours are seen
-            own = "dash" if method in (*covering, CHANCE) and len(runs) == 1 else dash
-            _band(figure, rows, x, palette[str(method)], _label(method, run, runs), own, method)
-        ceiling = table.drop_duplicates(x)
-        if ceiling["ceiling"].notna().any():
-            name = _label("noise ceiling", run, runs)
-            figure.add_scatter(
-                x=ceiling[x],
-                y=ceiling["ceiling"],
-                mode="lines" if len(ceiling) > 1 else "markers",
-                name=name,
-                line={"color": CEILING, "dash": dash if len(runs) > 1 else "dash", "width": 2},
-                hovertemplate="%{y:.3f}<extra>" + name + "</extra>",
-            )
-    _axes(figure, x_title, y_title)
-    return figure
-
-
-def _band(figure: go.Figure, rows: Table, x: str, color: str, name: str, dash: str, group: Any) -> None:
-    """Add a line with a band of ± SEM that its legend entry toggles too."""
-    upper, lower = rows["mean"] + rows["sem"], rows["mean"] - rows["sem"]
-    if rows["sem"].notna().any() and len(rows) > 1:
-        figure.add_scatter(
-            x=[*rows[x], *rows[x][::-1]],
-            y=[*upper, *lower[::-1]],
-            mode="lines",
-            fill="toself",
-            fillcolor=translucent(color),
-            line={"width": 0},
-            hoverinfo="skip",
-            legendgroup=group,
-            showlegend=False,
-        )
-    figure.add_scatter(
-        x=rows[x],
-        y=rows["mean"],
-        customdata=rows[["sem"]],
-        mode="lines+markers" if len(rows) < 15 else "lines",
-        name=name,
-        legendgroup=group,
-        line={"color": color, "width": 2, "dash": dash},
-        marker={"size": 6},
-        hovertemplate="%{y:.3f} ± %{customdata[0]:.3f}<extra>" + name + "</extra>",
-    )
-
-
-def _axes(figure: go.Figure, x_title: str, y_title: str) -> None:
-    figure.update_layout(
-        template="none",
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 60, "r": 12, "t": 16, "b": 52},
-        hovermode="closest",
-        legend={"groupclick": "togglegroup", "itemsizing": "constant"},
-    )
-    if x_title == EPOCHS:
-        last = max((float(max(trace.x)) for trace in figure.data if len(trace.x)), default=0.0)
-        if last <= 10:
-            figure.update_xaxes(dtick=1)
-    figure.update_xaxes(title=x_title, zeroline=False, automargin=True)
-    figure.update_yaxes(title=y_title, zeroline=True, automargin=True)
-
-
-def _methods(runs: Sequence[Results]) -> list[str]:
-    return list(dict.fromkeys(method for run in runs for method in method_order(run)))
-
-
-def _label(method: Any, run: Results, runs: Sequence[Results]) -> str:
-    return str(method) if len(runs) == 1 else f"{method} · {run.name}"
+def _label(method: str, run: Results, runs: Sequence[Results]) -> str:
+    return method if len(runs) == 1 else f"{method} · {run.name}"

@@ -21,6 +21,7 @@ from fimo.reporting.findings import (
     all_warnings,
     at_last_point,
     duration,
+    highlighted,
     influences,
     mean_test_loss,
     method_order,
@@ -29,8 +30,9 @@ from fimo.reporting.findings import (
 )
 from fimo.reporting.flat import flat
 from fimo.reporting.interactive import all_figures
+from fimo.reporting.naming import differences
+from fimo.reporting.panels import MOST_POINTS, Palette
 from fimo.reporting.results import Results, plain
-from fimo.reporting.style import colors
 from fimo.reporting.trust import coverage, departures, trusted_methods
 from fimo.store import written_aside
 
@@ -58,6 +60,8 @@ def write_report(results: Results | Sequence[Results], path: str | Path) -> Path
     html = environment.get_template("report.html").render(
         runs=[run_context(run) for run in runs],
         comparison=comparison,
+        differing=differences(runs),
+        most_points=MOST_POINTS,
         data={
             "runs": [{"figures": figures([run]), "explorer": plain(explorer_data(run))} for run in runs],
             "comparison": comparison,
@@ -105,6 +109,8 @@ def run_context(run: Results) -> dict[str, Any]:
         "test_loss": mean_test_loss(run),
         "warnings": all_warnings(run),
         "methods": method_rows(run),
+        "others": len(method_order(run)) - len(highlighted([run])),
+        "points": len(run.sensitivity.step),
         "further": dict.fromkeys(["optimizer", "lr", "batch_size", "leave_out"])
         | (dict(further) if isinstance(further, Mapping) else {}),
         "dataset": dict.fromkeys(["name", "description", "train", "test"]) | dict(run.dataset),
@@ -153,7 +159,7 @@ def method_rows(run: Results) -> list[dict[str, Any]]:
         final = bounds[(bounds["step"] == bounds["step"].max()) & (bounds["metric"] == run.metrics[0])]
         ends = zip(final["low"], final["high"], strict=True)
         intervals = {m: e for m, e in zip(final["method"], ends, strict=True) if e[0] == e[0]}
-    palette = colors(method_order(run))
+    palette = Palette([run]).color
     return [
         {
             "name": method,

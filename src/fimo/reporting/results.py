@@ -22,6 +22,8 @@ from fimo.store import read_tensors, write_tensors, written_aside
 
 JSON_FIELDS = ("name", "final_model", "versions", "dataset", "descriptions", "skipped", "warnings")
 OPTIONAL_TABLES = {"bootstrap": "evaluation_bootstrap.csv", "slopes": "evaluation_slopes.csv"}
+FILES = ("sensitivity.safetensors", "evaluation.csv", "cost.csv", "report.json")
+"""Of a finished run."""
 TASK_TABLES = {t: f"evaluation_{t}.csv" for t in ("datamodeling", "removal", "mislabelled")}
 
 
@@ -152,7 +154,7 @@ class Results:
             InputError: a file is missing, so that the run did not finish.
         """
         folder = Path(folder)
-        for file in ("sensitivity.safetensors", "evaluation.csv", "cost.csv", "report.json"):
+        for file in FILES:
             if not (folder / file).exists():
                 raise InputError(str(folder), f"{file} is missing: this is no folder of a finished run")
         content = json.loads((folder / "report.json").read_text())
@@ -188,6 +190,21 @@ class Results:
             **optional,
             **content,
         )
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """Return the folders of a sweep's finished jobs, in their order; of any other, itself.
+
+    Raises:
+        InputError: no job of the sweep has finished.
+    """
+    if not (folder / "sweep.json").exists():
+        return [folder]
+    jobs = [path.parent for path in folder.glob("*/report.json")]
+    done = [job for job in jobs if all((job / file).exists() for file in FILES)]
+    if not done:
+        raise InputError(str(folder), "no job of this sweep has finished")
+    return sorted(done, key=lambda job: (len(job.name), job.name))  # 2 before 10
 
 
 def load_sensitivity(path: Path) -> tuple[Sensitivity, bool]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-PALETTE = (
-    "#3366cc", "#e07b00", "#109618", "#c2306b", "#8a56c9", "#0099a8", "#b8860b", "#d64550",
-    "#5f8f00", "#7a5c47", "#2f8fe0", "#a63fb0", "#4b8b76", "#e0619e", "#66749a", "#9c8f00",
-)  # fmt: skip
-BASELINE = "#9a9a9a"
-CEILING = "#808080"
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b8559a", "#c78500", "#4aa3df", "#7a4b2a", "#6a51a3")
+"""Told apart with every kind of colour vision (after Okabe and Ito, 2008), on a white page and a dark one."""
+
+BASELINE = "#8a8f98"
+OTHER = "#b7bec8"
+"""Of methods that are drawn for context."""
+CEILING = "#5f6670"
 DASHES = ("solid", "dot", "dashdot", "longdash", "dash", "longdashdot")
 """plotly's names, one per overlaid run."""
 
@@ -17,12 +18,23 @@ BASELINES = ("random", "chance")
 """Methods that are drawn in grey."""
 
 
-def colors(methods: Sequence[str]) -> dict[str, str]:
-    """Return each method's colour; distinct for up to 16 methods, grey for a baseline that knows nothing."""
+def colors(methods: Sequence[str], shown: Collection[str] | None = None) -> dict[str, str]:
+    """Return each method's colour.
+
+    Args:
+        shown: the methods that are drawn in a colour of their own, the others in light grey; all when None
+            (colours repeat after eight). A baseline that knows nothing is dark grey.
+    """
     chosen: dict[str, str] = {}
+    used = 0
     for method in methods:
-        used = sum(color != BASELINE for color in chosen.values())
-        chosen[method] = BASELINE if method in BASELINES else PALETTE[used % len(PALETTE)]
+        if method in BASELINES:
+            chosen[method] = BASELINE
+        elif shown is not None and method not in shown:
+            chosen[method] = OTHER
+        else:
+            chosen[method] = PALETTE[used % len(PALETTE)]
+            used += 1
     return chosen
 
 

@@ -10,11 +10,36 @@
     const themed = structuredClone(layout);
     themed.font = { family: getComputedStyle(document.body).fontFamily, size: 13, color: css("--text") };
     themed.hoverlabel = { bgcolor: css("--raised"), bordercolor: css("--line"), font: { color: css("--text") } };
-    for (const axis of ["xaxis", "yaxis"]) {
+    for (const axis of new Set(["xaxis", "yaxis", ...Object.keys(layout).filter((key) => /^[xy]axis/.test(key))])) {
       themed[axis] = { gridcolor: css("--grid"), linecolor: css("--line"), zerolinecolor: css("--line"), ...(themed[axis] || {}) };
     }
     themed.autosize = true;
     return themed;
+  }
+
+  // On a phone panels stand below each other, and the legend below them.
+  function narrowed(layout, element) {
+    const panels = layout.meta?.panels || 1;
+    const narrow = element.clientWidth < 620;
+    element.style.height = "";
+    if (!narrow) return layout;
+    const legend = layout.showlegend !== false && !layout.legend?.orientation;
+    const names = element.closest(".pair") ? 0 : 1;
+    const height = 300 * panels + (legend && names ? 170 : 0);
+    if (panels > 1 || (legend && names)) element.style.height = `${height}px`;
+    const inner = height - 90 - (legend && names ? 150 : 0);
+    if (legend) layout.legend = { ...layout.legend, orientation: "h", x: 0, y: -56 / Math.max(inner, 1), yanchor: "top", font: { size: 11 } };
+    layout.margin = { ...layout.margin, l: 48, r: 8 };
+    for (let k = 0; panels > 1 && k < panels; k++) {
+      const id = k ? String(k + 1) : "";
+      const top = 1 - k / panels;
+      const bottom = 1 - (k + 1) / panels + (k < panels - 1 ? 0.13 : 0);
+      layout[`xaxis${id}`] = { ...layout[`xaxis${id}`], domain: [0, 1] };
+      layout[`yaxis${id}`] = { ...layout[`yaxis${id}`], domain: [bottom, top], showticklabels: true, title: layout.yaxis.title };
+      if (k < panels - 1) layout[`xaxis${id}`].title = { text: "" };
+      Object.assign(layout.annotations[k], { x: 0.5, y: top });
+    }
+    return layout;
   }
 
   const metric = {}; // chosen measure of agreement by run
@@ -32,7 +57,8 @@
     const traces = chosen.data.map((t) => (hidden.has(t.legendgroup || t.name) ? { ...t, visible: "legendonly" } : t));
     const layout = themed(chosen.layout);
     if (element.closest(".pair") && run !== "comparison") layout.showlegend = false; // the large figure above has it
-    Plotly.react(element, traces, layout, settings);
+    if (figure === "last") element.style.setProperty("--rows", layout.yaxis.categoryarray.length);
+    Plotly.react(element, traces, narrowed(layout, element), settings);
   }
 
   const visible = (element) => element.offsetParent !== null;

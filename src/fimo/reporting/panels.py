@@ -1,0 +1,197 @@
+"""How interactive figures are drawn: lines with bands, a panel for each run, axes, one legend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from fimo.reporting.findings import all_methods, highlighted, same_scores
+from fimo.reporting.results import Results
+from fimo.reporting.style import CEILING, OTHER, colors, translucent
+
+Table = pd.DataFrame
+Cell = Mapping[str, int]
+"""Where a trace goes: plotly's ``row`` and ``col``."""
+
+EPOCHS = "epochs of further training"
+MOST_POINTS = 100
+"""Evaluation points drawn of a curve; the tables and W&B hold all."""
+
+LOGARITHMIC = 50
+"""Amounts of further training that differ by more than this factor are drawn on a logarithmic axis."""
+
+
+def thinned(rows: Table, x: str = "epoch") -> Table:
+    """Return at most about :data:`MOST_POINTS` rows, evenly spaced on a logarithmic axis, both ends kept."""
+    if len(rows) <= MOST_POINTS:
+        return rows
+    at = rows[x].to_numpy(float)
+    if at[0] <= 0 or at[-1] / at[0] <= LOGARITHMIC:
+        wanted = np.linspace(at[0], at[-1], MOST_POINTS)
+    else:
+        wanted = np.geomspace(at[0], at[-1], MOST_POINTS)
+    return rows.iloc[np.unique(np.searchsorted(at, wanted * (1 - 1e-9)).clip(max=len(rows) - 1))]
+
+
+def panels(runs: Sequence[Results]) -> tuple[go.Figure, list[Cell]]:
+    """Return an empty figure and each run's cell: one panel, or one beside the other with a shared y-axis."""
+    if len(runs) == 1:
+        return go.Figure(), [{}]
+    titles = [run.name for run in runs]
+    figure = make_subplots(rows=1, cols=len(runs), shared_yaxes=True, subplot_titles=titles)
+    figure.update_layout(meta={"panels": len(runs)})
+    return figure, [{"row": 1, "col": k + 1} for k in range(len(runs))]
+
+
+def lines(
+    runs: Sequence[Results], make: Callable[[Results], Table], x: str, x_title: str, y_title: str
+) -> go.Figure:
+    """Draw a table's lines, methods in one colour in every run's panel, and the noise ceiling.
+
+    Args:
+        make: gives a run's rows ``method,mean,sem`` and ``x``, and ``ceiling`` where there is one.
+    """
+    figure, cells = panels(runs)
+    tables = [make(run) for run in runs]
+    palette = Palette(runs, (method for table in tables for method in table["method"]))
+    for run, table, cell in zip(runs, tables, cells, strict=True):
+        covering = {method for group in same_scores(run) for method in group[1:]}
+        for method, rows in table.groupby("method", sort=False):
+            # dashed over its twin's solid line, so that both colours are seen
+            palette.add(figure, cell, thinned(rows, x), x, str(method), dashed=method in covering)
+        ceiling = thinned(table.drop_duplicates(x), x)
+        if "ceiling" in table and ceiling["ceiling"].notna().any():
+            figure.add_scatter(
+                x=ceiling[x],
+                y=ceiling["ceiling"],
+                mode="lines" if len(ceiling) > 1 else "markers",
+                name="noise ceiling",
+                legendgroup="noise ceiling",
+                legendrank=1,
+                showlegend=cell.get("col", 1) == 1,
+                line={"color": CEILING, "dash": "dash", "width": 2},
+                hovertemplate="%{y:.3f}<extra>noise ceiling</extra>",
+                **cell,
+            )
+    axes(figure, x_title, y_title)
+    return figure
+
+
+class Palette:
+    """Colours of methods over several runs, and which were named in the legend.
+
+    Args:
+        more: names that are no method of the runs, such as ``chance``.
+    """
+
+    def __init__(self, runs: Sequence[Results], more: Any = ()) -> None:
+        names = [*dict.fromkeys([*all_methods(runs), *more])]
+        known = all_methods(runs)
+        shown = [*highlighted(runs), *(name for name in names if name not in known)]
+        self.color = colors(names, shown)
+        self.rank = {name: 10 + k for k, name in enumerate(names)}
+        self.named: set[str] = set()
+
+    def add(
+        self, figure: go.Figure, cell: Cell, rows: Table, x: str, method: str, dashed: bool = False
+    ) -> None:
+        """Add a method's line; where it has a colour of its own, with a band of ± SEM."""
+        color = self.color[method]
+        context = color == OTHER
+        band(
+            figure, rows, x, color, method, "dash" if dashed else "solid", cell,
+            width=1 if context else 2, with_band=not context,
+            legendrank=self.rank[method], showlegend=method not in self.named,
+        )  # fmt: skip
+        self.named.add(method)
+
+
+def band(
+    figure: go.Figure,
+    rows: Table,
+    x: str,
+    color: str,
+    name: str,
+    dash: str = "solid",
+    cell: Cell | None = None,
+    width: float = 2,
+    with_band: bool = True,
+    **legend: Any,
+) -> None:
+    """Add a line, and a band of ± SEM that its legend entry toggles too."""
+    cell = cell or {}
+    mean, sem, at = (rows[column].to_numpy(float) for column in ("mean", "sem", x))
+    if with_band and len(rows) > 1 and np.isfinite(sem).any():
+        figure.add_scatter(
+            x=np.concatenate([at, at[::-1]]),
+            y=np.concatenate([mean + sem, (mean - sem)[::-1]]),
+            mode="lines",
+            fill="toself",
+            fillcolor=translucent(color),
+            line={"width": 0},
+            hoverinfo="skip",
+            legendgroup=name,
+            showlegend=False,
+            **cell,
+        )
+    figure.add_scatter(
+        x=at,
+        y=mean,
+        customdata=sem[:, None],
+        mode="lines+markers" if len(rows) < 15 and with_band else "lines",
+        name=name,
+        legendgroup=name,
+        line={"color": color, "width": width, "dash": dash},
+        marker={"size": 6},
+        hovertemplate="%{y:.3f} ± %{customdata[0]:.3f} at %{x:.4~g}<extra>" + name + "</extra>",
+        **{**legend, **cell},
+    )
+
+
+def axes(figure: go.Figure, x_title: str, y_title: str) -> None:
+    """Give a figure its margins, titles and, where amounts of further training ask for it, a log axis."""
+    figure.update_layout(
+        template="none",
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 60, "r": 12, "t": 30 if figure.layout.annotations else 16, "b": 52},
+        hovermode="closest",
+        legend={
+            "groupclick": "togglegroup",
+            "itemsizing": "constant",
+            "tracegroupgap": 0,
+            "font": {"size": 12},
+        },
+    )
+    figure.update_xaxes(title=x_title, zeroline=False, automargin=True)
+    figure.update_yaxes(title=y_title, zeroline=True, automargin=True)
+    if figure.layout.annotations:  # a row of panels: one title for their shared y-axis
+        figure.update_yaxes(title="", col=None)
+        figure.update_layout(yaxis={"title": y_title})
+    if x_title == EPOCHS:
+        epochs_axis(figure)
+
+
+def epochs_axis(figure: go.Figure) -> None:
+    """Make the amount of further training logarithmic where it spans much, with round numbers as ticks."""
+    ends = [(float(min(t.x)), float(max(t.x))) for t in figure.data if t.x is not None and len(t.x)]
+    if not ends:
+        return
+    first, last = min(e[0] for e in ends), max(e[1] for e in ends)
+    if first > 0 and last / first > LOGARITHMIC:
+        ticks = log_ticks(first, last)
+        figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks])
+    elif last <= 10:
+        figure.update_xaxes(dtick=1)
+
+
+def log_ticks(first: float, last: float) -> list[float]:
+    """Return 1, 2, 5, 10, … within the ends, or every power of ten where those are many."""
+    steps = (1, 2, 5) if last / first < 2000 else (1,)
+    powers = range(int(np.floor(np.log10(first))), int(np.ceil(np.log10(last))) + 1)
+    return [m * 10.0**p for p in powers for m in steps if first <= m * 10.0**p <= last * 1.0001]
