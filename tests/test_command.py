@@ -55,12 +55,35 @@ def table(folder: Path, rows: str) -> str:
         ("model.optimizer=lbfgs", "model.optimizer: expected one of sgd, adam, adamw"),
         ("model.loss=hinge", "model.loss: expected one of mse"),
         ("model.network.hidden=[0]", "model.network.hidden: expected widths of at least 1"),
-        ("+model.network.widht=3", "model.network: "),
+        ("+model.network.widht=3", "model.network.widht: unknown argument"),
         ("model.trainable=[head.*]", "model.trainable: no parameter matches 'head.*'"),
         ("dataset.test_size=1.5", "dataset.test_size: expected a share between 0 and 1"),
-        ("+dataset.typo=1", "dataset: "),
         ("+method=datainf methods.datainf.damping=-1", "damping"),
         ("evaluation.metrics=[kendall]", "kendall"),
+        ("+dataset.typo=1", "dataset.typo: unknown argument"),
+        ("+method=tracin methods.tracin.lrr=1", "methods.tracin.lrr: unknown argument; did you mean lr"),
+        ("+method=graddot methods.tracin.lr=1", "methods.tracin: does not run; there are graddot"),
+        ("methods.trasin.lr=1", "methods.trasin: no such method; did you mean tracin"),
+        ("further_training.lrr=1", "further_training.lrr: unknown key; did you mean lr"),
+        ("lr=1", "lr: unknown key; did you mean model.lr or further_training.lr"),
+        ("+method=tracin,datainf", "method: got several values"),
+        ("dataset.path=~/a", "dataset.path: unknown key"),
+        ("experiment=null", "experiment: null is no choice; ~experiment leaves the group out"),
+        ("trainer.precision=64-true", "trainer.precision: expected one of 32-true, bf16-mixed, 16-mixed"),
+        ("trainer.devices=0", "trainer.devices: expected a number, a list of indices or auto but got 0"),
+        ("trainer.strategy=dpp", "trainer.strategy: expected one of auto, ddp"),
+        ("trainer.accelerator=mps", "trainer: accelerator=mps: "),
+        ("model.momentum=2", "model.momentum: expected a number in [0, 1)"),
+        ("model.weight_decay=-1", "model.weight_decay: expected at least 0"),
+        ("model.loss=cross_entropy", "model.loss: cross_entropy needs classes"),
+        ("model.measurement=logit_margin", "model.measurement: does not fit the data set diabetes"),
+        ("model.loss=no.such", "model.loss: no.such can't be imported: "),
+        ("further_training.betas=[0.9]", "further_training.betas: expected two numbers in [0, 1)"),
+        ("further_training.test=[1,1]", "further_training.test: measured twice: 1"),
+        ("evaluation.shown=-1", "evaluation.shown: expected at least 0 but got -1"),
+        ("dataset.split_seed=-1", "dataset.split_seed: expected a number from 0"),
+        ("dataset.test_size=0.9999", "dataset.test_size: 0.9999 of 442 instances can't be held out"),
+        ("store=", "store: expected a folder"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_with_its_key(refused, arguments: str, said: str) -> None:
@@ -74,7 +97,7 @@ def test_a_mistake_is_one_line_with_its_key(refused, arguments: str, said: str) 
     ("rows", "said"),
     [
         ("\n1,x,y", "dataset.path: column 'b' has 'x' in data row 20"),
-        ("\n1,,y", "dataset.path: column 'b' has a missing value (NaN)"),
+        ("\n1,,y", "dataset.path: column 'b' has a missing value (NaN) in data row 20 (from 0)"),
     ],
 )
 def test_a_bad_table_is_one_line(refused, tmp_path: Path, rows: str, said: str) -> None:
@@ -89,6 +112,34 @@ def test_a_checkpoint_of_another_shape_is_refused_naming_the_layer(refused, tmp_
     assert "model.checkpoint: layer 1.weight has shape (64, 10)" in refused(
         f"model.checkpoint={tmp_path}/m.pt"
     )
+
+
+def test_a_users_own_code_that_fails_is_named_with_its_line(refused, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "faulty.py").write_text("def data():\n    return {}['x']\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = "dataset=custom dataset.train._target_=faulty.data dataset.test._target_=faulty.data"
+    assert "dataset: KeyError: 'x' (faulty.py, line 2)" in refused(own)
+
+
+def test_an_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fimo.experiment.run_experiment", interrupted)
+    monkeypatch.setattr(sys, "argv", ["src.run", f"hydra.run.dir={tmp_path}/run"])
+    with pytest.raises(SystemExit) as caught:
+        main(ROOT / "conf")
+    assert caught.value.code == 130
+    assert (
+        capsys.readouterr().err.strip() == "interrupted; the same command goes on from what is in the store"
+    )
+
+
+def test_a_folder_that_can_not_be_written_is_one_line(refused, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    printed = refused(f"hydra.run.dir={tmp_path}/file/run")
+    assert f"error: {tmp_path}/file/run: Not a directory" in printed
+    assert "Traceback" not in printed
 
 
 def test_help_explains_the_groups_without_importing_torch() -> None:

@@ -110,9 +110,8 @@ def test_a_rerun_reuses_everything_and_gives_the_same_bytes(default_run: Path) -
     cost = pd.read_csv(default_run / "again" / "cost.csv").set_index("stage")
     assert (cost.loc[["final_model", "further_training", "graddot"], "reused"] == 1).all()
     first = pd.read_csv(default_run / "run" / "cost.csv").set_index("stage")
-    assert cost.loc["graddot", "seconds"] == pytest.approx(
-        first.loc["graddot", "seconds"], rel=0.05, abs=0.01
-    )
+    # what it cost to make; the first run also counted writing it, which takes its time on a busy disk
+    assert 0 < cost.loc["graddot", "seconds"] <= first.loc["graddot", "seconds"] * 1.05
     for name in ("sensitivity.safetensors", "scores/datainf.safetensors", "evaluation.csv"):
         assert (default_run / "again" / name).read_bytes() == (default_run / "run" / name).read_bytes()
 

@@ -124,7 +124,7 @@ def test_shards_divide_the_seeds_or_else_the_left_out_instances(sweep, tmp_path:
         ("until=further_training further_training.shard=3/3", "expected k/n with k from 0 to n - 1"),
         ("until=further_training further_training.shard=0/9", "expected at most 4 parts but got 9"),
         ("further_training.shard=0/2", "is for runs with until=further_training"),
-        ("until=final_model", "until: expected further_training or report"),
+        ("until=final_model", "until: expected one of further_training, report"),
     ],
 )
 def test_a_part_that_there_is_not_is_refused(sweep, tmp_path: Path, arguments: str, said: str) -> None:

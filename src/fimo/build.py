@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sysconfig
+import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from hydra.errors import HydraException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from fimo.arguments import check_arguments, imported
 from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError
 from fimo.evaluation import METRICS
@@ -23,7 +28,7 @@ from fimo.methods.base import AttributionMethod
 from fimo.models.best import KeepBest
 from fimo.models.checkpoint import load_checkpoint
 from fimo.models.final_model import FinalModel, apply
-from fimo.models.losses import LOSSES, MEASUREMENTS, Loss
+from fimo.models.losses import LOSSES, MEASUREMENTS, Loss, cross_entropy
 from fimo.models.module import FinalModelModule
 from fimo.models.progress import EpochProgress
 
@@ -41,13 +46,33 @@ def build(config: Any, key: str, **arguments: Any) -> Any:
     Raises:
         InputError: what the constructor refused, or an argument that it does not have, naming ``key``.
     """
+    check_arguments(config, key, arguments)
     try:
         return instantiate(config, **arguments)
     except HydraException as error:
         cause = error.__cause__
         if isinstance(cause, InputError):
             raise cause from None
-        raise InputError(key, str(cause or error).splitlines()[0]) from error
+        raise InputError(key, reason(cause or error)) from error
+
+
+def reason(error: BaseException) -> str:
+    """Return an error of foreign code in one line, with the user's line of code that failed."""
+    text = (str(error).strip() or "no message").splitlines()[0]
+    if not isinstance(error, RuntimeError | TypeError | ValueError):  # whose messages say enough
+        text = f"{type(error).__name__}: {text}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not _of_a_package(f.filename)]
+    return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else text
+
+
+def _of_a_package(file: str) -> bool:
+    """Return whether a file belongs to an installed package, to Python, or to this package."""
+    places = (
+        Path(__file__).parent,
+        *map(Path, (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))),
+    )
+    return file.startswith("<") or any(place in Path(file).parents for place in places)
 
 
 def build_data(config: DictConfig) -> InstancesModule:
@@ -79,7 +104,8 @@ def build_module(config: DictConfig, data: InstancesModule) -> FinalModelModule:
         load_checkpoint(network, model.checkpoint)
     description = {"network": OmegaConf.to_container(model.network, resolve=True), **arguments}
     loss = build_loss(model.loss if model.loss != "auto" else LOSS_OF_TASK[data.task], "model.loss")
-    check_fit(network, loss, data)
+    measurement = build_measurement(model.measurement)
+    check_fit(network, loss, data, measurement)
     return FinalModelModule(
         network,
         loss,
@@ -94,29 +120,42 @@ def build_module(config: DictConfig, data: InstancesModule) -> FinalModelModule:
 
 
 @torch.no_grad()
-def check_fit(network: nn.Module, loss: Loss, data: InstancesModule) -> None:
+def check_fit(network: nn.Module, loss: Loss, data: InstancesModule, measurement: Loss | None = None) -> None:
     """Try a network and its loss on two training instances.
 
     Raises:
-        InputError: naming ``model.network`` or ``model.loss``: an input or target that does not fit, fewer
-            outputs than classes, or a loss that is not one number per instance.
+        InputError: naming ``model.network``, ``model.loss`` or ``model.measurement``: a network without
+            parameters, an input or target that does not fit, fewer outputs than classes, or a loss that is
+            not one number per instance.
     """
     probe, hint = data.train[:2], f"does not fit the data set {data.name}"
+    if not any(p.requires_grad for p in network.parameters()):
+        raise InputError("model.network", "has no parameter that can be trained")
+    if loss is cross_entropy and probe.targets.is_floating_point():
+        raise InputError("model.loss", f"cross_entropy needs classes as targets, but this is {data.task}")
     try:
         outputs = apply(copy.deepcopy(network).eval(), probe.inputs)
         losses = loss(outputs, probe.targets)
     except InputError:
         raise
     except Exception as error:  # whatever a network makes of inputs that are not for it
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError("model.network", f"{hint}: {reason}") from None
+        raise InputError("model.network", f"{hint}: {reason(error)}") from error
     if data.task == "classification" and (outputs.ndim != 2 or outputs.shape[1] < data.outputs):
         shape = tuple(outputs.shape[1:])
         raise InputError("model.network", f"{hint}: outputs of shape {shape} for {data.outputs} classes")
-    if losses.shape != (len(probe),):
-        raise InputError(
-            "model.loss", f"expected one loss for each of 2 instances but got shape {tuple(losses.shape)}"
-        )
+    _one_each("model.loss", losses, len(probe))
+    if measurement is not None:
+        try:
+            measured = measurement(outputs, probe.targets)
+        except Exception as error:
+            raise InputError("model.measurement", f"{hint}: {reason(error)}") from error
+        _one_each("model.measurement", measured, len(probe))
+
+
+def _one_each(key: str, losses: Any, count: int) -> None:
+    shape = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+    if shape != (count,):
+        raise InputError(key, f"expected one loss for each of {count} instances but got shape {shape}")
 
 
 def build_loss(name: Any, key: str, known: Mapping[str, Loss] = LOSSES) -> Loss:
@@ -126,11 +165,13 @@ def build_loss(name: Any, key: str, known: Mapping[str, Loss] = LOSSES) -> Loss:
     if name in known:
         return known[name]
     if "." in str(name):
-        try:
-            return get_object(str(name))
-        except (ImportError, AttributeError, ValueError) as error:
-            raise InputError(key, f"{name} can't be imported ({error})") from None
+        return imported(name, key)
     raise InputError(key, f"expected one of {', '.join(known)} or a dotted path but got {name!r}")
+
+
+def build_measurement(name: Any) -> Loss | None:
+    """Return what is explained on test instances; None for the loss."""
+    return None if name is None else build_loss(name, "model.measurement", MEASUREMENTS)
 
 
 def training_key(config: DictConfig, module: FinalModelModule) -> dict[str, Any]:
@@ -145,11 +186,10 @@ def training_key(config: DictConfig, module: FinalModelModule) -> dict[str, Any]
 
 def build_final_model(module: FinalModelModule, config: DictConfig) -> FinalModel:
     """Freeze a module as the final model, with the configured measurement and trainable parameters."""
-    measurement = config.model.measurement
     return FinalModel(
         module.network,
         module.loss,
-        None if measurement is None else build_loss(measurement, "model.measurement", MEASUREMENTS),
+        build_measurement(config.model.measurement),
         tuple(config.model.trainable),
     )
 
@@ -164,20 +204,21 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
     devices = settings["devices"]
     if devices not in (1, "1"):
         settings |= {"devices": devices[:1] if isinstance(devices, list) else 1, "strategy": "auto"}
-    if config.trainer.keep not in ("last", "best"):
-        raise InputError("trainer.keep", f"expected last or best but got {config.trainer.keep!r}")
     callbacks: list[pl.Callback] = [EpochProgress()] if config.trainer.enable_progress_bar else []
     if config.trainer.keep == "best":
         callbacks.append(KeepBest())
-    return pl.Trainer(
-        **{str(k): v for k, v in settings.items() if k not in ("enable_progress_bar", "keep")},
-        callbacks=callbacks,
-        num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        logger=False,
-    )
+    try:
+        return pl.Trainer(
+            **{str(k): v for k, v in settings.items() if k not in ("enable_progress_bar", "keep")},
+            callbacks=callbacks,
+            num_sanity_val_steps=0,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            logger=False,
+        )
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:  # such as no GPU
+        raise InputError("trainer", f"accelerator={settings['accelerator']}: {reason(error)}") from error
 
 
 def build_protocol(config: DictConfig) -> Protocol:

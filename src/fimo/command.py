@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from fimo.config import nearest, validated
 from fimo.errors import InputError
 from fimo.jobs import run_once
+from fimo.mistakes import in_one_line, readable
 from fimo.sweep import Sweep, is_sweep
 
 # the launchers' settings have the plugins' own names, so that Hydra checks them against the plugins' schemas
@@ -25,21 +31,38 @@ warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated
 MULTIRUN = ("-m", "--multirun")
 """Goes first: Hydra refuses settings on both sides of it."""
 
+FULL_ERROR = "HYDRA_FULL_ERROR"
+"""Hydra's switch: exceptions reach the caller."""
+
 
 def main(conf: Path) -> None:
     """Run the command line given in ``sys.argv``, with configuration groups from the folder ``conf``."""
     conf = conf.resolve()  # Hydra would take a relative folder as relative to this file
-    sys.argv[1:] = sorted(map(_as_addition, sys.argv[1:]), key=lambda argument: argument not in MULTIRUN)
-    start = hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(job)
+    sys.argv[1:] = sorted(map(readable, sys.argv[1:]), key=lambda argument: argument not in MULTIRUN)
     try:
-        check_choices(sys.argv[1:], conf)
-        check_plugins(sys.argv[1:], conf)
-        if not is_sweep(sys.argv[1:]):
-            start()
-            return
-        sweep = Sweep(sys.argv[1:], conf)
+        with _own_errors():
+            _start(conf)
     except InputError as error:
         _fail(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(in_one_line(error, conf))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is in the store", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        if error.filename is None or error.errno is None:  # not about a file of the user's
+            raise
+        _fail(InputError(str(error.filename), os.strerror(error.errno)))
+
+
+def _start(conf: Path) -> None:
+    start = hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(job)
+    check_choices(sys.argv[1:], conf)
+    check_plugins(sys.argv[1:], conf)
+    if not is_sweep(sys.argv[1:]):
+        start()
+        return
+    sweep = Sweep(sys.argv[1:], conf)
     sys.argv += sweep.arguments
     try:
         start()
@@ -47,6 +70,20 @@ def main(conf: Path) -> None:
         all_done = sweep.conclude()
     if not all_done:
         raise SystemExit(1)
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """Let exceptions through, which Hydra would print itself, over several lines, before it exits."""
+    before = os.environ.get(FULL_ERROR)
+    os.environ[FULL_ERROR] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[FULL_ERROR]
+        else:
+            os.environ[FULL_ERROR] = before
 
 
 def console() -> None:
@@ -67,7 +104,7 @@ def job(composed: DictConfig) -> float | None:
     if hydra_config.mode == RunMode.RUN:
         try:
             return _run(composed, folder)
-        except InputError as error:
+        except InputError as error:  # here, since Hydra would print the overrides above it
             _fail(error)
     # the basic sweeper would stop at the batch that a failed job is in; others count failures themselves
     go_on = hydra_config.sweeper._target_.endswith("BasicSweeper")
@@ -107,7 +144,9 @@ def check_choices(arguments: list[str], conf: Path) -> None:
         folder = conf / match[1]
         allowed = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
         for choice in re.split(r"[,\[\] ]+", match[2]):
-            if choice and choice != "null" and choice not in allowed:
+            if choice == "null":
+                raise InputError(match[1], f"null is no choice; ~{match[1]} leaves the group out")
+            if choice and choice not in allowed:
                 raise InputError(match[1], f"no choice {choice!r}; {nearest(choice, allowed)}")
 
 
@@ -127,11 +166,6 @@ def check_plugins(arguments: list[str], conf: Path) -> None:
         if package.startswith("hydra_plugins") and importlib.util.find_spec(package) is None:
             extra = {"ray": "ray", "search": "optuna"}.get(choice, "sweeps")
             raise InputError(group, f"{choice} needs {package.split('.')[1]}: pip install 'fimo[{extra}]'")
-
-
-def _as_addition(argument: str) -> str:
-    """Accept ``method=X`` as well as ``+method=X``: the group is not in the defaults list."""
-    return f"+{argument}" if argument.startswith("method=") else argument
 
 
 def _fail(error: InputError) -> NoReturn:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
+from fimo.checks import check_values
 from fimo.errors import InputError, shortened
 
 
@@ -133,41 +134,40 @@ def validated(config: DictConfig, conf: Path) -> DictConfig:
             missing, or a file that is not there.
     """
     _check_keys(OmegaConf.structured(Config), config, "")
-    if not config.get("methods"):
-        with open_dict(config):
-            config.methods = all_methods(conf)
+    with open_dict(config):
+        config.methods = chosen_methods(config.get("methods") or {}, conf)
+        _make_lists(OmegaConf.structured(Config), config)
     try:
         checked = OmegaConf.merge(OmegaConf.structured(Config), config)
         OmegaConf.resolve(checked)
-    except (ValidationError, ConfigKeyError) as error:
-        raise InputError(
-            str(error.full_key or "configuration"), str(error.msg or error).splitlines()[0]
-        ) from None
     except OmegaConfBaseException as error:
-        raise InputError(
-            str(getattr(error, "full_key", None) or "configuration"), str(error).splitlines()[0]
-        ) from None
+        key, reason = getattr(error, "full_key", None), getattr(error, "msg", None)
+        raise InputError(str(key or "configuration"), str(reason or error).splitlines()[0]) from None
     assert isinstance(checked, DictConfig)
     _check_mandatory(checked)
-    if checked.dataset.get("path") is not None and not Path(checked.dataset.path).exists():
-        raise InputError("dataset.path", f"no such file: {checked.dataset.path}")
-    if checked.model.checkpoint is not None and not Path(checked.model.checkpoint).exists():
-        raise InputError("model.checkpoint", f"no such file: {checked.model.checkpoint}")
-    if checked.trainer.max_epochs < 0:
-        raise InputError("trainer.max_epochs", f"expected at least 0 but got {checked.trainer.max_epochs}")
-    if not 0 < checked.scale <= 1:
-        raise InputError("scale", f"expected a share in (0, 1] but got {checked.scale}")
-    if checked.threads is not None and checked.threads < 1:
-        raise InputError("threads", f"expected at least 1 but got {checked.threads}")
-    if checked.until not in ("further_training", "report"):
-        raise InputError("until", f"expected further_training or report but got {checked.until!r}")
-    if checked.further_training.shard is not None and checked.until == "report":
-        raise InputError("further_training.shard", "is for runs with until=further_training")
-    if checked.logger.mode not in ("offline", "online", "disabled"):
-        raise InputError(
-            "logger.mode", f"expected offline, online or disabled but got {checked.logger.mode!r}"
-        )
+    check_values(checked)
     return checked
+
+
+def chosen_methods(methods: Any, conf: Path) -> DictConfig:
+    """Return the settings of the methods that run: those chosen, or all of ``conf/method``.
+
+    Settings of a method that is not chosen (``methods.exact.damping=10x`` alone) change it among all.
+
+    Raises:
+        InputError: settings of a method that there is not, or that does not run.
+    """
+    chosen = {name: node for name, node in methods.items() if "_target_" in (node or {})}
+    known = chosen or all_methods(conf)
+    for name in methods:
+        if name not in known:
+            there = [p.stem for p in sorted((conf / "method").glob("*.yaml"))]
+            if name in there:
+                raise InputError(f"methods.{name}", f"does not run; there are {shortened(list(known))}")
+            raise InputError(f"methods.{name}", f"no such method; {nearest(str(name), there)}")
+    merged = OmegaConf.merge(known, methods)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def all_methods(conf: Path) -> DictConfig:
@@ -202,6 +202,18 @@ def _check_keys(schema: DictConfig, config: DictConfig, prefix: str) -> None:
             if not isinstance(given, DictConfig):
                 raise InputError(full, f"expected a group of settings but got {given}")
             _check_keys(known, given, f"{full}.")
+
+
+def _make_lists(schema: DictConfig, config: DictConfig) -> None:
+    """Put single values in lists where lists are expected: ``evaluation.metrics=cosine``."""
+    for key in map(str, config):
+        known = schema._get_node(key)
+        if OmegaConf.is_missing(config, key):
+            continue
+        if isinstance(known, DictConfig) and isinstance(config[key], DictConfig):
+            _make_lists(known, config[key])
+        elif isinstance(known, ListConfig) and isinstance(config[key], str | int | float):
+            config[key] = [config[key]]
 
 
 def _check_mandatory(config: DictConfig) -> None:

@@ -83,6 +83,8 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
         save_checkpoint(module, trainer, run_dir / "final_model.ckpt")
         final_quality = quality(final_model, data)
     costs.append(cost)
+    if not math.isfinite(final_quality.train_loss):
+        raise InputError("model", f"the final model's loss is {final_quality.train_loss}; lower model.lr?")
     log.info("final model: %s", final_quality)
     trained, seen = without_frozen_part(final_model, data)  # what no run changes is computed once
 
@@ -116,7 +118,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
                 tensors = score(name, method, placed, seen, plan, config, store, cost)
             except NUMERICAL_FAILURES as error:
                 if len(methods) == 1:
-                    raise
+                    raise InputError(f"methods.{name}", str(error).splitlines()[0]) from error
                 log.error("%s failed: %s", name, error)
                 skipped[name] = f"failed: {error}"  # the others' results are not lost with it
                 continue

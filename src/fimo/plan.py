@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from fimo.build import build_protocol, choose, choose_seeds, scaled
 from fimo.data.datamodule import InstancesModule
-from fimo.errors import InputError
+from fimo.errors import InputError, shortened
 from fimo.further_training.protocol import Protocol
 
 
@@ -53,12 +53,15 @@ class Plan:
         )
         if node.shard is not None:
             seeds, left_out = shard(node.shard, seeds, left_out)
+        test = choose(scaled(node.test, config.scale, least=3), len(data.test), "further_training.test")
+        if twice := sorted({j for j in test if test.count(j) > 1}):
+            raise InputError("further_training.test", f"measured twice: {shortened(twice)}")
         return cls(
             build_protocol(config),
             seeds,
             followed,
             left_out,
-            choose(scaled(node.test, config.scale, least=3), len(data.test), "further_training.test"),
+            test,
             node.subtract_mean,
             node.chunk,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset
@@ -67,6 +68,13 @@ def test_the_datasets_library_is_read_by_columns() -> None:
     assert isinstance(data.train.inputs, dict)
     assert data.train.inputs["mask"].tolist() == [[1, 0]] * 6
     assert data.train.targets.tolist() == [0, 1] * 3
+
+
+def test_a_frame_of_pandas_is_read_by_rows() -> None:
+    frame = pd.DataFrame({"x": [0.5, 1.5, 2.5], "label": [0, 1, 0], "note": ["a", "b", "c"]})
+    data = custom(frame, inputs="x", text="note")
+    assert data.train.inputs.tolist() == [0.5, 1.5, 2.5]
+    assert data.display("train", 2).text == "c"
 
 
 def test_instances_are_taken_as_they_are() -> None:

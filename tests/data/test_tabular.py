@@ -111,6 +111,49 @@ def test_a_missing_file_and_an_unknown_task_are_refused(tmp_path: Path) -> None:
         CsvData(str(tmp_path), task="ranking")
 
 
+def test_columns_are_dropped_or_become_indicators_and_rows_with_empty_cells_go(tmp_path: Path) -> None:
+    rows = [f"{k},2024-01-{k + 1:02d},{'' if k == 3 else k * k},{'abc'[k % 3]},{k % 5}" for k in range(20)]
+    path = write(tmp_path, "id,day,x,city,y\n" + "\n".join(rows))
+    data = CsvData(path, "y", drop=["id", "day"], one_hot=["city"], missing="drop")
+    data.setup()
+    assert len(data.train) + len(data.test) == 19
+    shown = data.display("test", 0).row
+    assert list(shown) == ["x", "city=a", "city=b", "city=c"]
+    assert set(data.train.inputs[:, 1:].unique().tolist()) == {0.0, 1.0}  # indicators as they are
+    assert (data.train.inputs[:, 1:].sum(1) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "said"),
+    [
+        ({"drop": ["c"]}, "dataset.drop", "no feature column 'c'; there are a, b"),
+        ({"one_hot": ["label"]}, "dataset.one_hot", "no feature column 'label'"),
+        ({"missing": "mean"}, "dataset.missing", "expected refuse or drop but got 'mean'"),
+        ({"encoding": "utf-61"}, "dataset.encoding", "Python knows no encoding 'utf-61'"),
+        ({"encoding": "utf-16"}, "dataset.path", "is not utf-16 text"),
+        ({"separator": "comas"}, "dataset.separator", "expected auto, comma, "),
+        ({"test_size": 0.999}, "dataset.test_size", "0.999 of 20 instances can't be held out"),
+        ({"split_seed": -1}, "dataset.split_seed", "expected a number from 0"),
+    ],
+)
+def test_choices_for_a_table_that_do_not_fit_are_named(
+    tmp_path: Path, arguments: dict, key: str, said: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        CsvData(write(tmp_path, f"a,b,label\n{ROWS}"), task="classification", **arguments).setup()
+    assert caught.value.key == key
+    assert said in caught.value.problem
+
+
+def test_other_encodings_are_read_when_named(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_bytes(f"größe,b,label\n{ROWS}".encode("latin-1"))
+    with pytest.raises(InputError, match=r"is not utf-8 text; set dataset\.encoding"):
+        CsvData(str(tmp_path / "table.csv"), task="classification").setup()
+    data = CsvData(str(tmp_path / "table.csv"), task="classification", encoding="latin-1")
+    data.setup()
+    assert "größe" in data.display("train", 0).row
+
+
 def test_concrete_offline_says_where_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIMO_CACHE", str(tmp_path))
     monkeypatch.setattr("fimo.data.concrete.HOME", "http://127.0.0.1:9/concrete.zip")

@@ -92,7 +92,13 @@ def test_all_formats_hold_the_same_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("train", "test", "arguments", "key", "said"),
     [
-        (TRAIN + "\n   \t1", TEST, {}, "dataset.path", "the text in row 20 of the train data is empty"),
+        (
+            TRAIN + "\n   \t1",
+            TEST,
+            {},
+            "dataset.path",
+            "the sentence in row 20 (from 0) of the train data is empty",
+        ),
         (TRAIN, TEST + "fine\t2\n", {}, "dataset.label", "label '2' in row 3 of the test data is not among"),
         (TRAIN, TEST, {"text": "words"}, "dataset.text", "no column 'words' in the train data"),
         (TRAIN, "sentence\tlabel\n", {}, "dataset.path", "the test data have no rows"),

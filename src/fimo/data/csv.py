@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import csv
+import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from fimo.config import nearest
 from fimo.data.tabular import Table, TabularModule, pick_target
 from fimo.errors import InputError
+
+log = logging.getLogger(__name__)
 
 SEPARATORS = {"auto": None, "comma": ",", "semicolon": ";", "tab": "\t", "whitespace": r"\s+"}
 
@@ -22,6 +28,10 @@ class CsvData(TabularModule):
         target: the target's column: its name, or its index (-1 the last).
         header: whether the first line names the columns.
         separator: ``auto``, ``comma``, ``semicolon``, ``tab``, ``whitespace``, or the character itself.
+        encoding: of the file, such as ``utf-8`` or ``latin-1``.
+        drop: names of columns that are no features, such as a row's number or date.
+        one_hot: names of columns of categories; each becomes a column of zeros and ones per category.
+        missing: ``refuse`` a table with empty cells, or ``drop`` their rows.
     """
 
     def __init__(
@@ -31,20 +41,49 @@ class CsvData(TabularModule):
         task: str = "regression",
         header: bool = True,
         separator: str = "auto",
+        encoding: str = "utf-8",
+        drop: Sequence[str | int] = (),
+        one_hot: Sequence[str | int] = (),
+        missing: str = "refuse",
         name: str | None = None,
         batch_size: int = 32,
         test_size: float = 0.1,
         split_seed: int = 0,
     ) -> None:
         super().__init__(name or Path(path).stem, task, batch_size, test_size, split_seed)
+        if missing not in ("refuse", "drop"):
+            raise InputError("dataset.missing", f"expected refuse or drop but got {missing!r}")
         self.path, self.target, self.header, self.separator = Path(path), target, header, separator
+        self.encoding, self.missing = encoding, missing
+        self.drop, self.one_hot = list(map(str, drop)), list(map(str, one_hot))
 
     def read(self) -> Table:
-        frame = read_frame(self.path, self.header, self.separator)
-        return Table(*pick_target(frame, self.target))
+        features, target = pick_target(
+            read_frame(self.path, self.header, self.separator, self.encoding), self.target
+        )
+        for key, columns in (("drop", self.drop), ("one_hot", self.one_hot)):
+            for column in columns:
+                if column not in features:
+                    hint = nearest(column, list(features.columns))
+                    raise InputError(f"dataset.{key}", f"no feature column {column!r}; {hint}")
+        features = features.drop(columns=self.drop)
+        if self.missing == "drop":
+            kept = features.notna().all(axis=1) & target.notna()
+            log.info("%d of %d rows have empty cells and are dropped", len(kept) - kept.sum(), len(kept))
+            features, target = features[kept].reset_index(drop=True), target[kept].reset_index(drop=True)
+        for column in self.one_hot:
+            if features[column].isna().any():
+                row = int(np.flatnonzero(features[column].isna())[0])
+                raise InputError(
+                    "dataset.one_hot", f"column {column!r} has a missing value in data row {row}"
+                )
+        numbers = list(features.columns.difference(self.one_hot, sort=False))
+        encoded = pd.get_dummies(features, columns=self.one_hot, prefix_sep="=", dtype=float)
+        indicators = tuple(c for c in encoded.columns if c not in numbers)
+        return Table(encoded, target, indicators=indicators)
 
 
-def read_frame(path: Path, header: bool | None, separator: str) -> pd.DataFrame:
+def read_frame(path: Path, header: bool | None, separator: str, encoding: str = "utf-8") -> pd.DataFrame:
     """Read a text table.
 
     Args:
@@ -54,16 +93,25 @@ def read_frame(path: Path, header: bool | None, separator: str) -> pd.DataFrame:
         InputError: naming ``dataset.path``: no such file, or not a table.
     """
     if not path.is_file():
-        raise InputError("dataset.path", f"no such file: {path}")
+        problem = f"expected a file but {path} is a folder" if path.is_dir() else f"no such file: {path}"
+        raise InputError("dataset.path", problem)
+    encoding = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError("dataset.path", f"{path} is not a UTF-8 text file") from None
+        text = path.read_text(encoding=encoding)
+    except UnicodeError:
+        problem = f"{path} is not {encoding.removesuffix('-sig')} text; set dataset.encoding, such as latin-1"
+        raise InputError("dataset.path", f"{problem} or utf-16") from None
+    except LookupError:
+        raise InputError("dataset.encoding", f"Python knows no encoding {encoding!r}") from None
     if not text.strip():
         raise InputError("dataset.path", f"{path} is empty")
+    if separator not in SEPARATORS and len(separator) != 1:
+        allowed = ", ".join(SEPARATORS)
+        raise InputError("dataset.separator", f"expected {allowed} or one character but got {separator!r}")
     found = SEPARATORS.get(separator, separator) or guess_separator(text)
     first = next(line for line in text.splitlines() if line.strip())
-    numbers_only = all(_is_number(cell) for cell in re.split(found, first.strip()))
+    pattern = found if found == r"\s+" else re.escape(found)
+    numbers_only = all(_is_number(cell) for cell in re.split(pattern, first.strip()))
     if header and numbers_only:
         raise InputError(
             "dataset.header", f"the first line of {path} holds numbers only; set dataset.header=false"
@@ -71,10 +119,11 @@ def read_frame(path: Path, header: bool | None, separator: str) -> pd.DataFrame:
     header = not numbers_only if header is None else header
     try:
         frame = pd.read_csv(
-            path, sep=found, header=0 if header else None, encoding="utf-8-sig", skipinitialspace=True
+            path, sep=found, header=0 if header else None, encoding=encoding, skipinitialspace=True
         )
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise InputError("dataset.path", f"{path} is not a table separated by {found!r} ({error})") from None
+        reason = str(error).strip().splitlines()[0]
+        raise InputError("dataset.path", f"{path} is not a table separated by {found!r} ({reason})") from None
     if frame.shape[1] < 2:
         raise InputError("dataset.separator", f"{path} has one column only when separated by {found!r}")
     return frame if header else frame.rename(columns=str)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -23,7 +24,8 @@ class CustomData(InstancesModule):
     Args:
         train, test: each an :class:`~fimo.data.instances.Instances`, or anything with a length whose elements
             are ``(inputs, target)`` or mappings from column names: a ``torch.utils.data.Dataset``, a
-            ``datasets.Dataset``, a list. Inputs are numbers, arrays, tensors, or mappings of them.
+            ``datasets.Dataset``, a list, a pandas DataFrame. Inputs are numbers, arrays, tensors, or mappings
+            of them.
         inputs: of mappings: the column that is the network's one argument, or a list of columns passed by
             name; None takes every column but ``target``.
         target: of mappings: the target's column.
@@ -48,7 +50,7 @@ class CustomData(InstancesModule):
         super().__init__(name, batch_size)
         if task is not None and task not in TASKS:
             raise InputError("dataset.task", f"expected one of {', '.join(TASKS)} or null but got {task!r}")
-        self._sources = {"train": train, "test": test}
+        self._sources = {"train": rows(train), "test": rows(test)}
         self.input_columns, self.target, self.text = inputs, target, text
         self._given_task, self.class_names = task, tuple(class_names)
 
@@ -123,11 +125,12 @@ def to_instances(
     """
     if isinstance(source, Instances):
         return source
+    source = rows(source)
     try:
         count = len(source)
         elements = [source[i] for i in range(count)]
-    except TypeError as error:
-        raise InputError(key, f"expected a data set with a length and elements ({error})") from None
+    except (TypeError, KeyError, IndexError) as error:
+        raise InputError(key, f"expected a data set with a length and elements ({error!r})") from error
     if not elements:
         raise InputError(key, "the data set is empty")
     if isinstance(elements[0], Mapping):
@@ -145,6 +148,11 @@ def to_instances(
             row = int((~torch.isfinite(tensor)).nonzero()[0, 0])
             raise InputError(key, f"element {row} has NaN or infinite {name}")
     return instances
+
+
+def rows(source: Any) -> Any:
+    """Return a pandas DataFrame as a list of mappings, anything else as it is."""
+    return source.to_dict("records") if isinstance(source, pd.DataFrame) else source
 
 
 def values(instances: Instances) -> Instances:

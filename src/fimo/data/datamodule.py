@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from fimo.data.display import Display
 from fimo.data.instances import Instances
+from fimo.errors import InputError
 
 Task = Literal["regression", "classification", "language_modelling"]
 Split = Literal["train", "test"]
@@ -81,6 +84,26 @@ class InstancesModule(pl.LightningDataModule):
         return _loader(self.test, BatchSampler(order, max(self.batch_size, 256), drop_last=False))
 
     test_dataloader = val_dataloader
+
+
+def held_out(total: int, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of the training and of the test part, drawn as in the paper.
+
+    Args:
+        total: number of instances.
+        test_size: share of them, or their number.
+        seed: ``random_state`` of the split.
+
+    Raises:
+        InputError: a part would be empty.
+    """
+    if not 0 <= seed < 2**32:
+        raise InputError("dataset.split_seed", f"expected a number from 0 to 2^32 - 1 but got {seed}")
+    try:
+        train, test = train_test_split(np.arange(total), test_size=test_size, random_state=seed)
+    except ValueError:
+        raise InputError("dataset.test_size", f"{test_size} of {total} instances can't be held out") from None
+    return train, test
 
 
 def _loader(instances: Instances, sampler: BatchSampler) -> DataLoader:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from fimo.data.datamodule import InstancesModule, Split
+from fimo.data.datamodule import InstancesModule, Split, held_out
 from fimo.data.display import Display
 from fimo.data.instances import Instances
 from fimo.data.text import read_table
@@ -71,9 +70,7 @@ class LanguageData(InstancesModule):
                 "dataset.path", f"{self.path} holds {len(passages)} passages; expected at least 4"
             )
         if self.prompts is None:
-            rows = train_test_split(
-                np.arange(len(passages)), test_size=self.test_size, random_state=self.split_seed
-            )
+            rows = held_out(len(passages), self.test_size, self.split_seed)
             train, test = ([passages[i] for i in part] for part in rows)
             starts = [0] * len(test)
         else:

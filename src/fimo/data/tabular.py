@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from abc import abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from fimo.data.datamodule import InstancesModule, Split
+from fimo.data.datamodule import InstancesModule, Split, held_out
 from fimo.data.display import Display
 from fimo.data.instances import Instances
 from fimo.errors import InputError, shortened
@@ -67,9 +67,7 @@ class TabularModule(InstancesModule):
         self._features, self.unit = table.features, table.unit
         if len(table.features) < 4:
             raise InputError("dataset", f"expected at least 4 rows but got {len(table.features)}")
-        train, test = train_test_split(
-            np.arange(len(table.features)), test_size=self.test_size, random_state=self.split_seed
-        )
+        train, test = held_out(len(table.features), self.test_size, self.split_seed)
         self._rows = {"train": train, "test": test}
         targets = self._encode(table.target)
         features = table.features.to_numpy(dtype=np.float64)
@@ -155,7 +153,7 @@ def check_numeric(frame: pd.DataFrame, key: str = "dataset.path") -> None:
             found = frame[column].iloc[row]
             what = "a missing value (NaN)" if pd.isna(found) else repr(str(found))
             raise InputError(
-                key, f"column {column!r} has {what} in data row {row}; expected finite numbers only"
+                key, f"column {column!r} has {what} in data row {row} (from 0); expected finite numbers only"
             )
 
 
@@ -174,5 +172,7 @@ def pick_target(frame: pd.DataFrame, target: str | int) -> tuple[pd.DataFrame, p
             raise InputError("dataset.target", f"expected an index below {len(columns)} but got {index}")
         name = columns[index]
     else:
-        raise InputError("dataset.target", f"no column {target!r}; there are {shortened(columns)}")
+        close = difflib.get_close_matches(str(target), map(str, columns), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise InputError("dataset.target", f"no column {target!r}; there are {shortened(columns)}{hint}")
     return frame.drop(columns=[name]), frame[name]

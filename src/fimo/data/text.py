@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from fimo.data.datamodule import InstancesModule, Split
+from fimo.data.datamodule import InstancesModule, Split, held_out
 from fimo.data.display import Display
 from fimo.data.instances import Instances
 from fimo.data.tokens import Tokens, make_tokens
@@ -113,9 +112,8 @@ class TextData(InstancesModule):
             share = 0.1 if self.test_size is None else self.test_size
             if len(whole) < 4 or share >= len(whole):
                 raise InputError("dataset.path", f"{path} has {len(whole)} rows, too few to hold out {share}")
-            train, test = train_test_split(
-                np.arange(len(whole)), test_size=share, random_state=self.split_seed
-            )
+            self._check(whole, "whole")  # before the split, whose rows are not the file's
+            train, test = held_out(len(whole), share, self.split_seed)
             return whole.iloc[train].reset_index(drop=True), whole.iloc[test].reset_index(drop=True)
         return read_table(_member(path, ("train",))), read_table(_member(path, TEST_NAMES))
 
@@ -144,10 +142,13 @@ class TextData(InstancesModule):
                 )
         if frame.empty:
             raise InputError("dataset.path", f"the {split} data have no rows")
-        blank = frame[self.text].isna() | (frame[self.text].astype(str).str.strip() == "")
-        if blank.any():
-            row = int(np.flatnonzero(blank)[0])
-            raise InputError("dataset.path", f"the text in row {row} of the {split} data is empty")
+        for key, column in (("path", self.text), ("label", self.label)):
+            blank = frame[column].isna() | (frame[column].astype(str).str.strip() == "")
+            if blank.any():
+                row = int(np.flatnonzero(blank)[0])
+                raise InputError(
+                    f"dataset.{key}", f"the {column} in row {row} (from 0) of the {split} data is empty"
+                )
 
     def _set_classes(self, labels: pd.Series) -> None:
         if self._given_names is not None:

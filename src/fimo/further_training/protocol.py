@@ -96,6 +96,12 @@ class Protocol:
         )
         _require("weight_decay", self.weight_decay >= 0, f"expected at least 0 but got {self.weight_decay}")
         _require(
+            "betas",
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"expected two numbers in [0, 1) but got {list(self.betas)}",
+        )
+        _require("eps", self.eps >= 0, f"expected at least 0 but got {self.eps}")
+        _require(
             "clip_norm",
             self.clip_norm is None or self.clip_norm > 0,
             f"expected a positive number or null but got {self.clip_norm}",

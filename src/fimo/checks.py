@@ -1,0 +1,76 @@
+"""Values of the configuration that can't be right, seen before anything heavy is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from fimo.errors import InputError
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "until": ("further_training", "report"),
+    "logger.mode": ("offline", "online", "disabled"),
+    "model.optimizer": ("sgd", "adam", "adamw"),
+    "trainer.keep": ("last", "best"),
+    "trainer.accelerator": ("cpu", "gpu", "cuda", "mps", "auto"),
+    "trainer.strategy": ("auto", "ddp", "ddp_spawn"),
+    # the final model stays in float32; further_training.dtype is for the runs that are measured
+    "trainer.precision": ("32-true", "bf16-mixed", "16-mixed", 32),
+}
+
+SMALLEST = {
+    "trainer.max_epochs": 0,
+    "threads": 1,
+    "evaluation.bootstrap": 0,
+    "evaluation.shown": 0,
+    "model.weight_decay": 0,
+    "trainer.gradient_clip_val": 0,
+}
+"""By key; null is allowed where the schema allows it."""
+
+FILES = ("dataset.path", "dataset.prompts", "model.checkpoint")
+
+
+def check_values(config: DictConfig) -> None:
+    """Refuse values out of range, unknown choices and files that are not there.
+
+    Raises:
+        InputError: naming the first key at fault.
+    """
+    for key in FILES:
+        path = OmegaConf.select(config, key)
+        if path is not None and not Path(str(path)).exists():
+            raise InputError(key, f"no such file: {path}")
+    for key, allowed in CHOICES.items():
+        value = OmegaConf.select(config, key)
+        if value not in allowed:
+            names = ", ".join(str(a) for a in allowed if isinstance(a, str))
+            raise InputError(key, f"expected one of {names} but got {value!r}")
+    for key, least in SMALLEST.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and not value >= least:
+            raise InputError(key, f"expected at least {least} but got {value}")
+    if not 0 <= config.model.momentum < 1:
+        raise InputError("model.momentum", f"expected a number in [0, 1) but got {config.model.momentum}")
+    if not 0 < config.scale <= 1:
+        raise InputError("scale", f"expected a share in (0, 1] but got {config.scale}")
+    if not config.store.strip():
+        raise InputError("store", "expected a folder but got an empty name")
+    if config.further_training.shard is not None and config.until == "report":
+        raise InputError("further_training.shard", "is for runs with until=further_training")
+    _check_devices(config.trainer.devices)
+
+
+def _check_devices(value: Any) -> None:
+    """Refuse what is neither a number of devices, nor a list of them, nor ``auto`` (or -1, all)."""
+    if isinstance(value, ListConfig):
+        good = len(value) > 0 and all(isinstance(v, int) and v >= 0 for v in value)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        good = value == -1 or value >= 1
+    else:
+        good = value == "auto"
+    if not good:
+        found = list(value) if isinstance(value, ListConfig) else value
+        raise InputError("trainer.devices", f"expected a number, a list of indices or auto but got {found!r}")
