@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from fimo.build import PROTOCOL_FIELDS
 from fimo.command import check_choices
-from fimo.config import validated
+from fimo.config import FurtherTraining, validated
 from fimo.errors import InputError
+from fimo.further_training.protocol import Protocol
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = ["dataset", "model", "trainer", "further_training", "evaluation", "logger"]
@@ -51,6 +54,65 @@ def test_every_experiment_composes(choice: str) -> None:
     assert validated(composed(f"experiment={choice}"), CONF).further_training.lr > 0
 
 
+@pytest.mark.parametrize(
+    ("experiment", "sgd", "adam"),
+    [
+        ("paper/concrete", 0.03, 1e-4), ("paper/energy", 0.03, 1e-4), ("paper/fico", 1e-4, 1e-6),
+        ("paper/folktables", 1e-4, 1e-6), ("paper/cifar10", 1e-3, 1e-5), ("cifar10_small", 1e-3, 1e-4),
+    ],
+)  # fmt: skip
+def test_an_experiment_has_learning_rates_for_both_optimizers(
+    experiment: str, sgd: float, adam: float
+) -> None:
+    chosen = {
+        name: composed(f"experiment={experiment}", f"further_training={name}").further_training
+        for name in ("default", "adam")
+    }
+    assert (chosen["default"].optimizer, chosen["default"].lr) == ("sgd", sgd)
+    assert (chosen["adam"].optimizer, chosen["adam"].lr) == ("adam", adam)
+    assert composed(f"experiment={experiment}").further_training.optimizer == "sgd"
+
+
+@pytest.mark.parametrize(("experiment", "lr"), [("paper/sst2", 1e-6), ("sst2_small", 1e-4)])
+def test_experiments_with_adamw_leave_the_optimizer_to_the_group(experiment: str, lr: float) -> None:
+    own = composed(f"experiment={experiment}").further_training
+    assert (own.optimizer, own.lr) == ("adamw", lr)
+    assert composed(f"experiment={experiment}", "further_training=adam").further_training.optimizer == "adam"
+
+
+def test_a_given_learning_rate_is_taken() -> None:
+    assert composed("dataset=concrete", "further_training.lr=0.5").further_training.lr == 0.5
+
+
+def test_the_schema_of_further_training_has_the_protocols_fields_and_defaults() -> None:
+    schema = {f.name: f for f in dataclasses.fields(FurtherTraining)}
+    for field in dataclasses.fields(Protocol):
+        assert field.name in schema, field.name
+    given, protocol = FurtherTraining(), Protocol(epochs=1)
+    for name in set(PROTOCOL_FIELDS) - {"epochs"}:
+        expected = getattr(protocol, name)
+        assert getattr(given, name) == (list(expected) if name == "betas" else expected), name
+
+
+def test_the_default_configuration_of_further_training_is_the_protocols() -> None:
+    node = validated(composed(), CONF).further_training
+    given, plain = Protocol(**{name: node[name] for name in PROTOCOL_FIELDS}), Protocol(epochs=node.epochs)
+    assert given == plain
+
+
+def test_settings_of_a_method_that_is_not_chosen_change_it_among_all() -> None:
+    config = validated(composed("++methods.exact.damping=10x"), CONF)
+    assert set(config.methods) == set(choices("method"))
+    assert config.methods.exact.damping == "10x"
+    assert config.methods.exact._target_ == "fimo.methods.exact.ExactInfluence"
+
+
+def test_a_single_value_stands_for_a_list_of_one() -> None:
+    config = validated(composed("evaluation.metrics=cosine", "model.trainable=head*"), CONF)
+    assert list(config.evaluation.metrics) == ["cosine"]
+    assert list(config.model.trainable) == ["head*"]
+
+
 def test_several_methods_compose() -> None:
     assert set(validated(composed("+method=[tracin,datainf]"), CONF).methods) == {"tracin", "datainf"}
 
@@ -67,7 +129,7 @@ def test_several_methods_compose() -> None:
         ("model.checkpoint=/nowhere.ckpt", "model.checkpoint", "no such file"),
         ("+sedd=1", "sedd", "seed"),
         ("further_training.lr=fast", "further_training.lr", "Float"),
-        ("logger.mode=loud", "logger.mode", "offline, online or disabled"),
+        ("logger.mode=loud", "logger.mode", "offline, online, disabled"),
         ("threads=0", "threads", "at least 1"),
     ],
 )

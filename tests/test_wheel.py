@@ -58,5 +58,5 @@ def test_the_console_command_explains_itself_from_any_folder(wheel: Path, tmp_pa
     )
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith(str(tmp_path / "site"))
-    for choice in ("datainf", "concrete", "counterfactual", "further_training: adam, default"):
+    for choice in ("datainf", "concrete", "counterfactual", "further_training: adam, adamw, default"):
         assert choice in shown.stdout
