@@ -40,7 +40,7 @@ class Cost:
     def keep(self, folder: Path) -> None:
         """Write beside a stored result what it has cost to make so far."""
         kept = asdict(self) | {"seconds": self.seconds + time.perf_counter() - self.started}
-        kept["peak_memory_mb"] = max(self.peak_memory_mb, _peak_mb())
+        kept["peak_memory_mb"] = max(self.peak_memory_mb, peak_memory_mb())
         with written_aside(folder / "cost.json") as path:
             path.write_text(json.dumps(kept))
 
@@ -64,7 +64,7 @@ def measured(stage: str) -> Iterator[Cost]:
     finally:
         if cost.reused < 1:
             cost.seconds += time.perf_counter() - start
-            cost.peak_memory_mb = max(cost.peak_memory_mb, _peak_mb())
+            cost.peak_memory_mb = max(cost.peak_memory_mb, peak_memory_mb())
 
 
 def cost_table(costs: Sequence[Cost]) -> pd.DataFrame:
@@ -89,7 +89,8 @@ def _reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_mb() -> float:
+def peak_memory_mb() -> float:
+    """Return the largest memory of process and accelerator (since the stage began, where that is known)."""
     accelerator = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():

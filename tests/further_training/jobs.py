@@ -17,11 +17,13 @@ SEEDS = [0, 1]
 UNITS = [0, 2, 3, 5, 7, [8, 9], [11, 12]]
 
 
-def run(store: Path | None, name: str = "mlp_regression", **protocol: Any) -> Sensitivity:
-    """Run a small job whose chunks save their state after nearly every step."""
+def run(
+    store: Path | None, name: str = "mlp_regression", save_seconds: float = 0.0, **protocol: Any
+) -> Sensitivity:
+    """Run a small job whose chunks save their state after nearly every step, or more seldom."""
     from fimo.further_training import driver, records
 
-    driver.BLOCK_SECONDS, records.SAVE_SECONDS, driver.POLL_SECONDS = 1e-4, 0.0, 0.01
+    driver.BLOCK_SECONDS, records.SAVE_SECONDS, driver.POLL_SECONDS = 1e-4, save_seconds, 0.01
     torch.set_num_threads(1)
     case = CASES[name]().to(torch.float32)
     settings = {"batch_size": 5, "epochs": 6, "optimizer": "adam", "lr": 0.01, **protocol}
@@ -31,8 +33,14 @@ def run(store: Path | None, name: str = "mlp_regression", **protocol: Any) -> Se
     )  # fmt: skip
 
 
-def run_and_count(store: Path, counted: Path, name: str, largest_file: int | None = None) -> None:
-    """Run a job and write down how many replica-steps this process took."""
+def run_and_count(
+    store: Path,
+    counted: Path,
+    name: str,
+    largest_file: int | None = None,
+    protocol: dict[str, Any] | None = None,
+) -> None:
+    """Run a job and write down how many replica-steps this process took, also when it is interrupted."""
     from fimo.further_training.chunk import Chunk
 
     if largest_file is not None:
@@ -45,8 +53,10 @@ def run_and_count(store: Path, counted: Path, name: str, largest_file: int | Non
         advance(self, to_step)
 
     Chunk.advance = counting  # type: ignore[method-assign]
-    run(store, name)
-    counted.write_text(str(taken))
+    try:
+        run(store, name, **(protocol or {}))
+    finally:
+        counted.write_text(str(taken))
 
 
 def process(*arguments: Any) -> multiprocessing.process.BaseProcess:

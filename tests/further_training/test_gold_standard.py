@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
@@ -61,6 +63,29 @@ def test_functional_engine_equals_the_plain_loop(name: str, rule: str, optimizer
     case = CASES[name]()
     assert Setting.build(case.final_model, case.train, case.test, protocol).engine == "functional"
     assert_equals_plain_loop(case, protocol, chunk=3)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("name", "optimizer", "rule"),
+    [("mlp_classification", "sgd", "mask"), ("mlp_regression", "clipped_adam", "every_batch"),
+     ("mlp_regression", "sgd_decayed", "shift"), ("conv_net", "momentum", "mask"),
+     ("transformer", "adamw", "every_batch")],
+)  # fmt: skip
+def test_no_result_depends_on_memory_that_was_never_written(name: str, optimizer: str, rule: str) -> None:
+    # batches of 5 are padded, and the epoch's last is short
+    protocol = Protocol(batch_size=5, epochs=2, leave_out=rule, dtype="float64", **OPTIMIZERS[optimizer])
+    assert_equals_plain_loop(CASES[name](), protocol, chunk=3)
 
 
 class Branching(nn.Module):

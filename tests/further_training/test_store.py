@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import signal
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,16 @@ import pytorch_lightning as pl
 import torch
 
 from fimo.cost import Cost
+from fimo.data.instances import Instances
+from fimo.errors import InputError
 from fimo.further_training import Protocol, Sensitivity, further_train
 from fimo.further_training.chunk import Chunk
 from fimo.further_training.identity import describe, describe_loss, describe_network
+from fimo.further_training.records import Records
+from fimo.further_training.replicas import Replica
+from fimo.further_training.setting import Setting, evaluation_batch
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import mean_squared_error
+from fimo.models.losses import cross_entropy, mean_squared_error
 from fimo.store import Store
 from tests.cases import CASES, mlp
 from tests.further_training.jobs import process, run
@@ -90,6 +98,87 @@ def test_a_survivor_takes_over_what_a_killed_writer_had_claimed(tmp_path: Path) 
     assert_same_bytes(run(tmp_path / "store"), run(None))
 
 
+@pytest.mark.parametrize(
+    ("number", "name", "steps"),
+    [(signal.SIGINT, "mlp_regression", 240), (signal.SIGTERM, "mlp_regression", 240),
+     (signal.SIGINT, "transformer", 60)],
+)  # fmt: skip
+def test_an_interrupt_saves_what_is_under_way_and_no_step_is_taken_twice(
+    number: signal.Signals, name: str, steps: int, tmp_path: Path
+) -> None:
+    # no state is saved but for the signal's sake
+    settings = {"save_seconds": 1e9, "steps": steps, "epochs": None, "evaluate_every": 30}
+
+    def job(place: str) -> BaseProcess:
+        return process(tmp_path / place, tmp_path / f"{place}.count", name, None, settings)
+
+    def count(place: str) -> int:
+        return int((tmp_path / f"{place}.count").read_text())
+
+    def states() -> set[tuple[str, int]]:
+        return {(p.name, p.stat().st_mtime_ns) for p in tmp_path.glob("store/*/*/runs-*.state*")}
+
+    whole = job("whole")
+    whole.join(120)
+    taken = 0
+    for _ in range(2):
+        before, interrupted = states(), job("store")
+        while not [*tmp_path.glob("store/*/*/runs-*.claim")] and interrupted.exitcode is None:
+            time.sleep(0.002)
+        time.sleep(0.02)
+        os.kill(interrupted.pid, number)  # type: ignore[arg-type]
+        interrupted.join(60)
+        assert interrupted.exitcode not in (0, None)
+        assert states() != before
+        assert not [*tmp_path.rglob("*.claim")]
+        taken += count("store")
+    assert 0 < taken < count("whole")
+    rest = job("store")
+    rest.join(120)
+    assert rest.exitcode == 0
+    assert taken + count("store") == count("whole")
+    assert_same_bytes(run(tmp_path / "store", name, **settings), run(tmp_path / "whole", name, **settings))
+
+
+def test_a_trainer_that_stops_early_is_an_error_and_a_rerun_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted_steps: list[int]
+) -> None:
+    monkeypatch.setattr("fimo.further_training.driver.BLOCK_SECONDS", 1e-4)
+    case = CASES["mlp_classification"]().to(torch.float32)
+    protocol = Protocol(lr=0.01, batch_size=5, epochs=3, leave_out="every_batch")
+    arguments = (case.final_model, case.train, case.test, protocol, [0], [1, 4, 6])
+    expected = further_train(*arguments)
+    once = sum(counted_steps)
+    counted_steps.clear()
+    with pytest.raises(InputError, match="trainer: stopped before all runs were finished"):
+        further_train(*arguments, store=Store(tmp_path), trainer={"limit_train_batches": 4})
+    assert 0 < sum(counted_steps) < once
+    assert_same_bytes(further_train(*arguments, store=Store(tmp_path)), expected)
+    assert sum(counted_steps) == once
+
+
+def test_what_reused_runs_cost_is_counted_once_for_each_run_that_is_asked_for(tmp_path: Path) -> None:
+    case = CASES["mlp_regression"]().to(torch.float32)
+    protocol = Protocol(batch_size=5, epochs=2)
+
+    def cost(seeds: list[int], units: list[int]) -> Cost:
+        found = Cost("further_training")
+        further_train(case.final_model, case.train, case.test, protocol, seeds, units,
+                      store=Store(tmp_path), chunk=4, cost=found)  # fmt: skip
+        return found
+
+    cost([0, 1], [2, 4, 6, 8])
+    records = Records(next(tmp_path.glob("further_training/*"))).finished()
+    total = sum(r.seconds for r in records)
+    whole = cost([0, 1], [2, 4, 6, 8])
+    assert whole.reused == 1
+    assert whole.seconds == pytest.approx(total)
+    assert whole.peak_memory_mb == max(r.memory_mb for r in records) > 0
+    halves = [cost([seed], [2, 4, 6, 8]) for seed in (0, 1)]
+    assert sum(half.seconds for half in halves) == pytest.approx(total)
+    assert 0 < cost([1], [6]).seconds < cost([1], [4, 6]).seconds < total
+
+
 def test_a_full_disk_is_an_error_and_leaves_nothing_false_behind(tmp_path: Path) -> None:
     for largest_file in (100, 1000, 2500):
         job = process(tmp_path / "store", tmp_path / "count", "mlp_regression", largest_file)
@@ -138,15 +227,30 @@ def test_a_run_does_not_depend_on_the_runs_beside_it() -> None:
         results = [
             further_train(model, case.train, case.test, protocol, [0, 1], units, chunk=chunk)
             for chunk, units in [
-                (1, [0, 3, 9, 20]),
-                (3, [9, 20, 0, 3]),
-                (5, [20, 0, 9, 3]),
-                (64, [0, 3, 9, 20]),
+                (1, [0, 3, 9, 11]),
+                (3, [9, 11, 0, 3]),
+                (5, [11, 0, 9, 3]),
+                (64, [0, 3, 9, 11]),
             ]
         ]
         for chosen in results[1:]:
             columns = [results[0].left_out.tolist().index(i) for i in chosen.left_out.tolist()]
             assert torch.equal(chosen.raw, results[0].raw[..., columns])
+
+
+def test_test_losses_do_not_depend_on_the_number_of_replicas() -> None:
+    """Bit for bit, with more test instances than are evaluated at a time."""
+    torch.manual_seed(0)
+    data = Instances(torch.randn(1200, 23), torch.randint(2, (1200,)))
+    model = FinalModel(mlp(23, (128, 128), 2, torch.nn.ReLU), cross_entropy)
+    setting = Setting.build(model, data[:150], data[150:], Protocol(batch_size=50, epochs=1))
+    assert evaluation_batch(setting) < len(setting.test)
+    losses = []
+    for replicas in (1, 2, 5, 26):
+        chunk = Chunk(setting, [Replica(0, (i,)) for i in range(replicas)])
+        chunk.advance(2)
+        losses.append(chunk.evaluate()[0][0])
+    assert all(torch.equal(other, losses[0]) for other in losses)
 
 
 def test_what_is_there_is_reused(tmp_path: Path, counted_steps: list[int]) -> None:

@@ -25,8 +25,10 @@ class Chunk:
 
     def __init__(self, setting: Setting, replicas: Sequence[Replica]) -> None:
         self.setting, self.replicas = setting, tuple(replicas)
-        # the linear engine needs two: a single run has a companion, which is dropped
-        rows = self.replicas * 2 if setting.engine == "linear" and len(replicas) == 1 else self.replicas
+        # libraries treat a single product or convolution otherwise: a single run has a companion, which is
+        # dropped, so that its last digits are those of the same run among others
+        alone = len(replicas) == 1 and setting.engine != "loop"
+        rows = self.replicas * 2 if alone else self.replicas
         self.network = stack_network(
             setting.final_model,
             len(rows),
@@ -75,9 +77,7 @@ class Chunk:
         """Return the test losses ``[R, J]`` and the distances from the final model ``[R]`` (float64)."""
         r = len(self.replicas)
         with torch.no_grad():
-            losses = self.network.test_losses(
-                self.setting.test, evaluation_batch(self.setting, self.network.replicas)
-            )
+            losses = self.network.test_losses(self.setting.test, evaluation_batch(self.setting))
             return losses[:r].double().cpu(), self.network.distance()[:r].cpu()
 
     def state(self) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +25,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import IterableDataset
 
@@ -30,6 +33,8 @@ from fimo.errors import InputError
 from fimo.further_training import records
 from fimo.further_training.job import Job, Work
 from fimo.further_training.setting import worker_threads
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 BLOCK_SECONDS = 0.25
@@ -44,6 +49,8 @@ class FurtherTrainingModule(pl.LightningModule):
 
     On a CPU, a chunk's operations run on one thread, and as many chunks are advanced at a time as
     there are threads: none waits for another within a step, and a result does not depend on their number.
+    Chunks are advanced by worker threads also where there is but one: an interrupt, which reaches the main
+    thread, then never falls between the halves of an optimizer step, and what was done can be saved.
 
     Args:
         make_job: builds the job on the Trainer's device.
@@ -77,7 +84,12 @@ class FurtherTrainingModule(pl.LightningModule):
         self.total_replica_steps = steps * (self.job.replicas - int(self.job.found))
         self.threads = torch.get_num_threads()
         self.workers = worker_threads(self.job.setting)
-        self.pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
+        each = 1 if self.workers > 1 else self.threads
+        self.pool = ThreadPoolExecutor(self.workers, initializer=_start_worker, initargs=(each, self.device))
+        self.stop = threading.Event()
+        # attention's kernel is a global setting: it must not change while any worker is under way
+        self.kernel = contextlib.ExitStack()
+        self.kernel.enter_context(sdpa_kernel(SDPBackend.MATH))
 
     def train_dataloader(self) -> Iterator[int]:
         return _Rounds(self)  # type: ignore[return-value]
@@ -85,13 +97,7 @@ class FurtherTrainingModule(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         assert self.job is not None
         until = time.monotonic() + BLOCK_SECONDS
-        # attention's kernel is a global setting, which threads must not change under each other
-        with sdpa_kernel(SDPBackend.MATH):
-            slots = range(self.workers)
-            if self.workers == 1:
-                steps = [self._block(slot, until) for slot in slots]
-            else:
-                steps = list(self.pool.map(lambda slot: self._block(slot, until), slots))
+        steps = list(self.pool.map(lambda slot: self._block(slot, until), range(self.workers)))
         self.replica_steps += sum(steps)
         idle = not self.work and not self.completed
         # together: Lightning's processes must take equally many training steps
@@ -103,7 +109,7 @@ class FurtherTrainingModule(pl.LightningModule):
         """Advance chunks, one after another, until a time; return the replica-steps."""
         assert self.job is not None
         steps = 0
-        while time.monotonic() < until:
+        while time.monotonic() < until and not self.stop.is_set():
             if slot not in self.work:
                 work = self.job.next_work()
                 if work is None:
@@ -113,7 +119,7 @@ class FurtherTrainingModule(pl.LightningModule):
                 steps += work.chunk.step * len(work.chunk.replicas)
             work = self.work[slot]
             began = time.monotonic()
-            steps += advance(work, len(self.job.points), until - began)
+            steps += advance(work, len(self.job.points), until - began, self.stop)
             work.seconds += (time.monotonic() - began) / self.workers
             if work.done == len(self.job.points):
                 self.completed.append(self.work.pop(slot))
@@ -123,24 +129,44 @@ class FurtherTrainingModule(pl.LightningModule):
         self.close()
 
     def close(self) -> None:
-        """Give up claims and threads."""
-        pool = getattr(self, "pool", None)
-        if pool is not None:
-            pool.shutdown()
-            torch.set_num_threads(self.threads)  # workers' setting reaches the matrix library's own
-        for work in [*self.completed, *self.work.values()]:  # interrupted
-            assert self.job is not None
-            self.job.records.release(work.chunk.replicas, work.lock)
+        """Save what is under way, if anything is, and give up claims and threads."""
+        if getattr(self, "pool", None) is None:
+            return
+        self.stop.set()
+        self.pool.shutdown()
+        self.kernel.close()
+        torch.set_num_threads(self.threads)  # workers' setting reaches the matrix library's own
+        assert self.job is not None
+        for work, save in [(w, self.job.finish) for w in self.completed] + [
+            (w, self.job.save) for w in self.work.values()
+        ]:
+            try:
+                if work.sound:
+                    save(work)
+            except OSError as error:  # a full disk, of which the caller hears otherwise
+                log.warning("the state of %d runs could not be saved (%s)", len(work.chunk.replicas), error)
+            finally:
+                self.job.records.release(work.chunk.replicas, work.lock)
         self.work, self.completed = {}, []
 
 
-def advance(work: Work, points: int, seconds: float) -> int:
+def _start_worker(threads: int, device: torch.device) -> None:
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def advance(work: Work, points: int, seconds: float, stop: threading.Event | None = None) -> int:
     """Advance a chunk through evaluation points, for about the given time; return its replica-steps.
 
     What is computed does not depend on the time.
+
+    Args:
+        stop: set to end at the next block of optimizer steps.
     """
     chunk, began = work.chunk, time.monotonic()
     first = chunk.step
+    work.sound = False  # an error may leave a step half made
     while work.done < points and time.monotonic() - began < seconds:
         target = chunk.evaluation_steps[work.done]
         pace = (chunk.step - first) / max(time.monotonic() - began, 1e-9)
@@ -154,11 +180,15 @@ def advance(work: Work, points: int, seconds: float) -> int:
             work.done += 1
         elif chunk.network.device.type == "cuda":
             torch.cuda.synchronize(chunk.network.device)  # launches return at once
+        if stop is not None and stop.is_set():
+            break
+    work.sound = True
     return (chunk.step - first) * len(chunk.replicas)
 
 
 class SaveToStore(pl.Callback):
-    """Writes a chunk's results when it is finished, and its state every ``SAVE_SECONDS`` until then."""
+    """Writes a chunk's results when it is finished; until then its state, every ``SAVE_SECONDS`` and when the
+    Trainer ends early (interrupted, terminated, after an error, or stopped by a callback)."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         while module.completed:
@@ -226,9 +256,25 @@ def run_job(make_job: Callable[[torch.device], Job], trainer: Mapping[str, Any] 
         module = FurtherTrainingModule(make_job, lightning.world_size)
         if lightning.world_size > 1:
             return _run_on_devices(module, lightning)
-        lightning.fit(module)
+        _fit(lightning, module)
     assert module.job is not None
-    return module.job
+    return _finished(module.job)
+
+
+def _fit(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    try:
+        trainer.fit(module)
+    except SIGTERMException as terminated:  # whose own exit status is that of success
+        raise SystemExit(128 + signal.SIGTERM) from terminated
+
+
+def _finished(job: Job) -> Job:
+    """Refuse a job that the Trainer stopped."""
+    if not job.is_finished:
+        raise InputError(
+            "trainer", "stopped before all runs were finished; what is done is kept in the store"
+        )
+    return job
 
 
 def _run_on_devices(module: FurtherTrainingModule, trainer: pl.Trainer) -> Job:
@@ -242,8 +288,8 @@ def _run_on_devices(module: FurtherTrainingModule, trainer: pl.Trainer) -> Job:
         raise InputError(
             "trainer.devices", f"several need a network and losses that can be sent to processes ({error})"
         ) from None
-    trainer.fit(module)
-    return job
+    _fit(trainer, module)
+    return _finished(job)
 
 
 def make_trainer(trainer: Mapping[str, Any] | None, *more: pl.Callback) -> pl.Trainer:

@@ -61,7 +61,7 @@ def further_train(
         subtract_mean: see :class:`Sensitivity`.
         trainer: arguments of the Lightning Trainer (``accelerator``, ``devices``, ``strategy``,
             ``callbacks``, ``logger``, ``enable_progress_bar``); several devices share the chunks.
-        cost: gets the gradients of all runs, the share found in the store and the time those took.
+        cost: gets the gradients of all runs, the share found in the store, and what those took.
         keep_states: keep the runs' last states in the store, so that evaluation points can be added later;
             ``auto`` does so up to 1 GiB in all.
 
@@ -92,6 +92,7 @@ def further_train(
             cost.gradient_evaluations += per_run * job.replicas
             cost.reused = job.found / job.replicas
             cost.seconds += job.found_seconds
+            cost.peak_memory_mb = max(cost.peak_memory_mb, job.found_memory_mb)
         return _assemble(job, seeds, units, points, epochs, index, subtract_mean)
 
 

@@ -31,6 +31,7 @@ class Work:
             not yet evaluated.
         distance: ``[R, E]`` from the final model (float64).
         done: evaluation points recorded so far.
+        sound: no optimizer step is half made.
     """
 
     chunk: Chunk
@@ -39,6 +40,7 @@ class Work:
     values: Tensor
     distance: Tensor
     done: int = 0
+    sound: bool = True
     seconds: float = 0.0
     saved: float = field(default_factory=time.monotonic)
 
@@ -51,6 +53,11 @@ class Job:
         points: ``[E]``, optimizer steps of the full run at evaluation points.
         size: replicas of a chunk.
         keep_states: keep the runs' last states, so that more evaluation points can be added later.
+
+    Attributes:
+        found: how many of the runs the store had when the job began.
+        found_seconds, found_memory_mb: what making those took, and states that were continued from: its share
+            of the time of the chunk for each run, and the largest memory of a process.
     """
 
     def __init__(
@@ -67,12 +74,13 @@ class Job:
         self.size, self.keep_states = size, keep_states
         self.full = [Replica(seed) for seed in seeds]
         self.runs = [Replica(r.seed, u) for r in self.full for u in self._by_occurrence(r.seed, units)]
-        self.found = self.found_seconds = 0.0
         done = self._finished()
-        self.found = sum(r in done for r in [*self.full, *self.runs])
-        self.found_seconds = _seconds(done)
+        found = [done[r] for r in [*self.full, *self.runs] if r in done]
+        self.found = len(found)
+        self.found_seconds = sum(record.seconds / len(record.replicas) for record in found)
+        self.found_memory_mb = max((record.memory_mb for record in found), default=0.0)
         self._full_losses: dict[int, Tensor] = {}
-        self._one_thread = threading.Lock()
+        self._one_thread, self._losses_lock = threading.Lock(), threading.Lock()
         self._say_what_starts_again(done)
 
     def _by_occurrence(self, seed: int, units: Sequence[Unit]) -> list[Unit]:
@@ -125,6 +133,8 @@ class Job:
             chosen = next_chunk(free, self.size, self.setting.protocol, one_seed_each)
             chosen = list(state.replicas) if state else chosen
             lock = self.records.claim(chosen)
+            if state:
+                self.found_seconds += state.seconds
         return self._set_up(chosen, lock, state)
 
     def _adoptable(self, free: Sequence[Replica]) -> Record | None:
@@ -195,11 +205,12 @@ class Job:
 
     def full_losses(self, seed: int) -> Tensor:
         """Return the test losses ``[E, J]`` (float64) of a seed's finished full run."""
-        if seed not in self._full_losses:
-            if len(self._full_losses) >= 16:  # memory stays flat in the number of seeds
-                self._full_losses.clear()
-            self._full_losses[seed] = self._full_record(seed)["values"]
-        return self._full_losses[seed]
+        with self._losses_lock:  # several workers set up chunks
+            if seed not in self._full_losses:
+                if len(self._full_losses) >= 16:  # memory stays flat in the number of seeds
+                    self._full_losses.clear()
+                self._full_losses[seed] = self._full_record(seed)["values"]
+            return self._full_losses[seed]
 
     def _full_record(self, seed: int) -> dict[str, Tensor]:
         replica = Replica(seed)
@@ -220,7 +231,3 @@ class Job:
         """Return the finished rows of one seed's replicas."""
         wanted = {Replica(seed), *(r for r in self.runs if r.seed == seed)}
         return self.rows({r: rec for r, rec in self._finished().items() if r in wanted})
-
-
-def _seconds(done: dict[Replica, Record]) -> float:
-    return sum({rec.path: rec.seconds for rec in done.values()}.values())

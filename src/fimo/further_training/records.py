@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from torch import Tensor
 
+from fimo.cost import peak_memory_mb
 from fimo.further_training.replicas import Replica
 from fimo.store import read_tensors, write_tensors, written_aside
 
@@ -31,12 +32,18 @@ SAVE_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Record:
-    """What a file says of itself: its replicas, and the evaluation points (full-run steps) that it holds."""
+    """What a file says of itself: its replicas, and the evaluation points (full-run steps) that it holds.
+
+    Args:
+        seconds: that the chunk took, on all workers of a process.
+        memory_mb: the largest memory of the process; 0 where it was not written down.
+    """
 
     path: Path
     replicas: tuple[Replica, ...]
     points: tuple[int, ...]
     seconds: float
+    memory_mb: float = 0.0
 
     def holds(self, points: Sequence[int]) -> bool:
         return set(points) <= set(self.points)
@@ -47,7 +54,7 @@ class Records:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._known: dict[tuple[str, int], Record] = {}
+        self._known: dict[tuple[str, int, int], Record] = {}
 
     def finished(self) -> list[Record]:
         """Return all results, in order of their names."""
@@ -67,7 +74,12 @@ class Records:
         state: bool = False,
     ) -> None:
         """Write results (or a state, with the results so far) of a chunk."""
-        metadata = {"replicas": _text(replicas), "points": json.dumps(list(points)), "seconds": str(seconds)}
+        metadata = {
+            "replicas": _text(replicas),
+            "points": json.dumps(list(points)),
+            "seconds": str(seconds),
+            "memory_mb": f"{peak_memory_mb():.1f}",
+        }
         write_tensors(self._path(replicas, state), tensors, metadata)
 
     def drop_state(self, replicas: Sequence[Replica]) -> None:
@@ -102,7 +114,9 @@ class Records:
     def claim(self, replicas: Sequence[Replica]) -> FileLock:
         """Claim a chunk (call while planning); its lock is to be released by :meth:`release`."""
         path = self.folder / f"{_name(replicas)}.claim"
-        lock = FileLock(path.with_suffix(".lock"))
+        lock = FileLock(
+            path.with_suffix(".lock"), thread_local=False
+        )  # a worker claims, another thread releases
         lock.acquire()
         with written_aside(path) as aside:
             aside.write_text(_text(replicas))
@@ -126,7 +140,8 @@ class Records:
         return records
 
     def _read(self, path: Path) -> Record:
-        key = (path.name, path.stat().st_mtime_ns)
+        about_file = path.stat()  # files that replace one another within a tick of the clock differ otherwise
+        key = (path.name, about_file.st_mtime_ns, about_file.st_ino)
         if key not in self._known:
             with safe_open(path, "pt") as file:
                 about = file.metadata()
@@ -135,6 +150,7 @@ class Records:
                 _replicas(about["replicas"]),
                 tuple(json.loads(about["points"])),
                 float(about["seconds"]),
+                float(about.get("memory_mb", 0.0)),
             )
         return self._known[key]
 

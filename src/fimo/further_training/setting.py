@@ -98,10 +98,13 @@ def worker_threads(setting: Setting) -> int:
     return 1 if shared_state or setting.device.type != "cpu" else torch.get_num_threads()
 
 
-def evaluation_batch(setting: Setting, replicas: int) -> int:
-    """Return how many test instances are evaluated at a time, for all replicas of a chunk."""
-    elements = 2**28 if setting.device.type == "cuda" else 2**19
-    return max(16, min(4096, elements // (replicas * setting.activations)))
+def evaluation_batch(setting: Setting) -> int:
+    """Return how many test instances are evaluated at a time, for all replicas of a chunk.
+
+    It does not depend on the number of replicas: the last digits of a loss may depend on the batch.
+    """
+    elements = 2**17 if setting.device.type == "cuda" else 2**15
+    return max(16, min(4096, elements // setting.activations // 16 * 16))
 
 
 def _activations(final_model: FinalModel, train: Instances, engine: Engine) -> int:
