@@ -144,7 +144,7 @@ def test_a_label_flipped_on_purpose_is_found_by_the_gold_standard_and_by_self_in
         (["evaluation=mislabelled", "evaluation.tasks.mislabelled.share=1.5"], "mislabelled.share", "share"),
         (["evaluation=counterfactual", "evaluation.tasks.removal.counts=[2000]"], "removal.counts", "1617"),
         (["evaluation=lds", "evaluation.tasks.datamodeling.start=none"], "datamodeling.start", "random"),
-        (["evaluation=lds", "+evaluation.tasks.datamodeling.subset=3"], "datamodeling.subset", "did you mean subsets"),
+        (["evaluation=lds", "+evaluation.tasks.datamodeling.subset=3"], "datamodeling.subset", "subsets?"),
     ],
 )  # fmt: skip
 def test_a_task_that_does_not_apply_is_refused_before_any_training(
