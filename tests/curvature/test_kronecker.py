@@ -205,3 +205,70 @@ def test_dead_units_give_finite_solutions() -> None:
 def test_fused_attention_allows_second_derivatives() -> None:
     assert isinstance(CASES["transformer"]().final_model.network, Transformer)
     fit_factors(InstanceGradients(CASES["transformer"]().final_model), CASES["transformer"]().train)
+
+
+def patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Return what each output position of a convolution sees, [n, positions, channels·kh·kw], by slicing."""
+    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
+    ph, pw = conv.padding  # type: ignore[misc]
+    x = nn.functional.pad(x, (pw, pw, ph, ph))  # type: ignore[list-item]
+    down, along = x.shape[2] - (kh - 1) * dh, x.shape[3] - (kw - 1) * dw
+    found = [
+        x[:, :, i : i + kh * dh : dh, j : j + kw * dw : dw].flatten(1)
+        for i in range(0, down, sh)
+        for j in range(0, along, sw)
+    ]
+    return torch.stack(found, 1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [((3, 2), (1, 1), (0, 0), (1, 1)), ((3, 3), (2, 1), (1, 2), (1, 1)), ((2, 2), (1, 2), (1, 0), (2, 2))],
+)
+def test_factors_of_a_convolution_are_those_of_its_patches(
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    bias: bool,
+) -> None:
+    """A is a mean over instances and positions, B a sum over positions (Grosse and Martens, 2016)."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 3, kernel, stride, padding, dilation, bias=bias)
+    head = nn.Sequential(nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 3))
+    network = nn.Sequential(conv, *head).double()
+    conv, head = network[0], network[1:]
+    model = FinalModel(network, cross_entropy)
+    train = Instances(torch.randn(9, 2, 6, 5).double(), torch.randint(3, (9,)))
+    seen = patches(train.inputs, conv)
+    before = conv(train.inputs).detach()
+    torch.testing.assert_close(  # the patches are right: they give the convolution
+        (seen @ conv.weight.flatten(1).T + (conv.bias if bias else 0)).transpose(1, 2).reshape(before.shape),
+        before,
+    )
+    a = torch.cat([seen, torch.ones_like(seen[..., :1])], -1) if bias else seen
+    hessians = dense.output_hessians(model, train)
+    jacobian = torch.stack(
+        [torch.autograd.functional.jacobian(lambda z: head(z[None])[0], z).flatten(2) for z in before]
+    )  # [n, D, out, positions]
+    b_factor = torch.einsum("ndot,nde,nept->op", jacobian, hessians, jacobian).contiguous() / len(train)
+    a_factor = torch.einsum("nti,ntj->ij", a, a).contiguous() / (a.shape[0] * a.shape[1])
+    names = ["0.weight", "0.bias"] if bias else ["0.weight"]
+    out, width = len(b_factor), len(a_factor)
+    order = torch.arange(out * width).view(out, width)
+    inputs = width - bias
+    flat = torch.cat([order[:, :inputs].flatten(), order[:, inputs:].flatten()])  # weight, then bias
+    kfac = as_matrix(fit_factors(InstanceGradients(model), train, corrected=False, fisher="exact"))
+    expected = torch.kron(b_factor, a_factor)[flat][:, flat]
+    torch.testing.assert_close(block(model, kfac, *names), expected)
+    # EK-FAC: the true matrix's diagonal along the same eigenvectors
+    truth = block(model, dense.gauss_newton(model, train), *names)
+    vectors = torch.kron(
+        torch.linalg.eigh(b_factor)[1].contiguous(), torch.linalg.eigh(a_factor)[1].contiguous()
+    )[flat]
+    ekfac = as_matrix(fit_factors(InstanceGradients(model), train, corrected=True, fisher="exact"))
+    along = (vectors.T @ truth @ vectors).diagonal()
+    torch.testing.assert_close(
+        block(model, ekfac, *names), (vectors * along) @ vectors.T, rtol=1e-6, atol=1e-9
+    )

@@ -40,6 +40,62 @@ def test_cg_and_lissa_converge_to_the_dense_influence(
         assert max(method.residuals) <= 1e-9
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_cg_and_lissa_through_the_network_converge_to_the_dense_influence(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where outputs are too many for rows, products go forward and backward through the network."""
+    monkeypatch.setattr("fimo.methods.cg.MAX_ROWS", 0)
+    case = CASES[name]()
+    expected = dense.influence(case, dense.gauss_newton(case.final_model, case.train), 5.0)
+    methods: list[IterativeMethod] = [
+        ConjugateGradients(5.0, tolerance=1e-9),
+        Lissa(5.0, tolerance=1e-9),
+        Lissa(5.0, tolerance=1e-9, memory_mb=0.02),  # too little for a Krylov space: it takes its steps
+    ]
+    for method in methods:
+        scores = method.attribute(case.final_model, case.train, case.test)
+        assert not method.by_rows
+        torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
+def test_steps_of_lissa_on_batches_average_to_the_whole_series(curvature: str) -> None:
+    """The batches of different steps are independent, so that the expected iterate is the whole one's."""
+    case = CASES["mlp_classification"]()
+    arguments = {"damping": 2.0, "curvature": curvature, "depth": 6, "scale": 30.0}
+    whole = Lissa(**arguments).attribute(case.final_model, case.train, case.test)  # type: ignore[arg-type]
+    drawn = torch.stack(
+        [
+            Lissa(**arguments, batch_size=4, seed=s).attribute(  # type: ignore[arg-type]
+                case.final_model, case.train, case.test
+            )
+            for s in range(60)
+        ]
+    )
+    error = (drawn.mean(0) - whole).norm()
+    assert error < 3 * (drawn.var(0).sum() / len(drawn)).sqrt()
+    assert error < 0.1 * (drawn[0] - whole).norm() + 0.05 * whole.norm()
+
+
+@pytest.mark.parametrize("chosen", [Lissa, LissaHessian])
+def test_by_default_the_series_of_lissa_has_converged(chosen: type[Lissa]) -> None:
+    case = CASES["mlp_classification"]()
+    method = chosen()
+    scores = method.attribute(case.final_model, case.train, case.test)
+    matrix = dense.gauss_newton if chosen is Lissa else dense.hessian
+    damping = method.dampings().item()
+    expected = dense.influence(case, matrix(case.final_model, case.train), damping)
+    assert max(method.residuals) <= 2e-4
+    assert (scores - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_a_truncated_series_is_said_to_be_one(caplog: pytest.LogCaptureFixture) -> None:
+    case = CASES["mlp_classification"]()
+    Lissa(0.01, depth=20).attribute(case.final_model, case.train, case.test)
+    assert "has not converged" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["mlp_regression", "mlp_classification"])
 def test_lissa_with_the_hessian_converges_to_the_dense_influence(name: str) -> None:
     case = CASES[name]()

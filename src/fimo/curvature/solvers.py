@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fimo.curvature.krylov import KrylovSpace
 from fimo.curvature.spaces import Space, SpectralSpace
 
 log = logging.getLogger(__name__)
@@ -145,6 +146,63 @@ def lissa_on_spectrum(space: SpectralSpace, damping: float, scale: float, depth:
     size = space.inner(g, g).sqrt()
     residuals = space.inner(left * g, left * g).clamp(min=0).sqrt() / size.where(size > 0, 1)
     return Solution((1 - left) / values * g, residuals, depth, True)
+
+
+def lissa_in_krylov_space(
+    space: KrylovSpace, damping: float, scale: float, depth: int, tolerance: float = 1e-6
+) -> Solution | None:
+    """Return :func:`lissa`'s iterate after ``depth`` steps of the whole matrix, from a Krylov space.
+
+    The iterate x is a polynomial of degree ``depth`` in C applied to g (see :func:`lissa_on_spectrum`), which
+    a block Lanczos space of far fewer products gives. It grows until
+    (C + damping) x = (1 - q(C)^(depth + 1)) g holds up to ``tolerance`` times |g|; where
+    C + damping >= μ, the error of x is then at most tolerance / μ times |g|. It is exact, to rounding, where
+    the space has more blocks than ``depth`` or P vectors.
+
+    Returns:
+        None where the space's memory does not suffice.
+
+    Raises:
+        DivergenceError: |1 - (c + damping) / scale| > 1 for a Ritz value c, so for an eigenvalue.
+    """
+    krylov = space.krylov
+    while True:
+        values = krylov.values + damping
+        ratio = 1 - values / scale
+        # rounding makes a zero eigenvalue slightly negative
+        if ratio.abs().max() > 1 + 1e-6:
+            low = values[0].item()
+            raise DivergenceError(
+                f"LiSSA diverged: an eigenvalue of {krylov.values[0].item():.3g} is more negative than the "
+                f"damping {damping:.3g}; raise the damping"
+                if low < 0
+                else f"LiSSA diverged: the largest eigenvalue and damping, {values[-1].item():.3g}, exceed "
+                f"twice the scale {scale:.3g}; raise the scale"
+            )
+        coefficients = krylov.coefficients(lambda c: _neumann(c + damping, scale, depth))
+        residuals = krylov.residuals(coefficients)
+        if bool((residuals <= tolerance).all()) or krylov.exhausted:
+            break
+        if krylov.size + krylov.blocks[-1].shape[1] > space.max_vectors:
+            return None
+        krylov.grow()
+    truncated = krylov.coefficients(lambda c: (1 - (c + damping) / scale) ** (depth + 1)).norm(dim=0)
+    total = residuals + truncated
+    return Solution(krylov.combine(coefficients), total, depth, bool((total <= 2 * tolerance).all()))
+
+
+def _neumann(values: Tensor, scale: float, depth: int) -> Tensor:
+    """Return ``(1 - q^(depth + 1)) / values`` with q = 1 - values / scale, also for values near zero."""
+    small = values.abs() < 1e-12 * scale
+    safe = values.where(~small, 1)
+    # 1 - q^n without cancellation: -expm1(n log1p(-v / scale)) for q > 0
+    ratio = 1 - safe / scale
+    series = torch.where(
+        ratio > 0,
+        -torch.expm1((depth + 1) * torch.log1p(-(safe / scale).clamp(max=1 - 1e-15))),
+        1 - ratio ** (depth + 1),
+    )
+    return torch.where(small, (depth + 1) / scale, series / safe)
 
 
 def largest_eigenvalue(times: Callable[[Tensor], Tensor], like: Tensor, iterations: int = 30) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -11,14 +12,16 @@ from torch import Tensor
 
 from fimo.curvature.damping import DampingValue
 from fimo.curvature.kernel import MAX_DIMENSION
+from fimo.curvature.krylov import KrylovSpace
+from fimo.curvature.linear_products import LinearHessian, hessian
 from fimo.curvature.operators import GaussNewton, Hessian, RowsOperator
 from fimo.curvature.rows import Rows
 from fimo.curvature.solvers import (
     DivergenceError,
     Solution,
     lanczos,
-    largest_eigenvalue,
     lissa,
+    lissa_in_krylov_space,
     lissa_on_spectrum,
 )
 from fimo.curvature.spaces import KernelSpace, ParameterSpace, Space, SpectralSpace
@@ -29,6 +32,12 @@ from fimo.models.final_model import FinalModel
 
 log = logging.getLogger(__name__)
 
+MAX_STEPS = 5000
+"""Steps that are taken one by one where no depth is given."""
+
+LANCZOS_STEPS = 30
+"""Products for the extreme eigenvalues, of one vector each."""
+
 
 class Lissa(IterativeMethod):
     """Influence by the truncated Neumann series of LiSSA (Agarwal et al., 2017; Koh and Liang, 2017).
@@ -37,14 +46,21 @@ class Lissa(IterativeMethod):
     x_t = g_j + (I - (C + damping) / scale) x_{t-1}. At convergence the scores are those of ``exact``; fewer
     steps act like further training that stops early, directions of little curvature last.
 
+    Without batches x_t is a polynomial in C applied to g_j, and it is evaluated as one instead of taking the
+    steps: on the eigenvalues of C where it can be decomposed (exact), else in a block Krylov space that all
+    test instances share, up to ``tolerance`` (see
+    :func:`~fimo.curvature.solvers.lissa_in_krylov_space`). With batches, as first proposed, the steps are
+    taken; their expectation over batches is the x_t without.
+
     Args:
         damping, propagate: see :class:`~fimo.methods.gradient.CurvatureMethod`; the paper has 1x to 1000x.
         curvature: ``gauss_newton`` or ``hessian``, which may be indefinite and then needs more damping.
-        depth: largest number of steps.
-        scale: of the series; null: 1.05 times the largest eigenvalue (power iteration) plus damping.
-        batch_size: training instances per step, drawn anew each time; null: all of them, which is exact and
-            stops at the tolerance. With batches an automatic scale bounds any batch's largest eigenvalue.
-        tolerance: of the relative residual, for stopping early.
+        depth: number of steps; null: as many as bring the residual below the tolerance, which the damping and
+            the scale tell in advance (where steps have to be taken: at most 5000).
+        scale: of the series; null: 1.05 times the largest eigenvalue plus damping.
+        batch_size: training instances per step, drawn anew each time; null: all of them. With batches an
+            automatic scale bounds any batch's largest eigenvalue.
+        tolerance: of the relative residual.
         seed: of the batches.
 
     Raises:
@@ -56,7 +72,7 @@ class Lissa(IterativeMethod):
         damping: DampingValue = "auto",
         propagate: Literal["loss", "outputs"] = "loss",
         curvature: Literal["gauss_newton", "hessian"] = "gauss_newton",
-        depth: int = 5000,
+        depth: int | None = None,
         scale: float | None = None,
         batch_size: int | None = None,
         tolerance: float = 1e-4,
@@ -78,15 +94,19 @@ class Lissa(IterativeMethod):
 
     def fit(self, final_model: FinalModel, train: Instances) -> None:
         super().fit(final_model, train)
-        self._largest: float | None = None
+        self._extremes: tuple[float, float] | None = None
         if self.curvature == "hessian":
-            self.by_rows, self.operator = False, Hessian(final_model, train, count=self.gradients.count)
+            self.by_rows, self.operator = False, hessian(final_model, train, count=self.gradients.count)
         if self.batch_size is not None and self.batch_size >= len(train):
             self.batch_size = None
 
     def space(self, left: Rows) -> Space:
-        if self.batch_size is None or self.curvature == "hessian":
-            return super().space(left)
+        if self.batch_size is None:
+            spectral = super().space(left)
+            if isinstance(spectral, SpectralSpace):
+                return spectral
+            largest = int(self.memory_mb * 2**20 / (2 * left.p * left.dtype.itemsize))
+            return KrylovSpace(self.operator, left, largest)
         # a batch's matrix has its own eigenvectors: the kernel's span serves all batches
         if self.by_rows and 2 * self.rows.n * self.rows.r < min(self.final_model.size, 2 * MAX_DIMENSION):
             return KernelSpace(self.rows, left, len(self.train))
@@ -94,31 +114,42 @@ class Lissa(IterativeMethod):
 
     def iterate(self, space: Space, part: Rows, damping: float) -> Solution:
         scale = self.scale if self.scale is not None else self.largest() * 1.05 + damping
-        batches = self._batches(space) if self.batch_size is not None else None
-        if batches is None and isinstance(space, SpectralSpace):
-            return self._warned(self._summed(space, damping, scale), damping)
-        tries = 5 if self.scale is None and batches is not None else 1
-        for attempt in range(tries):
+        depth = self.depth if self.depth is not None else self._needed(damping, scale)
+        try:
+            if self.batch_size is not None:
+                return self._by_batches(space, damping, scale, min(depth, self.depth or MAX_STEPS))
+            if isinstance(space, SpectralSpace):
+                return self._warned(lissa_on_spectrum(space, damping, scale, depth), damping)
+            assert isinstance(space, KrylovSpace)
+            solution = lissa_in_krylov_space(space, damping, scale, depth, self.tolerance)
+            if solution is None:
+                log.info("LiSSA takes its steps: the memory does not suffice for a Krylov space")
+                steps = min(depth, self.depth or MAX_STEPS)
+                solution = lissa(space, damping, scale, steps, self.tolerance)
+            return self._warned(solution, damping)
+        except DivergenceError as error:
+            raise InputError("scale" if "raise the scale" in str(error) else "damping", str(error)) from error
+
+    def _by_batches(self, space: Space, damping: float, scale: float, depth: int) -> Solution:
+        for _ in range(5 if self.scale is None else 1):
             try:
-                solution = lissa(space, damping, scale, self.depth, self.tolerance, batches)
-                break
+                return lissa(space, damping, scale, depth, self.tolerance, self._batches(space))
             except DivergenceError as error:
                 # a batch may have larger eigenvalues than the whole: an automatic scale then doubles
-                if attempt == tries - 1:
-                    raise InputError("damping", str(error)) from error
-                scale *= 2
-        return solution if batches is not None else self._warned(solution, damping)
+                last, scale = error, 2 * scale
+        raise last
 
-    def _summed(self, space: SpectralSpace, damping: float, scale: float) -> Solution:
-        try:
-            return lissa_on_spectrum(space, damping, scale, self.depth)
-        except DivergenceError as error:
-            raise InputError("scale", str(error)) from error
+    def _needed(self, damping: float, scale: float) -> int:
+        """Return the steps after which the slowest direction's residual is below the tolerance."""
+        slowest = max(damping + min(0.0, self.extremes()[0]), 0.0) if self.curvature == "hessian" else damping
+        rate = -math.log1p(-min(slowest / scale, 0.5))
+        return max(1, math.ceil(-math.log(self.tolerance) / rate)) if rate > 0 else MAX_STEPS
 
     def _warned(self, solution: Solution, damping: float) -> Solution:
-        if bool((solution.residuals > self.tolerance).any()):
+        if not solution.converged or bool((solution.residuals > 2 * self.tolerance).any()):
             log.warning(
-                "LiSSA: the largest residual is %.2g of its right-hand side after %d steps (damping %.3g)",
+                "LiSSA has not converged: the largest residual is %.2g of its right-hand side after %d steps "
+                "(damping %.3g); its scores are those of a truncated series",
                 solution.residuals.max().item(),
                 solution.iterations,
                 damping,
@@ -127,18 +158,24 @@ class Lissa(IterativeMethod):
 
     def largest(self) -> float:
         """Return a bound of the largest eigenvalue of the curvature (with batches: of any batch's)."""
-        if self._largest is None:
-            if self.batch_size is not None and self.by_rows:
-                # |C_batch| <= the largest |A_i^T A_i| <= the largest squared norm of an instance's rows
-                self._largest = self.rows.squared_norms().sum(1).max().item()
-            elif self.by_rows and "spectrum" in self.__dict__:
-                self._largest = self.spectrum.eigenvalues[-1].item()
-            else:
-                like = torch.zeros(self.operator.p, dtype=self.operator.dtype, device=self.operator.device)
-                self._largest = largest_eigenvalue(self.operator.times, like)
-                if self.batch_size is not None:
-                    self._largest *= 2  # a batch's may be larger than the whole's
-        return self._largest
+        if self.batch_size is not None and self.by_rows:
+            # |C_batch| <= the largest |A_i^T A_i| <= the largest squared norm of an instance's rows
+            return self.rows.squared_norms().sum(1).max().item()
+        if self.by_rows and "spectrum" in self.__dict__:
+            return self.spectrum.eigenvalues[-1].item()
+        largest = max(abs(value) for value in self.extremes())
+        return 2 * largest if self.batch_size is not None else largest  # a batch's may be larger
+
+    def extremes(self) -> tuple[float, float]:
+        """Return the smallest and largest eigenvalue of the curvature, by Lanczos iterations."""
+        if self._extremes is None:
+            generator = torch.Generator(self.operator.device).manual_seed(1)
+            start = torch.randn(
+                self.operator.p, generator=generator, dtype=self.operator.dtype, device=self.operator.device
+            )
+            values = lanczos(self.operator.times, start, LANCZOS_STEPS)[0]
+            self._extremes = values[0].item(), values[-1].item()
+        return self._extremes
 
     def _batches(self, space: Space) -> Callable[[int], Callable[[Tensor], Tensor]]:
         n, size = len(self.train), self.batch_size
@@ -149,6 +186,8 @@ class Lissa(IterativeMethod):
             index = torch.randperm(n, generator=generator)[:size]
             if isinstance(space, KernelSpace):
                 return lambda vectors: space.times_of_batch(vectors, index)
+            if isinstance(self.operator, LinearHessian):
+                return self.operator.of_batch(index)
             chosen = self.train[index]
             if self.curvature == "hessian":
                 return Hessian(self.final_model, chosen, count=self.gradients.count).times
@@ -165,17 +204,16 @@ class LissaHessian(Lissa):
 
     The Hessian of a network is indefinite, and the series then diverges unless the damping exceeds the most
     negative eigenvalue: ``auto`` is 0.1 times Gauss-Newton's mean eigenvalue plus 1.1 times the size of that
-    eigenvalue, which Lanczos iterations find. A step's product is taken over a batch by default, as first
-    proposed: over all instances it costs as much as an epoch for every test instance.
+    eigenvalue, which Lanczos iterations find. ``batch_size=32, depth=200`` is the series as first proposed.
     """
 
     def __init__(
         self,
         damping: DampingValue = "auto",
         propagate: Literal["loss", "outputs"] = "loss",
-        depth: int = 200,
+        depth: int | None = None,
         scale: float | None = None,
-        batch_size: int | None = 32,
+        batch_size: int | None = None,
         tolerance: float = 1e-4,
         seed: int = 0,
         memory_mb: float = 1024,
@@ -203,10 +241,4 @@ class LissaHessian(Lissa):
             if hasattr(self, "rows")
             else GaussNewton(self.final_model, self.train, count=self.gradients.count)
         )
-        generator = torch.Generator(self.operator.device).manual_seed(1)
-        start = torch.randn(
-            self.operator.p, generator=generator, dtype=self.operator.dtype, device=self.operator.device
-        )
-        values = lanczos(self.operator.times, start, 20)[0]
-        negative = max(0.0, -values[0].item())
-        return whole.trace() / self.final_model.size + 11 * negative
+        return whole.trace() / self.final_model.size + 11 * max(0.0, -self.extremes()[0])

@@ -1,0 +1,151 @@
+"""Functions of a symmetric matrix applied to many vectors at once, by block Lanczos.
+
+With Q an orthonormal basis of span(G, C G, ..., C^(m-1) G), T = Q^T C Q and E = Q^T G, a function is
+φ(C) G ≈ Q φ(T) E, exactly so for polynomials of degree below m (Golub and Underwood, 1977; Saad, 1992).
+All right-hand sides share the space, so that a few products serve them all; and one space serves all
+functions, as those of a sweep over damping.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fimo.curvature.operators import Operator
+from fimo.curvature.rows import Rows
+from fimo.curvature.spaces import ParameterSpace
+
+Phi = Callable[[Tensor], Tensor]
+
+
+class BlockLanczos:
+    """A Krylov space of a symmetric matrix, grown one block of products at a time.
+
+    Directions that are rounding errors of the ones before are dropped, so that blocks narrow as the space is
+    exhausted. A block is orthogonalised against the last two, which a symmetric matrix reaches, and once more
+    against all, so that rounding brings no copies of converged eigenvalues.
+
+    Args:
+        times: product of the matrix with vectors ``[P, k]``.
+        right: ``[P, K]``, the right-hand sides.
+
+    Attributes:
+        values: ``[m]`` float64, the Ritz values, ascending.
+    """
+
+    def __init__(self, times: Callable[[Tensor], Tensor], right: Tensor) -> None:
+        self.times = times
+        self.norms = right.norm(dim=0)
+        scaled = right / self.norms.where(self.norms > 0, 1)
+        first, _ = _orthonormal(scaled, torch.finfo(right.dtype).eps * right.shape[1] ** 0.5)
+        self.start = (first.T @ scaled).double()
+        self.projected = torch.zeros(0, 0, dtype=torch.float64, device=right.device)
+        self.blocks: list[Tensor] = []
+        self._add(first)
+
+    @property
+    def size(self) -> int:
+        """Number of vectors in the basis."""
+        return len(self.projected)
+
+    @functools.cached_property
+    def _next(self) -> Tensor:
+        rounding = 10 * torch.finfo(self.outside.dtype).eps * self.values.abs().max().item()
+        found, rank = _orthonormal(self.outside, rounding)
+        if rank:
+            found, _ = _orthonormal(found - _projection(found, self.blocks)[0], 0.5)
+        return found
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the space is invariant: what it gives is then exact, to rounding."""
+        return self._next.shape[1] == 0
+
+    def grow(self) -> None:
+        """Add the next block, by one product with each of its vectors.
+
+        Raises:
+            ValueError: the space is exhausted.
+        """
+        if self.exhausted:
+            raise ValueError("the Krylov space is exhausted")
+        new = self._next
+        del self._next
+        self._add(new)
+
+    def _add(self, new: Tensor) -> None:
+        self.blocks.append(new)
+        image = self.times(new)
+        near = self.blocks[-2:]
+        projection, coordinates = _projection(image, near)
+        self.outside = image - projection
+        before, start = self.size, self.size + new.shape[1] - len(coordinates)
+        projected = torch.nn.functional.pad(self.projected, (0, new.shape[1], 0, new.shape[1]))
+        projected[start:, before:] = coordinates
+        projected[before:, start:] = coordinates.T
+        self.projected = (projected + projected.T) / 2
+        self.values, self.vectors = torch.linalg.eigh(self.projected)
+
+    def coefficients(self, phi: Phi) -> Tensor:
+        """Return φ(T) E ``[m, K]`` (float64), for right-hand sides of length 1.
+
+        Args:
+            phi: elementwise on float64.
+        """
+        rotated = self.vectors[: len(self.start)].T @ self.start
+        return self.vectors @ (phi(self.values)[:, None] * rotated)
+
+    def residuals(self, coefficients: Tensor) -> Tensor:
+        """Return ``|C Q c - Q T c|`` ``[K]``: what products with the matrix leave outside the space."""
+        last = coefficients[-self.outside.shape[1] :].to(self.outside.dtype)
+        return (self.outside @ last).norm(dim=0).double()
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Return ``Q c`` ``[P, K]``, times the lengths of the right-hand sides."""
+        coefficients = coefficients.to(self.norms.dtype)
+        total, start = torch.zeros_like(self.blocks[0][:, :1]).expand(-1, len(self.norms)).clone(), 0
+        for block in self.blocks:
+            total.addmm_(block, coefficients[start : start + block.shape[1]])
+            start += block.shape[1]
+        return total * self.norms
+
+
+class KrylovSpace(ParameterSpace):
+    """Parameter space with a Krylov space of its right-hand sides, made where it is used.
+
+    Args:
+        operator: the curvature matrix.
+        right: the right-hand sides, K rows in all.
+        max_vectors: the largest basis that memory allows.
+    """
+
+    def __init__(self, operator: Operator, right: Rows, max_vectors: int) -> None:
+        super().__init__(operator, right)
+        self.max_vectors = max_vectors
+        self._krylov: BlockLanczos | None = None
+
+    @property
+    def krylov(self) -> BlockLanczos:
+        if self._krylov is None:
+            self._krylov = BlockLanczos(self.times, self.right_hand_sides())
+        return self._krylov
+
+
+def _projection(vectors: Tensor, blocks: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the projection of vectors on orthonormal blocks, and its coordinates ``[m, k]`` (float64)."""
+    coordinates = [block.T @ vectors for block in blocks]
+    total = torch.zeros_like(vectors)
+    for block, part in zip(blocks, coordinates, strict=True):
+        total.addmm_(block, part)
+    return total, torch.cat(coordinates).double()
+
+
+def _orthonormal(vectors: Tensor, smallest: float) -> tuple[Tensor, int]:
+    """Return an orthonormal basis of ``[P, k]``, without singular values up to ``smallest``; its size."""
+    q, r = torch.linalg.qr(vectors)
+    u, singular, _ = torch.linalg.svd(r)
+    kept = u[:, : len(singular)][:, singular > smallest]
+    return q @ kept, kept.shape[1]
