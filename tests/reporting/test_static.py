@@ -1,13 +1,44 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from PIL import Image
 
+from fimo.evaluation import assess
+from fimo.reporting import Results
 from fimo.reporting import __main__ as command
+from fimo.reporting.curves import agreement_table
+from fimo.reporting.findings import all_methods, highlighted
+from fimo.reporting.panels import thinned
 from fimo.reporting.static import FIGURES, agreement_figure, sorted_figure, write_figures
+from fimo.reporting.style import OTHER
+from tests.evaluation.synthetic import synthetic
 from tests.reporting.example import example, example_tasks
+
+
+def follow(points: int) -> Results:
+    """Return results with an evaluation point per epoch."""
+    sensitivity, signal = synthetic(points=points)
+    scores = {"graddot": ("FiMO", signal[0])}
+    table = assess(scores, sensitivity, resamples=0).table
+    return dataclasses.replace(
+        example(), sensitivity=sensitivity, scores={"graddot": signal[0]}, evaluation=table, distance=None
+    )
+
+
+def many_methods() -> Results:
+    """Return results with twelve methods."""
+    run = example()
+    table = run.evaluation
+    worse = [
+        table[table["method"] == "datainf"].assign(method=f"m{k}", mean=lambda t, k=k: t["mean"] - 0.02 * k)
+        for k in range(8)
+    ]
+    scores = {f"m{k}": run.scores["datainf"].roll(k + 1, -1) for k in range(8)}
+    return dataclasses.replace(run, evaluation=pd.concat([table, *worse]), scores={**run.scores, **scores})
 
 
 def test_every_figure_of_the_paper_is_a_vector_and_a_picture(tmp_path: Path) -> None:
@@ -38,6 +69,50 @@ def test_bands_and_lines_are_the_table_s() -> None:
     line = next(line for line in axes.lines if line.get_label() == "graddot")
     assert list(line.get_ydata()) == pytest.approx(rows["mean"].tolist())
     assert list(line.get_xdata()) == rows["epoch"].tolist()
+
+
+def test_of_many_methods_a_handful_is_coloured_and_the_others_are_named_together() -> None:
+    run = many_methods()
+    figure = agreement_figure([run, run])
+    assert figure is not None
+    shown = highlighted([run])
+    assert len(shown) == 8
+    assert {"graddot", "random"} <= set(shown)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    colours = [lines[method].get_color() for method in shown]
+    assert len(set(colours)) == 8
+    assert all(
+        (line.get_color() == OTHER) == (name not in [*shown, "noise ceiling"]) for name, line in lines.items()
+    )
+    entries = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert entries[0] == "noise ceiling"
+    assert entries[1:9] == shown, "the best first"
+    assert entries[9].replace("\n", " ") == "others: " + ", ".join(
+        m for m in all_methods([run]) if m not in shown
+    )
+
+
+def test_amounts_of_further_training_over_two_decades_are_drawn_on_a_logarithmic_axis() -> None:
+    few, many = (agreement_figure([follow(points)]) for points in (5, 120))
+    assert few is not None
+    assert many is not None
+    assert few.axes[0].get_xscale() == "linear"
+    assert many.axes[0].get_xscale() == "log"
+    assert [t.get_text() for t in many.axes[0].get_xticklabels()] == ["1", "2", "5", "10", "20", "50", "100"]
+
+
+def test_interactive_curves_are_thinned_evenly_on_their_axis_and_keep_both_ends() -> None:
+    run = follow(500)
+    rows = agreement_table(run, "cosine")
+    rows = rows[rows["method"] == "graddot"]
+    kept = thinned(rows)
+    assert 60 < len(kept) <= 100
+    assert kept["epoch"].tolist()[:9] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert kept["epoch"].iloc[-1] == 500
+    assert kept["epoch"].diff().dropna().min() >= 1, "none twice"
+    merged = kept.merge(rows, on=["epoch", "mean", "sem"])
+    assert len(merged) == len(kept), "kept points are the table's own"
+    assert len(thinned(rows.head(100))) == 100
 
 
 def test_single_test_instances_are_sorted_by_sensitivity() -> None:

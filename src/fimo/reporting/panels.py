@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from fimo.reporting.findings import all_methods, highlighted, same_scores
 from fimo.reporting.results import Results
-from fimo.reporting.style import CEILING, OTHER, colors, translucent
+from fimo.reporting.style import CEILING, OTHER, colors, log_ticks, logarithmic, translucent
 
 Table = pd.DataFrame
 Cell = Mapping[str, int]
@@ -22,19 +22,14 @@ EPOCHS = "epochs of further training"
 MOST_POINTS = 100
 """Evaluation points drawn of a curve; the tables and W&B hold all."""
 
-LOGARITHMIC = 50
-"""Amounts of further training that differ by more than this factor are drawn on a logarithmic axis."""
-
 
 def thinned(rows: Table, x: str = "epoch") -> Table:
-    """Return at most about :data:`MOST_POINTS` rows, evenly spaced on a logarithmic axis, both ends kept."""
+    """Return at most about :data:`MOST_POINTS` rows, evenly spaced on the axis they are drawn on."""
     if len(rows) <= MOST_POINTS:
         return rows
     at = rows[x].to_numpy(float)
-    if at[0] <= 0 or at[-1] / at[0] <= LOGARITHMIC:
-        wanted = np.linspace(at[0], at[-1], MOST_POINTS)
-    else:
-        wanted = np.geomspace(at[0], at[-1], MOST_POINTS)
+    spaced = np.geomspace if logarithmic(at[0], at[-1]) else np.linspace
+    wanted = spaced(at[0], at[-1], MOST_POINTS)
     return rows.iloc[np.unique(np.searchsorted(at, wanted * (1 - 1e-9)).clip(max=len(rows) - 1))]
 
 
@@ -183,15 +178,8 @@ def epochs_axis(figure: go.Figure) -> None:
     if not ends:
         return
     first, last = min(e[0] for e in ends), max(e[1] for e in ends)
-    if first > 0 and last / first > LOGARITHMIC:
+    if logarithmic(first, last):
         ticks = log_ticks(first, last)
         figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks])
     elif last <= 10:
         figure.update_xaxes(dtick=1)
-
-
-def log_ticks(first: float, last: float) -> list[float]:
-    """Return 1, 2, 5, 10, … within the ends, or every power of ten where those are many."""
-    steps = (1, 2, 5) if last / first < 2000 else (1,)
-    powers = range(int(np.floor(np.log10(first))), int(np.ceil(np.log10(last))) + 1)
-    return [m * 10.0**p for p in powers for m in steps if first <= m * 10.0**p <= last * 1.0001]

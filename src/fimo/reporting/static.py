@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,15 @@ from fimo.reporting.curves import (
     seeds_table,
 )
 from fimo.reporting.display import chosen_tests
-from fimo.reporting.findings import method_order, scored_methods
+from fimo.reporting.findings import all_methods, highlighted, scored_methods
 from fimo.reporting.results import Results
-from fimo.reporting.style import CEILING, colors
+from fimo.reporting.style import CEILING, OTHER, PALETTE, colors, log_ticks, logarithmic
 
 PANEL = (3.6, 2.8)
 """Inches of one panel."""
+
+CEILING_NAME = "noise ceiling"
+EPOCHS = "epochs of further training"
 
 SETTINGS: dict[Any, Any] = {
     "font.size": 9,
@@ -48,7 +51,7 @@ Runs = Sequence[Results]
 
 def agreement_figure(runs: Runs) -> Figure | None:
     """Agreement against the amount of further training: a row per run, a column per metric."""
-    return _panels(runs, agreement_table, "epoch", "epochs of further training")
+    return _panels(runs, agreement_table, "epoch", EPOCHS)
 
 
 def seeds_figure(runs: Runs) -> Figure | None:
@@ -65,17 +68,23 @@ def seeds_figure(runs: Runs) -> Figure | None:
 def mean_figure(runs: Runs) -> Figure | None:
     """Agreement with adjusted changes (solid) and with raw ones (dotted)."""
 
+    palette = _palette(runs)
+
     def draw(axes: Axes, run: Results, metric: str) -> None:
-        palette = colors(method_order(run))
-        for (method, subtracted), rows in mean_effect_table(run, metric).groupby(
-            ["method", "subtract_mean"], sort=False
-        ):
-            style = "-" if subtracted else ":"
+        table = mean_effect_table(run, metric)
+        for (method, subtracted), rows in table.groupby(["method", "subtract_mean"], sort=False):
+            color = palette[str(method)]
+            width = 0.7 if color == OTHER else 1.5
             label = str(method) if subtracted else None
-            axes.plot(rows["epoch"], rows["mean"], style, color=palette[str(method)], label=label)
+            axes.plot(
+                rows["epoch"], rows["mean"], "-" if subtracted else ":", color=color, lw=width, label=label,
+                zorder=1 if color == OTHER else 2,
+            )  # fmt: skip
+        axes.plot([], [], ":", color=CEILING, label="raw changes")
+        epochs_axis(axes)
 
     kept = [run for run in runs if run.has_raw]
-    return _grid(kept, draw, "epochs of further training") if kept else None
+    return _grid(kept, draw, EPOCHS) if kept else None
 
 
 def sorted_figure(runs: Runs, tests: int = 4) -> Figure | None:
@@ -84,7 +93,7 @@ def sorted_figure(runs: Runs, tests: int = 4) -> Figure | None:
     positions = chosen_tests(run.sensitivity, tests)
     figure = Figure(figsize=(PANEL[0] * len(positions), PANEL[1]), layout="constrained")
     methods = scored_methods(run)[:3]
-    palette = colors(method_order(run))
+    palette = colors(methods)
     for axes, j in zip(_axes(figure, 1, len(positions)), positions, strict=True):
         sensitivity = run.sensitivity.sensitivity[-1, j].double()
         order = sensitivity.argsort(descending=True)
@@ -94,7 +103,9 @@ def sorted_figure(runs: Runs, tests: int = 4) -> Figure | None:
             scores = run.judged_scores(method)
             scores = (scores[-1] if scores.ndim == 3 else scores)[j].double()
             scaled = scores * (sensitivity.norm() / scores.norm().clamp(min=1e-300))
-            axes.plot(rank, scaled[order].tolist(), ".", ms=4, color=palette[method], label=method)
+            axes.plot(
+                rank, scaled[order].tolist(), ".", ms=3, color=palette[method], label=f"{method}, scaled"
+            )
         axes.set_title(f"test instance {int(run.sensitivity.test[j])}", fontsize=9)
         axes.set_xlabel("left-out instances, sorted")
         axes.ticklabel_format(axis="y", scilimits=(-2, 3))
@@ -104,13 +115,16 @@ def sorted_figure(runs: Runs, tests: int = 4) -> Figure | None:
 
 
 def cost_figure(runs: Runs) -> Figure | None:
-    """Agreement at the last evaluation point against seconds."""
+    """Agreement at the last evaluation point against seconds; the highlighted methods are named."""
+    palette, shown = _palette(runs), highlighted(runs)
 
     def draw(axes: Axes, run: Results, metric: str) -> None:
-        palette = colors(method_order(run))
         for row in cost_table(run, metric).to_dict("records"):
-            color = palette[row["method"]]
-            axes.errorbar(row["seconds"], row["mean"], row["sem"], fmt="o", color=color, label=row["method"])
+            name = row["method"]
+            axes.errorbar(
+                row["seconds"], row["mean"], row["sem"], fmt="o", ms=5 if name in shown else 3,
+                color=palette[name], label=name, zorder=2 if name in shown else 1,
+            )  # fmt: skip
         axes.set_xscale("log")
 
     return _grid(runs, draw, "seconds")
@@ -123,10 +137,10 @@ def distance_figure(runs: Runs) -> Figure | None:
         return None
     figure = Figure(figsize=PANEL, layout="constrained")
     axes = figure.subplots()
-    palette = colors([name for name, _ in tables])
-    for name, table in tables:
-        _band(axes, table, "epoch", palette[name], name)
-    axes.set(xlabel="epochs of further training", ylabel="distance / norm of the final model", ylim=(0, None))
+    for k, (name, table) in enumerate(tables):
+        _band(axes, table, "epoch", PALETTE[k % len(PALETTE)], name)
+    epochs_axis(axes)
+    axes.set(xlabel=EPOCHS, ylabel="distance / norm of the final model", ylim=(0, None))
     if len(tables) > 1:
         axes.legend()
     return figure
@@ -135,20 +149,22 @@ def distance_figure(runs: Runs) -> Figure | None:
 def retraining_figure(runs: Runs) -> Figure | None:
     """Agreement with re-training from scratch leaving one out."""
 
+    palette = {"further training": CEILING} | _palette(runs)
+
     def draw(axes: Axes, run: Results, metric: str) -> None:
-        palette = {"further training": CEILING} | colors(method_order(run))
         table = retraining_table(run, metric)
         assert table is not None
         for method, rows in table.groupby("method", sort=False):
             _band(axes, rows, "epoch", palette[str(method)], str(method))
+        epochs_axis(axes)
 
     kept = [run for run in runs if run.retraining is not None]
-    return _grid(kept, draw, "epochs of further training") if kept else None
+    return _grid(kept, draw, EPOCHS) if kept else None
 
 
 def datamodeling_figure(runs: Runs) -> Figure | None:
     """Linear datamodeling score against the amount of further training."""
-    return _task(runs, datamodeling_table, "epoch", "epochs of further training", "LDS (spearman)")
+    return _task(runs, datamodeling_table, "epoch", EPOCHS, "LDS (spearman)")
 
 
 def removal_figure(runs: Runs) -> Figure | None:
@@ -162,8 +178,8 @@ def mislabelled_figure(runs: Runs) -> Figure | None:
     if not tables:
         return None
     figure = Figure(figsize=(PANEL[0], PANEL[1] * len(tables)), layout="constrained")
+    palette = _palette([run for run, _ in tables])
     for axes, (run, table) in zip(_axes(figure, len(tables), 1), tables, strict=True):
-        palette = colors(method_order(run))
         shades = [palette.get(method, CEILING) for method in table["method"]]
         axes.barh(table["method"], table["mean"], xerr=table["sem"], color=shades)
         axes.axvline(table["chance"].iloc[0], ls="--", color=CEILING)
@@ -222,27 +238,32 @@ def _task(
     if not tables:
         return None
     figure = Figure(figsize=(PANEL[0] + 1, PANEL[1] * len(tables)), layout="constrained")
+    palette = _palette([run for run, _ in tables], (m for _, table in tables for m in table["method"]))
     for axes, (run, table) in zip(_axes(figure, len(tables), 1), tables, strict=True):
-        palette = colors([*dict.fromkeys([*method_order(run), *table["method"]])])
         for method, rows in table.groupby("method", sort=False):
             _band(axes, rows, x, palette[str(method)], str(method))
+        if x == "epoch":
+            epochs_axis(axes)
         if "ceiling" in table and table["ceiling"].notna().any():
             ceiling = table.drop_duplicates(x)
-            axes.plot(ceiling[x], ceiling["ceiling"], "--", color=CEILING, label="noise ceiling")
+            axes.plot(ceiling[x], ceiling["ceiling"], "--", color=CEILING, label=CEILING_NAME)
         axes.set(xlabel=x_title, ylabel=y_title, title=run.name if len(tables) > 1 else None)
     _legend(figure)
     return figure
 
 
 def _panels(runs: Runs, make: Callable[[Results, str], pd.DataFrame], x: str, x_title: str) -> Figure | None:
+    palette = _palette(runs)
+
     def draw(axes: Axes, run: Results, metric: str) -> None:
         table = make(run, metric)
-        palette = colors(method_order(run))
         for method, rows in table.groupby("method", sort=False):
             _band(axes, rows, x, palette[str(method)], str(method))
         ceiling = table.drop_duplicates(x)
         if ceiling["ceiling"].notna().any():
-            axes.plot(ceiling[x], ceiling["ceiling"], "--", color=CEILING, label="noise ceiling")
+            axes.plot(ceiling[x], ceiling["ceiling"], "--", color=CEILING, label=CEILING_NAME)
+        if x == "epoch":
+            epochs_axis(axes)
 
     return _grid(runs, draw, x_title)
 
@@ -252,7 +273,7 @@ def _grid(runs: Runs, draw: Callable[[Axes, Results, str], None], x_title: str) 
     metrics = [m for m in runs[0].metrics if all(m in run.metrics for run in runs)]
     size = (PANEL[0] * len(metrics) + 1, PANEL[1] * len(runs))
     figure = Figure(figsize=size, layout="constrained")
-    panels = _axes(figure, len(runs), len(metrics))
+    panels = list(figure.subplots(len(runs), len(metrics), squeeze=False, sharey=True).flat)
     for i, axes in enumerate(panels):
         run, metric = runs[i // len(metrics)], metrics[i % len(metrics)]
         draw(axes, run, metric)
@@ -269,19 +290,49 @@ def _axes(figure: Figure, rows: int, columns: int) -> list[Axes]:
     return list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
+def _palette(runs: Runs, more: Iterable[str] = ()) -> dict[str, str]:
+    """Return each method's colour: a handful have their own, names that are no methods too."""
+    methods = all_methods(runs)
+    names = [*dict.fromkeys([*methods, *more])]
+    return colors(names, [*highlighted(runs), *(name for name in names if name not in methods)])
+
+
+def epochs_axis(axes: Axes) -> None:
+    """Make the amount of further training logarithmic where it spans much, with round numbers as ticks."""
+    first, last = (float(end) for end in axes.dataLim.intervalx)
+    if logarithmic(first, last):
+        axes.set_xscale("log")
+        axes.set_xticks(log_ticks(first, last), [f"{t:g}" for t in log_ticks(first, last)])
+        axes.minorticks_off()
+
+
 def _band(axes: Axes, rows: pd.DataFrame, x: str, color: str, label: str) -> None:
+    """Draw a line with its band of ± SEM; methods for context are thin, behind the others, without a band."""
+    if color == OTHER:
+        axes.plot(rows[x], rows["mean"], color=color, label=label, lw=0.7, zorder=1)
+        return
     marker = "o" if len(rows) < 15 else None
     axes.plot(rows[x], rows["mean"], color=color, label=label, marker=marker, ms=3, lw=1.5)
-    axes.fill_between(
-        rows[x], rows["mean"] - rows["sem"], rows["mean"] + rows["sem"], color=color, alpha=0.18, lw=0
-    )
+    low, high = rows["mean"] - rows["sem"], rows["mean"] + rows["sem"]
+    axes.fill_between(rows[x], low, high, color=color, alpha=0.18, lw=0)
 
 
 def _legend(figure: Figure) -> None:
-    """Put one legend to the right of all panels, each label once."""
+    """Put one legend to the right of all panels, each label once; methods for context share an entry."""
     found: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    columns = math.ceil(len(found) / 14)
-    figure.legend(list(found.values()), list(found), loc="outside right upper", ncols=columns)
+    if (ceiling := found.pop(CEILING_NAME, None)) is not None:
+        found = {CEILING_NAME: ceiling, **found}
+    context = [label for label, handle in found.items() if _color(handle) == OTHER]
+    if context:
+        last = found[context[0]]
+        found = {label: handle for label, handle in found.items() if label not in context}
+        found[textwrap.fill("others: " + ", ".join(context), 24)] = last
+    figure.legend(list(found.values()), list(found), loc="outside right upper")
+
+
+def _color(handle: Any) -> Any:
+    """Return the colour of a legend's handle: a line, or a container whose first artist is one."""
+    return getattr(handle[0] if isinstance(handle, tuple) else handle, "get_color", lambda: None)()

@@ -1,7 +1,8 @@
-"""Colours and dashes that interactive and static figures share."""
+"""Colours, dashes and axes that interactive and static figures share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b8559a", "#c78500", "#4aa3df", "#7a4b2a", "#6a51a3")
@@ -42,3 +43,15 @@ def translucent(color: str, opacity: float = 0.16) -> str:
     """Return ``#rrggbb`` as ``rgba(…)``."""
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity})"
+
+
+def logarithmic(first: float, last: float) -> bool:
+    """Return whether amounts of further training from first to last are drawn on a logarithmic axis."""
+    return first > 0 and last / first > 50
+
+
+def log_ticks(first: float, last: float) -> list[float]:
+    """Return 1, 2, 5, 10, … within the ends, or the powers of ten alone where those are many."""
+    steps = (1, 2, 5) if last / first < 2000 else (1,)
+    powers = range(math.floor(math.log10(first)), math.ceil(math.log10(last)) + 1)
+    return [m * 10.0**p for p in powers for m in steps if first <= m * 10.0**p <= last * 1.0001]
