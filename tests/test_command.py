@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from fimo.command import main
 from fimo.models.mlp import mlp
@@ -20,10 +22,13 @@ CSV = "dataset=csv dataset.target=label dataset.task=classification dataset.path
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
     """Run a command line that must fail; return what it printed. Training raises, so it comes too late."""
 
-    def run(arguments: str) -> str:
+    def run(arguments: str, training: bool = False) -> str:
         places = f"hydra.run.dir={tmp_path}/run store={tmp_path}/store logger=none"
         monkeypatch.setattr(sys, "argv", ["src.run", *places.split(), *arguments.split()])
-        monkeypatch.setattr("pytorch_lightning.Trainer.fit", lambda *a, **k: pytest.fail("training began"))
+        if not training:
+            monkeypatch.setattr(
+                "pytorch_lightning.Trainer.fit", lambda *a, **k: pytest.fail("training began")
+            )
         with pytest.raises(SystemExit) as caught:
             main(ROOT / "conf")
         assert caught.value.code not in (0, None)
@@ -121,9 +126,10 @@ def test_a_users_own_code_that_fails_is_named_with_its_line(refused, tmp_path: P
     assert "dataset: KeyError: 'x' (faulty.py, line 2)" in refused(own)
 
 
-def test_an_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", [KeyboardInterrupt, SystemExit(1)])  # of Python, of a Lightning Trainer
+def test_an_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path, way) -> None:
     def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise way
 
     monkeypatch.setattr("fimo.experiment.run_experiment", interrupted)
     monkeypatch.setattr(sys, "argv", ["src.run", f"hydra.run.dir={tmp_path}/run"])
@@ -140,6 +146,21 @@ def test_a_folder_that_can_not_be_written_is_one_line(refused, tmp_path: Path) -
     printed = refused(f"hydra.run.dir={tmp_path}/file/run")
     assert f"error: {tmp_path}/file/run: Not a directory" in printed
     assert "Traceback" not in printed
+
+
+def test_a_flag_that_there_is_not_is_one_line(refused) -> None:
+    assert "error: --epochs: unknown flag; settings are given as epochs=VALUE" in refused("--epochs 3")
+
+
+def test_a_full_disk_is_one_line_with_the_file(refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("fimo.store.save_file", full)
+    printed = refused("trainer.max_epochs=0 model.network.hidden=[]", training=True)
+    assert re.search(r"^error: \S+model\.safetensors: No space left on device$", printed, re.MULTILINE)
+    assert "Traceback" not in printed
+    assert "Error executing job" not in printed
 
 
 def test_help_explains_the_groups_without_importing_torch() -> None:

@@ -7,7 +7,7 @@ import types
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
-from hydra.utils import get_object
+from hydra._internal.utils import _locate
 from omegaconf import DictConfig, ListConfig
 
 from fimo.config import nearest
@@ -59,7 +59,7 @@ def imported(name: Any, key: str) -> Any:
         InputError: with ``key`` and the reason.
     """
     try:
-        found = get_object(str(name))
+        found = _locate(str(name))  # as hydra.utils.get_object, which also logs the error
     except Exception as error:  # a user's module may fail in any way
         reason = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
         raise InputError(key, f"{name} can't be imported: {reason}") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -42,21 +43,18 @@ def main(conf: Path) -> None:
     try:
         with _own_errors():
             _start(conf)
-    except InputError as error:
+    except (InputError, OSError) as error:
         _fail(error)
     except (HydraException, OmegaConfBaseException) as error:
         _fail(in_one_line(error, conf))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is in the store", file=sys.stderr)
+        print("\ninterrupted; the same command goes on from what is in the store", file=sys.stderr)
         raise SystemExit(130) from None
-    except OSError as error:
-        if error.filename is None or error.errno is None:  # not about a file of the user's
-            raise
-        _fail(InputError(str(error.filename), os.strerror(error.errno)))
 
 
 def _start(conf: Path) -> None:
     start = hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(job)
+    check_flags(sys.argv[1:])
     check_choices(sys.argv[1:], conf)
     check_plugins(sys.argv[1:], conf)
     if not is_sweep(sys.argv[1:]):
@@ -104,7 +102,7 @@ def job(composed: DictConfig) -> float | None:
     if hydra_config.mode == RunMode.RUN:
         try:
             return _run(composed, folder)
-        except InputError as error:  # here, since Hydra would print the overrides above it
+        except (InputError, OSError) as error:  # here, since Hydra would print the overrides above it
             _fail(error)
     # the basic sweeper would stop at the batch that a failed job is in; others count failures themselves
     go_on = hydra_config.sweeper._target_.endswith("BasicSweeper")
@@ -122,13 +120,27 @@ def _run(composed: DictConfig, folder: Path) -> float | None:
     config = validated(composed, conf_folder())
     from fimo.experiment import run_experiment  # torch and Lightning take seconds to import
 
-    return run_experiment(config, folder)
+    try:
+        return run_experiment(config, folder)
+    except SystemExit:  # how a Lightning Trainer answers an interruption
+        raise KeyboardInterrupt from None
 
 
 def conf_folder() -> Path:
     """Return the folder of groups that Hydra composed from (known in a launcher's process too)."""
     sources = HydraConfig.get().runtime.config_sources
     return Path(next(source.path for source in sources if source.provider == "main"))
+
+
+def check_flags(arguments: list[str]) -> None:
+    """Refuse flags that Hydra does not know: settings have no dashes.
+
+    Raises:
+        InputError: naming the first.
+    """
+    _, unknown = get_args_parser().parse_known_args(arguments)
+    for flag in unknown:
+        raise InputError(flag, f"unknown flag; settings are given as {flag.lstrip('-').split('=')[0]}=VALUE")
 
 
 def check_choices(arguments: list[str], conf: Path) -> None:
@@ -168,6 +180,10 @@ def check_plugins(arguments: list[str], conf: Path) -> None:
             raise InputError(group, f"{choice} needs {package.split('.')[1]}: pip install 'fimo[{extra}]'")
 
 
-def _fail(error: InputError) -> NoReturn:
+def _fail(error: InputError | OSError) -> NoReturn:
+    if isinstance(error, OSError):
+        if error.filename is None or error.errno is None:  # not about a file, so not the user's
+            raise error
+        error = InputError(str(error.filename), os.strerror(error.errno))
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -89,7 +90,16 @@ def write_tensors(
         try:
             save_file(contents, aside, dict(metadata) if metadata else None)
         except Exception as error:  # safetensors reports a full disk as its own error
-            raise OSError(f"{path}: could not be written ({error})") from error
+            raise could_not_write(path, error) from error
+
+
+def could_not_write(path: Path, error: Exception) -> OSError:
+    """Return a writer's error as one that says which file, and why where the system said so."""
+    number = re.search(r"os error (\d+)", str(error))  # as Rust puts it
+    code = int(number[1]) if number else getattr(error, "errno", None)
+    if code is None:
+        return OSError(f"{path}: could not be written ({error})")
+    return OSError(code, os.strerror(code), str(path))
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:

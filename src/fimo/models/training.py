@@ -18,7 +18,7 @@ from fimo.data.instances import Instances
 from fimo.models.best import KeepBest
 from fimo.models.final_model import FinalModel
 from fimo.models.module import FinalModelModule
-from fimo.store import Store, content_hash, read_tensors, write_tensors
+from fimo.store import Store, content_hash, could_not_write, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,10 @@ def keeps_best(trainer: pl.Trainer) -> bool:
 def save_checkpoint(module: FinalModelModule, trainer: pl.Trainer, path: Path) -> None:
     """Write a Lightning checkpoint that ``model.checkpoint`` reads back."""
     trainer.strategy.connect(module)
-    trainer.save_checkpoint(path, weights_only=True)
+    try:
+        trainer.save_checkpoint(path, weights_only=True)
+    except OSError as error:  # which names a temporary file
+        raise could_not_write(path, error) from error
 
 
 def quality(final_model: FinalModel, data: InstancesModule) -> Quality:
