@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -70,7 +73,7 @@ def score(
     key = {
         "method": OmegaConf.to_container(config.methods[name], resolve=True),
         "source": source_hash(method),
-        **describe_problem(final_model, data.train, data.test[plan.test]),
+        **_described(final_model, data, plan),
         "left_out": plan.left_out,
     }
     if method.follows_further_training:
@@ -87,6 +90,33 @@ def score(
         write_tensors(path, tensors)
         cost.keep(folder)
     return tensors
+
+
+def _described(final_model: FinalModel, data: InstancesModule, plan: Plan) -> dict[str, Any]:
+    """Return :func:`describe_problem`'s description, made once for all methods of a run.
+
+    Hashing a network of 110 million parameters takes a second. The last description is used again while model
+    and data are the same objects, with the same tensors, none of them changed in place.
+    """
+    tensors = [*final_model.state().values(), *data.train.tensors().values(), *data.test.tensors().values()]
+    now = (tuple(plan.test), [(t.data_ptr(), t._version, t.shape) for t in tensors])
+    same = _last is not None and _last.final_model() is final_model and _last.data() is data
+    if not same or _last is None or _last.state != now:
+        found = describe_problem(final_model, data.train, data.test[plan.test])
+        globals()["_last"] = _Described(weakref.ref(final_model), weakref.ref(data), now, found)
+        return found
+    return _last.description
+
+
+@dataclass(frozen=True)
+class _Described:
+    final_model: weakref.ref[FinalModel]
+    data: weakref.ref[InstancesModule]
+    state: tuple[Any, ...]
+    description: dict[str, Any]
+
+
+_last: _Described | None = None
 
 
 def source_hash(method: AttributionMethod) -> str:
