@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,9 +37,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.cases import mlp
 from tests.reference.further_training import plain_run
 
-from fimo.cost import measured
+from fimo.cost import measured, peak_memory_mb
 from fimo.data.instances import Instances
-from fimo.further_training import Protocol, further_train
+from fimo.further_training import Protocol, driver, further_train, tangent_outputs
+from fimo.further_training.adjoint import adjoint
 from fimo.further_training.setting import Setting
 from fimo.models.final_model import FinalModel, apply
 from fimo.models.losses import Loss, cross_entropy, mean_squared_error
@@ -266,17 +270,113 @@ def compare(names: list[str], seconds: float) -> None:
 
 def growth() -> None:
     """Print time and memory against the number of runs and epochs (101 replicas for each seed)."""
-    print("\n  runs  epochs  seconds  ms per replica-step  peak memory MB")
+    print("\n  runs  epochs  seconds  ms per replica-step  peak memory MB  of it since the start")
     torch.manual_seed(0)
     problem = PROBLEMS["mlp_regression"]()
-    for seeds, left_out, epochs in [(1, 10, 10), (1, 100, 10), (10, 100, 10), (1, 100, 1), (1, 100, 100)]:
+    sizes = [
+        (1, 10, 10),
+        (1, 100, 10),
+        (10, 100, 10),
+        (10, 100, 1),
+        (100, 100, 1),
+        (1, 100, 1),
+        (1, 100, 100),
+    ]
+    for seeds, left_out, epochs in sizes:
+        before = peak_memory_mb()
         with measured("further_training") as cost:
             each = engine(problem, seeds, left_out, epochs)
         runs = seeds * (left_out + 1)
-        print(
-            f"{runs:6d}  {epochs:6d}  {cost.seconds:7.2f}  {each:19.4f}  {cost.peak_memory_mb:14.0f}",
-            flush=True,
-        )
+        more = cost.peak_memory_mb - before
+        memory = f"{cost.peak_memory_mb:14.0f}  {more:21.0f}"
+        print(f"{runs:6d}  {epochs:6d}  {cost.seconds:7.2f}  {each:19.4f}  {memory}", flush=True)
+
+
+@dataclass
+class Spent:
+    """CPU seconds of a job, in its chunks' arithmetic, while training, before and after; and its time."""
+
+    chunks: float
+    training: float
+    before: float
+    after: float
+    seconds: float
+
+
+def spent(problem: Problem, left_out: int, epochs: int) -> Spent:
+    """Run one seed's job and say where its CPU time went (other work on the machine does not count)."""
+    inside, lock, advance, at = 0.0, threading.Lock(), driver.advance, {}
+
+    def timed(*arguments: Any) -> int:
+        nonlocal inside
+        start = time.thread_time()
+        steps = advance(*arguments)
+        with lock:
+            inside += time.thread_time() - start
+        return steps
+
+    class Watch(pl.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            at["start"] = time.process_time()
+
+        def on_train_end(self, *_: Any) -> None:
+            at["end"] = time.process_time()
+
+    data = (problem.final_model, problem.train, problem.test, problem.protocol(epochs))
+    driver.advance = timed
+    try:
+        began, wall = time.process_time(), time.perf_counter()
+        further_train(*data, [0], range(left_out), trainer={"callbacks": [Watch()]})
+        wall, ended = time.perf_counter() - wall, time.process_time()
+    finally:
+        driver.advance = advance
+    return Spent(inside, at["end"] - at["start"], at["start"] - began, ended - at["end"], wall)
+
+
+def overhead(epochs: int = 360) -> None:
+    """Print the share of CPU time outside the chunks' arithmetic (Trainer, store, setting up chunks)."""
+    torch.manual_seed(0)
+    found = spent(PROBLEMS["mlp_regression"](), 100, epochs)
+    print(
+        f"\n101 runs of {epochs} epochs, {found.seconds:.0f} s: {found.chunks:.1f} of {found.training:.1f} s "
+        f"of CPU time in chunks, {1 - found.chunks / found.training:.1%} outside; {found.before:.2f} s before"
+        f" training and {found.after:.2f} s after"
+    )
+
+
+def derivatives(epochs: int = 3) -> None:
+    """Print what a tangent or an adjoint costs, on one thread, in replicas (evaluation not counted)."""
+    print("\n  chunk  ms per replica-step  per tangent-step  per adjoint-step  in replicas")
+    torch.manual_seed(0)
+    threads, problem = torch.get_num_threads(), PROBLEMS["mlp_classification"]()
+    torch.set_num_threads(1)
+    problem.train, test = problem.train[:691], problem.test
+    protocol = dataclasses.replace(problem.protocol(epochs), leave_out="mask")
+    steps = protocol.total_steps(len(problem.train))
+    problem.test = test[:1]
+    replica = 1e3 * min(spent(problem, 100, epochs).chunks for _ in range(3)) / steps / 101
+    for chunk in (8, 32, 64):
+        tangent = back = float("inf")
+        for _ in range(3):
+            start = time.process_time()
+            tangent_outputs(
+                problem.final_model, problem.train, test[:1], protocol, 0, range(chunk), chunk=chunk
+            )
+            middle = time.process_time()
+            adjoint(
+                problem.final_model,
+                problem.train,
+                test[:chunk],
+                protocol,
+                0,
+                points=[epochs - 1],
+                chunk=chunk,
+            )
+            tangent = min(tangent, 1e3 * (middle - start) / steps / chunk)
+            back = min(back, 1e3 * (time.process_time() - middle) / steps / chunk)
+        ratios = f"{tangent / replica:.1f} and {back / replica:.1f}"
+        print(f"  {chunk:5d}  {replica:19.4f}  {tangent:16.4f}  {back:16.4f}  {ratios}", flush=True)
+    torch.set_num_threads(threads)
 
 
 def main() -> None:
@@ -285,12 +385,18 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=5.0, help="time of each measurement")
     parser.add_argument("--only", nargs="*", default=list(PROBLEMS), choices=list(PROBLEMS))
-    parser.add_argument("--growth", action="store_true", help="time and memory against runs and epochs")
+    parser.add_argument(
+        "--growth",
+        action="store_true",
+        help="time and memory against runs and epochs, the Trainer's share, and the cost of derivatives",
+    )
     arguments = parser.parse_args()
     if arguments.only:
         compare(arguments.only, arguments.seconds)
     if arguments.growth:
         growth()
+        overhead()
+        derivatives()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training import Protocol, further_train
-from fimo.further_training.setting import Setting
+from fimo.further_training.setting import CPU_BYTES, Setting, chunk_size, worker_threads
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import binary_cross_entropy, cross_entropy, mean_squared_error
 from tests.cases import CASES, LINEAR_CASES, Case, mlp
@@ -110,6 +111,34 @@ def test_networks_that_cannot_be_vectorised_equal_the_plain_loop(
     protocol = Protocol(batch_size=5, epochs=2, leave_out=rule, dtype="float64")
     assert_equals_plain_loop(case, protocol)
     assert "one by one" in caplog.text
+
+
+def test_large_networks_run_one_by_one_on_a_cpu_and_equal_the_plain_loop(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, protocol = CASES["conv_net"](), Protocol(batch_size=5, epochs=2, dtype="float64", lr=0.05)
+    data = (case.final_model, case.train, case.test, protocol)
+    assert Setting.build(*data).engine == "functional"
+    monkeypatch.setitem(CPU_BYTES, "functional", 2**17)
+    with caplog.at_level(logging.INFO):
+        setting = Setting.build(*data)
+    assert setting.engine == "loop"
+    assert "one after another" in caplog.text
+    assert worker_threads(setting) == torch.get_num_threads()
+    assert_equals_plain_loop(case, protocol)
+
+
+def test_chunks_are_as_many_as_workers_and_equally_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["mlp_regression"]()
+    setting = Setting.build(case.final_model, case.train, case.test, Protocol(epochs=1))
+    for threads in (1, 2, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        for runs in (1, 5, 70, 100, 1000):
+            size = chunk_size(setting, runs)
+            chunks = -(-runs // size)
+            assert 2 <= size <= 128
+            assert chunks % threads == 0 or size <= -(-runs // threads) + 1
+            assert runs - size * (chunks - 1) > size - max(chunks, 2)
 
 
 @pytest.mark.parametrize("rule", RULES)

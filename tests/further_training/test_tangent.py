@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fimo.data.instances import Instances
 from fimo.further_training import Protocol, tangent_outputs
@@ -141,3 +142,16 @@ def test_products_written_out_equal_automatic_ones(activation: type[nn.Module], 
     run.layers = None
     automatic = run.gradient_and_tangents(parameters, directions, batch, weights)
     torch.testing.assert_close(written_out, automatic)
+
+
+def test_a_test_instances_adjoint_takes_fewer_operations_than_four_runs() -> None:
+    torch.manual_seed(0)
+    data = Instances(torch.randn(96, 8), torch.randn(96, 1))
+    train, test = data[:64], data[64:]
+    model = FinalModel(mlp(8, (32, 32), 1, nn.ReLU), mean_squared_error)
+    protocol = Protocol(batch_size=16, epochs=3, leave_out="mask", lr=0.01)
+    with FlopCounterMode(display=False) as of_one_run:
+        plain_run(model, train, test[:1], protocol, 0)
+    with FlopCounterMode(display=False) as of_all:
+        adjoint(model, train, test, protocol, 0, points=[2], chunk=32)
+    assert 0 < of_all.get_total_flops() < 4 * len(test) * of_one_run.get_total_flops()

@@ -37,7 +37,7 @@ from fimo.further_training.setting import worker_threads
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
-BLOCK_SECONDS = 0.25
+BLOCK_SECONDS = 0.5
 """About the time of one training step of the Trainer."""
 
 STRATEGIES = ("auto", "ddp", "ddp_spawn")

@@ -114,7 +114,8 @@ class JobMaker:
     def __call__(self, device: torch.device) -> Job:
         setting = Setting.build(self.final_model, self.train, self.test, self.protocol, device)
         replicas = len(self.seeds) * (len(self.units) + 1)
-        size = self.chunk if isinstance(self.chunk, int) else chunk_size(setting, replicas)
+        runs = len(self.seeds) * len(self.units)
+        size = self.chunk if isinstance(self.chunk, int) else chunk_size(setting, runs)
         keep = self.keep_states
         if keep == "auto":
             keep = _state_bytes(self.final_model, self.protocol) * replicas <= KEEP_BYTES

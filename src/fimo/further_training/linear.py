@@ -153,6 +153,7 @@ class LinearNetwork(StackedNetwork):
             raise ValueError("not a sequence of linear layers and activations")
         self.layers = layers
         self._workspaces: dict[tuple[int, bool], _Workspace] = {}
+        self._evaluations: dict[int, list[Tensor]] = {}
         self._data: tuple[Instances, Tensor] | None = None
 
     def differentiate(self, train: Instances, batch: Batch, seed: int) -> None:
@@ -227,20 +228,27 @@ class LinearNetwork(StackedNetwork):
         return self._data[1]
 
     def outputs(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
+        """See :class:`StackedNetwork`; valid until the next call with equally many instances."""
         assert isinstance(inputs, Tensor)
         rows = inputs.to(self.evaluation_dtype).flatten(1)
         n = len(rows)
         padded = torch.nn.functional.pad(rows, (0, 0, 0, -n % ALIGNED))
+        width = len(padded)
+        if width not in self._evaluations:
+            self._evaluations[width] = [
+                padded.new_empty(self.replicas, self.parameters[layer.weight].shape[1], width)
+                for layer in self.layers
+            ]
         after = padded.expand(self.replicas, -1, -1).transpose(1, 2)
-        for layer in self.layers:
-            weight = parameters[layer.weight]
+        for layer, sums in zip(self.layers, self._evaluations[width], strict=True):
             if layer.bias is None:
-                after = torch.bmm(weight, after)
+                torch.bmm(parameters[layer.weight], after, out=sums)
             else:
-                bias = parameters[layer.bias][:, :, None].expand(-1, -1, after.shape[2])
-                after = torch.baddbmm(bias, weight, after)
+                bias = parameters[layer.bias][:, :, None].expand_as(sums)
+                torch.baddbmm(bias, parameters[layer.weight], after, out=sums)
             if layer.activation is not None:
-                layer.activation.forward(after, after)
+                layer.activation.forward(sums, sums)
+            after = sums
         return after.transpose(1, 2)[:, :n]
 
 

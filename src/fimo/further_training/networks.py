@@ -62,7 +62,7 @@ class StackedNetwork(ABC):
         for name, p in self.initial.items():
             self.parameters[name].copy_(p.expand_as(self.parameters[name]))
         self._wide = torch.zeros(end, dtype=torch.float64, device=self.device)
-        self._wide_start = self.flat.to(torch.float64, copy=True)
+        self._wide_start = [block[:1].to(torch.float64, copy=True) for block in self.blocks(self.flat)]
 
     def blocks(self, flat: Tensor) -> list[Tensor]:
         """Return a buffer of :attr:`flat`'s shape as ``[R, P_k]`` for each parameter k, sharing memory."""
@@ -122,7 +122,10 @@ class StackedNetwork(ABC):
 
     def distance(self) -> Tensor:
         """Return the Euclidean distance ``[R]`` (float64) of the parameters from the final model's."""
-        return self.norms(self._wide.copy_(self.flat).sub_(self._wide_start))
+        self._wide.copy_(self.flat)
+        for block, start in zip(self.blocks(self._wide), self._wide_start, strict=True):
+            block.sub_(start)
+        return self.norms(self._wide)
 
 
 class FunctionalNetwork(StackedNetwork):
@@ -170,15 +173,16 @@ class FunctionalNetwork(StackedNetwork):
             with self._training_step(seed):
                 mapped = vmap(grad(loss), in_dims=(0, axis, axis, 0), randomness="same")
                 return mapped(self.parameters, inputs, targets, weight)
-        single = []
+        found = {n: torch.empty_like(p) for n, p in self.parameters.items()}
         for r in range(self.replicas):
             own = instances if shared else Instances(_row(inputs, r), targets[r])
             parameters = {n: p[r].detach().requires_grad_() for n, p in self.parameters.items()}
             with self._training_step(seed), torch.enable_grad():
                 value = loss(parameters, own.inputs, own.targets, weight[r])
-            found = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
-            single.append(dict(zip(parameters, found, strict=True)))
-        return {n: torch.stack([g[n] for g in single]) for n in self.parameters}
+            own_gradients = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
+            for name, g in zip(parameters, own_gradients, strict=True):
+                found[name][r] = g
+        return found
 
     @contextlib.contextmanager
     def _training_step(self, seed: int) -> Iterator[None]:

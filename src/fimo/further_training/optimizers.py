@@ -26,7 +26,6 @@ class StackedOptimizer:
             names = ("first_moment", "second_moment")
         for name in names:
             self.state[name] = torch.zeros_like(network.flat)
-        self.scratch = torch.empty_like(network.flat) if names else network.flat
 
     @property
     def fusible(self) -> bool:
@@ -46,18 +45,18 @@ class StackedOptimizer:
             scale = (p.clip_norm / (self.network.norms(gradient) + 1e-6)).clamp_(max=1.0)
             for block in self.network.blocks(gradient):
                 block.mul_(scale[:, None])
-        if p.weight_decay and p.optimizer != "adamw":
-            gradient.add_(parameters, alpha=p.weight_decay)
+        # torch.optim's fused kernels: one pass over parameters, gradient and state
         if p.optimizer == "sgd":
-            if p.momentum:
-                momentum = self.state["momentum"].mul_(p.momentum).add_(gradient)
-                gradient = gradient.add_(momentum, alpha=p.momentum) if p.nesterov else momentum
-            parameters.sub_(gradient, alpha=lr)
+            momentum = [self.state["momentum"]] if p.momentum else []
+            torch._fused_sgd_(
+                [parameters], [gradient], momentum, weight_decay=p.weight_decay, momentum=p.momentum, lr=lr,
+                dampening=0.0, nesterov=p.nesterov, maximize=False, is_first_step=False,
+            )  # fmt: skip
             return
-        if p.weight_decay and p.optimizer == "adamw":
-            parameters.mul_(1 - lr * p.weight_decay)
-        beta1, beta2 = p.betas
-        first = self.state["first_moment"].lerp_(gradient, 1 - beta1)
-        second = self.state["second_moment"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        denominator = torch.sqrt(second, out=self.scratch).div_((1 - beta2**self.steps) ** 0.5).add_(p.eps)
-        parameters.addcdiv_(first, denominator, value=-lr / (1 - beta1**self.steps))
+        step = torch._fused_adam_ if p.optimizer == "adam" else torch._fused_adamw_
+        made = torch.full((), float(self.steps), dtype=torch.float32, device=parameters.device)
+        step(
+            [parameters], [gradient], [self.state["first_moment"]], [self.state["second_moment"]], [], [made],
+            lr=lr, beta1=p.betas[0], beta2=p.betas[1], weight_decay=p.weight_decay, eps=p.eps,
+            amsgrad=False, maximize=False,
+        )  # fmt: skip
