@@ -66,8 +66,31 @@ def _start(conf: Path) -> None:
         start()
     finally:
         all_done = sweep.conclude()
+    _report(sweep.folder)
     if not all_done:
         raise SystemExit(1)
+
+
+def _report(folder: Path) -> None:
+    """Write what a sweep's jobs found side by side, unless they were not to write reports."""
+    if not any(folder.glob("*/report.html")):
+        return
+    from fimo.reporting.overlay import sweep_report  # matplotlib and plotly take seconds to import
+
+    if report := sweep_report(folder):
+        print(f"report of the sweep: {report}")
+    _report(sweep.folder)
+
+
+def _report(folder: Path) -> None:
+    """Write the report of a finished sweep; the sweep is not lost where that fails."""
+    from fimo.reporting.overlay import sweep_report  # torch takes seconds to import
+
+    try:
+        if (report := sweep_report(folder)) is not None:
+            print(f"the jobs side by side: {report}")
+    except Exception as error:
+        print(f"the jobs side by side could not be drawn: {error}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from fimo.errors import InputError
 from fimo.reporting import Results
 from fimo.reporting.naming import differences, named_apart
-from fimo.reporting.results import run_folders
 from tests.reporting.example import example
 
 
@@ -40,14 +36,3 @@ def test_where_settings_don_t_tell_runs_apart_their_names_or_folders_do() -> Non
     assert names(run(), run()) == ["concrete: 20 methods, 0", "concrete: 20 methods, 1"]
     assert names(run("one"), run("two")) == ["one", "two"]
     assert names(run("alone")) == ["alone"]
-
-
-def test_a_sweep_stands_for_its_finished_jobs_in_their_order(tmp_path: Path) -> None:
-    (tmp_path / "sweep.json").write_text("{}")
-    with pytest.raises(InputError, match="no job of this sweep has finished"):
-        run_folders(tmp_path)
-    for job in ("10", "2", "0"):
-        run().save(tmp_path / job, everything=True)
-    (tmp_path / "2" / "cost.csv").unlink()
-    assert [folder.name for folder in run_folders(tmp_path)] == ["0", "10"]
-    assert run_folders(tmp_path / "10") == [tmp_path / "10"]

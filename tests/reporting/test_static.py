@@ -92,6 +92,15 @@ def test_of_many_methods_a_handful_is_coloured_and_the_others_are_named_together
     )
 
 
+def test_of_methods_with_the_same_scores_one_is_coloured_and_graddot_stands_for_its_own() -> None:
+    run = many_methods()
+    twin = run.evaluation[run.evaluation["method"] == "graddot"].assign(method="tracin")
+    scores = {"tracin": run.scores["graddot"], **run.scores}
+    run = dataclasses.replace(run, evaluation=pd.concat([twin, run.evaluation]), scores=scores)
+    assert "graddot" in highlighted([run])
+    assert "tracin" not in highlighted([run])
+
+
 def test_amounts_of_further_training_over_two_decades_are_drawn_on_a_logarithmic_axis() -> None:
     few, many = (agreement_figure([follow(points)]) for points in (5, 120))
     assert few is not None

@@ -50,17 +50,13 @@ def write(chosen: argparse.Namespace) -> list[Path]:
     """Write what was asked for, and return the files."""
     import dataclasses
 
-    from fimo.reporting.naming import named_apart
-    from fimo.reporting.results import Results, run_folders
+    from fimo.reporting.overlay import load_runs
 
-    folders = [folder for given in chosen.run_dir for folder in run_folders(given)]
-    runs = [Results.load(folder) for folder in folders]
+    runs = load_runs(chosen.run_dir)
     if chosen.names:
         if len(chosen.names) != len(runs):
             raise InputError("--names", f"expected {len(runs)} names but got {len(chosen.names)}")
         runs = [dataclasses.replace(run, name=n) for run, n in zip(runs, chosen.names, strict=True)]
-    else:
-        runs = named_apart(runs, folders)
     output = chosen.output or (chosen.run_dir[0] if len(chosen.run_dir) == 1 else Path()) / "report.html"
     if chosen.figures is not None:
         from fimo.reporting.static import write_figures

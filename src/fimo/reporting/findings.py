@@ -108,11 +108,17 @@ def highlighted(runs: Sequence[Results]) -> list[str]:
     methods = all_methods(runs)
     if len(methods) <= MOST_HIGHLIGHTED:
         return methods
-    twins = set.intersection(*({m for group in same_scores(run) for m in group[1:]} for run in runs))
+    twins = set.intersection(*({m for group in same_scores(run) for m in _covered(group)} for run in runs))
     single = [m for m in methods if m not in twins]
     wanted = [*single[:5], *(m for m in ("graddot", *BASELINES) if m in single), *single]
     chosen = [*dict.fromkeys(wanted)][:MOST_HIGHLIGHTED]
     return [m for m in methods if m in chosen]
+
+
+def _covered(group: Sequence[str]) -> list[str]:
+    """Return the methods with the same scores as another that stands for them: Grad-Dot, else the first."""
+    known = "graddot" if "graddot" in group else group[0]
+    return [method for method in group if method != known]
 
 
 def scored_methods(results: Results) -> list[str]:

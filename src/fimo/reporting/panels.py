@@ -138,7 +138,7 @@ def band(
         x=at,
         y=mean,
         customdata=sem[:, None],
-        mode="lines+markers" if len(rows) < 15 and with_band else "lines",
+        mode="lines+markers" if len(rows) < (15 if with_band else 2) else "lines",
         name=name,
         legendgroup=name,
         line={"color": color, "width": width, "dash": dash},

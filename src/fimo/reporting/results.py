@@ -192,21 +192,6 @@ class Results:
         )
 
 
-def run_folders(folder: Path) -> list[Path]:
-    """Return the folders of a sweep's finished jobs, in their order; of any other, itself.
-
-    Raises:
-        InputError: no job of the sweep has finished.
-    """
-    if not (folder / "sweep.json").exists():
-        return [folder]
-    jobs = [path.parent for path in folder.glob("*/report.json")]
-    done = [job for job in jobs if all((job / file).exists() for file in FILES)]
-    if not done:
-        raise InputError(str(folder), "no job of this sweep has finished")
-    return sorted(done, key=lambda job: (len(job.name), job.name))  # 2 before 10
-
-
 def load_sensitivity(path: Path) -> tuple[Sensitivity, bool]:
     """Read a sensitivity with its adjustment, and whether its raw changes were kept.
 
