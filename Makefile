@@ -1,4 +1,4 @@
-# Two commands do everything on a machine with Python 3.11 or newer: `make run` and `make test`.
+# Two commands do everything on a machine with Python 3.11, 3.12 or 3.13: `make run` and `make test`.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -17,8 +17,8 @@ help:
 setup: $(READY)
 
 $(READY): pyproject.toml Makefile
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo 'fimo needs Python 3.11 or newer; set PYTHON=/path/to/python3.11'; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo 'fimo needs Python 3.11, 3.12 or 3.13; set PYTHON=/path/to/python3.11'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@# compiled now: where PYTHONDONTWRITEBYTECODE is set, every import would take twice as long

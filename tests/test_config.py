@@ -80,6 +80,11 @@ def test_experiments_with_adamw_leave_the_optimizer_to_the_group(experiment: str
     assert composed(f"experiment={experiment}", "further_training=adam").further_training.optimizer == "adam"
 
 
+def test_a_data_sets_file_need_not_hold_more_than_its_target() -> None:
+    config = composed("~dataset", "+dataset._target_=fimo.data.bundled.BundledData")
+    assert validated(config, CONF).further_training.batch_size == 32
+
+
 def test_a_given_learning_rate_is_taken() -> None:
     assert composed("dataset=concrete", "further_training.lr=0.5").further_training.lr == 0.5
 

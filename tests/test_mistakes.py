@@ -53,6 +53,7 @@ def test_methods_and_their_settings_are_additions() -> None:
             "further_trainin.lr: unknown key; did you mean model.lr or further_training",
         ),
         ("model.network.hiden=[8]", "model.network.hiden: unknown key; did you mean hidden?"),
+        ("logger=none logger.tags=[a]", "logger.tags: is not in the chosen file; +logger.tags=VALUE sets it"),
         ("seed=1,2", "seed: got several values; [1,2] is a list, -m sweeps over them"),
         ("nonsense", "nonsense: expected KEY=VALUE"),
         ("dataset.name=[", "dataset.name: '[' can't be read"),
@@ -60,7 +61,7 @@ def test_methods_and_their_settings_are_additions() -> None:
 )
 def test_what_hydra_refuses_is_one_line_with_the_key(override: str, said: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(Exception) as caught:  # noqa: PT011
-        compose("config", overrides=[override])
+        compose("config", overrides=override.split())
     line = str(in_one_line(caught.value, CONF))
     assert said in line
     assert "\n" not in line

@@ -85,6 +85,17 @@ def test_a_failed_job_is_reported_and_is_all_that_the_same_command_repeats(sweep
     assert [r.status for r in records(tmp_path / "sweep")] == ["skipped", "finished"]
 
 
+def test_a_sweep_ends_with_a_report_of_its_jobs_side_by_side(sweep, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    shared = ("+method=graddot", f"hydra.sweep.dir={folder}", "report=true")
+    status, printed = sweep("further_training=default,adam", *shared)
+    assert status == 0
+    assert f"the jobs side by side: {folder}/report.html" in printed
+    page = (folder / "report.html").read_text()
+    assert "adam" in page
+    assert "sgd" in page
+
+
 def test_a_failed_job_does_not_keep_later_batches_from_running(sweep, tmp_path: Path) -> None:
     status, printed = sweep(
         "+method=graddot", "further_training.lr=-1,0.1", "hydra.sweeper.max_batch_size=1",

@@ -72,18 +72,9 @@ def _start(conf: Path) -> None:
 
 
 def _report(folder: Path) -> None:
-    """Write what a sweep's jobs found side by side, unless they were not to write reports."""
+    """Put a sweep's jobs side by side, where they wrote reports; no sweep is lost where that fails."""
     if not any(folder.glob("*/report.html")):
         return
-    from fimo.reporting.overlay import sweep_report  # matplotlib and plotly take seconds to import
-
-    if report := sweep_report(folder):
-        print(f"report of the sweep: {report}")
-    _report(sweep.folder)
-
-
-def _report(folder: Path) -> None:
-    """Write the report of a finished sweep; the sweep is not lost where that fails."""
     from fimo.reporting.overlay import sweep_report  # torch takes seconds to import
 
     try:

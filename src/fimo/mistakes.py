@@ -50,6 +50,8 @@ def in_one_line(error: Exception, conf: Path) -> InputError:
     """
     text = str(error).strip() or type(error).__name__
     if unknown := re.match(r"Could not override '([^']+)'", text):
+        if unknown[1] in known_keys(conf):  # a choice's file need not hold all that the schema knows
+            return InputError(unknown[1], f"is not in the chosen file; +{unknown[1]}=VALUE sets it")
         return InputError(unknown[1], f"unknown key; {nearest_key(unknown[1], conf)}")
     if several := re.match(r"Ambiguous value for argument '\+*([^=]+)=(.*)'\n", text):
         hint = f"[{several[2]}] is a list, -m sweeps over them, quotes make one text of them"
