@@ -21,7 +21,7 @@ from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.exact import ExactInfluence
 from fimo.methods.graddot import GradDot
 from fimo.methods.response import Response
-from fimo.models.losses import cross_entropy, mean_squared_error
+from fimo.models.losses import binary_cross_entropy, cross_entropy, mean_squared_error
 from tests.cases import CASES, LINEAR_CASES, Case, trained
 from tests.reference import attribution as dense
 from tests.reference.further_training import plain_run
@@ -80,6 +80,27 @@ def test_on_a_linear_model_the_response_is_the_real_change(rule: Any, options: d
     protocol = Protocol(
         lr=0.05, batch_size=4, epochs=4, leave_out=rule, dtype="float64", evaluate_every=1, **options
     )
+    found = scores(case, protocol, [0, 5, 20], kernels="own", segments=3)
+    expected = real_changes(case, protocol, [0, 5, 20], [0, 1])
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
+@pytest.mark.parametrize(
+    ("loss", "outputs"), [(cross_entropy, 2), (cross_entropy, 3), (binary_cross_entropy, 2)]
+)
+def test_on_a_linear_classifier_the_response_is_the_real_change(loss: Any, outputs: int, rule: Any) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        inputs = torch.randn(26, 3)
+        targets = torch.randint(outputs, (26,)) if loss is cross_entropy else (inputs[:, :2] > 0).double()
+        network = nn.Sequential(nn.Linear(3, outputs))
+        case = trained("linear", network, loss, inputs, targets, 22, steps=5)
+    finally:
+        torch.set_default_dtype(before)
+    protocol = Protocol(lr=2.0, batch_size=4, epochs=4, leave_out=rule, dtype="float64", evaluate_every=1)
     found = scores(case, protocol, [0, 5, 20], kernels="own", segments=3)
     expected = real_changes(case, protocol, [0, 5, 20], [0, 1])
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
@@ -241,3 +262,14 @@ def test_relaxation_is_a_gradient_step_for_little_time_and_an_inverse_for_much()
 def test_a_wrong_argument_is_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         Response(**wrong)
+
+
+def test_what_the_response_ignores_is_said_at_run_time(caplog: pytest.LogCaptureFixture) -> None:
+    case = linear_regression()
+    protocol = Protocol(
+        optimizer="adam", weight_decay=0.1, clip_norm=1.0, batch_size=4, epochs=1, dtype="float64"
+    )
+    scores(case, protocol, [0, 5])
+    assert "Adam's L2 term" in caplog.text
+    assert "clipping" in caplog.text
+    assert "dropout" not in caplog.text

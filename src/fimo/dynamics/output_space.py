@@ -9,7 +9,13 @@ from torch import Tensor
 
 from fimo.curvature.outputs import output_gradient
 from fimo.errors import InputError
-from fimo.models.losses import Loss, cross_entropy, mean_squared_error, output_hessian
+from fimo.models.losses import (
+    Loss,
+    binary_cross_entropy,
+    cross_entropy,
+    mean_squared_error,
+    output_hessian,
+)
 
 MAX_OUTPUTS = 512
 
@@ -81,6 +87,33 @@ class OutputSpace:
             return gram * (2.0 / outputs.shape[1])
         found = output_hessian(loss, outputs[self.kept], targets[self.kept])
         return self.directions @ found @ self.directions.transpose(1, 2)
+
+
+SATURATING = (cross_entropy, binary_cross_entropy)
+"""Losses whose derivative in changed outputs is evaluated, not taken as linear in the change."""
+
+
+def changed_gradient(
+    loss: Loss, outputs: Tensor, targets: Tensor, directions: Tensor, change: Tensor
+) -> Tensor:
+    """Return a saturating loss's derivatives ``[Q, R, C]`` along directions, at changed outputs.
+
+    Args:
+        outputs, targets: ``[Q, D]``, and ``[Q]`` or ``[Q, D]``.
+        directions: ``[Q, R, D]``.
+        change: ``[Q, R, C]``, of the outputs along the directions.
+    """
+    d = outputs.shape[1]
+    if loss is cross_entropy and d == 2 and directions.shape[1] == 1:  # a sigmoid of the margin
+        sign = directions[:, :, 0] - directions[:, :, 1]  # [Q, 1]
+        margin = (outputs[:, :1] - outputs[:, 1:])[:, :, None] + sign[:, :, None] * change
+        return sign[:, :, None] * (margin.sigmoid_() - (targets == 0).to(outputs.dtype)[:, None, None])
+    changed = outputs[:, None] + change.transpose(1, 2) @ directions  # [Q, C, D]
+    if loss is cross_entropy:
+        found = changed.softmax(-1) - torch.nn.functional.one_hot(targets, d).to(outputs.dtype)[:, None]
+    else:
+        found = (changed.sigmoid() - targets.to(outputs.dtype)[:, None]) / d
+    return directions @ found.transpose(1, 2)
 
 
 def _energy(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:

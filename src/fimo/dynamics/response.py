@@ -10,6 +10,10 @@ the optimizer's preconditioner. So d_t = P J^T c_t is a combination of Jacobian 
 K = J P J^T (of few points of the trajectory) the recursion needs only outputs: a step of all L runs costs
 |batch|·N·L, where one run's step costs |batch|·P. The curvature's weights are w', not w: an instance left out
 doesn't resist its own removal.
+
+For cross-entropy, whose derivative saturates, J_b^T H_b J_b d_t is not taken as linear: the derivative is
+evaluated at the outputs f_b + J_b d_t, so that only the parameters' effect on the outputs is linearised. For
+squared error the two are the same.
 """
 
 from __future__ import annotations
@@ -24,12 +28,13 @@ from torch import Tensor
 from fimo.curvature.gradients import InstanceGradients
 from fimo.data.instances import Instances
 from fimo.dynamics.optimizer import CoefficientOptimizer, preconditioner, scaled
-from fimo.dynamics.output_space import OutputSpace
+from fimo.dynamics.output_space import OutputSpace, changed_gradient
 from fimo.dynamics.points import Segment
 from fimo.dynamics.steps import steps
 from fimo.further_training.linear import linear_layers
 from fimo.further_training.protocol import Protocol
 from fimo.models.final_model import FinalModel, fitting_batch, functional_apply
+from fimo.models.losses import Loss
 
 
 @dataclass(frozen=True)
@@ -95,11 +100,14 @@ class Along:
         at: ``[K]`` optimizer steps, ascending from 0.
         gradient: ``[S, K, M, R]``, the loss's derivatives along the directions of an output space.
         hessian: ``[S, K, M, R, R]``, or ``[S, 1, M, R, R]`` where it is constant.
+        outputs: ``[S, K, M, D]``: the loss's derivative is evaluated at the changed outputs, and the Hessian
+            is not used; None: it is taken as linear in the change.
     """
 
     at: Sequence[int]
     gradient: Tensor
     hessian: Tensor
+    outputs: Tensor | None = None
 
     def bracket(self, step: int) -> tuple[int, float]:
         """Return the last point at or before a step, and the share of the way to the next."""
@@ -118,6 +126,8 @@ def responses(
     segments: Sequence[Segment],
     kernels: Iterator[Kernel],
     groups: Tensor | None = None,
+    loss: Loss | None = None,
+    targets: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield the changes ``[S, J·D, L + K]`` of test outputs at each of the E evaluation points.
 
@@ -128,6 +138,7 @@ def responses(
         segments: of the evaluation points, each with the next of ``kernels``. The coefficients of earlier
             segments are carried over, that is, read with the new Jacobians.
         groups: ``[S, K, G]``, instances left out together by K more runs, under ``mask``.
+        loss, targets: of all N instances, where outputs are given along the runs.
     """
     m, r, _ = space.directions.shape
     like, s = along.gradient, len(seeds)
@@ -142,6 +153,8 @@ def responses(
     within = torch.arange(r, device=device)
     gradients, hessians = along.gradient.transpose(0, 1).flatten(1, 2), along.hessian.transpose(0, 1)
     hessians = hessians.flatten(1, 2)  # [K, S·M, R, R]
+    outputs = None if along.outputs is None else along.outputs.transpose(0, 1).flatten(1, 2)
+    goals = torch.empty(0) if targets is None else targets[space.kept]
     stream, taken = steps(seeds, left_out, instances, protocol, like.dtype, groups), 0
     for segment in segments:
         kernel = next(kernels)
@@ -160,20 +173,29 @@ def responses(
                     coefficients[:, :, -1] = 0.0  # starts again from what is known
                 at = (index + first).flatten()
                 rows = at if r == 1 else (at[:, None] * r + within).flatten()
-                gradient = gradients[k].index_select(0, at).view(s, b, r, 1)
-                hessian = hessians[0 if len(hessians) == 1 else k].index_select(0, at)
-                if len(hessians) > 1:
-                    hessian = torch.lerp(hessian, hessians[k + 1].index_select(0, at), share)
                 change = kernel.rows(index) @ coefficients  # [S, B·R, L + K + 1]
-                if r == 1:
-                    force = change.view(s, b, 1, -1).mul_(hessian.view(s, b, 1, 1))
+                if outputs is None:
+                    gradient = gradients[k].index_select(0, at).view(s, b, r, 1)
+                    hessian = hessians[0 if len(hessians) == 1 else k].index_select(0, at)
+                    if len(hessians) > 1:
+                        hessian = torch.lerp(hessian, hessians[k + 1].index_select(0, at), share)
+                    if r == 1:
+                        force = change.view(s, b, 1, -1).mul_(hessian.view(s, b, 1, 1))
+                    else:
+                        force = (hessian @ change.view(s * b, r, -1)).view(s, b, r, -1)
+                    gradient = gradient + force[..., -1:]
+                    removed = (without - full[..., None])[:, :, None]
+                    force[..., :-1].mul_(without[:, :, None]).addcmul_(removed, gradient)
                 else:
-                    force = (hessian @ change.view(s * b, r, -1)).view(s, b, r, -1)
-                gradient = gradient + force[..., -1:]
-                own = full[..., None, None] * gradient
-                removed = (without - full[..., None])[:, :, None]
-                force[..., :-1].mul_(without[:, :, None]).addcmul_(removed, gradient)
-                force[..., -1:] = own
+                    assert loss is not None
+                    change[..., :-1] += change[..., -1:]  # from the point where outputs are known
+                    force = changed_gradient(
+                        loss, outputs[k].index_select(0, at), goals.index_select(0, index.flatten()),
+                        space.directions.index_select(0, index.flatten()), change.view(s * b, r, -1),
+                    ).view(s, b, r, -1)  # fmt: skip
+                    gradient = force[..., -1:]
+                    force[..., :-1].mul_(without[:, :, None]).sub_(full[..., None, None] * gradient)
+                force[..., -1:] = full[..., None, None] * gradient
                 optimizer.step(rows, force.view(s * b * r, -1), step.lr)
                 taken += 1
             yield kernel.test @ coefficients[:, :, :-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import ClassVar, Literal
@@ -14,7 +15,7 @@ from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.kernel import MAX_DIMENSION, KernelSpectrum, kernel_dimension
 from fimo.data.instances import Instances
 from fimo.dynamics.optimizer import preconditioner
-from fimo.dynamics.output_space import MAX_OUTPUTS, OutputSpace
+from fimo.dynamics.output_space import MAX_OUTPUTS, SATURATING, OutputSpace
 from fimo.dynamics.points import Segment, mean_of, midpoint, segments, spread
 from fimo.dynamics.relaxation import relaxation, times
 from fimo.dynamics.response import (
@@ -31,11 +32,13 @@ from fimo.dynamics.response import (
 from fimo.dynamics.threads import side_by_side
 from fimo.errors import InputError
 from fimo.further_training.linear import linear_layers
-from fimo.further_training.protocol import DTYPES
+from fimo.further_training.protocol import DTYPES, Protocol
 from fimo.further_training.trajectory import FurtherTraining, Trajectory
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import mean_squared_error
+
+log = logging.getLogger(__name__)
 
 KNOTS = 32
 """Points of a trajectory at which training outputs are computed; linear in between."""
@@ -166,6 +169,8 @@ class Response(FollowingMethod):
         Args:
             groups: by seed, ``[K, G]`` instances that are left out together, whose scores follow the others.
         """
+        for ignored in ignored_parts(self.final_model, self.ft.protocol):
+            log.warning("the response ignores %s", ignored)
         dtype = DTYPES[self.ft.protocol.dtype]
         model, train = self.final_model.to(dtype=dtype), self.train.to(dtype=dtype)
         test = test.to(dtype=dtype)
@@ -189,6 +194,7 @@ class Response(FollowingMethod):
                 [t.seed for t in runs], self.left_out, len(train), self.ft.protocol, space,
                 self._along(own, train, space, runs, cut), self.ft.steps, cut, kernels,
                 None if groups is None else torch.stack([groups[t.seed] for t in runs]),
+                own.loss, train.targets,
             )  # fmt: skip
             outputs = [outputs_along(own, t.parameters[1:], test) for t in runs]
             found: list[list[Tensor]] = [[] for _ in runs]
@@ -242,6 +248,10 @@ class Response(FollowingMethod):
         """Return the evaluation points at which training outputs are computed."""
         return sorted({0, *spread(self.ft.steps, KNOTS), *(s.last for s in cut)})
 
+    def _saturates(self, model: FinalModel) -> bool:
+        """Whether the loss's derivative is evaluated at the changed outputs."""
+        return self.propagate == "outputs" and model.loss in SATURATING
+
     def _space(self, model: FinalModel, train: Instances, trajectory: Trajectory) -> OutputSpace:
         few = [trajectory.parameters[k] for k in sorted({0, *spread(self.ft.steps, 4)})]
         outputs = outputs_along(model, few, train)
@@ -257,14 +267,20 @@ class Response(FollowingMethod):
     ) -> Along:
         """Return the training outputs along runs."""
         knots, steps = self._knots(cut), [0, *self.ft.steps]
-        constant = model.loss is mean_squared_error
-        gradient, hessian = [], []
+        constant, exact = model.loss is mean_squared_error, self._saturates(model)
+        gradient, hessian, known = [], [], []
         for trajectory in trajectories:
             outputs = outputs_along(model, [trajectory.parameters[k] for k in knots], train)
             gradient.append(torch.stack([space.gradient(model.loss, f, train.targets) for f in outputs]))
-            some = outputs[:1] if constant else outputs
+            some = outputs[:1] if constant or exact else outputs
+            known.append(outputs[:, space.kept])
             hessian.append(torch.stack([space.hessian(model.loss, f, train.targets) for f in some]))
-        return Along([steps[k] for k in knots], torch.stack(gradient), torch.stack(hessian))
+        return Along(
+            [steps[k] for k in knots],
+            torch.stack(gradient),
+            torch.stack(hessian),
+            torch.stack(known) if exact else None,
+        )
 
     def _own_kernels(
         self,
@@ -353,6 +369,18 @@ class Response(FollowingMethod):
         self.gradient_evaluations += gradients.evaluations
         size = min(self.ft.protocol.batch_size, n)
         return 1 / ((mean.square() + variance / size).sqrt() + self.ft.protocol.eps)
+
+
+def ignored_parts(final_model: FinalModel, protocol: Protocol) -> list[str]:
+    """Return what of further training the response along the path leaves out, in words."""
+    found = []
+    if protocol.clip_norm is not None:
+        found.append("the clipping of gradients")
+    if protocol.optimizer == "adam" and protocol.weight_decay:
+        found.append("Adam's L2 term")
+    if any(isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p for m in final_model.network.modules()):
+        found.append("dropout during further training")
+    return found
 
 
 def _distance(a: int, b: int) -> int:
