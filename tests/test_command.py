@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from fimo.command import main
+from fimo.command import console, main
 from fimo.models.mlp import mlp
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +146,14 @@ def test_a_folder_that_can_not_be_written_is_one_line(refused, tmp_path: Path) -
     printed = refused(f"hydra.run.dir={tmp_path}/file/run")
     assert f"error: {tmp_path}/file/run: Not a directory" in printed
     assert "Traceback" not in printed
+
+
+def test_the_console_command_imports_modules_of_the_folder_it_runs_in(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "path", ["/elsewhere/bin"])
+    monkeypatch.setattr("fimo.command.main", lambda conf: None)
+    monkeypatch.chdir(tmp_path)
+    console()
+    assert sys.path[0] == str(tmp_path)
 
 
 def test_a_flag_that_there_is_not_is_one_line(refused) -> None:

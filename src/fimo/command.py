@@ -100,6 +100,7 @@ def _own_errors() -> Iterator[None]:
 
 def console() -> None:
     """Run the command line with the packaged configuration: the console command ``fimo``."""
+    sys.path.insert(0, str(Path.cwd()))  # a user's own modules, as with `python -m`
     packaged = Path(__file__).parent / "conf"  # in an installed wheel; else the repository's
     main(packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf")
 
