@@ -131,6 +131,20 @@ def test_single_test_instances_are_sorted_by_sensitivity() -> None:
     assert len(heights) == 30
 
 
+def test_scores_beside_them_are_the_method_s_in_that_order_and_each_run_has_its_row() -> None:
+    runs = [example("sgd"), example("adam", noise=2.0)]
+    figure = sorted_figure(runs)
+    assert figure is not None
+    assert len(figure.axes) == 8
+    for run, axes in zip(runs, (figure.axes[0], figure.axes[4]), strict=True):
+        assert axes.get_title().startswith(f"{run.name}, test instance")
+        order = run.sensitivity.sensitivity[-1, 0].argsort(descending=True)
+        dots = next(line for line in axes.lines if line.get_label() == "graddot, scaled").get_ydata()
+        scores = run.scores["graddot"][0][order]
+        factor = run.sensitivity.sensitivity[-1, 0].double().norm() / scores.double().norm()
+        assert list(dots) == pytest.approx((scores.double() * factor).tolist(), rel=1e-5)
+
+
 def test_the_command_rebuilds_a_report_overlays_runs_and_draws_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -116,7 +116,7 @@ def assess(
         found = mean_agreements(judged, raw, {**chosen, total: [range(total)]}, metric, adjusted)
         intervals = bootstrap_agreement(judged, raw, metric, adjusted, resamples, generator=generator)
         for name, full in found[total].items():
-            instances[name, metric] = full
+            instances[name, metric] = full.clone()  # not a view of all counts' and methods'
             fixed = {"method": name, "access": access[name], "metric": metric}
             for column, k in enumerate(counts):
                 numbers = {**_mean_columns(found[k][name]), "ceiling": ceiling[:, column].tolist()}

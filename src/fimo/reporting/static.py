@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from fimo.reporting.curves import (
     seeds_table,
 )
 from fimo.reporting.display import chosen_tests
-from fimo.reporting.findings import all_methods, highlighted, scored_methods
+from fimo.reporting.findings import all_methods, highlighted
 from fimo.reporting.results import Results
 from fimo.reporting.style import CEILING, OTHER, PALETTE, colors, log_ticks, logarithmic
 
@@ -88,30 +88,37 @@ def mean_figure(runs: Runs) -> Figure | None:
 
 
 def sorted_figure(runs: Runs, tests: int = 4) -> Figure | None:
-    """Sensitivities of single test instances, sorted, with the three best methods' scores in that order."""
-    run = runs[0]
-    positions = chosen_tests(run.sensitivity, tests)
-    figure = Figure(figsize=(PANEL[0] * len(positions), PANEL[1]), layout="constrained")
-    methods = scored_methods(run)[:3]
-    palette = colors(methods)
-    for axes, j in zip(_axes(figure, 1, len(positions)), positions, strict=True):
-        sensitivity = run.sensitivity.sensitivity[-1, j].double()
-        order = sensitivity.argsort(descending=True)
-        rank = range(1, len(order) + 1)
-        axes.bar(rank, sensitivity[order].tolist(), width=1.0, color="#c9d3e4", label="sensitivity")
-        for method in methods:
-            scores = run.judged_scores(method)
-            scores = (scores[-1] if scores.ndim == 3 else scores)[j].double()
-            scaled = scores * (sensitivity.norm() / scores.norm().clamp(min=1e-300))
-            axes.plot(
-                rank, scaled[order].tolist(), ".", ms=3, color=palette[method], label=f"{method}, scaled"
-            )
-        axes.set_title(f"test instance {int(run.sensitivity.test[j])}", fontsize=9)
+    """Sensitivities of single test instances, sorted, and three methods' scores in that order; runs in rows."""
+    columns = min(len(chosen_tests(run.sensitivity, tests)) for run in runs)
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * len(runs)), layout="constrained")
+    panels = figure.subplots(len(runs), columns, squeeze=False)
+    palette = _palette(runs)
+    for row, run in zip(panels, runs, strict=True):
+        for axes, j in zip(row, chosen_tests(run.sensitivity, columns), strict=True):
+            _sorted_panel(axes, run, j, palette)
+            name = f"{run.name}, " if len(runs) > 1 else ""
+            axes.set_title(f"{name}test instance {int(run.sensitivity.test[j])}", fontsize=9)
+        row[0].set_ylabel("change of the test loss")
+    for axes in panels[-1]:
         axes.set_xlabel("left-out instances, sorted")
-        axes.ticklabel_format(axis="y", scilimits=(-2, 3))
-    figure.axes[0].set_ylabel("change of the test loss")
     _legend(figure)
     return figure
+
+
+def _sorted_panel(axes: Axes, run: Results, position: int, palette: Mapping[str, str]) -> None:
+    """Draw one test instance's last sensitivities as bars, and methods' scores, scaled, as dots."""
+    sensitivity = run.sensitivity.sensitivity[-1, position].double()
+    order = sensitivity.argsort(descending=True)
+    rank = range(1, len(order) + 1)
+    axes.bar(rank, sensitivity[order].tolist(), width=1.0, color="#c9d3e4", label="sensitivity")
+    shown = [method for method in highlighted([run]) if method in run.scores]
+    for method in [*dict.fromkeys([*shown[:2], *(m for m in shown if m == "graddot"), *shown])][:3]:
+        scores = run.judged_scores(method)
+        scores = (scores[-1] if scores.ndim == 3 else scores)[position].double()
+        scaled = scores * (sensitivity.norm() / scores.norm().clamp(min=1e-300))
+        color = palette[method] if palette[method] != OTHER else CEILING
+        axes.plot(rank, scaled[order].tolist(), ".", ms=3, color=color, label=f"{method}, scaled")
+    axes.ticklabel_format(axis="y", scilimits=(-2, 3))
 
 
 def cost_figure(runs: Runs) -> Figure | None:
