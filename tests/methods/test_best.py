@@ -12,7 +12,6 @@ from fimo.further_training.protocol import Protocol
 from fimo.methods import response
 from fimo.methods.best import Best
 from fimo.methods.calibrated import CalibratedResponse
-from fimo.methods.ekfac import Ekfac
 from fimo.methods.response import Response
 from tests.cases import CASES
 from tests.methods.test_response import following
@@ -46,14 +45,15 @@ def test_much_sgd_and_adam_are_corrected_by_real_runs(protocol: Protocol) -> Non
     assert reason
 
 
-def test_where_the_response_does_not_apply_an_influence_function_does(
+def test_where_the_kernel_is_too_large_ekfac_s_eigenbasis_is_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(response, "MAX_OUTPUTS", 0)
     ft = following(CASE, Protocol(lr=0.02, batch_size=6, epochs=2, dtype="float64"))
     method = Best()
     found = method.attribute(*RUN, ft)
-    assert isinstance(method.chosen, Ekfac)
+    assert isinstance(method.chosen, Response)
+    assert method.chosen.form == "ekfac"
     assert found.shape == (2, len(CASE.test), 5)
 
 

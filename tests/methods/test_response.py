@@ -273,3 +273,36 @@ def test_what_the_response_ignores_is_said_at_run_time(caplog: pytest.LogCapture
     assert "Adam's L2 term" in caplog.text
     assert "clipping" in caplog.text
     assert "dropout" not in caplog.text
+
+
+@pytest.mark.parametrize("propagate", ["outputs", "loss"])
+def test_where_ekfac_is_exact_its_response_is_the_kernel_s(propagate: Any) -> None:
+    case = linear_regression(outputs=1)  # one linear layer and a constant Hessian: G = E[a a^T]
+    protocol = Protocol(lr=0.05, batch_size=4, epochs=5, weight_decay=0.1, dtype="float64")
+    found, expected = (
+        scores(case, protocol, range(22), along="final", propagate=propagate, form=form)
+        for form in ("ekfac", "kernel")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_ekfac_along_the_run_agrees_with_the_kernel_at_its_end(optimizer: Any) -> None:
+    case = linear_regression(outputs=1)
+    protocol = Protocol(optimizer=optimizer, lr=0.01, batch_size=4, epochs=5, dtype="float64")
+    found = scores(case, protocol, range(22), form="ekfac")
+    expected = scores(case, protocol, range(22), along="end")
+    assert found.shape == expected.shape
+    assert agreement(found, expected, "cosine").min() > (0.99 if optimizer == "sgd" else 0.8)
+
+
+def test_too_many_outputs_take_ekfac_and_say_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fimo.methods.response.MAX_OUTPUTS", 1)
+    case = CASES["mlp_classification"]()
+    protocol = Protocol(lr=0.05, batch_size=5, epochs=2, dtype="float64")
+    with caplog.at_level("INFO"):
+        found = scores(case, protocol, [0, 1, 2])
+    assert torch.isfinite(found).all()
+    assert "EK-FAC" in caplog.text

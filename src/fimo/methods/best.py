@@ -11,7 +11,6 @@ from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.base import AttributionMethod
 from fimo.methods.calibrated import CalibratedResponse
-from fimo.methods.ekfac import Ekfac
 from fimo.methods.response import FollowingMethod, Response
 from fimo.models.final_model import FinalModel
 
@@ -26,8 +25,7 @@ class Best(FollowingMethod):
       repetition of the gold standard does;
     - ``calibrated`` for more, and for Adam, whose second moment the response holds fixed: a few real runs
       correct it;
-    - EK-FAC influence with time-matched damping where the response doesn't apply (its outputs are too
-      many).
+    - ``response`` in EK-FAC's eigenbasis where outputs are too many for its kernel.
 
     The rules are measurements: ``benchmarks/response.py``.
 
@@ -71,7 +69,7 @@ class Best(FollowingMethod):
     ) -> tuple[AttributionMethod, str]:
         """Return the method and the reason for it."""
         if why := self.corrected.inapplicable(final_model, train):
-            return Ekfac(damping="time_matched", memory_mb=self.memory_mb), f"the response can't: {why}"
+            return Response(memory_mb=self.memory_mb, form="ekfac"), f"the kernel is too large: {why}"
         protocol = further_training.protocol
         epochs = further_training.steps[-1] / protocol.batches_per_epoch(len(train))
         if protocol.optimizer != "sgd":

@@ -46,7 +46,7 @@ class CalibratedResponse(Response):
         memory_mb: float = 1024,
         seed: int = 0,
     ) -> None:
-        super().__init__("path", propagate, segments, kernels, max_rows, memory_mb)
+        super().__init__("path", propagate, segments, kernels, max_rows, memory_mb, form="kernel")
         if not 0 <= budget <= 1:
             raise InputError("budget", f"expected a share of 0 to 1 but got {budget}")
         self.budget, self.seed = budget, seed

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.kernel import MAX_DIMENSION, KernelSpectrum, kernel_dimension
+from fimo.curvature.kronecker import MAX_EXACT_OUTPUTS, fit_factors
 from fimo.data.instances import Instances
+from fimo.dynamics.kronecker_response import kronecker_response
 from fimo.dynamics.optimizer import preconditioner
 from fimo.dynamics.output_space import MAX_OUTPUTS, SATURATING, OutputSpace
 from fimo.dynamics.points import Segment, mean_of, midpoint, segments, spread
@@ -119,6 +121,9 @@ class Response(FollowingMethod):
             left-out instances allows.
         max_rows: most training outputs that are followed; beyond it the less curved directions are dropped.
         memory_mb: of Jacobians held at once.
+        form: ``kernel`` between training outputs; ``ekfac``: phi of EK-FAC's eigenvalues instead, with mean
+            batches, at the final model or (``path`` and ``end``) at the seeds' mean parameters at the nearest
+            of ``segments`` points; ``auto``: the kernel unless outputs (or its eigenproblem) are too many.
     """
 
     def __init__(
@@ -129,8 +134,10 @@ class Response(FollowingMethod):
         kernels: Literal["auto", "own", "shared"] = "auto",
         max_rows: int = 3000,
         memory_mb: float = 1024,
+        form: Literal["auto", "kernel", "ekfac"] = "auto",
     ) -> None:
         for key, choice, allowed in (
+            ("form", form, ("auto", "kernel", "ekfac")),
             ("along", along, ("path", "end", "final")),
             ("propagate", propagate, ("outputs", "loss")),
             ("kernels", kernels, ("auto", "own", "shared")),
@@ -142,9 +149,14 @@ class Response(FollowingMethod):
                 raise InputError(key, f"expected at least 1 but got {value}")
         self.along, self.propagate, self.segments = along, propagate, segments
         self.kernels, self.max_rows, self.memory_mb = kernels, max_rows, memory_mb
+        self.form = form
         self.loss_changes = loss_changes if propagate == "outputs" else linear_loss_changes
 
     def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
+        return self.too_large(final_model, train) if self.form == "kernel" else None
+
+    def too_large(self, final_model: FinalModel, train: Instances) -> str | None:
+        """Return why the kernel form can't be used, or None."""
         outputs = final_model.outputs(train[:1])[0].numel()
         if outputs > MAX_OUTPUTS:
             return f"it follows at most {MAX_OUTPUTS} outputs of an instance, not {outputs}"
@@ -155,6 +167,10 @@ class Response(FollowingMethod):
 
     def scores(self, test: Instances, left_out: Instances) -> Tensor:
         self.gradient_evaluations = 0
+        reason = self.too_large(self.final_model, self.train) if self.form == "auto" else None
+        if self.form == "ekfac" or reason:
+            log.info("response: EK-FAC's eigenbasis instead of the kernel%s", reason and f", since {reason}")
+            return self._by_factors(test, left_out)
         if self.along == "final":
             return self._at_final_model(test, left_out)
         if self.along == "end":
@@ -357,6 +373,46 @@ class Response(FollowingMethod):
         n = len(self.train)
         return [pair.apply(relaxation(t, decay))[..., 0].flatten(0, 1) / n for t in time]
 
+    # -- EK-FAC's eigenbasis ----------------------------------------------------------------------------
+
+    def _by_factors(self, test: Instances, left_out: Instances) -> Tensor:
+        """Return the scores ``[E, J, L]`` by phi of EK-FAC's eigenvalues."""
+        protocol, time = self.ft.protocol, times(self.ft.protocol, self.ft.steps)
+        adaptive = protocol.optimizer != "sgd"
+        points = [0] if self.along == "final" else spread(self.ft.steps, self.segments)
+        sums: dict[int, dict[str, Tensor]] = {0: dict(self.final_model.parameters())}
+        pace = dict.fromkeys(points, 1.0)
+        if self.along == "final" and adaptive:
+            pace[0] = _mean_step(self._estimated_preconditioner(), protocol)
+        elif self.along != "final":
+            count, moments = len(self.ft.seeds), dict.fromkeys(points, 0.0)
+            for trajectory in self.ft.full_runs():
+                for k in points:
+                    part = {n: p / count for n, p in trajectory.parameters[k].items()}
+                    sums[k] = {n: p + sums[k][n] for n, p in part.items()} if k in sums else part
+                    if trajectory.second_moment is not None:
+                        diagonal = preconditioner(protocol, dict(trajectory.second_moment[k]))
+                        assert diagonal is not None
+                        moments[k] += _mean_step(diagonal, protocol) / count
+            pace = moments if adaptive else pace
+        decay = protocol.weight_decay if not adaptive else 0.0
+        nearest = [min(points, key=partial(_distance, e)) for e in range(1, len(time) + 1)]
+        found: list[Tensor] = []
+        for k in points:
+            model = with_parameters(self.final_model, sums[k])
+            gradients = InstanceGradients(model, self.memory_mb)
+            factors = fit_factors(gradients, self.train)
+            outputs = model.outputs(test).flatten(1)
+            by_outputs = self.propagate == "outputs" and outputs.shape[1] <= MAX_EXACT_OUTPUTS
+            rows = gradients.outputs(test) if by_outputs else gradients.measurements(test)
+            phis = [relaxation(time[e] * pace[k], decay) for e, at in enumerate(nearest) if at == k]
+            changes = kronecker_response(factors, rows, gradients.losses(left_out), phis, self.memory_mb)
+            for change in changes / len(self.train):
+                flat = change.flatten(0, 1)
+                found.append(self.loss_changes(model, outputs, test.targets, flat) if by_outputs else flat)
+            self.gradient_evaluations += gradients.evaluations
+        return torch.stack(found).to(next(iter(self.final_model.parameters().values())).dtype)
+
     def _estimated_preconditioner(self) -> Tensor:
         """Return Adam's diagonal near the final model; a batch's squared gradient is mean^2 + var / B."""
         gradients = InstanceGradients(self.final_model, self.memory_mb)
@@ -369,6 +425,12 @@ class Response(FollowingMethod):
         self.gradient_evaluations += gradients.evaluations
         size = min(self.ft.protocol.batch_size, n)
         return 1 / ((mean.square() + variance / size).sqrt() + self.ft.protocol.eps)
+
+
+def _mean_step(diagonal: Tensor, protocol: Protocol) -> float:
+    """Return the mean of Adam's diagonal, weighted with squared gradients."""
+    energy = (1 / diagonal.double() - protocol.eps).square()
+    return float((energy * diagonal).sum() / energy.sum().clamp(min=1e-300))
 
 
 def ignored_parts(final_model: FinalModel, protocol: Protocol) -> list[str]:
