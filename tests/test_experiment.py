@@ -14,6 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fimo.errors import InputError
+from fimo.experiment import check_finite
+
 ROOT = Path(__file__).parents[1]
 SMALL = [
     "trainer.max_epochs=15",
@@ -163,3 +166,13 @@ def test_classification_and_adam_run_on_a_table_of_ones_own(tmp_path: Path) -> N
         for name in ("graddot", "exact")
     }
     assert shapes == {"graddot": (4, 5), "exact": (2, 4, 5)}  # exact is matched to the amount of training
+
+
+def test_further_training_that_diverges_is_said() -> None:
+    sensitivity = torch.ones(2, 3, 4)
+    check_finite(sensitivity)
+    sensitivity[0] = torch.nan
+    check_finite(sensitivity)  # a warning
+    sensitivity[1] = torch.inf
+    with pytest.raises(InputError, match="all runs diverged"):
+        check_finite(sensitivity)

@@ -105,6 +105,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
         )
         sensitivity.save(run_dir / "sensitivity.safetensors", with_raw=config.further_training.save_raw)
     costs.append(cost)
+    check_finite(sensitivity.sensitivity)
     if config.until == "further_training":
         write_costs(costs, run_dir / "cost.csv")
         return math.nan
@@ -167,6 +168,23 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     write_costs([*costs, cost], run_dir / "cost.csv")
     log.info("report: %s", run_dir / "report.html")
     return best_agreement(evaluation.table, config.evaluation.metrics[0])
+
+
+def check_finite(sensitivity: Tensor) -> None:
+    """Warn of runs that diverged, and end where nothing is left to compare with.
+
+    Args:
+        sensitivity: ``[E, J, L]``.
+
+    Raises:
+        InputError: none is finite at the last evaluation point.
+    """
+    finite = torch.isfinite(sensitivity)
+    if not finite[-1].any():
+        raise InputError("further_training.lr", "all runs diverged: no loss change is finite; lower it?")
+    if not finite.all():
+        share = 1 - float(finite.float().mean())
+        log.warning("further training diverged in part: %.1f %% of it is not finite", 100 * share)
 
 
 def best_agreement(table: pd.DataFrame, metric: str) -> float:
