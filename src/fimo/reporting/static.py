@@ -88,7 +88,7 @@ def mean_figure(runs: Runs) -> Figure | None:
 
 
 def sorted_figure(runs: Runs, tests: int = 4) -> Figure | None:
-    """Sensitivities of single test instances, sorted, and three methods' scores in that order; runs in rows."""
+    """Sensitivities of single test instances, sorted, with three methods' scores; a row for each run."""
     columns = min(len(chosen_tests(run.sensitivity, tests)) for run in runs)
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * len(runs)), layout="constrained")
     panels = figure.subplots(len(runs), columns, squeeze=False)
@@ -253,7 +253,7 @@ def _task(
             epochs_axis(axes)
         if "ceiling" in table and table["ceiling"].notna().any():
             ceiling = table.drop_duplicates(x)
-            axes.plot(ceiling[x], ceiling["ceiling"], "--", color=CEILING, label=CEILING_NAME)
+            _ceiling(axes, ceiling, x)
         axes.set(xlabel=x_title, ylabel=y_title, title=run.name if len(tables) > 1 else None)
     _legend(figure)
     return figure
@@ -268,7 +268,7 @@ def _panels(runs: Runs, make: Callable[[Results, str], pd.DataFrame], x: str, x_
             _band(axes, rows, x, palette[str(method)], str(method))
         ceiling = table.drop_duplicates(x)
         if ceiling["ceiling"].notna().any():
-            axes.plot(ceiling[x], ceiling["ceiling"], "--", color=CEILING, label=CEILING_NAME)
+            _ceiling(axes, ceiling, x)
         if x == "epoch":
             epochs_axis(axes)
 
@@ -280,7 +280,7 @@ def _grid(runs: Runs, draw: Callable[[Axes, Results, str], None], x_title: str) 
     metrics = [m for m in runs[0].metrics if all(m in run.metrics for run in runs)]
     size = (PANEL[0] * len(metrics) + 1, PANEL[1] * len(runs))
     figure = Figure(figsize=size, layout="constrained")
-    panels = list(figure.subplots(len(runs), len(metrics), squeeze=False, sharey=True).flat)
+    panels = list(figure.subplots(len(runs), len(metrics), squeeze=False, sharex=True, sharey=True).flat)
     for i, axes in enumerate(panels):
         run, metric = runs[i // len(metrics)], metrics[i % len(metrics)]
         draw(axes, run, metric)
@@ -316,12 +316,19 @@ def epochs_axis(axes: Axes) -> None:
 def _band(axes: Axes, rows: pd.DataFrame, x: str, color: str, label: str) -> None:
     """Draw a line with its band of ± SEM; methods for context are thin, behind the others, without a band."""
     if color == OTHER:
-        axes.plot(rows[x], rows["mean"], color=color, label=label, lw=0.7, zorder=1)
+        marker = "." if len(rows) == 1 else None
+        axes.plot(rows[x], rows["mean"], color=color, label=label, marker=marker, lw=0.7, zorder=1)
         return
     marker = "o" if len(rows) < 15 else None
     axes.plot(rows[x], rows["mean"], color=color, label=label, marker=marker, ms=3, lw=1.5)
     low, high = rows["mean"] - rows["sem"], rows["mean"] + rows["sem"]
     axes.fill_between(rows[x], low, high, color=color, alpha=0.18, lw=0)
+
+
+def _ceiling(axes: Axes, rows: pd.DataFrame, x: str) -> None:
+    """Draw the noise ceiling dashed; at a single point as a stroke."""
+    style = "--" if len(rows) > 1 else "_"
+    axes.plot(rows[x], rows["ceiling"], style, color=CEILING, label=CEILING_NAME, ms=14, zorder=3)
 
 
 def _legend(figure: Figure) -> None:
