@@ -4,22 +4,30 @@
 
 prints, per method, the agreement (cosine, mean over test instances) at a few epochs, its ratio to the noise
 ceiling in brackets, and the CPU time relative to the gold standard's. The final model is trained first.
+
+    python benchmarks/response.py --suite
+
+does so for a list of data sets, optimizers and amounts of further training (docs/attribution.md); add
+``--path FILE`` for concrete's, which is left out otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import torch
+from sklearn.datasets import load_wine, make_friedman1
 from torch import Tensor
 
 from fimo.data.bundled import BundledData
 from fimo.data.concrete import ConcreteData
 from fimo.data.instances import Instances
-from fimo.data.tabular import TabularModule
+from fimo.data.tabular import Table, TabularModule
 from fimo.evaluation import agreement, noise_ceiling
 from fimo.further_training import full_runs, further_train
 from fimo.further_training.protocol import Protocol
@@ -51,10 +59,55 @@ METHODS: dict[str, Callable[[], AttributionMethod]] = {
 }
 
 
+SUITE = """
+--dataset concrete --final-epochs 1000 --batch-size 128 --lr 0.03 --epochs 500
+--dataset concrete --final-epochs 1000 --batch-size 128 --optimizer adam --lr 1e-4 --epochs 100
+--dataset breast_cancer --batch-size 128 --lr 0.03 --epochs 500
+--dataset breast_cancer --batch-size 128 --optimizer adam --lr 1e-4 --epochs 100
+--dataset diabetes --final-lr 0.01 --batch-size 64 --lr 0.01 --epochs 300
+--dataset diabetes --final-lr 0.01 --optimizer adam --lr 1e-4 --epochs 50
+--dataset digits --final-epochs 30 --batch-size 128 --lr 0.03 --epochs 60 --left-out 20
+--dataset friedman1 --final-lr 0.03 --batch-size 64 --lr 0.01 --epochs 200
+--dataset friedman1 --batch-size 64 --optimizer adam --lr 1e-4 --epochs 60
+--dataset wine --final-lr 0.01 --lr 0.01 --epochs 300
+"""
+"""What ``--suite`` runs, one line each, with the command line's own options after it."""
+
+
+class SklearnData(TabularModule):
+    """Data sets that no default was chosen on: ``friedman1`` (regression) or ``wine`` (classification)."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, "regression" if name == "friedman1" else "classification", 32, 0.1, 0)
+
+    def read(self) -> Table:
+        if self.name == "wine":
+            bunch = load_wine(as_frame=True)
+            return Table(bunch.data, bunch.target)
+        features, target = make_friedman1(600, 10, noise=1.0, random_state=0)
+        return Table(pd.DataFrame(features).rename(columns=str), pd.Series(target, name="target"))
+
+
+def load(a: argparse.Namespace) -> TabularModule:
+    if a.dataset == "concrete":
+        return ConcreteData(a.path)
+    return SklearnData(a.dataset) if a.dataset in ("friedman1", "wine") else BundledData(a.dataset)
+
+
 def main() -> None:
-    a = arguments()
+    a = arguments(sys.argv[1:])
+    if not a.suite:
+        return show(a)
+    for line in SUITE.strip().splitlines():
+        one = arguments([*line.split(), *(o for o in sys.argv[1:] if o != "--suite")])
+        if one.dataset != "concrete" or one.path:
+            show(one)
+
+
+def show(a: argparse.Namespace) -> None:
+    """Print one data set's table."""
     torch.set_num_threads(a.threads)
-    data = ConcreteData(a.path) if a.dataset == "concrete" else BundledData(a.dataset)
+    data = load(a)
     data.setup()
     final_model = train_final_model(data, a.final_epochs, a.final_lr)
     train, test = data.train, data.test[evenly(len(data.test), a.tests)]
@@ -69,7 +122,7 @@ def main() -> None:
         trainer={"enable_progress_bar": False},
     )  # fmt: skip
     gold, gold_wall = time.process_time() - start, time.perf_counter() - wall
-    shown = [e for e in (1, 2, 5, 10, 20, 50, 100, 200, 500) if e <= a.epochs]
+    shown = [e for e in (1, 2, 5, 10, 20, 50, 100, 200, 300, 500) if e <= a.epochs]
     at = torch.tensor(shown) - 1
     ceiling = noise_ceiling(truth.raw, "cosine", seed_counts=[a.seeds])[at, 0]
     print(f"{a.dataset}, {a.optimizer} {a.lr}, batch {protocol.batch_size}, {a.leave_out}")
@@ -135,10 +188,12 @@ def evenly(total: int, count: int) -> Tensor:
     return torch.arange(min(count, total)) * total // min(count, total)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: list[str]) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
-        "--dataset", default="diabetes", choices=["diabetes", "breast_cancer", "digits", "concrete"]
+        "--dataset",
+        default="diabetes",
+        choices=["diabetes", "breast_cancer", "digits", "concrete", "friedman1", "wine"],
     )
     p.add_argument("--path", help="concrete's file")
     p.add_argument("--final-epochs", type=int, default=100)
@@ -155,7 +210,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--threads", type=int, default=1)
     default = ["graddot", "exact", "exact_time_matched", "source", "response", "calibrated"]
     p.add_argument("--methods", nargs="+", choices=list(METHODS), default=default)
-    return p.parse_args()
+    p.add_argument("--suite", action="store_true", help="run the list of settings instead")
+    return p.parse_args(words)
 
 
 if __name__ == "__main__":
