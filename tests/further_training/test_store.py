@@ -152,7 +152,7 @@ def test_a_trainer_that_stops_early_is_an_error_and_a_rerun_resumes(
     counted_steps.clear()
     with pytest.raises(InputError, match="trainer: stopped before all runs were finished"):
         further_train(*arguments, store=Store(tmp_path), trainer={"limit_train_batches": 4})
-    assert 0 < sum(counted_steps) < once
+    assert sum(counted_steps) < once
     assert_same_bytes(further_train(*arguments, store=Store(tmp_path)), expected)
     assert sum(counted_steps) == once
 

@@ -74,6 +74,8 @@ class Job:
         self.size, self.keep_states = size, keep_states
         self.full = [Replica(seed) for seed in seeds]
         self.runs = [Replica(r.seed, u) for r in self.full for u in self._by_occurrence(r.seed, units)]
+        self._done: dict[Replica, Record] = {}
+        self._seen: set[int] = set()
         done = self._finished()
         found = [done[r] for r in [*self.full, *self.runs] if r in done]
         self.found = len(found)
@@ -91,8 +93,13 @@ class Job:
         return sorted(units, key=lambda unit: (len(unit), min(position[i] for i in unit), unit))
 
     def _finished(self) -> dict[Replica, Record]:
-        """Return the record of each finished replica."""
-        return {r: rec for rec in self.records.finished() if rec.holds(self.points) for r in rec.replicas}
+        """Return the record of each finished replica; what was seen before is not gone through again."""
+        for record in self.records.finished():
+            if id(record) not in self._seen:  # records are kept, so an id is not given twice
+                self._seen.add(id(record))
+                if record.holds(self.points):
+                    self._done.update(dict.fromkeys(record.replicas, record))
+        return self._done
 
     def _say_what_starts_again(self, done: dict[Replica, Record]) -> None:
         shorter = {r for record in self.records.finished() for r in record.replicas} - set(done)
@@ -125,7 +132,8 @@ class Job:
             busy = self.records.claimed()
             # changes are taken from the full run, so it comes first
             free = [r for r in full if r not in busy]
-            free = free or [r for r in runs if r not in busy and Replica(r.seed) in done]
+            ready = {r.seed for r in self.full if r in done}
+            free = free or [r for r in runs if r.seed in ready and r not in busy]
             if not free:
                 return None
             state = self._adoptable(free)
@@ -139,8 +147,9 @@ class Job:
 
     def _adoptable(self, free: Sequence[Replica]) -> Record | None:
         """Return a saved state to continue from, if its replicas are all waiting."""
-        wanted = set(free)
-        for record in self.records.states():
+        states = self.records.states()
+        wanted = set(free) if states else set()
+        for record in states:
             if set(record.replicas) <= wanted:
                 return record
         return None

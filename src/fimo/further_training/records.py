@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from torch import Tensor
 from fimo.cost import peak_memory_mb
 from fimo.further_training.replicas import Replica
 from fimo.store import read_tensors, write_tensors, written_aside
+
+STATE = ".state.safetensors"
 
 SAVE_SECONDS = 30.0
 """Longest time of a chunk's work that a kill can lose, but for the last block of steps."""
@@ -55,15 +58,15 @@ class Records:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._known: dict[tuple[str, int, int], Record] = {}
+        self._held: dict[str, tuple[Replica, ...]] = {}
 
     def finished(self) -> list[Record]:
         """Return all results, in order of their names."""
-        paths = sorted(self.folder.glob("*.safetensors"))
-        return self._read_all([p for p in paths if not p.name.endswith(".state.safetensors")])
+        return self._read_all([n for n in self._names(".safetensors") if not n.endswith(STATE)])
 
     def states(self) -> list[Record]:
         """Return all saved states, in order of their names."""
-        return self._read_all(sorted(self.folder.glob("*.state.safetensors")))
+        return self._read_all(self._names(STATE))
 
     def write(
         self,
@@ -99,7 +102,9 @@ class Records:
     def claimed(self) -> set[Replica]:
         """Return the replicas that living processes work on (call while planning)."""
         busy: set[Replica] = set()
-        for path in self.folder.glob("*.claim"):
+        for replicas in self._held.values():
+            busy |= set(replicas)
+        for path in [self.folder / name for name in self._names(".claim") if name not in self._held]:
             lock = FileLock(path.with_suffix(".lock"), blocking=False)
             try:
                 lock.acquire()
@@ -120,29 +125,37 @@ class Records:
         lock.acquire()
         with written_aside(path) as aside:
             aside.write_text(_text(replicas))
+        self._held[path.name] = tuple(replicas)
         return lock
 
     def release(self, replicas: Sequence[Replica], lock: FileLock) -> None:
         """Give up a claim."""
         with self.planning():  # a lock's file may only vanish while nobody opens it
-            (self.folder / f"{_name(replicas)}.claim").unlink(missing_ok=True)
+            path = self.folder / f"{_name(replicas)}.claim"
+            path.unlink(missing_ok=True)
+            self._held.pop(path.name, None)
             Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
 
     def _path(self, replicas: Sequence[Replica], state: bool) -> Path:
-        return self.folder / f"{_name(replicas)}{'.state' if state else ''}.safetensors"
+        return self.folder / f"{_name(replicas)}{STATE if state else '.safetensors'}"
 
-    def _read_all(self, paths: Sequence[Path]) -> list[Record]:
+    def _names(self, ending: str) -> list[str]:
+        return sorted(name for name in os.listdir(self.folder) if name.endswith(ending))
+
+    def _read_all(self, names: Sequence[str]) -> list[Record]:
         records = []
-        for path in paths:
+        for name in names:
             with contextlib.suppress(FileNotFoundError):  # replaced or dropped by another process meanwhile
-                records.append(self._read(path))
+                records.append(self._read(name))
         return records
 
-    def _read(self, path: Path) -> Record:
-        about_file = path.stat()  # files that replace one another within a tick of the clock differ otherwise
-        key = (path.name, about_file.st_mtime_ns, about_file.st_ino)
+    def _read(self, name: str) -> Record:
+        about_file = os.stat(f"{self.folder}/{name}")
+        # files that replace one another within a tick of the clock differ otherwise
+        key = (name, about_file.st_mtime_ns, about_file.st_ino)
         if key not in self._known:
+            path = self.folder / name
             with safe_open(path, "pt") as file:
                 about = file.metadata()
             self._known[key] = Record(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fimo.further_training.protocol import Protocol
 
@@ -11,8 +11,7 @@ Unit = tuple[int, ...]
 """What a run leaves out: training indices, ascending; empty for the full run."""
 
 
-@dataclass(frozen=True, order=True)
-class Replica:
+class Replica(NamedTuple):
     """One further-training trajectory: a seed, and what it leaves out."""
 
     seed: int
