@@ -72,7 +72,7 @@ def table(folder: Path, rows: str) -> str:
         ("further_training.lrr=1", "further_training.lrr: unknown key; did you mean lr"),
         ("lr=1", "lr: unknown key; did you mean model.lr or further_training.lr"),
         ("+method=tracin,datainf", "method: got several values"),
-        ("dataset.path=~/a", "dataset.path: unknown key"),
+        ("dataset.path=~/a", "dataset.path: unknown key of the chosen file; a key of dataset=cifar10, "),
         ("experiment=null", "experiment: null is no choice; ~experiment leaves the group out"),
         ("trainer.precision=64-true", "trainer.precision: expected one of 32-true, bf16-mixed, 16-mixed"),
         ("trainer.devices=0", "trainer.devices: expected a number, a list of indices or auto but got 0"),

@@ -50,8 +50,10 @@ def in_one_line(error: Exception, conf: Path) -> InputError:
     """
     text = str(error).strip() or type(error).__name__
     if unknown := re.match(r"Could not override '([^']+)'", text):
-        if unknown[1] in known_keys(conf):  # a choice's file need not hold all that the schema knows
+        if unknown[1] in _flat(OmegaConf.structured(Config)):  # a choice's file need not hold all of it
             return InputError(unknown[1], f"is not in the chosen file; +{unknown[1]}=VALUE sets it")
+        if others := choices_with(unknown[1], conf):
+            return InputError(unknown[1], f"unknown key of the chosen file; a key of {', '.join(others)}")
         return InputError(unknown[1], f"unknown key; {nearest_key(unknown[1], conf)}")
     if several := re.match(r"Ambiguous value for argument '\+*([^=]+)=(.*)'\n", text):
         hint = f"[{several[2]}] is a list, -m sweeps over them, quotes make one text of them"
@@ -83,6 +85,13 @@ def nearest_key(unknown: str, conf: Path) -> str:
     if elsewhere and depth == 0:
         return f"did you mean {' or '.join(elsewhere[:3])}?"
     return nearest(parts[depth], siblings)
+
+
+def choices_with(key: str, conf: Path) -> list[str]:
+    """Return the choices, ``GROUP=NAME``, whose own file holds a key of their group."""
+    group, _, rest = key.partition(".")
+    files = sorted((conf / group).glob("*.yaml")) if group else []
+    return [f"{group}={f.stem}" for f in files if rest in _flat(OmegaConf.load(f))]
 
 
 def known_keys(conf: Path) -> list[str]:
