@@ -11,7 +11,8 @@ from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.base import AttributionMethod
 from fimo.methods.calibrated import CalibratedResponse
-from fimo.methods.response import FollowingMethod, Response
+from fimo.methods.following import FollowingMethod
+from fimo.methods.response import Response
 from fimo.models.final_model import FinalModel
 
 log = logging.getLogger(__name__)

@@ -5,21 +5,17 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fimo.curvature.gradients import InstanceGradients
-from fimo.curvature.kernel import MAX_DIMENSION, KernelSpectrum, kernel_dimension
-from fimo.curvature.kronecker import MAX_EXACT_OUTPUTS, fit_factors
+from fimo.curvature.kernel import MAX_DIMENSION, kernel_dimension
 from fimo.data.instances import Instances
-from fimo.dynamics.kronecker_response import kronecker_response
-from fimo.dynamics.optimizer import preconditioner
+from fimo.dynamics.mean_batches import MeanBatchResponse
 from fimo.dynamics.output_space import MAX_OUTPUTS, SATURATING, OutputSpace
 from fimo.dynamics.points import Segment, mean_of, midpoint, segments, spread
-from fimo.dynamics.relaxation import relaxation, times
 from fimo.dynamics.response import (
     Along,
     Kernel,
@@ -27,16 +23,14 @@ from fimo.dynamics.response import (
     loss_changes,
     moved,
     outputs_along,
-    outputs_at,
     responses,
-    with_parameters,
 )
 from fimo.dynamics.threads import side_by_side
 from fimo.errors import InputError
 from fimo.further_training.linear import linear_layers
 from fimo.further_training.protocol import DTYPES, Protocol
-from fimo.further_training.trajectory import FurtherTraining, Trajectory
-from fimo.methods.base import AttributionMethod
+from fimo.further_training.trajectory import Trajectory
+from fimo.methods.following import FollowingMethod
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import mean_squared_error
 
@@ -50,55 +44,6 @@ TOGETHER = 8
 
 KERNEL_SHARE = 0.01
 """Of the gold standard's arithmetic, spent on kernels."""
-
-
-class FollowingMethod(AttributionMethod):
-    """A method whose scores are predictions for the given further training, averaged over its seeds.
-
-    Attributes:
-        score_sem: ``[E, J, L]`` after :meth:`attribute`, the standard error of the scores from their spread
-            over seeds; None with one seed, or where no seed's run is followed.
-    """
-
-    estimates_loss_change: ClassVar[bool] = True
-    follows_further_training = True
-    score_sem: Tensor | None = None
-
-    def attribute(
-        self,
-        final_model: FinalModel,
-        train: Instances,
-        test: Instances,
-        left_out: Tensor | None = None,
-        further_training: FurtherTraining | None = None,
-    ) -> Tensor:
-        self.left_out = torch.arange(len(train)) if left_out is None else left_out.cpu()
-        self.score_sem = None
-        return super().attribute(final_model, train, test, left_out, further_training)
-
-    @property
-    def ft(self) -> FurtherTraining:
-        if self.further_training is None:
-            raise InputError("further_training", f"{type(self).__name__} follows it, but none was given")
-        return self.further_training
-
-    def average(self, seeds: Iterator[Tensor]) -> Tensor:
-        """Return the mean of each seed's scores ``[E, J, L]``, and keep its standard error."""
-        total = squares = None
-        count = 0
-        for scores in seeds:
-            count += 1
-            if total is None or squares is None:
-                total, squares = torch.zeros_like(scores), torch.zeros_like(scores)
-            delta = scores - total
-            total += delta / count
-            squares += delta * (scores - total)
-        assert total is not None
-        assert squares is not None
-        dtype = next(iter(self.final_model.parameters().values())).dtype
-        if count > 1:
-            self.score_sem = (squares / (count - 1) / count).sqrt().to(dtype)
-        return total.to(dtype)
 
 
 class Response(FollowingMethod):
@@ -168,16 +113,23 @@ class Response(FollowingMethod):
     def scores(self, test: Instances, left_out: Instances) -> Tensor:
         self.gradient_evaluations = 0
         reason = self.too_large(self.final_model, self.train) if self.form == "auto" else None
-        if self.form == "ekfac" or reason:
-            log.info("response: EK-FAC's eigenbasis instead of the kernel%s", reason and f", since {reason}")
-            return self._by_factors(test, left_out)
-        if self.along == "final":
-            return self._at_final_model(test, left_out)
-        if self.along == "end":
-            return self.average(self._at_ends(t, test, left_out) for t in self.ft.full_runs())
-        return self.average(self.by_seed(test))
-
-    # -- along="path" ---------------------------------------------------------------------------------
+        by_factors = self.form == "ekfac" or reason is not None
+        if self.along == "path" and not by_factors:
+            return self.average(self.by_seed(test))
+        response = MeanBatchResponse(
+            self.final_model, self.train, self.ft, self.segments, self.propagate, self.memory_mb
+        )
+        if by_factors:
+            log.info(
+                "response: EK-FAC's eigenbasis instead of the kernel%s", f", since {reason}" if reason else ""
+            )
+            scores = response.by_factors(test, left_out, at_final_model=self.along == "final")
+        elif self.along == "final":
+            scores = response.at_final_model(test, left_out)
+        else:
+            scores = self.average(response.at_ends(t, test, left_out) for t in self.ft.full_runs())
+        self.gradient_evaluations += response.gradient_evaluations
+        return scores.to(next(iter(self.final_model.parameters().values())).dtype)
 
     def by_seed(self, test: Instances, groups: Mapping[int, Tensor] | None = None) -> Iterator[Tensor]:
         """Yield each seed's scores ``[E, J, L + K]`` (float64).
@@ -327,111 +279,6 @@ class Response(FollowingMethod):
         self.gradient_evaluations += gradients.evaluations
         return kernel
 
-    # -- along="end" and "final" ------------------------------------------------------------------------
-
-    def _at_final_model(self, test: Instances, left_out: Instances) -> Tensor:
-        weight = self._estimated_preconditioner() if self.ft.protocol.optimizer != "sgd" else None
-        changes = self._relaxed(
-            self.final_model, test, left_out, times(self.ft.protocol, self.ft.steps), weight
-        )
-        outputs = outputs_at(self.final_model, self.final_model.parameters(), test)
-        found = [self.loss_changes(self.final_model, outputs, test.targets, c) for c in changes]
-        return torch.stack(found).to(outputs.dtype)
-
-    def _at_ends(self, trajectory: Trajectory, test: Instances, left_out: Instances) -> Tensor:
-        """Return one seed's scores ``[E, J, L]``; evaluation points share the nearest point's Jacobians."""
-        points, time = spread(self.ft.steps, self.segments), times(self.ft.protocol, self.ft.steps)
-        models = {k: with_parameters(self.final_model, trajectory.parameters[k]) for k in points}
-        nearest = [min(points, key=partial(_distance, e)) for e in range(1, len(time) + 1)]
-        found: list[Tensor] = []
-        for k in points:
-            weight = None
-            if trajectory.second_moment is not None:
-                weight = preconditioner(self.ft.protocol, dict(trajectory.second_moment[k]))
-            mine = [e for e, near in enumerate(nearest) if near == k]
-            changes = self._relaxed(models[k], test, left_out, [time[e] for e in mine], weight)
-            for e, change in zip(mine, changes, strict=True):
-                outputs = outputs_at(self.final_model, trajectory.parameters[e + 1], test)
-                found.append(self.loss_changes(self.final_model, outputs, test.targets, change))
-        return torch.stack(found)
-
-    def _relaxed(
-        self,
-        model: FinalModel,
-        test: Instances,
-        left_out: Instances,
-        time: Sequence[float],
-        weight: Tensor | None,
-    ) -> list[Tensor]:
-        """Return the changes ``[J·D, L]`` of test outputs, J_j P^½ phi(P^½ G P^½) P^½ g_i / N, per time."""
-        gradients = InstanceGradients(model, self.memory_mb)
-        scale = None if weight is None else weight.sqrt()
-        spectrum = KernelSpectrum(model, self.train, gradients, column_scale=scale)
-        pair = spectrum.pair(gradients.outputs(test), gradients.losses(left_out))
-        self.gradient_evaluations += gradients.evaluations
-        decay = self.ft.protocol.weight_decay if self.ft.protocol.optimizer == "sgd" else 0.0
-        n = len(self.train)
-        return [pair.apply(relaxation(t, decay))[..., 0].flatten(0, 1) / n for t in time]
-
-    # -- EK-FAC's eigenbasis ----------------------------------------------------------------------------
-
-    def _by_factors(self, test: Instances, left_out: Instances) -> Tensor:
-        """Return the scores ``[E, J, L]`` by phi of EK-FAC's eigenvalues."""
-        protocol, time = self.ft.protocol, times(self.ft.protocol, self.ft.steps)
-        adaptive = protocol.optimizer != "sgd"
-        points = [0] if self.along == "final" else spread(self.ft.steps, self.segments)
-        sums: dict[int, dict[str, Tensor]] = {0: dict(self.final_model.parameters())}
-        pace = dict.fromkeys(points, 1.0)
-        if self.along == "final" and adaptive:
-            pace[0] = _mean_step(self._estimated_preconditioner(), protocol)
-        elif self.along != "final":
-            count, moments = len(self.ft.seeds), dict.fromkeys(points, 0.0)
-            for trajectory in self.ft.full_runs():
-                for k in points:
-                    part = {n: p / count for n, p in trajectory.parameters[k].items()}
-                    sums[k] = {n: p + sums[k][n] for n, p in part.items()} if k in sums else part
-                    if trajectory.second_moment is not None:
-                        diagonal = preconditioner(protocol, dict(trajectory.second_moment[k]))
-                        assert diagonal is not None
-                        moments[k] += _mean_step(diagonal, protocol) / count
-            pace = moments if adaptive else pace
-        decay = protocol.weight_decay if not adaptive else 0.0
-        nearest = [min(points, key=partial(_distance, e)) for e in range(1, len(time) + 1)]
-        found: list[Tensor] = []
-        for k in points:
-            model = with_parameters(self.final_model, sums[k])
-            gradients = InstanceGradients(model, self.memory_mb)
-            factors = fit_factors(gradients, self.train)
-            outputs = model.outputs(test).flatten(1)
-            by_outputs = self.propagate == "outputs" and outputs.shape[1] <= MAX_EXACT_OUTPUTS
-            rows = gradients.outputs(test) if by_outputs else gradients.measurements(test)
-            phis = [relaxation(time[e] * pace[k], decay) for e, at in enumerate(nearest) if at == k]
-            changes = kronecker_response(factors, rows, gradients.losses(left_out), phis, self.memory_mb)
-            for change in changes / len(self.train):
-                flat = change.flatten(0, 1)
-                found.append(self.loss_changes(model, outputs, test.targets, flat) if by_outputs else flat)
-            self.gradient_evaluations += gradients.evaluations
-        return torch.stack(found).to(next(iter(self.final_model.parameters().values())).dtype)
-
-    def _estimated_preconditioner(self) -> Tensor:
-        """Return Adam's diagonal near the final model; a batch's squared gradient is mean^2 + var / B."""
-        gradients = InstanceGradients(self.final_model, self.memory_mb)
-        rows, n = gradients.losses(self.train), len(self.train)
-        mean = rows.transposed_times(torch.ones(n, 1, 1, dtype=rows.dtype, device=rows.device))[:, 0] / n
-        square = torch.zeros_like(mean)
-        for piece in rows.pieces():
-            square += piece.dense().square().sum((0, 1))
-        variance = (square / n - mean.square()).clamp(min=0)
-        self.gradient_evaluations += gradients.evaluations
-        size = min(self.ft.protocol.batch_size, n)
-        return 1 / ((mean.square() + variance / size).sqrt() + self.ft.protocol.eps)
-
-
-def _mean_step(diagonal: Tensor, protocol: Protocol) -> float:
-    """Return the mean of Adam's diagonal, weighted with squared gradients."""
-    energy = (1 / diagonal.double() - protocol.eps).square()
-    return float((energy * diagonal).sum() / energy.sum().clamp(min=1e-300))
-
 
 def ignored_parts(final_model: FinalModel, protocol: Protocol) -> list[str]:
     """Return what of further training the response along the path leaves out, in words."""
@@ -443,7 +290,3 @@ def ignored_parts(final_model: FinalModel, protocol: Protocol) -> list[str]:
     if any(isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p for m in final_model.network.modules()):
         found.append("dropout during further training")
     return found
-
-
-def _distance(a: int, b: int) -> int:
-    return abs(a - b)

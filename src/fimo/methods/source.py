@@ -18,7 +18,7 @@ from fimo.dynamics.relaxation import relaxation, times
 from fimo.dynamics.response import with_parameters
 from fimo.errors import InputError
 from fimo.further_training.trajectory import Trajectory
-from fimo.methods.response import FollowingMethod
+from fimo.methods.following import FollowingMethod
 
 
 class Source(FollowingMethod):

@@ -16,7 +16,7 @@ from fimo.further_training.adjoint import adjoint
 from fimo.further_training.protocol import DTYPES
 from fimo.further_training.tangent import tangent_outputs
 from fimo.further_training.trajectory import Trajectory
-from fimo.methods.response import FollowingMethod
+from fimo.methods.following import FollowingMethod
 from fimo.models.final_model import FinalModel
 
 
