@@ -11,7 +11,7 @@ the number of replicas and epochs, the share of CPU time outside the chunks' ari
 an adjoint costs in replicas. A loop with several threads suffers most from other work on the machine.
 
 Convolutions gain little from being stacked on a CPU: one by one or as a grouped convolution they already run
-at the matrix-multiply peak (1.2 GFLOP in 12 ms of one thread); unfolding them into batched products took 1.2
+at the matrix-multiply peak (1.2 GFLOP in 12 ms of one thread); unfolding them into batched products took up
 to 4 times as long. What stacking saves is calls, so large networks run one replica after another.
 """
 
