@@ -85,6 +85,52 @@ def test_on_a_linear_model_the_response_is_the_real_change(rule: Any, options: d
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.8, "weight_decay": 0.1}, {"weight_decay": 0.3}])
+def test_changes_of_earlier_segments_are_read_by_later_jacobians(options: dict[str, Any]) -> None:
+    """Against the recursion on parameters, with each segment's dense Jacobians."""
+    torch.manual_seed(0)
+    inputs = torch.randn(26, 3, dtype=torch.float64)
+    targets = torch.randn(26, 1, dtype=torch.float64)
+    network = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    case = trained("tanh", network, mean_squared_error, inputs, targets, 22, steps=20)
+    protocol = Protocol(
+        lr=0.3, batch_size=8, epochs=8, leave_out="mask", dtype="float64", evaluate_every=1, **options
+    )
+    ft = following(case, protocol, [3])
+    found = Response(kernels="own", segments=4).attribute(
+        case.final_model, case.train, case.test, torch.tensor([0, 5, 20]), ft
+    )
+    (trajectory,) = ft.full_runs()
+    model, names = case.final_model, list(case.final_model.parameters())
+
+    def outputs(parameters: Any, x: Tensor) -> Tensor:
+        return torch.func.functional_call(model.network, dict(parameters), (x,))[:, 0]
+
+    def jacobian(parameters: Any, x: Tensor) -> Tensor:
+        found = torch.func.jacrev(outputs)(dict(parameters), x)
+        return torch.cat([found[name].flatten(1) for name in names], 1)
+
+    generator = torch.Generator().manual_seed(3)
+    batches = [b for _ in range(8) for b in torch.randperm(22, generator=generator).split(8)]
+    expected = torch.zeros_like(found)
+    cuts = segments(ft.steps, 4)
+    for column, i in enumerate([0, 5, 20]):
+        change = velocity = torch.zeros(model.size, dtype=torch.float64)
+        for segment in cuts:
+            middle = trajectory.parameters[(segment.first + segment.last) // 2]
+            rows, tests = jacobian(middle, case.train.inputs), jacobian(middle, case.test.inputs)
+            for t in range(segment.first, segment.last):
+                batch = batches[t]
+                residual = outputs(trajectory.parameters[t], case.train.inputs) - case.train.targets[:, 0]
+                pull = 2 * (rows @ change)[batch] * (batch != i) - 2 * residual[batch] * (batch == i)
+                force = rows[batch].T @ pull / len(batch) + protocol.weight_decay * change
+                velocity = protocol.momentum * velocity + force
+                change = change - protocol.lr * velocity
+                at = outputs(trajectory.parameters[t + 1], case.test.inputs) - case.test.targets[:, 0]
+                expected[t, :, column] = (at + tests @ change).square() - at.square()
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
+
+
 @pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
 @pytest.mark.parametrize(
     ("loss", "outputs"), [(cross_entropy, 2), (cross_entropy, 3), (binary_cross_entropy, 2)]

@@ -52,6 +52,34 @@ class CoefficientOptimizer:
         c.sub_(self.average, alpha=lr / (1 - beta1**self.taken))
 
 
+class Inertia:
+    """What becomes of a parameter change and of its momentum while nothing else acts on them.
+
+    Args:
+        taken: optimizer steps before (Adam's bias correction counts them).
+
+    Attributes:
+        change: ``(of the change, of the momentum)``, what the change is a sum of, as shares of both at first.
+        momentum: the same of the momentum.
+    """
+
+    def __init__(self, protocol: Protocol, taken: int) -> None:
+        self._optimizer = CoefficientOptimizer(protocol, (2, 1), torch.zeros(1, dtype=torch.float64))
+        self._optimizer.taken = taken
+        self._optimizer.coefficients[0] = 1.0
+        if self._optimizer.average is not None:
+            self._optimizer.average[1] = 1.0
+        self.change, self.momentum = (1.0, 0.0), (0.0, 1.0)
+
+    def step(self, lr: float) -> None:
+        """Take an optimizer step."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        self._optimizer.step(nothing, torch.zeros(0, 1, dtype=torch.float64), lr)
+        self.change = tuple(self._optimizer.coefficients[:, 0].tolist())
+        if self._optimizer.average is not None:
+            self.momentum = tuple(self._optimizer.average[:, 0].tolist())
+
+
 def preconditioner(protocol: Protocol, second_moment: dict[str, Tensor] | None) -> Tensor | None:
     """Return Adam's diagonal ``[P]``, 1 / (sqrt(second moment) + eps); None for SGD."""
     if protocol.optimizer == "sgd" or second_moment is None:

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from fimo.curvature.gradients import InstanceGradients
+from fimo.curvature.rows import Rows
 from fimo.data.instances import Instances
-from fimo.dynamics.optimizer import CoefficientOptimizer, preconditioner, scaled
+from fimo.dynamics.optimizer import CoefficientOptimizer, Inertia, preconditioner, scaled
 from fimo.dynamics.output_space import OutputSpace, changed_gradient
 from fimo.dynamics.points import Segment
 from fimo.dynamics.steps import steps
@@ -44,10 +45,12 @@ class Kernel:
     Args:
         train: ``[M, R, M·R]``, between the followed training outputs; ``[S, M, R, M·R]`` if of S seeds.
         test: ``[J·D, M·R]``, of test outputs with them; ``[S, J·D, M·R]``.
+        jacobians: what they are inner products of; one for each of S seeds, or one for all.
     """
 
     train: Tensor
     test: Tensor
+    jacobians: tuple[Jacobians, ...] = ()
 
     def rows(self, index: Tensor) -> Tensor:
         """Return the rows ``[S, B·R, M·R]`` of each seed's instances ``[S, B]``."""
@@ -61,7 +64,8 @@ class Kernel:
         """Return several seeds' own kernels as one."""
         if len(kernels) == 1:
             return kernels[0]
-        return cls(torch.stack([k.train for k in kernels]), torch.stack([k.test for k in kernels]))
+        jacobians = tuple(j for k in kernels for j in k.jacobians)
+        return cls(torch.stack([k.train for k in kernels]), torch.stack([k.test for k in kernels]), jacobians)
 
     @classmethod
     def at(
@@ -79,6 +83,7 @@ class Kernel:
         outputs = gradients.outputs(test)
         m, r, _ = space.directions.shape
         weight = None
+        jacobians = Jacobians(rows, outputs, preconditioner(protocol, second_moment))
         if second_moment is not None and protocol.optimizer != "sgd":
             left, right = (scaled(x, second_moment, protocol) for x in (outputs, rows))
             if left is None or right is None:
@@ -86,7 +91,89 @@ class Kernel:
             else:
                 outputs, rows = left, right
         inner = rows.gram(rows, weight).reshape(m, r, m * r)
-        return cls(inner, outputs.gram(rows, weight).reshape(-1, m * r))
+        return cls(inner, outputs.gram(rows, weight).reshape(-1, m * r), (jacobians,))
+
+
+@dataclass(frozen=True)
+class Jacobians:
+    """Output Jacobians at one point of a trajectory.
+
+    Args:
+        train: of the followed training outputs, M·R rows.
+        test: of test outputs, J·D rows.
+        weight: ``[P]``, the optimizer's preconditioner; None: ones.
+    """
+
+    train: Rows
+    test: Rows
+    weight: Tensor | None = None
+
+    def parameters(self, coefficients: Tensor) -> Tensor:
+        """Return the parameter changes ``[P, K]`` of coefficients ``[M·R, K]``."""
+        found = self.train.transposed_times(coefficients.view(self.train.n, self.train.r, -1))
+        return found if self.weight is None else found * self.weight[:, None]
+
+    def outputs(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the changes of training and test outputs, ``[M·R, K]`` and ``[J·D, K]``."""
+        return self.train.times(parameters).flatten(0, 1), self.test.times(parameters).flatten(0, 1)
+
+
+class Carried:
+    """What earlier segments left, as changes of parameters, which later Jacobians read.
+
+    A seed's change of parameters is ``before + P J^T c`` with c the present segment's coefficients.
+
+    Args:
+        protocol: of further training.
+    """
+
+    def __init__(self, protocol: Protocol) -> None:
+        self.protocol = protocol
+        self._parts: list[list[Tensor]] = []  # of each seed: its change, and its momentum if there is any
+        self._train: list[Tensor] = []  # [S·M·R, L + K], what each part changes in training outputs
+        self._test: list[Tensor] = []  # [S, J·D, L + K], and in test outputs
+        self._inertia: Inertia | None = None
+
+    def turn(self, before: Kernel, after: Kernel, optimizer: CoefficientOptimizer, seeds: int) -> None:
+        """Go over to the next segment: turn coefficients into changes of parameters, and set them to zero."""
+        states = [t for t in (optimizer.coefficients, optimizer.average) if t is not None]
+        shares = None if self._inertia is None else (self._inertia.change, self._inertia.momentum)
+        parts: list[list[Tensor]] = []
+        outputs: list[list[tuple[Tensor, Tensor]]] = []
+        for s in range(seeds):
+            old, new = (k.jacobians[s if len(k.jacobians) > 1 else 0] for k in (before, after))
+            own = [old.parameters(t.view(seeds, -1, t.shape[1])[s, :, :-1]) for t in states]
+            if shares is not None:
+                for into, share in zip(own, shares, strict=False):
+                    for part, weight in zip(self._parts[s], share, strict=False):
+                        into.add_(part, alpha=weight)
+            parts.append(own)
+            outputs.append([new.outputs(part) for part in own])
+        self._parts = parts
+        self._train = [torch.cat([o[p][0] for o in outputs]) for p in range(len(states))]
+        self._test = [torch.stack([o[p][1] for o in outputs]) for p in range(len(states))]
+        for state in states:
+            state.zero_()
+        self._inertia = Inertia(self.protocol, optimizer.taken)
+
+    def step(self, lr: float) -> None:
+        """Take an optimizer step."""
+        if self._inertia is not None:
+            self._inertia.step(lr)
+
+    def add_train(self, change: Tensor, rows: Tensor) -> None:
+        """Add the change of training outputs at ``rows`` (of S·M·R) to ``change`` ``[S, B·R, L + K]``."""
+        if self._inertia is not None:
+            for share, part in zip(self._inertia.change, self._train, strict=False):
+                if share:
+                    change.add_(part.index_select(0, rows).view_as(change), alpha=share)
+
+    def add_test(self, change: Tensor) -> Tensor:
+        """Add the change of test outputs to ``change`` ``[S, J·D, L + K]``."""
+        if self._inertia is not None:
+            for share, part in zip(self._inertia.change, self._test, strict=False):
+                change = change.add(part, alpha=share)
+        return change
 
 
 @dataclass(frozen=True)
@@ -135,8 +222,8 @@ def responses(
         left_out: ``[L]``, one instance per run.
         instances: N.
         points: ``[E]`` optimizer steps.
-        segments: of the evaluation points, each with the next of ``kernels``. The coefficients of earlier
-            segments are carried over, that is, read with the new Jacobians.
+        segments: of the evaluation points, each with the next of ``kernels``. What earlier segments changed
+            is carried over as changes of parameters.
         groups: ``[S, K, G]``, instances left out together by K more runs, under ``mask``.
         loss, targets: of all N instances, where outputs are given along the runs.
     """
@@ -156,8 +243,11 @@ def responses(
     outputs = None if along.outputs is None else along.outputs.transpose(0, 1).flatten(1, 2)
     goals = torch.empty(0) if targets is None else targets[space.kept]
     stream, taken = steps(seeds, left_out, instances, protocol, like.dtype, groups), 0
+    kernel, carried = None, Carried(protocol)
     for segment in segments:
-        kernel = next(kernels)
+        before, kernel = kernel, next(kernels)
+        if before is not None:
+            carried.turn(before, kernel, optimizer, s)
         for e in range(segment.first, segment.last):
             while taken < points[e]:
                 step = next(stream)
@@ -174,6 +264,7 @@ def responses(
                 at = (index + first).flatten()
                 rows = at if r == 1 else (at[:, None] * r + within).flatten()
                 change = kernel.rows(index) @ coefficients  # [S, B·R, L + K + 1]
+                carried.add_train(change[..., :-1], rows)
                 if outputs is None:
                     gradient = gradients[k].index_select(0, at).view(s, b, r, 1)
                     hessian = hessians[0 if len(hessians) == 1 else k].index_select(0, at)
@@ -197,8 +288,9 @@ def responses(
                     force[..., :-1].mul_(without[:, :, None]).sub_(full[..., None, None] * gradient)
                 force[..., -1:] = full[..., None, None] * gradient
                 optimizer.step(rows, force.view(s * b * r, -1), step.lr)
+                carried.step(step.lr)
                 taken += 1
-            yield kernel.test @ coefficients[:, :, :-1]
+            yield carried.add_test(kernel.test @ coefficients[:, :, :-1])
 
 
 def outputs_at(final_model: FinalModel, parameters: Mapping[str, Tensor], instances: Instances) -> Tensor:
