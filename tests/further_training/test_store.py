@@ -100,8 +100,8 @@ def test_a_survivor_takes_over_what_a_killed_writer_had_claimed(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("number", "name", "steps"),
-    [(signal.SIGINT, "mlp_regression", 240), (signal.SIGTERM, "mlp_regression", 240),
-     (signal.SIGINT, "transformer", 60)],
+    [(signal.SIGINT, "mlp_regression", 2400), (signal.SIGTERM, "mlp_regression", 2400),
+     (signal.SIGINT, "transformer", 300)],
 )  # fmt: skip
 def test_an_interrupt_saves_what_is_under_way_and_no_step_is_taken_twice(
     number: signal.Signals, name: str, steps: int, tmp_path: Path
