@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from enum import StrEnum
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
@@ -40,6 +41,9 @@ class AttributionMethod(ABC):
 
     further_training: FurtherTraining | None = None
     """The further training to predict, where the method follows it."""
+
+    left_out: Tensor
+    """``[L]`` training indices that :meth:`attribute` was given."""
 
     gradient_evaluations: int = 0
     """Instance gradients (or products of one instance's Jacobian) computed so far: the declared cost."""
@@ -86,5 +90,6 @@ class AttributionMethod(ABC):
         if self.follows_further_training and further_training is None:
             raise InputError("further_training", f"{type(self).__name__} follows it, but none was given")
         self.further_training = further_training
+        self.left_out = torch.arange(len(train)) if left_out is None else left_out.cpu()
         self.fit(final_model, train)
         return self.scores(test, train if left_out is None else train[left_out])

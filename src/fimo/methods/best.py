@@ -48,22 +48,13 @@ class Best(FollowingMethod):
         self.chosen: AttributionMethod | None = None
         self.reason = ""
 
-    def attribute(
-        self,
-        final_model: FinalModel,
-        train: Instances,
-        test: Instances,
-        left_out: Tensor | None = None,
-        further_training: FurtherTraining | None = None,
-    ) -> Tensor:
-        if further_training is None:
-            raise InputError("further_training", "best follows it, but none was given")
-        self.chosen, self.reason = self.choose(final_model, train, further_training)
+    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+        self.chosen, self.reason = self.choose(self.final_model, self.train, self.ft)
         log.info("best: %s, since %s", type(self.chosen).__name__, self.reason)
-        found = self.chosen.attribute(final_model, train, test, left_out, further_training)
+        found = self.chosen.attribute(self.final_model, self.train, test, self.left_out, self.ft)
         self.score_sem = getattr(self.chosen, "score_sem", None)
         self.gradient_evaluations = self.chosen.gradient_evaluations
-        return found if found.ndim == 3 else found.expand(len(further_training.steps), -1, -1)
+        return found if found.ndim == 3 else found.expand(len(self.ft.steps), -1, -1)
 
     def choose(
         self, final_model: FinalModel, train: Instances, further_training: FurtherTraining
@@ -78,6 +69,3 @@ class Best(FollowingMethod):
         if epochs <= self.short:
             return Response(memory_mb=self.memory_mb), f"{epochs:.3g} epochs of SGD change a run little"
         return self.corrected, f"after {epochs:.3g} epochs a run may have left any linear response"
-
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        raise NotImplementedError("best delegates attribute() to the method that it chooses")

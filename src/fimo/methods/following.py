@@ -27,17 +27,9 @@ class FollowingMethod(AttributionMethod):
     follows_further_training = True
     score_sem: Tensor | None = None
 
-    def attribute(
-        self,
-        final_model: FinalModel,
-        train: Instances,
-        test: Instances,
-        left_out: Tensor | None = None,
-        further_training: FurtherTraining | None = None,
-    ) -> Tensor:
-        self.left_out = torch.arange(len(train)) if left_out is None else left_out.cpu()
+    def fit(self, final_model: FinalModel, train: Instances) -> None:
+        super().fit(final_model, train)
         self.score_sem = None
-        return super().attribute(final_model, train, test, left_out, further_training)
 
     @property
     def ft(self) -> FurtherTraining:
