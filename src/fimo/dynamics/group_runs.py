@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
-from fimo.dynamics.threads import side_by_side
+from fimo.dynamics.threads import even_parts, side_by_side
 from fimo.further_training.chunk import Chunk
 from fimo.further_training.protocol import Protocol
 from fimo.further_training.replicas import Replica
@@ -66,11 +66,8 @@ def run_groups(
     chunks: list[list[Replica]] = []
     for _, same in itertools.groupby(replicas, lambda r: None if mixed else r.seed):
         some = list(same)
-        parts = min(
-            len(some), 2 * -(-len(some) // (2 * at_once))
-        )  # even, for two threads, and of equal sizes
-        cuts = [round(len(some) * k / parts) for k in range(parts + 1)]
-        chunks += [some[a:b] for a, b in itertools.pairwise(cuts)]
+        waiting = iter(some)
+        chunks += [list(itertools.islice(waiting, size)) for size in even_parts(len(some), at_once)]
 
     def run(chunk: list[Replica]) -> Tensor:
         running, found = Chunk(setting, chunk), []

@@ -16,7 +16,7 @@ from fimo.dynamics.kronecker_response import kronecker_response
 from fimo.dynamics.optimizer import preconditioner
 from fimo.dynamics.points import spread
 from fimo.dynamics.relaxation import relaxation, times
-from fimo.dynamics.response import linear_loss_changes, loss_changes, outputs_at, with_parameters
+from fimo.dynamics.response import loss_changes_by, outputs_at, with_parameters
 from fimo.further_training.protocol import Protocol
 from fimo.further_training.trajectory import FurtherTraining, Trajectory
 from fimo.models.final_model import FinalModel
@@ -48,7 +48,7 @@ class MeanBatchResponse:
     ) -> None:
         self.final_model, self.train, self.ft = final_model, train, further_training
         self.segments, self.propagate, self.memory_mb = segments, propagate, memory_mb
-        self.loss_changes = loss_changes if propagate == "outputs" else linear_loss_changes
+        self.loss_changes = loss_changes_by(propagate)
         protocol = further_training.protocol
         self.adaptive = protocol.optimizer != "sgd"
         self.decay = 0.0 if self.adaptive else protocol.weight_decay

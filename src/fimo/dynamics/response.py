@@ -19,8 +19,9 @@ squared error the two are the same.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ from fimo.further_training.linear import linear_layers
 from fimo.further_training.protocol import Protocol
 from fimo.models.final_model import FinalModel, fitting_batch, functional_apply
 from fimo.models.losses import Loss
+
+LossChanges = Callable[[FinalModel, Tensor, Tensor, Tensor], Tensor]
+"""Of a model, outputs, targets and changes of the outputs, see :func:`loss_changes`."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +86,12 @@ class Kernel:
         rows = gradients.rows(followed, lambda _, directions: directions, "directions")
         outputs = gradients.outputs(test)
         m, r, _ = space.directions.shape
-        weight = None
-        jacobians = Jacobians(rows, outputs, preconditioner(protocol, second_moment))
-        if second_moment is not None and protocol.optimizer != "sgd":
+        weight = preconditioner(protocol, second_moment)
+        jacobians = Jacobians(rows, outputs, weight)
+        if weight is not None and second_moment is not None:
             left, right = (scaled(x, second_moment, protocol) for x in (outputs, rows))
-            if left is None or right is None:
-                weight = preconditioner(protocol, second_moment)
-            else:
-                outputs, rows = left, right
+            if left is not None and right is not None:
+                outputs, rows, weight = left, right, None
         inner = rows.gram(rows, weight).reshape(m, r, m * r)
         return cls(inner, outputs.gram(rows, weight).reshape(-1, m * r), (jacobians,))
 
@@ -360,6 +362,11 @@ def moved(copied: FinalModel, parameters: Mapping[str, Tensor]) -> FinalModel:
         for name, own in copied.parameters().items():
             own.copy_(parameters[name])
     return copied
+
+
+def loss_changes_by(propagate: Literal["outputs", "loss"]) -> LossChanges:
+    """Return how changes of outputs become changes of losses: exactly, or to first order."""
+    return loss_changes if propagate == "outputs" else linear_loss_changes
 
 
 def loss_changes(final_model: FinalModel, outputs: Tensor, targets: Tensor, change: Tensor) -> Tensor:

@@ -25,6 +25,12 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def even_parts(count: int, most: int) -> list[int]:
+    """Return sizes of about equal parts, at most ``most`` each: an even number of them, for two threads."""
+    parts = min(count, 2 * -(-count // (2 * most)))
+    return [count // parts + (k < count % parts) for k in range(parts)]
+
+
 def side_by_side(function: Callable[[Item], Found], items: Sequence[Item], workers: int) -> list[Found]:
     """Return the function's values, computed on as many CPU threads, each of which uses one.
 

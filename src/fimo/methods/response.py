@@ -19,13 +19,12 @@ from fimo.dynamics.points import Segment, mean_of, midpoint, segments, spread
 from fimo.dynamics.response import (
     Along,
     Kernel,
-    linear_loss_changes,
-    loss_changes,
+    loss_changes_by,
     moved,
     outputs_along,
     responses,
 )
-from fimo.dynamics.threads import side_by_side
+from fimo.dynamics.threads import even_parts, side_by_side
 from fimo.errors import InputError
 from fimo.further_training.linear import linear_layers
 from fimo.further_training.protocol import DTYPES, Protocol
@@ -95,7 +94,7 @@ class Response(FollowingMethod):
         self.along, self.propagate, self.segments = along, propagate, segments
         self.kernels, self.max_rows, self.memory_mb = kernels, max_rows, memory_mb
         self.form = form
-        self.loss_changes = loss_changes if propagate == "outputs" else linear_loss_changes
+        self.loss_changes = loss_changes_by(propagate)
 
     def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
         return self.too_large(final_model, train) if self.form == "kernel" else None
@@ -187,12 +186,9 @@ class Response(FollowingMethod):
         Seeds with other numbers of groups are kept apart.
         """
         counts = [0 if groups is None else len(groups[s]) for s in self.ft.seeds]
-        found = []
-        for _, same in itertools.groupby(counts):
-            n = len(list(same))
-            parts = min(n, 2 * -(-n // (2 * TOGETHER)))
-            found += [n // parts + (k < n % parts) for k in range(parts)]
-        return found
+        return [
+            part for _, same in itertools.groupby(counts) for part in even_parts(len(list(same)), TOGETHER)
+        ]
 
     def _kernel_plan(self, test: Instances) -> tuple[bool, int]:
         """Return whether seeds share kernels, and the number of segments."""

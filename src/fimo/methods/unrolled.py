@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
-from fimo.dynamics.response import linear_loss_changes, loss_changes, outputs_at
+from fimo.dynamics.response import loss_changes_by, outputs_at
 from fimo.errors import InputError
 from fimo.further_training.adjoint import adjoint
 from fimo.further_training.protocol import DTYPES
@@ -66,7 +66,7 @@ class Unrolled(FollowingMethod):
         d = model.outputs(test[:1])[0].numel()
         adjoints = len(self.ft.steps) * len(test) * d
         forward = self.mode == "forward" or (self.mode == "auto" and len(self.left_out) <= adjoints)
-        to_change = loss_changes if self.propagate == "outputs" else linear_loss_changes
+        to_change = loss_changes_by(self.propagate)
         runs: Iterator[Trajectory | None] = repeat(None) if forward else self.ft.full_runs()
         for seed, trajectory in zip(self.ft.seeds[: self.seeds], runs, strict=False):
             if trajectory is None:
