@@ -2,7 +2,7 @@
 
 A training step of the Trainer advances a chunk of replicas through evaluation points (or a block of
 optimizer steps) for about ``BLOCK_SECONDS``, so that the Trainer's own time per step does not show.
-Callbacks save to the store and show progress.
+Callbacks save states to the store and show progress.
 
 On several devices, Lightning starts a process for each, and every process claims chunks until none is left;
 they meet only in the store, and to agree on when to end.
@@ -45,12 +45,13 @@ STRATEGIES = ("auto", "ddp", "ddp_spawn")
 
 
 class FurtherTrainingModule(pl.LightningModule):
-    """Advances a job's chunks.
+    """Advances a job's chunks and writes their results.
 
     On a CPU, a chunk's operations run on one thread, and as many chunks are advanced at a time as
     there are threads: none waits for another within a step, and a result does not depend on their number.
     Chunks are advanced by worker threads also where there is but one: an interrupt, which reaches the main
     thread, then never falls between the halves of an optimizer step, and what was done can be saved.
+    A worker writes a chunk's results before it begins another, so that memory holds one chunk of each.
 
     Args:
         make_job: builds the job on the Trainer's device.
@@ -58,7 +59,6 @@ class FurtherTrainingModule(pl.LightningModule):
 
     Attributes:
         work: the chunk under way of each worker.
-        completed: chunks whose results are to be written.
         replica_steps, total_replica_steps: taken so far in this process, and to take for what the store
             lacked at the start.
     """
@@ -71,7 +71,6 @@ class FurtherTrainingModule(pl.LightningModule):
         self.make_job = make_job
         self.job: Job | None = None
         self.work: dict[int, Work] = {}
-        self.completed: list[Work] = []
         self.finished = False
         self.replica_steps = self.total_replica_steps = 0
 
@@ -99,7 +98,7 @@ class FurtherTrainingModule(pl.LightningModule):
         until = time.monotonic() + BLOCK_SECONDS
         steps = list(self.pool.map(lambda slot: self._block(slot, until), range(self.workers)))
         self.replica_steps += sum(steps)
-        idle = not self.work and not self.completed
+        idle = not self.work
         # together: Lightning's processes must take equally many training steps
         self.finished = self.trainer.strategy.reduce_boolean_decision(idle and self.job.is_finished)
         if idle and not self.finished:
@@ -122,7 +121,8 @@ class FurtherTrainingModule(pl.LightningModule):
             steps += advance(work, len(self.job.points), until - began, self.stop)
             work.seconds += (time.monotonic() - began) / self.workers
             if work.done == len(self.job.points):
-                self.completed.append(self.work.pop(slot))
+                self.job.finish(work)
+                del self.work[slot], work  # its memory, before the next takes its own
         return steps
 
     def on_fit_end(self) -> None:
@@ -137,17 +137,15 @@ class FurtherTrainingModule(pl.LightningModule):
         self.kernel.close()
         torch.set_num_threads(self.threads)  # workers' setting reaches the matrix library's own
         assert self.job is not None
-        for work, save in [(w, self.job.finish) for w in self.completed] + [
-            (w, self.job.save) for w in self.work.values()
-        ]:
+        for work in self.work.values():
             try:
                 if work.sound:
-                    save(work)
+                    self.job.save(work)
             except OSError as error:  # a full disk, of which the caller hears otherwise
                 log.warning("the state of %d runs could not be saved (%s)", len(work.chunk.replicas), error)
             finally:
                 self.job.records.release(work.chunk.replicas, work.lock)
-        self.work, self.completed = {}, []
+        self.work = {}
 
 
 def _start_worker(threads: int, device: torch.device) -> None:
@@ -187,13 +185,10 @@ def advance(work: Work, points: int, seconds: float, stop: threading.Event | Non
 
 
 class SaveToStore(pl.Callback):
-    """Writes a chunk's results when it is finished; until then its state, every ``SAVE_SECONDS`` and when the
-    Trainer ends early (interrupted, terminated, after an error, or stopped by a callback)."""
+    """Saves the state of chunks under way every ``SAVE_SECONDS``, and when the Trainer ends early
+    (interrupted, terminated, after an error, or stopped by a callback)."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        while module.completed:
-            module.job.finish(module.completed[0])
-            module.completed.pop(0)
         for work in module.work.values():
             if time.monotonic() - work.saved > records.SAVE_SECONDS:
                 module.job.save(work)

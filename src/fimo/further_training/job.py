@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -75,7 +75,10 @@ class Job:
         self.full = [Replica(seed) for seed in seeds]
         self.runs = [Replica(r.seed, u) for r in self.full for u in self._by_occurrence(r.seed, units)]
         self._done: dict[Replica, Record] = {}
-        self._seen: set[int] = set()
+        # in order; what is done is taken out, and its files' names kept: neither is gone through again, so
+        # that planning a chunk does not take longer the more there are
+        self._waiting_full, self._waiting_runs = dict.fromkeys(self.full), dict.fromkeys(self.runs)
+        self._settled: set[str] = set()
         done = self._finished()
         found = [done[r] for r in [*self.full, *self.runs] if r in done]
         self.found = len(found)
@@ -93,12 +96,14 @@ class Job:
         return sorted(units, key=lambda unit: (len(unit), min(position[i] for i in unit), unit))
 
     def _finished(self) -> dict[Replica, Record]:
-        """Return the record of each finished replica; what was seen before is not gone through again."""
-        for record in self.records.finished():
-            if id(record) not in self._seen:  # records are kept, so an id is not given twice
-                self._seen.add(id(record))
-                if record.holds(self.points):
-                    self._done.update(dict.fromkeys(record.replicas, record))
+        """Return the record of each finished replica."""
+        for record in self.records.finished(self._settled):
+            if record.holds(self.points):
+                self._settled.add(record.path.name)
+                for replica in record.replicas:
+                    self._done[replica] = record
+                    self._waiting_full.pop(replica, None)
+                    self._waiting_runs.pop(replica, None)
         return self._done
 
     def _say_what_starts_again(self, done: dict[Replica, Record]) -> None:
@@ -118,40 +123,41 @@ class Job:
     @property
     def is_finished(self) -> bool:
         """Whether the store holds all runs."""
-        done = self._finished()
-        return all(r in done for r in [*self.full, *self.runs])
+        self._finished()
+        return not self._waiting_full and not self._waiting_runs
 
     def next_work(self) -> Work | None:
         """Claim and set up the next chunk; None where all is finished or under way."""
         with self._one_thread, self.records.planning():
-            done = self._finished()
-            full = [r for r in self.full if r not in done]
-            runs = [r for r in self.runs if r not in done]
-            if not full and not runs:
-                return None
-            busy = self.records.claimed()
+            self._finished()
+            busy, full = self.records.claimed(self._settled), self._waiting_full
             # changes are taken from the full run, so it comes first
-            free = [r for r in full if r not in busy]
-            ready = {r.seed for r in self.full if r in done}
-            free = free or [r for r in runs if r.seed in ready and r not in busy]
-            if not free:
-                return None
-            state = self._adoptable(free)
-            one_seed_each = self.setting.stochastic  # its replicas share their masks
-            chosen = next_chunk(free, self.size, self.setting.protocol, one_seed_each)
-            chosen = list(state.replicas) if state else chosen
-            lock = self.records.claim(chosen)
+            waiting = full if any(r not in busy for r in full) else self._waiting_runs
+
+            def is_free(replica: Replica) -> bool:
+                ready = not replica.left_out or Replica(replica.seed) not in full
+                return ready and replica in waiting and replica not in busy
+
+            state = self._adoptable(is_free)
             if state:
+                chosen = list(state.replicas)
                 self.found_seconds += state.seconds
+            else:
+                one_seed_each = self.setting.stochastic  # its replicas share their masks
+                free = filter(is_free, waiting)
+                chosen = next_chunk(free, self.size, self.setting.protocol, one_seed_each)
+            if not chosen:
+                return None
+            lock = self.records.claim(chosen)
         return self._set_up(chosen, lock, state)
 
-    def _adoptable(self, free: Sequence[Replica]) -> Record | None:
-        """Return a saved state to continue from, if its replicas are all waiting."""
-        states = self.records.states()
-        wanted = set(free) if states else set()
-        for record in states:
-            if set(record.replicas) <= wanted:
+    def _adoptable(self, is_free: Callable[[Replica], bool]) -> Record | None:
+        """Return a saved state to continue from, if its replicas are all free."""
+        for record in self.records.states(self._settled):
+            if all(map(is_free, record.replicas)):
                 return record
+            if any(r in self._done for r in record.replicas):
+                self._settled.add(record.path.name)
         return None
 
     def _set_up(self, replicas: Sequence[Replica], lock: FileLock, state: Record | None) -> Work:
@@ -210,7 +216,8 @@ class Job:
         self.records.write(work.chunk.replicas, self.points, tensors, work.seconds)
         if not self.keep_states:
             self.records.drop_state(work.chunk.replicas)
-        self.records.release(work.chunk.replicas, work.lock)
+        with self._one_thread:
+            self.records.release(work.chunk.replicas, work.lock)
 
     def full_losses(self, seed: int) -> Tensor:
         """Return the test losses ``[E, J]`` (float64) of a seed's finished full run."""
@@ -223,7 +230,7 @@ class Job:
 
     def _full_record(self, seed: int) -> dict[str, Tensor]:
         replica = Replica(seed)
-        return self.rows({replica: self._finished()[replica]})[replica]
+        return self.rows({replica: self._done[replica]})[replica]
 
     def rows(self, which: dict[Replica, Record]) -> dict[Replica, dict[str, Tensor]]:
         """Return finished replicas' ``values [E, J]`` and ``distance [E]`` at the job's evaluation points."""
@@ -238,5 +245,5 @@ class Job:
 
     def seed_rows(self, seed: int) -> dict[Replica, dict[str, Tensor]]:
         """Return the finished rows of one seed's replicas."""
-        wanted = {Replica(seed), *(r for r in self.runs if r.seed == seed)}
-        return self.rows({r: rec for r, rec in self._finished().items() if r in wanted})
+        wanted = [Replica(seed), *(r for r in self.runs if r.seed == seed)]
+        return self.rows({r: self._done[r] for r in wanted})

@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fimo.cost import peak_memory_mb
 from fimo.further_training.replicas import Replica
-from fimo.store import read_tensors, write_tensors, written_aside
+from fimo.store import read_tensors, write_tensors
 
 STATE = ".state.safetensors"
 
@@ -60,13 +60,13 @@ class Records:
         self._known: dict[tuple[str, int, int], Record] = {}
         self._held: dict[str, tuple[Replica, ...]] = {}
 
-    def finished(self) -> list[Record]:
-        """Return all results, in order of their names."""
-        return self._read_all([n for n in self._names(".safetensors") if not n.endswith(STATE)])
+    def finished(self, known: Set[str] = frozenset()) -> list[Record]:
+        """Return all results but those in files of known names, in order of their names."""
+        return self._read_all([n for n in self._names(".safetensors", known) if not n.endswith(STATE)])
 
-    def states(self) -> list[Record]:
-        """Return all saved states, in order of their names."""
-        return self._read_all(self._names(STATE))
+    def states(self, known: Set[str] = frozenset()) -> list[Record]:
+        """Return all saved states but those in files of known names, in order of their names."""
+        return self._read_all(self._names(STATE, known))
 
     def write(
         self,
@@ -96,15 +96,19 @@ class Records:
     @contextlib.contextmanager
     def planning(self) -> Iterator[None]:
         """Keep other processes from claiming replicas."""
-        with FileLock(self.folder / ".planning.lock"):
+        with FileLock(self.folder / ".planning.lock", poll_interval=0.005):
             yield
 
-    def claimed(self) -> set[Replica]:
-        """Return the replicas that living processes work on (call while planning)."""
+    def claimed(self, known: Set[str] = frozenset()) -> set[Replica]:
+        """Return the replicas that living processes work on (call while planning).
+
+        Args:
+            known: names of files that are no claims.
+        """
         busy: set[Replica] = set()
         for replicas in self._held.values():
             busy |= set(replicas)
-        for path in [self.folder / name for name in self._names(".claim") if name not in self._held]:
+        for path in [self.folder / n for n in self._names(".claim", known) if n not in self._held]:
             lock = FileLock(path.with_suffix(".lock"), blocking=False)
             try:
                 lock.acquire()
@@ -123,8 +127,7 @@ class Records:
             path.with_suffix(".lock"), thread_local=False
         )  # a worker claims, another thread releases
         lock.acquire()
-        with written_aside(path) as aside:
-            aside.write_text(_text(replicas))
+        path.write_text(_text(replicas))  # in place: it is read while planning, and void without its lock
         self._held[path.name] = tuple(replicas)
         return lock
 
@@ -140,8 +143,8 @@ class Records:
     def _path(self, replicas: Sequence[Replica], state: bool) -> Path:
         return self.folder / f"{_name(replicas)}{STATE if state else '.safetensors'}"
 
-    def _names(self, ending: str) -> list[str]:
-        return sorted(name for name in os.listdir(self.folder) if name.endswith(ending))
+    def _names(self, ending: str, known: Set[str] = frozenset()) -> list[str]:
+        return sorted(n for n in set(os.listdir(self.folder)) - known if n.endswith(ending))
 
     def _read_all(self, names: Sequence[str]) -> list[Record]:
         records = []

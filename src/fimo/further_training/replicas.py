@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from fimo.further_training.protocol import Protocol
@@ -19,7 +19,7 @@ class Replica(NamedTuple):
 
 
 def next_chunk(
-    waiting: Sequence[Replica], size: int, protocol: Protocol, one_seed_each: bool
+    waiting: Iterable[Replica], size: int, protocol: Protocol, one_seed_each: bool
 ) -> list[Replica]:
     """Return the first chunk of waiting replicas: at most ``size`` that take the same steps.
 
@@ -40,7 +40,7 @@ def next_chunk(
 
     chunk: list[Replica] = []
     for replica in waiting:
-        if group(replica) == group(waiting[0]):
+        if not chunk or group(replica) == group(chunk[0]):
             chunk.append(replica)
             if len(chunk) == size:
                 break
