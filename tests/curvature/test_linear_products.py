@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fimo.curvature.linear_products import LinearHessian, hessian
+from fimo.curvature.hessian import hessian
+from fimo.curvature.linear_products import LinearHessian
 from fimo.curvature.operators import Hessian
 from fimo.data.instances import Instances
 from fimo.models.final_model import FinalModel

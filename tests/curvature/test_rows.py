@@ -84,6 +84,22 @@ def test_products_are_those_of_the_dense_matrix(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LINEAR_CASES)
+def test_pieces_of_factored_products_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]()
+    rows = InstanceGradients(case.final_model).outputs(case.train)
+    assert isinstance(rows, FactoredRows)
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(rows.p, 3, generator=generator, dtype=torch.float64)
+    weights = torch.randn(rows.n, rows.r, 3, generator=generator, dtype=torch.float64)
+    dense_rows = rows.dense()
+    for piece in (1, 100, 10_000):
+        monkeypatch.setattr("fimo.curvature.rows.PIECE", piece)
+        torch.testing.assert_close(rows.times(vectors), dense_rows @ vectors)
+        expected = torch.einsum("nrp,nrk->pk", dense_rows, weights)
+        torch.testing.assert_close(rows.transposed_times(weights), expected)
+
+
+@pytest.mark.parametrize("name", LINEAR_CASES)
 def test_frozen_layers_have_no_entries(name: str) -> None:
     case = CASES[name]()
     model = FinalModel(case.final_model.network, case.final_model.loss, trainable=("0.bias", "2.weight"))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from fimo.curvature.operators import Hessian, Operator
+from fimo.curvature.operators import Operator
 from fimo.curvature.outputs import output_gradient
 from fimo.curvature.rows import split
 from fimo.data.instances import Instances
@@ -171,19 +171,6 @@ class LinearHessian(Operator):
             return grad(lambda f: self.loss(f, targets).sum())(values)
 
         return vmap(lambda v: jvp(gradient, (outputs,), (v,))[1], in_dims=1, out_dims=1)(pushed).contiguous()
-
-
-def hessian(
-    final_model: FinalModel, instances: Instances, count: Callable[[int], None] | None = None
-) -> LinearHessian | Hessian:
-    """Return the Hessian of the mean training loss: written out where the network is one of linear layers."""
-    inputs = instances.inputs
-    layers = linear_layers(final_model.network)
-    if layers is not None and isinstance(inputs, Tensor) and inputs.dim() >= 2:
-        width = final_model.network.get_parameter(layers[0].weight).shape[1]
-        if inputs[:1].flatten(1).shape[1] == width:
-            return LinearHessian(final_model, instances, count)
-    return Hessian(final_model, instances, count=count)
 
 
 def _slopes(layer: Layer, before: Tensor) -> tuple[Tensor | None, Tensor | None]:

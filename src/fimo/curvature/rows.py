@@ -17,6 +17,9 @@ from torch import Tensor
 Shapes = Mapping[str, torch.Size]
 """Parameters by name, in the order in which flat vectors of length P concatenate them."""
 
+PIECE = 2**18
+"""Numbers of one layer that products of factored rows make at once, so that a CPU keeps them in its cache."""
+
 
 class Rows(ABC):
     """n·R vectors of length P.
@@ -235,28 +238,60 @@ class FactoredRows(Rows):
         k = vectors.shape[1]
         total = torch.zeros(self.n, self.r, k, dtype=self.dtype, device=self.device)
         for layer in self.layers:
-            out = layer.delta.shape[2]
-            leaving = torch.zeros(self.n, k, out, dtype=self.dtype, device=self.device)
-            if layer.weight:
-                matrix = parts[layer.weight].reshape(k * out, -1)
-                leaving += (layer.entering @ matrix.T).view(self.n, k, out)
             if layer.bias:
-                leaving += parts[layer.bias]
-            total += layer.delta @ leaving.transpose(1, 2)
+                total += layer.delta @ parts[layer.bias].T
+            if not layer.weight:
+                continue
+            out, width = layer.delta.shape[2], layer.entering.shape[1]
+            matrix = parts[layer.weight].reshape(k, out, width)
+            narrow = self._narrow(layer)
+            if narrow:
+                matrix = matrix.transpose(0, 1).reshape(out, k * width)
+            else:
+                matrix = matrix.reshape(k * out, width).T
+            for at in self._pieces(k * (self.r * width if narrow else out)):
+                delta, entering = layer.delta[at], layer.entering[at]
+                n = len(entering)
+                if narrow:
+                    back = (delta.reshape(-1, out) @ matrix).view(n, self.r * k, width)
+                    total[at] += (back @ entering[:, :, None]).view(n, self.r, k)
+                else:
+                    total[at] += delta @ (entering @ matrix).view(n, k, out).transpose(1, 2)
         return total
 
     def transposed_times(self, weights: Tensor) -> Tensor:
         k = weights.shape[2]
         parts: dict[str, Tensor] = {}
         for layer in self.layers:
-            out = layer.delta.shape[2]
-            delta = weights.transpose(1, 2) @ layer.delta  # [n, K, out]
-            if layer.weight:
-                summed = delta.view(self.n, k * out).T @ layer.entering  # [K·out, in]
-                parts[layer.weight] = summed.view(k, -1)
+            out, width = layer.delta.shape[2], layer.entering.shape[1]
             if layer.bias:
-                parts[layer.bias] = delta.sum(0)
+                parts[layer.bias] = weights.flatten(0, 1).T @ layer.delta.flatten(0, 1)
+            if not layer.weight:
+                continue
+            narrow = self._narrow(layer)
+            shape = (out, k * width) if narrow else (k * out, width)
+            summed = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            for at in self._pieces(k * (self.r * width if narrow else out)):
+                delta, entering, weight = layer.delta[at], layer.entering[at], weights[at]
+                if narrow:
+                    spread = (weight[..., None] * entering[:, None, None, :]).reshape(-1, k * width)
+                    summed.addmm_(delta.reshape(-1, out).T, spread)
+                else:
+                    summed.addmm_((weight.transpose(1, 2) @ delta).reshape(-1, k * out).T, entering)
+            if narrow:
+                summed = summed.view(out, k, width).transpose(0, 1)
+            parts[layer.weight] = summed.reshape(k, -1)
         return torch.cat([parts[name] for name in self.shapes], 1).T
+
+    def _narrow(self, layer: LayerFactors) -> bool:
+        """Whether products of vectors with the layer's deltas are smaller than those with what enters it."""
+        return self.r * layer.entering.shape[1] < layer.delta.shape[2]
+
+    def _pieces(self, numbers: int) -> Iterator[slice]:
+        """Return slices of instances; ``numbers`` are made for each."""
+        step = max(1, (PIECE if self.device.type == "cpu" else 256 * PIECE) // numbers)
+        for start in range(0, self.n, step):
+            yield slice(start, start + step)
 
 
 @dataclass(frozen=True)

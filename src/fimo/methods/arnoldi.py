@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fimo.curvature.damping import Damping, DampingValue
+from fimo.curvature.hessian import hessian
 from fimo.curvature.kernel import MAX_DIMENSION
-from fimo.curvature.operators import GaussNewton, Hessian, Operator, RowsOperator
+from fimo.curvature.operators import GaussNewton, Operator, RowsOperator
 from fimo.curvature.rows import Rows
 from fimo.curvature.solvers import lanczos
 from fimo.data.instances import Instances
@@ -79,7 +80,7 @@ class Arnoldi(CurvatureMethod):
         elif self.curvature == "gauss_newton":
             self.operator = GaussNewton(final_model, train, count=self.gradients.count)
         else:
-            self.operator = Hessian(final_model, train, count=self.gradients.count)
+            self.operator = hessian(final_model, train, count=self.gradients.count)
         self._keep(*lanczos(self.operator.times, start, self.iterations), smallest=1e-6)
 
     def _keep(self, values: Tensor, vectors: Tensor, smallest: float) -> None:

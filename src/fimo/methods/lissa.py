@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fimo.curvature.damping import DampingValue
+from fimo.curvature.hessian import hessian
 from fimo.curvature.kernel import MAX_DIMENSION
 from fimo.curvature.krylov import KrylovSpace
-from fimo.curvature.linear_products import LinearHessian, hessian
+from fimo.curvature.linear_products import LinearHessian
 from fimo.curvature.operators import GaussNewton, Hessian, RowsOperator
 from fimo.curvature.rows import Rows
 from fimo.curvature.solvers import (

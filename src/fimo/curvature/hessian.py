@@ -1,0 +1,37 @@
+"""The Hessian of the mean training loss, by the fastest products that a network allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fimo.curvature.linear_products import LinearHessian
+from fimo.curvature.operators import Hessian
+from fimo.curvature.piecewise import PiecewiseLinearHessian, is_shallow
+from fimo.data.instances import Instances
+from fimo.further_training.linear import linear_layers
+from fimo.models.final_model import FinalModel
+
+
+def hessian(
+    final_model: FinalModel, instances: Instances, count: Callable[[int], None] | None = None
+) -> LinearHessian | Hessian:
+    """Return the Hessian of the mean training loss.
+
+    Written out where the network is one of linear layers, and with what is left of Gauss-Newton summed over
+    the instances once where it is shallow and narrow enough; else by automatic differentiation.
+
+    Args:
+        final_model: at whose parameters.
+        instances: over which the loss is averaged.
+        count: called with the number of products of one instance and one vector, as they are made.
+    """
+    inputs = instances.inputs
+    layers = linear_layers(final_model.network)
+    if layers is not None and isinstance(inputs, Tensor) and inputs.dim() >= 2:
+        width = final_model.network.get_parameter(layers[0].weight).shape[1]
+        if inputs[:1].flatten(1).shape[1] == width:
+            kind = PiecewiseLinearHessian if is_shallow(final_model, instances) else LinearHessian
+            return kind(final_model, instances, count)
+    return Hessian(final_model, instances, count=count)
