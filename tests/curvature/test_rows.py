@@ -128,3 +128,15 @@ def test_gradients_are_counted() -> None:
     gradients.losses(case.train)
     gradients.outputs(case.test)
     assert gradients.evaluations == len(case.train) + 3 * len(case.test)
+
+
+def test_gradients_that_are_computed_again_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    case = CASES["conv_net"]()
+    with caplog.at_level("INFO"):
+        InstanceGradients(case.final_model).losses(case.train)
+        assert not caplog.messages
+        gradients = in_forms(case)["blocks"]
+        gradients.losses(case.train)
+        gradients.losses(case.train)
+    assert len(caplog.messages) == 1
+    assert "cache folder" in caplog.messages[0]

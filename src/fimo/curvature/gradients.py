@@ -66,6 +66,7 @@ class InstanceGradients:
         self.cache = Path(cache) if cache is not None else None
         self.evaluations = 0
         self.vectorise = True
+        self._told = False
         layers = linear_layers(final_model.network)
         self.layers: list[Layer] | None = layers
 
@@ -137,6 +138,17 @@ class InstanceGradients:
         if len(instances) * self.p * r * torch.empty((), dtype=self.storage).element_size() <= self.memory:
             kept = [b.to(self.storage) for b in stream.blocks()]
             return StreamedRows(lambda: iter(kept), len(instances), r, self.shapes, self.dtype, self.device)
+        if self.cache is None and not self._told:
+            self._told = True
+            log.info(
+                "gradients of %d instances take %.1f GiB, more than memory_mb=%.0f: they are computed again "
+                "whenever they are used, all of them for each block of %d where two sets are multiplied; a "
+                "larger memory_mb, storage=bfloat16 or a cache folder saves that",
+                len(instances),
+                len(instances) * self.p * r * torch.empty((), dtype=self.dtype).element_size() / 2**30,
+                self.memory / 2**20,
+                block,
+            )
         return stream
 
     def _factored(self, instances: Instances, layers: list[Layer], cotangents: Cotangents) -> FactoredRows:

@@ -235,63 +235,79 @@ class FactoredRows(Rows):
 
     def times(self, vectors: Tensor) -> Tensor:
         parts = split(vectors.T, self.shapes)
-        k = vectors.shape[1]
-        total = torch.zeros(self.n, self.r, k, dtype=self.dtype, device=self.device)
+        total = torch.zeros(self.n, self.r, vectors.shape[1], dtype=self.dtype, device=self.device)
         for layer in self.layers:
             if layer.bias:
                 total += layer.delta @ parts[layer.bias].T
             if not layer.weight:
                 continue
             out, width = layer.delta.shape[2], layer.entering.shape[1]
-            matrix = parts[layer.weight].reshape(k, out, width)
             narrow = self._narrow(layer)
-            if narrow:
-                matrix = matrix.transpose(0, 1).reshape(out, k * width)
-            else:
-                matrix = matrix.reshape(k * out, width).T
-            for at in self._pieces(k * (self.r * width if narrow else out)):
-                delta, entering = layer.delta[at], layer.entering[at]
-                n = len(entering)
+            for some, pieces in self._pieces(self.r * width if narrow else out, vectors.shape[1]):
+                matrix = parts[layer.weight][some].reshape(-1, out, width)
+                k = len(matrix)
                 if narrow:
-                    back = (delta.reshape(-1, out) @ matrix).view(n, self.r * k, width)
-                    total[at] += (back @ entering[:, :, None]).view(n, self.r, k)
+                    matrix = matrix.transpose(0, 1).reshape(out, k * width)
                 else:
-                    total[at] += delta @ (entering @ matrix).view(n, k, out).transpose(1, 2)
+                    matrix = matrix.reshape(k * out, width).T
+                for at in pieces:
+                    delta, entering = layer.delta[at], layer.entering[at]
+                    n = len(entering)
+                    if narrow:
+                        back = (delta.reshape(-1, out) @ matrix).view(n, self.r * k, width)
+                        product = (back @ entering[:, :, None]).view(n, self.r, k)
+                    else:
+                        product = delta @ (entering @ matrix).view(n, k, out).transpose(1, 2)
+                    total[at, :, some] += product
         return total
 
     def transposed_times(self, weights: Tensor) -> Tensor:
-        k = weights.shape[2]
-        parts: dict[str, Tensor] = {}
+        found = torch.empty(weights.shape[2], self.p, dtype=self.dtype, device=self.device)
+        parts = split(found, self.shapes)
         for layer in self.layers:
             out, width = layer.delta.shape[2], layer.entering.shape[1]
             if layer.bias:
-                parts[layer.bias] = weights.flatten(0, 1).T @ layer.delta.flatten(0, 1)
+                parts[layer.bias][:] = weights.flatten(0, 1).T @ layer.delta.flatten(0, 1)
             if not layer.weight:
                 continue
             narrow = self._narrow(layer)
-            shape = (out, k * width) if narrow else (k * out, width)
-            summed = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            for at in self._pieces(k * (self.r * width if narrow else out)):
-                delta, entering, weight = layer.delta[at], layer.entering[at], weights[at]
+            for some, pieces in self._pieces(self.r * width if narrow else out, weights.shape[2]):
+                k = len(parts[layer.weight][some])
+                shape = (out, k * width) if narrow else (k * out, width)
+                summed = torch.zeros(shape, dtype=self.dtype, device=self.device)
+                for at in pieces:
+                    delta, entering, weight = layer.delta[at], layer.entering[at], weights[at, :, some]
+                    if narrow:
+                        spread = (weight[..., None] * entering[:, None, None, :]).reshape(-1, k * width)
+                        summed.addmm_(delta.reshape(-1, out).T, spread)
+                    else:
+                        summed.addmm_((weight.transpose(1, 2) @ delta).reshape(-1, k * out).T, entering)
                 if narrow:
-                    spread = (weight[..., None] * entering[:, None, None, :]).reshape(-1, k * width)
-                    summed.addmm_(delta.reshape(-1, out).T, spread)
-                else:
-                    summed.addmm_((weight.transpose(1, 2) @ delta).reshape(-1, k * out).T, entering)
-            if narrow:
-                summed = summed.view(out, k, width).transpose(0, 1)
-            parts[layer.weight] = summed.reshape(k, -1)
-        return torch.cat([parts[name] for name in self.shapes], 1).T
+                    summed = summed.view(out, k, width).transpose(0, 1)
+                parts[layer.weight][some] = summed.reshape(k, -1)
+        return found.T
 
     def _narrow(self, layer: LayerFactors) -> bool:
         """Whether products of vectors with the layer's deltas are smaller than those with what enters it."""
         return self.r * layer.entering.shape[1] < layer.delta.shape[2]
 
-    def _pieces(self, numbers: int) -> Iterator[slice]:
-        """Return slices of instances; ``numbers`` are made for each."""
-        step = max(1, (PIECE if self.device.type == "cpu" else 256 * PIECE) // numbers)
-        for start in range(0, self.n, step):
-            yield slice(start, start + step)
+    def _pieces(self, numbers: int, k: int) -> list[tuple[slice, list[slice]]]:
+        """Return slices of k vectors, each with slices of instances.
+
+        Args:
+            numbers: that are made for each vector and instance.
+        """
+        piece = PIECE if self.device.type == "cpu" else 256 * PIECE
+        # pieces of both, lest one operand is read again and again for a few rows of the other
+        vectors = max(1, min(k, int(piece**0.5) * 4 // numbers))
+        instances = max(1, piece // (numbers * vectors))
+        return [
+            (
+                slice(first, min(first + vectors, k)),
+                [slice(start, start + instances) for start in range(0, self.n, instances)],
+            )
+            for first in range(0, k, vectors)
+        ]
 
 
 @dataclass(frozen=True)
