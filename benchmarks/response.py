@@ -3,7 +3,9 @@
     python benchmarks/response.py --dataset concrete --path FILE --optimizer sgd --lr 0.03 --epochs 50
 
 prints, per method, the agreement (cosine, mean over test instances) at a few epochs, its ratio to the noise
-ceiling in brackets, and the CPU time relative to the gold standard's. The final model is trained first.
+ceiling in brackets, and the CPU time relative to the gold standard's. The final model is trained first. ``fewer seeds``
+is the gold standard itself with a tenth of its seeds; methods follow the gold standard's own seeds unless
+``--follow-from`` names others.
 
     python benchmarks/response.py --suite
 
@@ -31,6 +33,7 @@ from fimo.data.tabular import Table, TabularModule
 from fimo.evaluation import agreement, noise_ceiling
 from fimo.further_training import full_runs, further_train
 from fimo.further_training.protocol import Protocol
+from fimo.further_training.sensitivity import Sensitivity
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.base import AttributionMethod
 from fimo.methods.best import Best
@@ -130,9 +133,12 @@ def show(a: argparse.Namespace) -> None:
     print(f"gold standard: {gold:.1f} s CPU, {gold_wall:.1f} s")
     print(f"{'epoch':20s} {'cost':>6s} " + " ".join(f"{e:>12d}" for e in shown))
     print(f"{'ceiling':20s} {'1':>6s} " + " ".join(f"{c:>12.3f}" for c in ceiling))
+    few = max(1, a.seeds // 10)
+    print_row("fewer seeds", few / a.seeds, truth.raw[:few].mean(0), truth, at, ceiling)
+    followed = [a.follow_from + s for s in seeds]
     ft = FurtherTraining(
-        protocol, tuple(truth.step.tolist()), tuple(seeds),
-        lambda: full_runs(final_model, train, protocol, seeds),
+        protocol, tuple(truth.step.tolist()), tuple(followed),
+        lambda: full_runs(final_model, train, protocol, followed),
     )  # fmt: skip
     for name in a.methods:
         method = METHODS[name]()
@@ -142,11 +148,18 @@ def show(a: argparse.Namespace) -> None:
         start = time.process_time()
         scores = method.attribute(final_model, train, test, left_out, ft)
         cost = (time.process_time() - start) / gold
-        found = agreement(centred(scores), truth.sensitivity)[at].nanmean(1)
-        row = " ".join(f"{v:6.3f} ({v / c:.2f})" for v, c in zip(found, ceiling, strict=True))
-        print(f"{name:20s} {cost:6.3f} {row}", flush=True)
+        print_row(name, cost, scores, truth, at, ceiling)
         for line in notes(method, shown):
             print(f"  {line}", flush=True)
+
+
+def print_row(
+    name: str, cost: float, scores: Tensor, truth: Sensitivity, at: Tensor, ceiling: Tensor
+) -> None:
+    """Print a method's agreement, and in brackets its share of the ceiling."""
+    found = agreement(centred(scores), truth.sensitivity)[at].nanmean(1)
+    row = " ".join(f"{v:6.3f} ({v / c:.2f})" for v, c in zip(found, ceiling, strict=True))
+    print(f"{name:20s} {cost:6.3f} {row}", flush=True)
 
 
 def centred(scores: Tensor) -> Tensor:
@@ -162,7 +175,7 @@ def notes(method: Any, shown: list[int]) -> list[str]:
         method = method.chosen
     if (validation := getattr(method, "validation", None)) is not None:
         pairs = ", ".join(f"{e}: {validation[e - 1][0]:.2f}/{validation[e - 1][1]:.2f}" for e in shown)
-        found.append(f"groups' effects predicted (correlation/scale) {pairs}")
+        found.append(f"real runs' effects predicted (correlation/scale) {pairs}")
     return found
 
 
@@ -205,6 +218,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     p.add_argument("--leave-out", default="shift", choices=["shift", "mask", "every_batch"])
     p.add_argument("--epochs", type=int, default=20)
     p.add_argument("--seeds", type=int, default=10)
+    p.add_argument("--follow-from", type=int, default=0, help="first of the seeds that methods follow")
     p.add_argument("--left-out", type=int, default=50)
     p.add_argument("--tests", type=int, default=50)
     p.add_argument("--threads", type=int, default=1)

@@ -39,20 +39,3 @@ def test_an_epoch_that_shift_makes_shorter_ends_with_an_empty_step() -> None:
     found = list(steps([0], torch.tensor([2]), 9, protocol, torch.float64))
     assert len(found) == 6
     assert [bool(step.without.any()) for step in found] == [True, True, False] * 2
-
-
-@pytest.mark.parametrize("rule", ["mask", "every_batch"])
-def test_groups_are_left_out_together(rule: LeaveOutRule) -> None:
-    n, groups = 11, torch.tensor([[1, 5, 9], [0, 2, 10]])
-    protocol = Protocol(batch_size=4, epochs=2, leave_out=rule)
-    runs = BatchStream([Replica(3, tuple(g)) for g in groups.tolist()], n, protocol, torch.float64, "cpu")
-    stream = runs.starting_at(0)
-    for step in steps([3], torch.tensor([4]), n, protocol, torch.float64, groups[None]):
-        batch = next(stream)
-        expected = torch.zeros(2, n, dtype=torch.float64)
-        expected.scatter_add_(1, batch.index.expand(2, -1), batch.weight)
-        if batch.extra is not None and batch.extra_weight is not None:
-            expected.scatter_add_(1, batch.extra, batch.extra_weight)
-        found = torch.zeros(2, n, dtype=torch.float64)
-        found.scatter_add_(1, step.index[0].expand(2, -1), step.without[0, :, 1:].T)
-        torch.testing.assert_close(found, expected)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from fimo.dynamics.real_runs import run_without
 from fimo.errors import InputError
 from fimo.evaluation import agreement
 from fimo.further_training.protocol import Protocol
@@ -17,33 +19,62 @@ from tests.methods.test_response import following, linear_regression, real_chang
 
 
 @pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
-def test_on_a_linear_model_group_runs_confirm_the_response(rule: Any) -> None:
+def test_on_a_linear_model_real_runs_confirm_the_response(rule: Any) -> None:
     case = linear_regression()
     protocol = Protocol(
         lr=0.05, batch_size=4, epochs=2, leave_out=rule, dtype="float64", evaluate_every=1, momentum=0.5
     )
     run = (case.final_model, case.train, case.test, torch.arange(0, 22, 2), following(case, protocol))
-    method = CalibratedResponse(budget=0.5, kernels="own")
+    method = CalibratedResponse(budget=1, kernels="own")
     found = method.attribute(*run)
-    torch.testing.assert_close(found, Response(kernels="own").attribute(*run), rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(found, Response(kernels="own").attribute(*run), rtol=1e-6, atol=1e-9)
     assert method.validation is not None
     assert all(c == pytest.approx(1) and a == pytest.approx(1) for c, a in method.validation)
+    assert method.trusted == len(method.ft.steps)
 
 
-def test_real_runs_help_where_the_response_is_far_off() -> None:
+def beyond_linear(budget: float) -> tuple[CalibratedResponse, Any, Tensor]:
+    """A method, what it is given, and the real changes, which a linear response misses in part."""
     case = CASES["mlp_regression"]()
-    protocol = Protocol(lr=0.3, batch_size=5, epochs=12, leave_out="mask", dtype="float64", evaluate_every=60)
-    left_out = list(range(0, 22, 2))
-    seeds = list(range(4))
-    ft = following(case, protocol, seeds)
-    run = (case.final_model, case.train, case.test, torch.tensor(left_out), ft)
-    truth = real_changes(case, protocol, left_out, seeds)
-    plain = agreement(Response().attribute(*run), truth, "pearson")[-1].mean()
-    method = CalibratedResponse(budget=0.5)
-    found = agreement(method.attribute(*run), truth, "pearson")[-1].mean()
-    assert found > plain
+    protocol = Protocol(lr=0.1, batch_size=11, epochs=60, leave_out="mask", dtype="float64")
+    left_out, seeds = list(range(0, 22, 2)), list(range(4))
+    run = (case.final_model, case.train, case.test, torch.tensor(left_out), following(case, protocol, seeds))
+    return CalibratedResponse(budget=budget), run, real_changes(case, protocol, left_out, seeds)
+
+
+def test_real_runs_help_where_the_response_is_off() -> None:
+    method, run, truth = beyond_linear(budget=0.7)
+    plain = agreement(Response().attribute(*run), truth, "pearson").mean(1)
+    found = agreement(method.attribute(*run), truth, "pearson").mean(1)
+    assert 1 - found[30:].mean() < 0.8 * (1 - plain[30:].mean())
     assert method.score_sem is not None
     assert (method.score_sem > 0).all()
+
+
+def test_a_response_that_real_runs_contradict_is_not_followed_further() -> None:
+    method, run, _ = beyond_linear(budget=0.7)
+    method.trust = 1.0
+    found = method.attribute(*run)
+    assert method.trusted is not None
+    assert method.trusted < len(found)
+    assert found.isfinite().all()
+
+
+def test_the_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(*arguments: Any) -> Tensor:
+        made.append(len(arguments[-1]))
+        return run_without(*arguments)
+
+    monkeypatch.setattr("fimo.methods.calibrated.run_without", counted)
+    method, run, _ = beyond_linear(budget=0.7)
+    method.attribute(*run)
+    assert method.trusted is not None
+    following_steps = 2 + 2 * method.trusted / 60
+    assert made[0] == 8
+    assert sum(made) == int(0.7 * 4 * 12 - 4 - following_steps * method.following_cost(run[2]))
+    assert sum(made) > 12
 
 
 def test_without_a_budget_it_is_the_response() -> None:
@@ -55,6 +86,8 @@ def test_without_a_budget_it_is_the_response() -> None:
     assert method.validation is None
 
 
-def test_a_wrong_budget_is_refused() -> None:
+def test_a_wrong_share_is_refused() -> None:
     with pytest.raises(InputError, match="budget"):
         CalibratedResponse(budget=-1)
+    with pytest.raises(InputError, match="trust"):
+        CalibratedResponse(trust=1.5)

@@ -132,8 +132,8 @@ class Carried:
     def __init__(self, protocol: Protocol) -> None:
         self.protocol = protocol
         self._parts: list[list[Tensor]] = []  # of each seed: its change, and its momentum if there is any
-        self._train: list[Tensor] = []  # [S·M·R, L + K], what each part changes in training outputs
-        self._test: list[Tensor] = []  # [S, J·D, L + K], and in test outputs
+        self._train: list[Tensor] = []  # [S·M·R, L], what each part changes in training outputs
+        self._test: list[Tensor] = []  # [S, J·D, L], and in test outputs
         self._inertia: Inertia | None = None
 
     def turn(self, before: Kernel, after: Kernel, optimizer: CoefficientOptimizer, seeds: int) -> None:
@@ -164,14 +164,14 @@ class Carried:
             self._inertia.step(lr)
 
     def add_train(self, change: Tensor, rows: Tensor) -> None:
-        """Add the change of training outputs at ``rows`` (of S·M·R) to ``change`` ``[S, B·R, L + K]``."""
+        """Add the change of training outputs at ``rows`` (of S·M·R) to ``change`` ``[S, B·R, L]``."""
         if self._inertia is not None:
             for share, part in zip(self._inertia.change, self._train, strict=False):
                 if share:
                     change.add_(part.index_select(0, rows).view_as(change), alpha=share)
 
     def add_test(self, change: Tensor) -> Tensor:
-        """Add the change of test outputs to ``change`` ``[S, J·D, L + K]``."""
+        """Add the change of test outputs to ``change`` ``[S, J·D, L]``."""
         if self._inertia is not None:
             for share, part in zip(self._inertia.change, self._test, strict=False):
                 change = change.add(part, alpha=share)
@@ -214,11 +214,10 @@ def responses(
     points: Sequence[int],
     segments: Sequence[Segment],
     kernels: Iterator[Kernel],
-    groups: Tensor | None = None,
     loss: Loss | None = None,
     targets: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the changes ``[S, J·D, L + K]`` of test outputs at each of the E evaluation points.
+    """Yield the changes ``[S, J·D, L]`` of test outputs at each of the E evaluation points.
 
     Args:
         left_out: ``[L]``, one instance per run.
@@ -226,7 +225,6 @@ def responses(
         points: ``[E]`` optimizer steps.
         segments: of the evaluation points, each with the next of ``kernels``. What earlier segments changed
             is carried over as changes of parameters.
-        groups: ``[S, K, G]``, instances left out together by K more runs, under ``mask``.
         loss, targets: of all N instances, where outputs are given along the runs.
     """
     m, r, _ = space.directions.shape
@@ -235,8 +233,7 @@ def responses(
     place = torch.full((instances,), -1, dtype=torch.int64, device=device)
     place[space.kept] = torch.arange(m, device=device)
     whole = m == instances
-    runs = len(left_out) + (0 if groups is None else groups.shape[1])
-    optimizer = CoefficientOptimizer(protocol, (s * m * r, runs + 1), like)
+    optimizer = CoefficientOptimizer(protocol, (s * m * r, len(left_out) + 1), like)
     coefficients = optimizer.coefficients.view(s, m * r, -1)  # the last column is the full run's own
     first = (torch.arange(s, device=device) * m)[:, None]  # a seed's rows among all seeds'
     within = torch.arange(r, device=device)
@@ -244,7 +241,7 @@ def responses(
     hessians = hessians.flatten(1, 2)  # [K, S·M, R, R]
     outputs = None if along.outputs is None else along.outputs.transpose(0, 1).flatten(1, 2)
     goals = torch.empty(0) if targets is None else targets[space.kept]
-    stream, taken = steps(seeds, left_out, instances, protocol, like.dtype, groups), 0
+    stream, taken = steps(seeds, left_out, instances, protocol, like.dtype), 0
     kernel, carried = None, Carried(protocol)
     for segment in segments:
         before, kernel = kernel, next(kernels)
@@ -265,7 +262,7 @@ def responses(
                     coefficients[:, :, -1] = 0.0  # starts again from what is known
                 at = (index + first).flatten()
                 rows = at if r == 1 else (at[:, None] * r + within).flatten()
-                change = kernel.rows(index) @ coefficients  # [S, B·R, L + K + 1]
+                change = kernel.rows(index) @ coefficients  # [S, B·R, L + 1]
                 carried.add_train(change[..., :-1], rows)
                 if outputs is None:
                     gradient = gradients[k].index_select(0, at).view(s, b, r, 1)

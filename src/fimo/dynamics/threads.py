@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fimo.further_training.replicas import even_parts as even_parts
+
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -23,12 +25,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def even_parts(count: int, most: int) -> list[int]:
-    """Return sizes of about equal parts, at most ``most`` each: an even number of them, for two threads."""
-    parts = min(count, 2 * -(-count // (2 * most)))
-    return [count // parts + (k < count % parts) for k in range(parts)]
 
 
 def side_by_side(function: Callable[[Item], Found], items: Sequence[Item], workers: int) -> list[Found]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -24,6 +24,11 @@ class Trajectory:
     parameters: tuple[Mapping[str, Tensor], ...]
     second_moment: tuple[Mapping[str, Tensor], ...] | None = None
 
+    def until(self, points: int) -> Trajectory:
+        """Return the run up to and with its first so many evaluation points."""
+        moments = None if self.second_moment is None else self.second_moment[: points + 1]
+        return Trajectory(self.seed, self.parameters[: points + 1], moments)
+
 
 @dataclass(frozen=True)
 class FurtherTraining:
@@ -40,3 +45,14 @@ class FurtherTraining:
     steps: tuple[int, ...]
     seeds: tuple[int, ...]
     full_runs: Callable[[], Iterator[Trajectory]]
+
+    def part(
+        self, trajectories: Iterator[Trajectory], seeds: tuple[int, ...], points: int
+    ) -> FurtherTraining:
+        """Return some seeds' further training up to and with its first so many evaluation points.
+
+        Args:
+            trajectories: of these seeds, in this order; consumed by the first use of ``full_runs``.
+        """
+        some = (t.until(points) for t in trajectories)
+        return replace(self, steps=self.steps[:points], seeds=seeds, full_runs=lambda: some)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -130,12 +130,8 @@ class Response(FollowingMethod):
         self.gradient_evaluations += response.gradient_evaluations
         return scores.to(next(iter(self.final_model.parameters().values())).dtype)
 
-    def by_seed(self, test: Instances, groups: Mapping[int, Tensor] | None = None) -> Iterator[Tensor]:
-        """Yield each seed's scores ``[E, J, L + K]`` (float64).
-
-        Args:
-            groups: by seed, ``[K, G]`` instances that are left out together, whose scores follow the others.
-        """
+    def by_seed(self, test: Instances) -> Iterator[Tensor]:
+        """Yield each seed's scores ``[E, J, L]`` (float64)."""
         for ignored in ignored_parts(self.final_model, self.ft.protocol):
             log.warning("the response ignores %s", ignored)
         dtype = DTYPES[self.ft.protocol.dtype]
@@ -160,7 +156,6 @@ class Response(FollowingMethod):
             changes = responses(
                 [t.seed for t in runs], self.left_out, len(train), self.ft.protocol, space,
                 self._along(own, train, space, runs, cut), self.ft.steps, cut, kernels,
-                None if groups is None else torch.stack([groups[t.seed] for t in runs]),
                 own.loss, train.targets,
             )  # fmt: skip
             outputs = [outputs_along(own, t.parameters[1:], test) for t in runs]
@@ -170,7 +165,7 @@ class Response(FollowingMethod):
                     mine.append(self.loss_changes(own, at[e], test.targets, c))
             return [torch.stack(f) for f in found]
 
-        parts = self._together(groups)
+        parts = even_parts(len(self.ft.seeds), TOGETHER)
         for start in range(0, len(parts), workers):
             runs = [list(itertools.islice(trajectories, n)) for n in parts[start : start + workers]]
             for found in side_by_side(follow, runs, workers):
@@ -179,16 +174,6 @@ class Response(FollowingMethod):
                         self.ft.protocol.batch_size, len(train)
                     )
                     yield scores
-
-    def _together(self, groups: Mapping[int, Tensor] | None) -> list[int]:
-        """Return how many seeds are followed together: an even number of parts, of equal sizes if possible.
-
-        Seeds with other numbers of groups are kept apart.
-        """
-        counts = [0 if groups is None else len(groups[s]) for s in self.ft.seeds]
-        return [
-            part for _, same in itertools.groupby(counts) for part in even_parts(len(list(same)), TOGETHER)
-        ]
 
     def _kernel_plan(self, test: Instances) -> tuple[bool, int]:
         """Return whether seeds share kernels, and the number of segments."""
