@@ -14,17 +14,41 @@ own times.
 
 Measured at the default size on a busy machine: DataInf 238, CG 79, Arnoldi 135, LiSSA (Gauss-Newton) 108,
 EK-FAC 23 and Grad-Dot 36 times faster than the peer; LiSSA with the Hessian, which is what dattri computes,
-7.8 times (1.8 s against 14.3 s), and 2.6 times where the same 200 steps on batches of 32 are taken. Ours is
-five products of the Hessian with 77 vectors, .28 s each (as long as curvlinops takes), and its time does not
-depend on the depth; dattri's is 200 products with a batch of its own for every test instance. Its time and
-memory grow with the depth (at 1,000 steps 8 GiB do not suffice; its default is 5,000). On a small case
-(N=150, J=20, width 16) the ratio is 200.
+14 to 16 times (.93 to .97 s against 13.2 to 15.2 s), and 2.6 times where the same 200 steps on batches of
+32 are taken. Ours is five products of the Hessian with 77 vectors in a block Krylov space, .08 s each where
+automatic differentiation takes .28 (Gauss-Newton by rows, .05 to .06, and what is left of it summed over the
+instances once; .24 for smooth or deeper networks), and as much again for the Krylov basis. A residual falls
+eightfold with each product; leaving out directions below the tolerance would save half a product. 50 times
+would need all of it in .29 s. Its time does not depend on the depth; dattri's is 200 products with a batch of
+its own for every test instance, and time and memory grow with the depth (at 1,000 steps 8 GiB do not suffice;
+its default is 5,000). On a small case (N=150, J=20, width 16) the ratio is 200.
 
-Growth, seconds as one of N = 345, 691, 1382, J = 38, 77, 154, width = 64, 128, 256 changes: Grad-Dot .0020
-.0027 .0052, .0024 .0025 .0035, .0017 .0028 .0061; DataInf .015 .054 .175, .032 .050 .059, .032 .054 .049; CG
-.036 .163 .859 (an eigenproblem of size N), .135 .141 .152, .125 .148 .173. On a classification (N=2000, J=50,
-MLP 64-512-512-10, P=301,000): Grad-Dot .04, DataInf .6, EK-FAC 3.7; dattri's DataInf and CG on the whole
-training set need more than 8 GiB there.
+Growth, seconds as one of N = 345, 691, 1382, J = 38, 77, 154, width = 64, 128, 256 (P = 4,800, 17,800,
+68,400) changes:
+
+    Grad-Dot   .0021 .0027 .0041    .0018 .0025 .0037    .0014 .0025 .0053
+    DataInf    .013  .040  .159     .028  .040  .049     .031  .039  .058
+    CG         .032  .133  .766     .125  .132  .153     .128  .127  .161   an eigenproblem of size N, as
+    LiSSA      .028  .127  .791     .145  .147  .154     .117  .124  .159   LiSSA's and
+    exact      .026  .125  .675     .136  .122  .129     .111  .125  .153   exact's
+    EK-FAC     .064  .073  .105     .038  .076  .179     .018  .080  .585   rotations of J gradients
+    Arnoldi    .026  .035  .116     .034  .036  .042     .029  .035  .055
+    LiSSA-H    .99   .95   1.59     .44   .93   2.4      .21   .91   4.2    a basis of 5 or 6 J vectors
+
+On a classification (N=2000, J=50, MLP 64-512-512-10, P=301,000): Grad-Dot .04, DataInf .5, LiSSA 22 (its
+kernel of size 18,000 is not decomposed), EK-FAC 4.4 and kronfluence's 24.6 (5.6 times, rank correlation .93).
+dattri's DataInf and LiSSA pass 10 GiB there in training batches of 1,000 and test batches of 10 (a smaller
+training batch solves for the test instances once more each; CG would then add up inverses of batches, another
+method).
+
+BERT-base (random weights, 32 tokens, J=4), peak GiB of the process at N = 32, 64, 128 (1.3 before it starts):
+attention of the last layer, pooler and head (P=3.0M, memory_mb=256): Grad-Dot 1.95 2.21 2.22, DataInf 2.26
+2.48 (128 not run), EK-FAC 2.21 2.43 2.45 (21, 38, 69 s); the last two layers (P=14.8M, memory_mb=1024):
+Grad-Dot 4.22 4.69 4.71, DataInf 5.25 5.74, EK-FAC 4.83 at N=32 (117 s). Flat in N once a block is full; what
+is beyond memory_mb are the network's activations and copies of a block. Gradients that don't fit are computed
+again, all N for each block of J: Grad-Dot with all 109M parameters and N=8 computes 20 gradients in 13.5 s
+and 4.7 GiB (two to a block), or 12 in 14.4 s and 9.8 GiB (memory_mb=4096). It pays for few test instances
+only: DataInf's N x N products took 196 gradients at N=32, 452 at 64. A cache folder computes each once.
 
 Where scores differ:
 - CG, LiSSA and Arnoldi of dattri use the Hessian, ours (but lissa_h) Gauss-Newton. The Hessian's least
@@ -32,19 +56,21 @@ Where scores differ:
   iterations (it agreed with ours only to .73); with 5, the damping here, 10 iterations of dattri's CG in
   float32 and in float64 agree with scipy's MINRES in float64 on double-backward products (residual 1e-9) to
   1.000, and with the Gauss-Newton solve (by its kernel, float64) to .997, as ours do. (Grad-Dot: .47.)
-- LiSSA (.93): batches. lissa_h is within 6e-6 of MINRES. Our own steps on batches of 32 agree with it to
+- LiSSA (.93): batches. lissa_h is within 8e-6 of MINRES. Our own steps on batches of 32 agree with it to
   .94, .95, .94, .91, .94 for five seeds, .88 to .91 with each other, and their mean .97, .974, .981, .985
   for two to five seeds. dattri's damping is ours divided by the scale: its step is g + (1 - damping) x - H
   x / scale.
 - EK-FAC (.90): sampled targets. Ours with one sample for each instance agrees with our exact factors to .87
   to .88, with 10 samples .975, with 100 .996; two of our own samples agree to .80.
-- dattri's Arnoldi gives scores that are not finite (nan here).
+- dattri's Arnoldi gives nan: one pass of Gram-Schmidt in float32 leaves 100 vectors orthogonal to .7 only, so
+  that three of its 99 eigenvalues are negative, although those of the Hessian with the damping are above 3;
+  it counts them out of `proj_dim`, but keeps them and takes their square roots.
 
 curvlinops 3.0.1, one thread, CPU seconds for all vectors, ours second, equal to 3e-7: MLP 8-128-128-1, 691
-instances, 77 vectors: Hessian .28, .29; Gauss-Newton .23, .31 through the network and .12 by rows. A conv net
-(two convolutions, P=3962), 256 instances, 16 vectors: .55, .45; .34, .31 and .016 by rows (.12 to make them,
-once). K-FAC's and EK-FAC's factors with one product (ours: one solve): .03, .05 and .06, .05; conv net .13,
-.25 and .36, .40.
+instances, 77 vectors: Hessian .28, .24 (.08 with sums over the instances); Gauss-Newton .23, .31 through the
+network and .05 by rows. A conv net (two convolutions, P=3962), 256 instances, 16 vectors: .55, .45; .34, .31
+and .016 by rows (.12 to make them, once). K-FAC's and EK-FAC's factors with one product (ours: one solve):
+.03, .05 and .06, .05; conv net .13, .25 and .36, .40.
 """
 
 from __future__ import annotations
@@ -191,7 +217,7 @@ def peer(folder: Path, names: list[str]) -> None:
     """Run inside the peers' environment: write each peer's time and scores ``[J, N]``."""
     data = torch.load(folder / "data.pt", weights_only=False)
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
+    resource.setrlimit(resource.RLIMIT_AS, (10 * 2**30, 10 * 2**30))
     model, n = restored(data), data["n"]
     train = torch.utils.data.TensorDataset(data["x"][:n], data["y"][:n])
     test = torch.utils.data.TensorDataset(data["x"][n:], data["y"][n:])
@@ -234,13 +260,16 @@ def _dattri(name: str, model: nn.Module, train: Any, test: Any, folder: Path) ->
             task, proj_dim=100, max_iter=100, regularization=DAMPING
         ),
     }[name]()
-    loader = torch.utils.data.DataLoader(train, batch_size=len(train))
-    queries = torch.utils.data.DataLoader(test, batch_size=len(test))
-    attributor.cache(loader)
     size = sum(p.numel() for p in model.parameters())
-    if size * len(train) > 2**28:  # its gradients of all instances would take gigabytes
-        loader = torch.utils.data.DataLoader(train, batch_size=2**28 // size)
-    return attributor.attribute(loader, queries).T
+    large = size * len(train) > 2**28  # its gradients of all instances at once take gigabytes
+
+    def loader(dataset: Any, batch_size: int) -> Any:
+        return torch.utils.data.DataLoader(dataset, batch_size=batch_size if large else len(dataset))
+
+    # CG adds up the solutions of each batch of these: smaller batches would be another method
+    attributor.cache(loader(train, 250 if name == "dattri DataInf" else len(train)))
+    # the test side is solved again for each batch of the training side
+    return attributor.attribute(loader(train, 1000), loader(test, 10)).T
 
 
 def _kronfluence(name: str, model: nn.Module, train: Any, test: Any, folder: Path) -> Tensor:
