@@ -13,6 +13,20 @@ an adjoint costs in replicas. A loop with several threads suffers most from othe
 Convolutions gain little from being stacked on a CPU: one by one or as a grouped convolution they already run
 at the matrix-multiply peak (1.2 GFLOP in 12 ms of one thread); unfolding them into batched products took up
 to 4 times as long. What stacking saves is calls, so large networks run one replica after another.
+
+torch.compile was tried with Inductor's C++ code (torch 2.13, GCC, one thread, side by side, busy machine, CPU
+milliseconds per replica-step) and is left out. Steps of the MLPs gain nothing, since matrix products are all
+that takes long: regression at 5, 10 and 25 replicas .207, .184, .212 as written here and .203, .181, .203
+compiled (``max-autotune`` .204 and .193 at 10); classification at 9 and 25 .204, .224 and .207, .224; each
+shape of a batch takes 5 to 25 s to compile. Of networks by torch.func (vmap(grad), eager and compiled), a
+convolutional step takes 1.51 and 1.57, but the transformer's 1.52 and .85: elementwise operations are fused.
+As written here, without vmap(grad), it takes 1.35, so compiling would pay from some 50,000 replica-steps for
+each shape of a batch on.
+
+Up to an eighth of a convolutional step is page faults: glibc gives freed memory back between operations. It
+is the process's setting to change, not a library's: GLIBC_TUNABLES=glibc.malloc.trim_threshold=1073741824:
+glibc.malloc.mmap_threshold=33554432:glibc.malloc.top_pad=67108864 took 8 % off a convolutional net's job, 5 %
+off a transformer's and nothing off an MLP's.
 """
 
 from __future__ import annotations
@@ -308,8 +322,8 @@ class Spent:
     seconds: float
 
 
-def spent(problem: Problem, left_out: int, epochs: int) -> Spent:
-    """Run one seed's job and say where its CPU time went (other work on the machine does not count)."""
+def spent(problem: Problem, left_out: int, epochs: int, seeds: int = 1) -> Spent:
+    """Run a job and say where its CPU time went (other work on the machine does not count)."""
     inside, lock, advance, at = 0.0, threading.Lock(), driver.advance, {}
 
     def timed(*arguments: Any) -> int:
@@ -331,20 +345,20 @@ def spent(problem: Problem, left_out: int, epochs: int) -> Spent:
     driver.advance = timed
     try:
         began, wall = time.process_time(), time.perf_counter()
-        further_train(*data, [0], range(left_out), trainer={"callbacks": [Watch()]})
+        further_train(*data, range(seeds), range(left_out), trainer={"callbacks": [Watch()]})
         wall, ended = time.perf_counter() - wall, time.process_time()
     finally:
         driver.advance = advance
     return Spent(inside, at["end"] - at["start"], at["start"] - began, ended - at["end"], wall)
 
 
-def overhead(epochs: int = 360) -> None:
+def overhead(seeds: int, epochs: int) -> None:
     """Print the share of CPU time outside the chunks' arithmetic (Trainer, store, setting up chunks)."""
     torch.manual_seed(0)
-    found = spent(PROBLEMS["mlp_regression"](), 100, epochs)
+    found = spent(PROBLEMS["mlp_regression"](), 100, epochs, seeds)
     print(
-        f"\n101 runs of {epochs} epochs, {found.seconds:.0f} s: {found.chunks:.1f} of {found.training:.1f} s "
-        f"of CPU time in chunks, {1 - found.chunks / found.training:.1%} outside; {found.before:.2f} s before"
+        f"\n{101 * seeds} runs of {epochs} epochs, {found.seconds:.0f} s: {found.chunks:.1f} of "
+        f"{found.training:.1f} s of CPU time in chunks, {1 - found.chunks / found.training:.1%} outside; {found.before:.2f} s before"
         f" training and {found.after:.2f} s after"
     )
 
@@ -400,7 +414,8 @@ def main() -> None:
         compare(arguments.only, arguments.seconds)
     if arguments.growth:
         growth()
-        overhead()
+        overhead(1, 360)
+        overhead(100, 1)
         derivatives()
 
 

@@ -39,7 +39,9 @@ def adjoint(
         d loss / d w_i += (d weight_i / d w_i) <a, grad loss_i(θ_t)>,    adjoint of θ_t += H_t a.
 
     Both come from one pass of directional derivatives, so that a step costs about two gradients of the
-    batch per adjoint. The trajectory is kept at every sqrt(T)-th step and made again in between.
+    batch per adjoint: with the default chunk 2 to 3.5 times as long as a run of the engine for each test
+    instance and evaluation point (an MLP on one thread; 5.5 with a chunk of 8). The trajectory is kept at
+    every sqrt(T)-th step and made again in between.
 
     Args:
         seed: whose batches (and dropout masks) are followed.

@@ -45,3 +45,13 @@ def next_chunk(
             if len(chunk) == size:
                 break
     return chunk
+
+
+def even_parts(count: int, most: int, workers: int = 2) -> list[int]:
+    """Return sizes of about equal parts of ``count``, the largest first, at most ``most`` (at least 1) each.
+
+    They are as many as workers, or a multiple of that, so that none waits at the end; fewer only where
+    there is not enough for all.
+    """
+    parts = min(count, workers * -(-count // (workers * max(1, most))))
+    return [count // parts + (k < count % parts) for k in range(parts)]

@@ -12,6 +12,7 @@ from fimo.data.instances import Instances
 from fimo.errors import shortened
 from fimo.further_training.networks import Engine, choose_engine, is_stochastic, without_gradient
 from fimo.further_training.protocol import DTYPES, Protocol
+from fimo.further_training.replicas import even_parts
 from fimo.models.final_model import FinalModel
 
 log = logging.getLogger(__name__)
@@ -113,18 +114,12 @@ def chunk_size(setting: Setting, runs: int) -> int:
     """
     workers = worker_threads(setting)
     if setting.engine == "loop":
-        return max(1, _even(runs, 8, workers))
+        return even_parts(runs, 8, workers)[0]
     one = replica_bytes(setting.final_model, setting.protocol, setting.activations, setting.engine)
     if setting.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(setting.device)
-        return max(2, _even(runs, min(4096, int(0.5 * free / one)), workers))
-    return max(2, _even(runs, min(128, int(CPU_BYTES[setting.engine] / one)), workers))
-
-
-def _even(runs: int, most: int, workers: int) -> int:
-    """Return the size of equal chunks, at most ``most``, whose number is a multiple of ``workers``."""
-    chunks = -(-runs // (max(1, most) * workers)) * workers
-    return -(-runs // max(1, chunks))
+        return max(2, even_parts(runs, min(4096, int(0.5 * free / one)), workers)[0])
+    return max(2, even_parts(runs, min(128, int(CPU_BYTES[setting.engine] / one)), workers)[0])
 
 
 def worker_threads(setting: Setting) -> int:
