@@ -23,10 +23,10 @@ convolutional step takes 1.51 and 1.57, but the transformer's 1.52 and .85: elem
 As written here, without vmap(grad), it takes 1.35, so compiling would pay from some 50,000 replica-steps for
 each shape of a batch on.
 
-Up to an eighth of a convolutional step is page faults: glibc gives freed memory back between operations. It
-is the process's setting to change, not a library's: GLIBC_TUNABLES=glibc.malloc.trim_threshold=1073741824:
-glibc.malloc.mmap_threshold=33554432:glibc.malloc.top_pad=67108864 took 8 % off a convolutional net's job, 5 %
-off a transformer's and nothing off an MLP's.
+Up to an eighth of a convolutional step is page faults: glibc gives freed memory back between operations (an
+MLP's step has none). The thresholds are the process's to set, not a library's: with glibc.malloc's
+mmap_threshold=33554432, trim_threshold=1073741824 and top_pad=67108864 (GLIBC_TUNABLES, or mallopt as
+measured) a convolutional net's job takes 8 % and a transformer's 5 % less CPU time.
 """
 
 from __future__ import annotations
@@ -358,8 +358,8 @@ def overhead(seeds: int, epochs: int) -> None:
     found = spent(PROBLEMS["mlp_regression"](), 100, epochs, seeds)
     print(
         f"\n{101 * seeds} runs of {epochs} epochs, {found.seconds:.0f} s: {found.chunks:.1f} of "
-        f"{found.training:.1f} s of CPU time in chunks, {1 - found.chunks / found.training:.1%} outside; {found.before:.2f} s before"
-        f" training and {found.after:.2f} s after"
+        f"{found.training:.1f} s of CPU time in chunks, {1 - found.chunks / found.training:.1%} outside; "
+        f"{found.before:.2f} s before training and {found.after:.2f} s after"
     )
 
 
