@@ -3,9 +3,9 @@
     python benchmarks/response.py --dataset concrete --path FILE --optimizer sgd --lr 0.03 --epochs 50
 
 prints, per method, the agreement (cosine, mean over test instances) at a few epochs, its ratio to the noise
-ceiling in brackets, and the CPU time relative to the gold standard's. The final model is trained first. ``fewer seeds``
-is the gold standard itself with a tenth of its seeds; methods follow the gold standard's own seeds unless
-``--follow-from`` names others.
+ceiling in brackets, and the CPU time relative to the gold standard's. The final model is trained first.
+``fewer seeds`` is the gold standard itself with a tenth of its seeds. Methods follow the gold standard's own
+seeds unless ``--follow-from`` names others.
 
     python benchmarks/response.py --suite
 

@@ -101,7 +101,7 @@ def correct(
     real, predicted, average = (x.double().transpose(0, 1) for x in (real, predicted, average))  # [E, K, J]
     unit, products = _products(time, [real, average, predicted - average], seed)
     # as if one more run had said 1
-    prior = products[:, 0, 0, None, None] / len(instance) * torch.eye(2, dtype=torch.float64)
+    prior = (products[:, 0, 0, None, None] / len(instance)).clamp(min=1e-30) * torch.eye(2).double()
     right = products[:, 1:, 0] + prior.sum(2)
     scale, own_scale = torch.linalg.solve(products[:, 1:, 1:] + prior, right).clamp(0, 1.5).T[..., None, None]
 
@@ -133,7 +133,7 @@ def correlations(steps: Sequence[int], real: Tensor, predicted: Tensor, seed: Te
 
 
 def _products(time: Tensor, effects: Sequence[Tensor], seed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first effects' sizes ``[E, 1, J]``, and in that unit all inner products ``[E, M, M]``.
+    """Return the effects' sizes ``[E, 1, J]``, and in that unit all inner products ``[E, M, M]``.
 
     Products are of differences within seeds, summed over runs and test instances, and averaged over a tenth
     of the amount of further training.
@@ -144,7 +144,9 @@ def _products(time: Tensor, effects: Sequence[Tensor], seed: Tensor) -> tuple[Te
     same = (seed[:, None] == seed).double()
     within = torch.eye(len(seed), dtype=torch.float64) - same / same.sum(1, keepdim=True)
     differences = [within @ x for x in effects]
-    unit = differences[0].square().mean(1, keepdim=True).sqrt().clamp(min=1e-300)
+    # also where real effects vanish and predicted ones don't, as losses of sure classes do
+    unit = torch.stack([x.square().mean(1, keepdim=True) for x in differences]).mean(0).sqrt()
+    unit = unit.clamp(min=1e-300)
     stacked = torch.stack([x / unit for x in differences], 1).flatten(2)  # [E, M, K·J]
     near = torch.exp(-(time[:, None] - time).abs() / (0.1 * time[:, None]))
     return unit, torch.einsum("ef,fmn->emn", near, stacked @ stacked.transpose(1, 2))

@@ -40,7 +40,7 @@ class Best(FollowingMethod):
         reason: why.
     """
 
-    def __init__(self, short: float = 5, budget: float = 0.04, memory_mb: float = 1024) -> None:
+    def __init__(self, short: float = 5, budget: float = 0.1, memory_mb: float = 1024) -> None:
         if short < 0:
             raise InputError("short", f"expected at least 0 but got {short}")
         self.short, self.memory_mb = short, memory_mb
