@@ -45,9 +45,9 @@ BERT-base (random weights, 32 tokens, J=4), peak GiB of the process at N = 32, 6
 attention of the last layer, pooler and head (P=3.0M, memory_mb=256): Grad-Dot 1.95 2.21 2.22, DataInf 2.26
 2.48 (128 not run), EK-FAC 2.21 2.43 2.45 (21, 38, 69 s); the last two layers (P=14.8M, memory_mb=1024):
 Grad-Dot 4.22 4.69 4.71, DataInf 5.25 5.74, EK-FAC 4.83 at N=32 (117 s). Flat from 64 to 128 where both were
-run; what is beyond memory_mb are the network's activations and copies of a block. Gradients that don't fit are
-computed again, all N for each block of J: Grad-Dot with all 109M parameters and N=8 computes 20 gradients in
-13.5 s and 4.7 GiB (two to a block), or 12 in 14.4 s and 9.8 GiB (memory_mb=4096). It pays for few test
+run; what is beyond memory_mb are the network's activations and copies of a block. Gradients that don't fit
+are computed again, all N for each block of J: Grad-Dot with all 109M parameters and N=8 computes 20 gradients
+in 13.5 s and 4.7 GiB (two to a block), or 12 in 14.4 s and 9.8 GiB (memory_mb=4096). It pays for few test
 instances only: DataInf's N x N products took 196 gradients at N=32, 452 at 64. A cache folder computes each
 once.
 

@@ -136,11 +136,11 @@ def test_test_instances_without_any_real_effect_change_nothing_for_the_others() 
     real = runs(truth, instance, seed, noise=0.3)
     predicted = 0.5 * truth[:, :, instance].permute(2, 0, 1)
     found = correct(STEPS, real, predicted, predicted, instance, seed, LEFT_OUT)
-    still = [torch.cat([x, 0 * x[:, :, :1]], 2) for x in (real, predicted)]
-    still[1][:, :, -1] = 1e-9 * predicted[:, :, 0]
+    still = [torch.cat([x, 0 * x[:, :, :1], 1e-170 * x[:, :, 1:2]], 2) for x in (real, predicted)]
+    still[1][:, :, -2] = 1e-9 * predicted[:, :, 0]
     other = correct(STEPS, still[0], still[1], still[1], instance, seed, LEFT_OUT)
     assert other.remainder.isfinite().all()
-    assert other.remainder[:, -1].abs().max() < 1e-8
-    assert agreement(other.remainder[:, :-1], found.remainder) > 0.98
+    assert other.remainder[:, -2:].abs().max() < 1e-8
+    assert agreement(other.remainder[:, :-2], found.remainder) > 0.98
     nothing = torch.zeros_like(real)
     assert not correct(STEPS, nothing, nothing, nothing, instance, seed, LEFT_OUT).remainder.any()

@@ -146,7 +146,7 @@ def _products(time: Tensor, effects: Sequence[Tensor], seed: Tensor) -> tuple[Te
     differences = [within @ x for x in effects]
     # also where real effects vanish and predicted ones don't, as losses of sure classes do
     unit = torch.stack([x.square().mean(1, keepdim=True) for x in differences]).mean(0).sqrt()
-    unit = unit.clamp(min=1e-300)
+    unit = unit.maximum(1e-9 * unit.amax(2, keepdim=True)).clamp(min=1e-150)
     stacked = torch.stack([x / unit for x in differences], 1).flatten(2)  # [E, M, K·J]
     near = torch.exp(-(time[:, None] - time).abs() / (0.1 * time[:, None]))
     return unit, torch.einsum("ef,fmn->emn", near, stacked @ stacked.transpose(1, 2))
