@@ -134,7 +134,7 @@ class CalibratedResponse(Response):
         outputs = self.final_model.outputs(test[:1])[0].numel()
         rows = min(self.max_rows, len(self.train) * outputs)
         share = rows**2 * len(self.left_out) / (len(self.train) * self.final_model.size)
-        return 1.3 + 0.55 * share
+        return 1.7 + 0.7 * share
 
     def _part(self, trajectories: Iterator[Trajectory], seeds: tuple[int, ...], points: int) -> Response:
         """Return this response along a part of further training."""
