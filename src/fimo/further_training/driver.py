@@ -40,6 +40,9 @@ POLL_SECONDS = 0.2
 BLOCK_SECONDS = 0.5
 """About the time of one training step of the Trainer."""
 
+WAIT_SECONDS = 0.02
+"""Between a worker's looks for work that becomes free when another worker's chunk is finished."""
+
 STRATEGIES = ("auto", "ddp", "ddp_spawn")
 """Of several devices; they mean the same here."""
 
@@ -112,7 +115,10 @@ class FurtherTrainingModule(pl.LightningModule):
             if slot not in self.work:
                 work = self.job.next_work()
                 if work is None:
-                    break
+                    if not self.work:
+                        break
+                    self.stop.wait(WAIT_SECONDS)  # others may need the full run that another worker takes
+                    continue
                 self.work[slot] = work
                 # taken before, or by the full run
                 steps += work.chunk.step * len(work.chunk.replicas)
