@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
-from fimo.dynamics.threads import even_parts, side_by_side
+from fimo.dynamics.threads import side_by_side
 from fimo.further_training.chunk import Chunk
 from fimo.further_training.protocol import Protocol
-from fimo.further_training.replicas import Replica
-from fimo.further_training.setting import Setting, worker_threads
+from fimo.further_training.replicas import Replica, next_chunk
+from fimo.further_training.setting import Setting, chunk_size, worker_threads
 from fimo.models.final_model import FinalModel
 
 
@@ -40,31 +39,31 @@ def run_without(
     test: Instances,
     protocol: Protocol,
     runs: Sequence[tuple[int, int]],
-    at_once: int = 16,
+    at_once: int | None = None,
 ) -> Tensor:
     """Run further training without an instance, and return the test losses ``[K, E, J]`` (float64).
 
     Args:
         runs: K pairs of a training instance and a seed.
-        at_once: most runs that are advanced together.
+        at_once: most runs that are advanced together; None: as many as the gold standard's.
     """
     setting = Setting.build(final_model, train, test, protocol, train.targets.device)
-    order = sorted(range(len(runs)), key=lambda k: runs[k][1])
-    mixed = setting.engine == "linear"  # others share their dropout masks, which are a seed's own
-    chunks: list[list[int]] = []
-    for _, same in itertools.groupby(order, lambda k: None if mixed else runs[k][1]):
-        some = list(same)
-        waiting = iter(some)
-        chunks += [list(itertools.islice(waiting, size)) for size in even_parts(len(some), at_once)]
+    size = chunk_size(setting, len(runs)) if at_once is None else at_once
+    replicas = [Replica(seed, (instance,)) for instance, seed in runs]
+    waiting, chunks = dict.fromkeys(sorted(replicas)), []
+    while waiting:
+        chunks.append(next_chunk(waiting, size, protocol, setting.stochastic))
+        for replica in chunks[-1]:
+            del waiting[replica]
 
-    def run(chunk: list[int]) -> Tensor:
-        running = Chunk(setting, [Replica(runs[k][1], (runs[k][0],)) for k in chunk])
-        found = []
+    def run(chunk: list[Replica]) -> Tensor:
+        running, found = Chunk(setting, chunk), []
         for step in running.evaluation_steps:
             running.advance(step)
             found.append(running.evaluate()[0])
-        return torch.stack(found, 1)
+        return torch.stack(found, 1).cpu()
 
-    losses = side_by_side(run, chunks, worker_threads(setting))
-    back = torch.tensor([k for chunk in chunks for k in chunk]).argsort()
-    return torch.cat([found.cpu() for found in losses])[back]
+    losses: dict[Replica, Tensor] = {}
+    for chunk, found in zip(chunks, side_by_side(run, chunks, worker_threads(setting)), strict=True):
+        losses.update(zip(chunk, found, strict=True))
+    return torch.stack([losses[replica] for replica in replicas])

@@ -106,10 +106,10 @@ def correct(
     scale, own_scale = torch.linalg.solve(products[:, 1:, 1:] + prior, right).clamp(0, 1.5).T[..., None, None]
 
     rest = (real - scale * average - own_scale * (predicted - average)) / unit
-    which, to_instances, to_seeds = _two_way(instance, seed)
+    which, row = instance.unique(return_inverse=True)
     column = seed.unique(return_inverse=True)[1]
+    to_instances, to_seeds = _two_way(row, column)
     z = to_instances @ rest  # [E, L', J]
-    row = instance.unique(return_inverse=True)[1]
     with one_thread():  # many small solves
         found, variance = _smooth(time, z, rest - (to_seeds @ rest)[:, column], row)
     remainder = torch.zeros(len(time), z.shape[2], left_out, dtype=torch.float64)
@@ -232,15 +232,13 @@ def _likeliest(
     return candidates[int((-volume - 0.5 * number * square.log()).argmax())]
 
 
-def _two_way(instance: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the instances that have runs ``[L']``, and least-squares maps ``[L', K]`` and ``[S', K]``.
+def _two_way(row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Return least-squares maps ``[L', K]`` and ``[S', K]`` of the layout value = z_row + c_column.
 
-    Of the layout value = z_i + c_seed, with z of mean zero.
+    z is of mean zero.
     """
-    which, row = instance.unique(return_inverse=True)
-    column = seed.unique(return_inverse=True)[1]
-    layout = torch.cat([torch.eye(len(which))[row], torch.eye(int(column.max()) + 1)[column]], 1).double()
-    maps = torch.linalg.pinv(layout)
-    values, offsets = maps[: len(which)], maps[len(which) :]
+    rows = int(row.max()) + 1
+    layout = torch.cat([torch.eye(rows)[row], torch.eye(int(column.max()) + 1)[column]], 1).double()
+    values, offsets = torch.linalg.pinv(layout).split([rows, layout.shape[1] - rows])
     middle = values.mean(0, keepdim=True)
-    return which, values - middle, offsets + middle
+    return values - middle, offsets + middle

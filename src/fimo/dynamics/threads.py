@@ -10,8 +10,6 @@ from typing import TypeVar
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fimo.further_training.replicas import even_parts as even_parts
-
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 

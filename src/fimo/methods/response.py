@@ -24,10 +24,11 @@ from fimo.dynamics.response import (
     outputs_along,
     responses,
 )
-from fimo.dynamics.threads import even_parts, side_by_side
+from fimo.dynamics.threads import side_by_side
 from fimo.errors import InputError
 from fimo.further_training.linear import linear_layers
 from fimo.further_training.protocol import DTYPES, Protocol
+from fimo.further_training.replicas import even_parts
 from fimo.further_training.trajectory import Trajectory
 from fimo.methods.following import FollowingMethod
 from fimo.models.final_model import FinalModel
