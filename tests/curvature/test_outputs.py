@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,3 +104,20 @@ def test_margin_and_probability_are_those_of_the_correct_class() -> None:
 def test_measurements_have_names() -> None:
     assert {"logit_margin", "correct_probability", *LOSSES} == set(MEASUREMENTS)
     assert all(loss_name(f) == name for name, f in MEASUREMENTS.items())
+
+
+def test_threads_do_not_disturb_each_other_s_second_derivatives() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(20, 3, generator=generator, dtype=torch.float64)
+    targets = (torch.rand(20, 3, generator=generator) > 0.5).double()
+    p = outputs.sigmoid()
+    expected = torch.diag_embed(p * (1 - p)) / 3
+
+    def repeatedly(_: int) -> None:
+        for _ in range(100):
+            torch.testing.assert_close(
+                output_hessian(LOSSES["binary_cross_entropy"], outputs, targets), expected
+            )
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(repeatedly, range(2)))

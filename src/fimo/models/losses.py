@@ -123,4 +123,6 @@ def output_hessian(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     def one(output: Tensor, target: Tensor) -> Tensor:
         return loss(output.view(1, *shape), target[None])[0]
 
-    return torch.func.vmap(torch.func.hessian(one))(outputs.flatten(1), targets)
+    # not torch.func.hessian: the levels of forward mode are the process's, and other threads may be in them
+    twice = torch.func.jacrev(torch.func.jacrev(one))
+    return torch.func.vmap(twice)(outputs.flatten(1), targets)
