@@ -14,8 +14,8 @@ import pytorch_lightning as pl
 import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from fimo.arguments import check_arguments, imported
@@ -161,11 +161,13 @@ def _one_each(key: str, losses: Any, count: int) -> None:
 def build_loss(name: Any, key: str, known: Mapping[str, Loss] = LOSSES) -> Loss:
     """Return a per-instance loss by its configured name, dotted path, or ``_target_``."""
     if OmegaConf.is_config(name):
-        return build(name, key)
+        loss: Loss = build(name, key)
+        return loss
     if name in known:
         return known[name]
     if "." in str(name):
-        return imported(name, key)
+        loss = imported(name, key)
+        return loss
     raise InputError(key, f"expected one of {', '.join(known)} or a dotted path but got {name!r}")
 
 

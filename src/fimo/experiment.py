@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 NUMERICAL_FAILURES = (
     InputError,
     DivergenceError,
-    torch.linalg.LinAlgError,
+    torch.linalg.LinAlgError,  # type: ignore[attr-defined]  # documented there; torch does not re-export it by name
     torch.OutOfMemoryError,
     MemoryError,
 )

@@ -71,6 +71,8 @@ class KernelSpectrum:
                 matrix = matrix * self.scale[:, None] * self.scale
         self.dimension = len(matrix)
         self.trace = matrix.diagonal().sum().item()
+        values: Tensor
+        vectors: Tensor
         values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
         keep = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
         self.eigenvalues, self.vectors = values[keep], vectors[:, keep]
@@ -135,7 +137,9 @@ class SpectralPair:
     def apply(self, phi: Phi) -> Tensor:
         """Return ``left^T φ(G) right`` as ``[n, R, m, S]``."""
         zero = phi(torch.zeros(1, dtype=self.eigenvalues.dtype, device=self.eigenvalues.device))
-        inside = torch.tensordot(self.left * (phi(self.eigenvalues) - zero), self.right, dims=([2], [2]))
+        inside: Tensor = torch.tensordot(
+            self.left * (phi(self.eigenvalues) - zero), self.right, dims=([2], [2])
+        )
         return inside.add_(zero * self.inner)
 
 

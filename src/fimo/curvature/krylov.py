@@ -38,13 +38,16 @@ class BlockLanczos:
 
     def __init__(self, times: Callable[[Tensor], Tensor], right: Tensor) -> None:
         self.times = times
-        self.norms = right.norm(dim=0)
+        self.norms: Tensor = right.norm(dim=0)
         scaled = right / self.norms.where(self.norms > 0, 1)
         first, _ = _orthonormal(scaled, torch.finfo(right.dtype).eps * right.shape[1] ** 0.5)
         first, _ = _orthonormal(first, 0.5)
-        self.start = (first.T @ scaled).double()
+        self.start: Tensor = (first.T @ scaled).double()
         self.projected = torch.zeros(0, 0, dtype=torch.float64, device=right.device)
         self.blocks: list[Tensor] = []
+        self.values: Tensor
+        self.vectors: Tensor
+        self.outside: Tensor
         self._add(first)
 
     @property
@@ -102,7 +105,8 @@ class BlockLanczos:
     def residuals(self, coefficients: Tensor) -> Tensor:
         """Return ``|C Q c - Q T c|`` ``[K]``: what products with the matrix leave outside the space."""
         last = coefficients[-self.outside.shape[1] :].to(self.outside.dtype)
-        return (self.outside @ last).norm(dim=0).double()
+        lengths: Tensor = (self.outside @ last).norm(dim=0)
+        return lengths.double()
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """Return ``Q c`` ``[P, K]``, times the lengths of the right-hand sides."""

@@ -168,9 +168,11 @@ class LinearHessian(Operator):
         targets = self.targets if index is None else self.targets[index]
 
         def gradient(values: Tensor) -> Tensor:
-            return grad(lambda f: self.loss(f, targets).sum())(values)
+            slope: Tensor = grad(lambda f: self.loss(f, targets).sum())(values)
+            return slope
 
-        return vmap(lambda v: jvp(gradient, (outputs,), (v,))[1], in_dims=1, out_dims=1)(pushed).contiguous()
+        products: Tensor = vmap(lambda v: jvp(gradient, (outputs,), (v,))[1], in_dims=1, out_dims=1)(pushed)
+        return products.contiguous()
 
 
 def _slopes(layer: Layer, before: Tensor) -> tuple[Tensor | None, Tensor | None]:

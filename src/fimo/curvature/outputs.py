@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,12 +42,14 @@ def output_hessian_rows(loss: Loss, outputs: Tensor, targets: Tensor, tolerance:
     if loss is mean_squared_error:
         d = shape.numel()
         identity = torch.eye(d, dtype=outputs.dtype, device=outputs.device).view(1, d, *shape)
-        return ((2.0 / d) ** 0.5 * identity).expand(n, -1, *shape)
+        return (math.sqrt(2.0 / d) * identity).expand(n, -1, *shape)
     if loss is cross_entropy and outputs.dim() == 2 and shape[0] == 2:
         # diag(p) - p p^T = p_0 p_1 (1, -1)(1, -1)^T
         root = outputs.softmax(-1).prod(-1).sqrt()
         return torch.stack([root, -root], -1)[:, None]
     hessians = output_hessian(loss, outputs, targets)
+    values: Tensor
+    vectors: Tensor
     values, vectors = torch.linalg.eigh(hessians.double())
     largest = values.abs().amax(-1, keepdim=True)
     values = torch.where(values > tolerance * largest, values, torch.zeros_like(values))
@@ -72,7 +76,7 @@ def sampled_gradients(
         d = outputs.shape[1:].numel()
         shape = (outputs.shape[0], samples, *outputs.shape[1:])
         noise = torch.randn(shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
-        return noise * (2.0 / d / samples) ** 0.5
+        return noise * math.sqrt(2.0 / d / samples)
     drawn = []
     for _ in range(samples):
         if loss is cross_entropy:
@@ -82,7 +86,7 @@ def sampled_gradients(
             labels = torch.bernoulli(outputs.sigmoid(), generator=generator)
             # losses are averaged over D outputs: rescaled so that the outer product is the Hessian
             d = outputs.shape[1:].numel()
-            drawn.append(output_gradient(loss, outputs, labels) * d**0.5)
+            drawn.append(output_gradient(loss, outputs, labels) * math.sqrt(d))
         elif loss is language_modelling:
             classes = outputs.flatten(0, 1).softmax(-1)
             labels = torch.multinomial(classes, 1, generator=generator).view(targets.shape)
@@ -93,4 +97,4 @@ def sampled_gradients(
             drawn.append(output_gradient(loss, outputs, labels) * tokens**0.5)
         else:
             raise NotImplementedError(f"no sampling rule for the loss {loss!r}")
-    return torch.stack(drawn, 1) / samples**0.5
+    return torch.stack(drawn, 1) / math.sqrt(samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -37,7 +38,7 @@ def project(rows: Rows, k: int, kind: Projection = "auto", seed: int = 0, memory
     for start in range(0, k, width):
         band = [_column(rows, c, kind, seed) for c in range(start, min(start + width, k))]
         found.append(rows.times(torch.stack(band, 1)))
-    return torch.cat(found, 2) / k**0.5
+    return torch.cat(found, 2) / math.sqrt(k)
 
 
 def _column(rows: Rows, column: int, kind: str, seed: int) -> Tensor:

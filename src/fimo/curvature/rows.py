@@ -376,7 +376,8 @@ def _block_gram(left: Rows, right: Rows) -> Tensor:
             total = part if total is None else total.add_(part)
         assert total is not None
         return total
-    return torch.tensordot(left.dense(), right.dense(), dims=([2], [2]))
+    products: Tensor = torch.tensordot(left.dense(), right.dense(), dims=([2], [2]))
+    return products
 
 
 def _block_grams(left: Rows, right: Rows) -> dict[str, Tensor]:
@@ -394,7 +395,7 @@ def _block_grams(left: Rows, right: Rows) -> dict[str, Tensor]:
 
 def _layer_gram(a: LayerFactors, b: LayerFactors, weight: bool, bias: bool) -> Tensor:
     """Return ``[n, R, m, S]``: the delta products, times what enters (and 1 for the bias)."""
-    deltas = torch.tensordot(a.delta, b.delta, dims=([2], [2]))
+    deltas: Tensor = torch.tensordot(a.delta, b.delta, dims=([2], [2]))
     if not weight:
         return deltas
     entering = a.entering @ b.entering.T

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 
+from fimo.data.datamodule import Task
 from fimo.data.tabular import Table, TabularModule
 from fimo.errors import InputError
 
@@ -12,7 +16,7 @@ class BundledData(TabularModule):
     """``diabetes`` (regression), ``breast_cancer`` or ``digits`` (classification)."""
 
     def __init__(self, name: str, batch_size: int = 32, test_size: float = 0.1, split_seed: int = 0) -> None:
-        readers = {
+        readers: dict[str, tuple[Callable[[], Any], Task]] = {
             "diabetes": (lambda: load_diabetes(as_frame=True, scaled=False), "regression"),
             "breast_cancer": (lambda: load_breast_cancer(as_frame=True), "classification"),
             "digits": (lambda: load_digits(as_frame=True), "classification"),

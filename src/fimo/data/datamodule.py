@@ -73,13 +73,13 @@ class InstancesModule(pl.LightningDataModule):
             self.load()
             self._loaded = True
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Instances]:
         # a generator of its own, seeded from the global one, which the experiment seeds
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
         order = RandomSampler(range(len(self.train)), generator=generator)
         return _loader(self.train, BatchSampler(order, self.batch_size, drop_last=False))
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Instances]:
         order = SequentialSampler(range(len(self.test)))
         return _loader(self.test, BatchSampler(order, max(self.batch_size, 256), drop_last=False))
 
@@ -106,6 +106,6 @@ def held_out(total: int, test_size: float, seed: int) -> tuple[np.ndarray, np.nd
     return train, test
 
 
-def _loader(instances: Instances, sampler: BatchSampler) -> DataLoader:
+def _loader(instances: Instances, sampler: BatchSampler) -> DataLoader[Instances]:
     """Return a loader that indexes a whole batch at once (no per-instance collation)."""
     return DataLoader(instances, sampler=sampler, batch_size=None)  # type: ignore[arg-type]

@@ -62,7 +62,8 @@ class FolktablesData(TabularModule):
             ) from None
         source = ACSDataSource(survey_year=str(self.year), horizon="1-Year", survey="person")
         try:
-            return source.get_data(states=[self.state], download=True)
+            table: pd.DataFrame = source.get_data(states=[self.state], download=True)
+            return table
         except Exception as error:  # it raises whatever its reader of web pages does
             raise InputError(
                 "dataset.path",

@@ -134,7 +134,8 @@ def standardise(values: np.ndarray, train: np.ndarray) -> np.ndarray:
     """
     deviation = values[train].std(0)
     deviation[deviation == 0] = 1.0
-    return (values - values[train].mean(0)) / deviation
+    standard: np.ndarray = (values - values[train].mean(0)) / deviation
+    return standard
 
 
 def check_numeric(frame: pd.DataFrame, key: str = "dataset.path") -> None:

@@ -74,10 +74,12 @@ class ModelTokens(Tokens):
         self.longest = min(limits) if limits else None
 
     def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+        encoded = self.tokenizer(list(texts), add_special_tokens=special, verbose=False)
+        indices: list[list[int]] = encoded["input_ids"]
+        return indices
 
     def decode(self, indices: Sequence[int]) -> str:
-        return self.tokenizer.decode(indices, skip_special_tokens=True)
+        return str(self.tokenizer.decode(indices, skip_special_tokens=True))
 
 
 def make_tokens(name: str | None) -> Tokens:

@@ -200,7 +200,8 @@ def _window(time: Tensor, e: int, most: int) -> Tensor:
         return inside
     close = inside[(inside - e).abs() <= most // 6]
     thin = torch.linspace(0, len(inside) - 1, most - len(close), dtype=torch.float64).round().long()
-    return torch.cat([close, inside[thin]]).unique()
+    window: Tensor = torch.cat([close, inside[thin]]).unique()
+    return window
 
 
 def _likeliest(

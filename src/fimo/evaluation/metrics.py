@@ -71,7 +71,7 @@ def comparable(vectors: Tensor, metric: MetricName) -> Tensor:
     vectors = ranks(vectors) if metric == "spearman" else vectors / largest
     if metric != "cosine":
         vectors = vectors - vectors.mean(-1, keepdim=True)
-    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return (vectors / norm.where(defined, torch.nan)).float()
 
 

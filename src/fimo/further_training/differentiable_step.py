@@ -122,7 +122,8 @@ class FullRun:
 
     def gradient(self, parameters: Tensors, batch: StepBatch) -> Tensors:
         """Return the gradient of sum_b weight_b loss_b."""
-        return grad(lambda p: (self.losses(p, batch) * batch.weight).sum())(parameters)
+        total: Tensors = grad(lambda p: (self.losses(p, batch) * batch.weight).sum())(parameters)
+        return total
 
     def gradient_and_tangents(
         self, parameters: Tensors, directions: Tensors, batch: StepBatch, weight_directions: Tensor

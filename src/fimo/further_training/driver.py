@@ -232,7 +232,7 @@ class ReplicaProgress(TQDMProgressBar):
         bar.refresh()
 
 
-class _Rounds(IterableDataset):
+class _Rounds(IterableDataset[int]):
     """One token per training step, until the job is finished."""
 
     def __init__(self, module: FurtherTrainingModule) -> None:

@@ -36,7 +36,8 @@ class _StoredTensors(Mapping[str, Tensor]):
         if name not in self.names:
             raise KeyError(name)
         with safe_open(self.path, "pt", device=self.device) as file:
-            return file.get_tensor(f"{self.prefix}.{name}")
+            tensor: Tensor = file.get_tensor(f"{self.prefix}.{name}")
+            return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

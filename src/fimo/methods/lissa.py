@@ -161,9 +161,9 @@ class Lissa(IterativeMethod):
         """Return a bound of the largest eigenvalue of the curvature (with batches: of any batch's)."""
         if self.batch_size is not None and self.by_rows:
             # |C_batch| <= the largest |A_i^T A_i| <= the largest squared norm of an instance's rows
-            return self.rows.squared_norms().sum(1).max().item()
+            return float(self.rows.squared_norms().sum(1).max())
         if self.by_rows and "spectrum" in self.__dict__:
-            return self.spectrum.eigenvalues[-1].item()
+            return float(self.spectrum.eigenvalues[-1])
         largest = max(abs(value) for value in self.extremes())
         return 2 * largest if self.batch_size is not None else largest  # a batch's may be larger
 

@@ -104,12 +104,13 @@ class Trak(GradientMethod):
         if n >= k:
             matrix = features.T @ features / n
             matrix.diagonal().add_(damping)
-            return explained @ torch.linalg.solve(matrix, removed.T) / n
+            solved: Tensor = torch.linalg.solve(matrix, removed.T)
+            return explained @ solved / n
         # the same by the N x N matrix (Woodbury)
         matrix = features @ features.T / n
         matrix.diagonal().add_(damping)
-        inside = (explained @ features.T) @ torch.linalg.solve(matrix, features @ removed.T) / n
-        return (explained @ removed.T - inside) / damping / n
+        solved = torch.linalg.solve(matrix, features @ removed.T)
+        return (explained @ removed.T - (explained @ features.T) @ solved / n) / damping / n
 
     def _explained(self, model: FinalModel, test: Instances) -> Tensor:
         """Return the factor of each test instance: q_j, or 1 where a measurement is explained."""

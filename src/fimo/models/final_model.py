@@ -109,7 +109,8 @@ def fitting_batch(instances: Instances) -> int:
 
 def apply(network: nn.Module, inputs: Inputs) -> Tensor:
     """Call a network on a batch: a tensor as its one argument, a dict by names."""
-    return network(**inputs) if isinstance(inputs, dict) else network(inputs)
+    outputs: Tensor = network(**inputs) if isinstance(inputs, dict) else network(inputs)
+    return outputs
 
 
 def functional_apply(network: nn.Module, tensors: dict[str, Tensor], inputs: Inputs) -> Tensor:
@@ -118,6 +119,6 @@ def functional_apply(network: nn.Module, tensors: dict[str, Tensor], inputs: Inp
     Parameters missing from ``tensors`` keep the network's own values, so a method restricted to some
     parameters passes only those.
     """
-    if isinstance(inputs, dict):
-        return torch.func.functional_call(network, tensors, (), inputs)
-    return torch.func.functional_call(network, tensors, (inputs,))
+    positional, named = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
+    outputs: Tensor = torch.func.functional_call(network, tensors, positional, named)
+    return outputs

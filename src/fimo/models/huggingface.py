@@ -44,7 +44,8 @@ class TextClassifier(nn.Module):
         input_ids, attention_mask = trimmed(input_ids, attention_mask)
         mask = additive(attention_mask, self.head.weight.dtype)
         hidden = self.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
-        return self.head(pooled(hidden, attention_mask, self.pooling))
+        logits: Tensor = self.head(pooled(hidden, attention_mask, self.pooling))
+        return logits
 
     def split(self, trainable: Collection[str]) -> tuple[nn.Module, nn.Module] | None:
         """Cut before the head, or before the first trained block of an encoder such as BERT's."""
@@ -98,7 +99,8 @@ class LastBlocks(nn.Module):
         for block in self.encoder.encoder.layer.values():  # type: ignore[union-attr,operator]
             found = block(hidden, mask)
             hidden = found if isinstance(found, Tensor) else found[0]
-        return self.head(pooled(hidden, attention_mask, self.pooling))
+        logits: Tensor = self.head(pooled(hidden, attention_mask, self.pooling))
+        return logits
 
 
 class Logits(nn.Module):
@@ -115,13 +117,14 @@ class Logits(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return logits ``[n, C]``, or ``[n, T, V]`` of a language model."""
+        arguments: dict[str, Any] = {"input_ids": input_ids}
         if self.causal:
-            return self.model(input_ids=input_ids, use_cache=False).logits
-        if attention_mask is None:
-            return self.model(input_ids=input_ids).logits
-        input_ids, attention_mask = trimmed(input_ids, attention_mask)
-        dtype = next(self.model.parameters()).dtype
-        return self.model(input_ids=input_ids, attention_mask=additive(attention_mask, dtype)).logits
+            arguments["use_cache"] = False
+        elif attention_mask is not None:
+            arguments["input_ids"], attention_mask = trimmed(input_ids, attention_mask)
+            arguments["attention_mask"] = additive(attention_mask, next(self.model.parameters()).dtype)
+        logits: Tensor = self.model(**arguments).logits
+        return logits
 
 
 def text_classifier(

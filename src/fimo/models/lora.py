@@ -36,7 +36,8 @@ class LowRankAdapter(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) + self.scale * self.up(self.down(x))
+        output: Tensor = self.layer(x) + self.scale * self.up(self.down(x))
+        return output
 
     def merged(self) -> nn.Module:
         """Return the layer with the change added to its weight, in place."""

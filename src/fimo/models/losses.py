@@ -125,4 +125,5 @@ def output_hessian(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
 
     # not torch.func.hessian: the levels of forward mode are the process's, and other threads may be in them
     twice = torch.func.jacrev(torch.func.jacrev(one))
-    return torch.func.vmap(twice)(outputs.flatten(1), targets)
+    second: Tensor = torch.func.vmap(twice)(outputs.flatten(1), targets)
+    return second

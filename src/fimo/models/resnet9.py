@@ -27,7 +27,8 @@ class Residual(nn.Module):
         self.first, self.second = convolution(width, width), convolution(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(self.first(x))
+        change: Tensor = self.second(self.first(x))
+        return x + change
 
 
 def resnet9(outputs: int, channels: int = 3, width: int = 64) -> nn.Sequential:

@@ -80,7 +80,8 @@ def at_last_point(results: Results, metric: str) -> pd.DataFrame:
     """Return each method's row of the evaluation at the last point with all seeds, best first."""
     table = results.evaluation
     rows = table[(table.metric == metric) & (table.seeds == results.seeds) & (table.step == table.step.max())]
-    return rows.sort_values("mean", ascending=False, na_position="last")
+    best: pd.DataFrame = rows.sort_values("mean", ascending=False, na_position="last")
+    return best
 
 
 def method_order(results: Results) -> list[str]:

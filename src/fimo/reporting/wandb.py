@@ -93,7 +93,7 @@ def summary(results: Results) -> dict[str, Any]:
     found |= {"most_helpful": helpful[0].index} if helpful else {}
     found |= {"most_harmful": harmful[0].index} if harmful else {}
     found["warnings"] = list(results.warnings)
-    return plain(found)
+    return {name: plain(value) for name, value in found.items()}
 
 
 def history(results: Results) -> list[dict[str, float]]:
