@@ -64,6 +64,9 @@ def test_every_file_of_the_contract_is_there(default_run: Path) -> None:
         assert tuple(stored["scores"].shape) in ((4, 5), (2, 4, 5))
         assert stored["left_out"].tolist() == found["left_out"].tolist()
         assert torch.isfinite(stored["scores"]).all()
+    response = load_file(folder / "scores" / "response.safetensors")
+    assert response["followed_seeds"].tolist() == [3, 4, 5], "none that the gold standard's noise is of"
+    assert "followed_seeds" not in load_file(folder / "scores" / "exact.safetensors")
 
 
 def test_the_sensitivity_is_the_mean_of_raw_changes_minus_its_mean_over_left_out(default_run: Path) -> None:
@@ -86,10 +89,15 @@ def test_the_tables_have_the_contracts_columns(default_run: Path) -> None:
         "mean",
         "sem",
         "ceiling",
+        "followed_seeds",
     ]
     assert set(evaluation["metric"]) == {"cosine", "spearman", "pearson"}
     assert set(evaluation["epoch"]) == {1, 2}
     assert evaluation["seeds"].max() == 3
+    relation = evaluation.drop_duplicates("method").set_index("method")["followed_seeds"]
+    follows = {"response", "calibrated", "best", "unrolled", "source"}
+    assert {name for name, how in relation.items() if how == "other"} == follows & set(relation.index)
+    assert set(relation[[name for name in relation.index if name not in follows]]) == {"none"}
     cost = pd.read_csv(default_run / "run" / "cost.csv")
     assert list(cost) == ["stage", "seconds", "peak_memory_mb", "gradient_evaluations", "reused"]
     assert list(cost["stage"])[:2] == ["final_model", "further_training"]

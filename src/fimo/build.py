@@ -304,9 +304,7 @@ def choose_seeds(value: Any, key: str) -> list[int]:
     if isinstance(value, ListConfig):
         seeds = list(value)
         if not seeds or any(not isinstance(s, int) or s < 0 for s in seeds) or len(set(seeds)) < len(seeds):
-            raise InputError(
-                "further_training.seeds", f"expected distinct numbers of at least 0 but got {seeds}"
-            )
+            raise InputError(key, f"expected distinct numbers of at least 0 but got {seeds}")
         return seeds
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(key, f"expected at least 1 seed but got {value!r}")

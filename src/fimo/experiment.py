@@ -127,6 +127,8 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
             if "sem" in tensors:
                 errors[name] = tensors["sem"]
             indices = {"left_out": sensitivity.left_out, "test": sensitivity.test}
+            if method.follows_seeds:
+                indices["followed_seeds"] = torch.tensor(plan.followed)
             write_tensors(run_dir / "scores" / f"{name}.safetensors", {**tensors, **indices})
         costs.append(cost)
         log.info("%s: %.1f s", name, cost.seconds)
@@ -149,6 +151,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
             list(config.evaluation.metrics),
             config.evaluation.seed_counts,
             estimate_loss_change=[n for n, m in methods.items() if m.estimates_loss_change],
+            followed={n: plan.followed for n, m in methods.items() if m.follows_seeds},
             resamples=config.evaluation.bootstrap,
         )
         evaluation.save(run_dir)

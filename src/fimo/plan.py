@@ -6,12 +6,16 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from fimo.build import build_protocol, choose, choose_seeds, scaled
 from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError, shortened
 from fimo.further_training.protocol import Protocol
+from fimo.further_training.seeds import other_seeds
+
+SAME_SEEDS = "same"
+"""Of ``further_training.followed_seeds``: methods follow the gold standard's own seeds."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class Plan:
     Args:
         protocol: of further training.
         seeds: S.
-        followed: seeds whose full runs are handed to methods that follow further training.
+        followed: seeds whose full runs are handed to methods that follow further training; of every part of
+            a gold standard the same, and disjoint from the whole of it unless asked for.
         left_out: L training indices, or groups of them.
         test: J test indices.
         subtract_mean: of the adjustment.
@@ -45,9 +50,7 @@ class Plan:
         """
         node = config.further_training
         seeds = choose_seeds(scaled(node.seeds, config.scale, least=2), "further_training.seeds")
-        followed = seeds
-        if node.followed_seeds is not None:
-            followed = choose_seeds(node.followed_seeds, "further_training.followed_seeds")
+        followed = followed_seeds(node.followed_seeds, seeds, config.scale)
         left_out = choose(
             scaled(node.left_out, config.scale, least=3), len(data.train), "further_training.left_out"
         )
@@ -65,6 +68,27 @@ class Plan:
             node.subtract_mean,
             node.chunk,
         )
+
+
+def followed_seeds(value: Any, seeds: list[int], scale: float = 1) -> list[int]:
+    """Return the seeds that methods follow: others than the gold standard's unless told otherwise.
+
+    Args:
+        value: None for as many others as the gold standard has, a number of others, ``same``, or a list.
+        seeds: of the whole gold standard.
+
+    Raises:
+        InputError: ``further_training.followed_seeds`` is none of these.
+    """
+    key = "further_training.followed_seeds"
+    if value is None:
+        return other_seeds(seeds)
+    if value == SAME_SEEDS:
+        return seeds
+    if isinstance(value, str):
+        raise InputError(key, f"expected null, a number, a list or {SAME_SEEDS} but got {value!r}")
+    chosen = choose_seeds(scaled(value, scale, least=2), key)
+    return chosen if isinstance(value, ListConfig) else other_seeds(seeds, len(chosen))
 
 
 def shard(text: str, seeds: list[int], left_out: list[Any]) -> tuple[list[int], list[Any]]:

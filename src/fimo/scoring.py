@@ -78,7 +78,11 @@ def score(
     }
     if method.follows_further_training:
         points = evaluation_points(plan.protocol, len(data.train))[0]
-        key |= {"protocol": plan.protocol.key(), "steps": list(map(int, points)), "seeds": plan.followed}
+        key |= {
+            "protocol": plan.protocol.key(),
+            "steps": list(map(int, points)),
+            "seeds": plan.followed * method.follows_seeds,
+        }
     folder = store.folder("scores", key)
     path = folder / "scores.safetensors"
     with FileLock(folder / "lock"):

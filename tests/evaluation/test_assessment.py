@@ -15,7 +15,9 @@ from fimo.evaluation.slope import fitted_slope
 from fimo.further_training.sensitivity import adjust
 from tests.evaluation.synthetic import synthetic
 
-CONTRACT = ["method", "access", "metric", "step", "epoch", "seeds", "mean", "sem", "ceiling"]
+CONTRACT = [
+    "method", "access", "metric", "step", "epoch", "seeds", "mean", "sem", "ceiling", "followed_seeds",
+]  # fmt: skip
 
 
 def test_the_table_has_the_contract_s_columns_and_a_row_for_each_case() -> None:
@@ -168,3 +170,27 @@ def test_saving_writes_the_contract_s_file(tmp_path: Path) -> None:
     assert list(pd.read_csv(tmp_path / "evaluation.csv").columns) == CONTRACT
     assert len(pd.read_csv(tmp_path / "evaluation_bootstrap.csv")) == 12
     assert len(pd.read_csv(tmp_path / "evaluation_slopes.csv")) == 4
+
+
+def test_the_table_says_whether_a_method_followed_the_gold_standard_s_own_seeds() -> None:
+    sensitivity, signal = synthetic()
+    scores = dict.fromkeys(("own", "shared", "frozen"), ("TAA", signal))
+    followed = {"own": [6, 7], "shared": [5, 6]}
+
+    def column(**more: object) -> dict[str, str]:
+        table = evaluate({**scores, "early": ("FiMO", signal[0])}, sensitivity, ["cosine"], [6], **more)  # type: ignore[arg-type]
+        return dict(zip(table["method"], table["followed_seeds"], strict=True))
+
+    expected = {"own": "other", "shared": "same", "frozen": "none", "early": "none"}
+    assert column(followed=followed) == expected
+    assert column() == {"own": "unknown", "shared": "unknown", "frozen": "unknown", "early": "none"}
+
+
+def test_python_and_the_command_line_judge_a_following_method_alike() -> None:
+    sensitivity, signal = synthetic(noise=0.0)
+    raw = {"follows": ("TAA", signal + 5 * signal.abs().max())}
+    command_line = assess(raw, sensitivity, estimate_loss_change=["follows"], resamples=0).table
+    pd.testing.assert_frame_equal(evaluate(raw, sensitivity), command_line)
+    assert evaluate(raw, sensitivity, ["cosine"])["mean"].min() == pytest.approx(1, abs=1e-4)
+    unadjusted = evaluate(raw, sensitivity, ["cosine"], estimate_loss_change=[])
+    assert unadjusted["mean"].max() < 0.3, "as a method is judged that gives no loss changes"

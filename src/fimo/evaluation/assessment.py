@@ -16,10 +16,13 @@ from fimo.evaluation.ceiling import ceiling_undefined, noise_ceiling
 from fimo.evaluation.metrics import METRICS, MetricName, check_shapes, mean_and_sem
 from fimo.evaluation.resampling import mean_agreements
 from fimo.evaluation.slope import fitted_slope
+from fimo.further_training.seeds import relation
 from fimo.further_training.sensitivity import Sensitivity, adjust
 from fimo.store import written_aside
 
-COLUMNS = ["method", "access", "metric", "step", "epoch", "seeds", "mean", "sem", "ceiling"]
+COLUMNS = [
+    "method", "access", "metric", "step", "epoch", "seeds", "mean", "sem", "ceiling", "followed_seeds",
+]  # fmt: skip
 
 Scores = Mapping[str, tuple[str, Tensor]]
 """By method: its access level (``FiMO``, ``CPA``, ``TAA``) and its scores ``[J, L]`` or ``[E, J, L]``."""
@@ -57,12 +60,17 @@ def evaluate(
     sensitivity: Sensitivity,
     metrics: Sequence[MetricName] = METRICS,
     seed_counts: Sequence[int] | None = None,
+    estimate_loss_change: Collection[str] | None = None,
+    followed: Mapping[str, Sequence[int]] | None = None,
 ) -> pd.DataFrame:
     """Return one row per method, metric, evaluation point and number of seeds averaged.
 
-    Columns ``method,access,metric,step,epoch,seeds,mean,sem,ceiling``; see :func:`assess`.
+    Columns :data:`COLUMNS`; scores are judged as a run from the command line judges them, see
+    :func:`assess`.
     """
-    return assess(scores, sensitivity, metrics, seed_counts, resamples=0).table
+    return assess(
+        scores, sensitivity, metrics, seed_counts, estimate_loss_change, followed, resamples=0
+    ).table
 
 
 def assess(
@@ -70,7 +78,8 @@ def assess(
     sensitivity: Sensitivity,
     metrics: Sequence[MetricName] = METRICS,
     seed_counts: Sequence[int] | None = None,
-    estimate_loss_change: Collection[str] = (),
+    estimate_loss_change: Collection[str] | None = None,
+    followed: Mapping[str, Sequence[int]] | None = None,
     resamples: int = 100,
     subsets: int = 10,
     seed: int = 0,
@@ -85,7 +94,12 @@ def assess(
             the same seeds are no independent samples.
         estimate_loss_change: methods whose scores are in units of loss, for which a slope is fitted. Those of
             them that follow further training (``[E, J, L]``) predict its raw changes, so their scores are
-            adjusted just as the sensitivity is, see :func:`adjusted_scores`.
+            adjusted just as the sensitivity is, see :func:`adjusted_scores`. When None: those that follow
+            further training, as all of this package's do that give ``[E, J, L]``.
+        followed: by method, the seeds whose runs it followed, for the column ``followed_seeds``: ``other``
+            where the gold standard has none of them, ``same`` where it has some, so that the method knows
+            part of its noise and may pass the ceiling; ``none`` for methods that follow no run. When None
+            it is ``unknown`` for ``[E, J, L]``.
         resamples: of the bootstrap; none when 0.
         seed: of all randomness here.
 
@@ -94,6 +108,8 @@ def assess(
     """
     if not scores:
         raise InputError("method", "there are no scores to evaluate")
+    if estimate_loss_change is None:
+        estimate_loss_change = [name for name, (_, values) in scores.items() if values.ndim == 3]
     total = len(sensitivity.seeds)
     counts = sorted(set(seed_counts)) if seed_counts else default_seed_counts(total)
     truth = sensitivity.sensitivity
@@ -117,7 +133,12 @@ def assess(
         intervals = bootstrap_agreement(judged, raw, metric, adjusted, resamples, generator=generator)
         for name, full in found[total].items():
             instances[name, metric] = full.clone()  # not a view of all counts' and methods'
-            fixed = {"method": name, "access": access[name], "metric": metric}
+            fixed = {
+                "method": name,
+                "access": access[name],
+                "metric": metric,
+                "followed_seeds": _followed(name, scores[name][1], followed, sensitivity),
+            }
             for column, k in enumerate(counts):
                 numbers = {**_mean_columns(found[k][name]), "ceiling": ceiling[:, column].tolist()}
                 rows.append(pd.DataFrame({**fixed, **points, "seeds": k, **numbers}))
@@ -143,6 +164,15 @@ def assess(
         instances=instances,
         notes=_notes(instances, total),
     )
+
+
+def _followed(
+    name: str, scores: Tensor, followed: Mapping[str, Sequence[int]] | None, sensitivity: Sensitivity
+) -> str:
+    """Return ``none``, ``other``, ``same`` or ``unknown``: a method's seeds beside the gold standard's."""
+    if followed is None:
+        return "unknown" if scores.ndim == 3 else "none"
+    return relation(followed.get(name, ()), sensitivity.seeds.tolist())
 
 
 def _mean_columns(values: Tensor) -> dict[str, list[float]]:

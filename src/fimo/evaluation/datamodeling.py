@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -24,6 +24,7 @@ def datamodeling_score(
     subsets: int = 50,
     share: float = 0.5,
     seed: int = 0,
+    followed: Mapping[str, Sequence[int]] | None = None,
 ) -> pd.DataFrame:
     r"""Linear datamodeling score (Park et al., 2023, TRAK) by further training on random subsets.
 
@@ -43,6 +44,7 @@ def datamodeling_score(
         subsets: M, the number of left-out sets.
         share: of the training set that each leaves out, in (0, 1).
         seed: of the sets.
+        followed: by method, the seeds whose runs it followed.
 
     Returns:
         columns of ``evaluation.csv`` with ``lds`` as metric, and all seeds averaged; mean ± SEM over test
@@ -52,7 +54,9 @@ def datamodeling_score(
     summed = {name: (access, group_scores(x, groups, instances)) for name, (access, x) in scores.items()}
     # ranks don't change when a constant is subtracted
     sensitivity = dataclasses.replace(leave_out(groups), subtract_mean=False)
-    table = assess(summed, sensitivity, ["spearman"], [len(sensitivity.seeds)], resamples=0).table
+    table = assess(
+        summed, sensitivity, ["spearman"], [len(sensitivity.seeds)], followed=followed, resamples=0
+    ).table
     return table.assign(metric="lds")[COLUMNS]
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fimo.further_training.replicas import Replica as Replica
     from fimo.further_training.schedule import Batch as Batch
     from fimo.further_training.schedule import BatchStream as BatchStream
+    from fimo.further_training.seeds import other_seeds as other_seeds
     from fimo.further_training.sensitivity import Sensitivity as Sensitivity
     from fimo.further_training.tangent import TangentOutputs as TangentOutputs
     from fimo.further_training.tangent import tangent_outputs as tangent_outputs
@@ -34,6 +35,7 @@ _HOMES = {
     "Batch": "schedule",
     "BatchStream": "schedule",
     "Sensitivity": "sensitivity",
+    "other_seeds": "seeds",
     "FurtherTraining": "trajectory",
     "Trajectory": "trajectory",
 }

@@ -39,6 +39,11 @@ class AttributionMethod(ABC):
     follows_further_training: bool = False
     """Whether scores are ``[E, J, L]``, one for each amount of further training that is given."""
 
+    @property
+    def follows_seeds(self) -> bool:
+        """Whether single seeds' runs are followed, and not only the amount of further training."""
+        return self.follows_further_training
+
     further_training: FurtherTraining | None = None
     """The further training to predict, where the method follows it."""
 

@@ -48,6 +48,11 @@ class DataInf(GradientMethod):
         self.damping, self.grouping = Damping.parse(damping), layers
         self.follows_further_training = self.damping.kind == "time_matched"
 
+    @property
+    def follows_seeds(self) -> bool:
+        """The damping depends on the amount of further training alone."""
+        return False
+
     def fit(self, final_model: FinalModel, train: Instances) -> None:
         super().fit(final_model, train)
         self.rows = self.gradients.losses(train)

@@ -86,6 +86,11 @@ class CurvatureMethod(GradientMethod):
         self.damping, self.propagate = Damping.parse(damping), propagate
         self.follows_further_training = self.damping.kind == "time_matched"
 
+    @property
+    def follows_seeds(self) -> bool:
+        """The damping depends on the amount of further training alone."""
+        return False
+
     @abstractmethod
     def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Tensor:
         """Return ``left^T (C + damping)^-1 right``  per damping, ``[E, n, R, m]``; right has one row each."""

@@ -68,6 +68,10 @@ class Judged:
             found[name] = (str(method.access), tensors["scores"])
         return found
 
+    def followed(self) -> dict[str, list[int]]:
+        """Return by method the seeds that it follows; methods that follow none are missing."""
+        return {name: self.plan.followed for name, m in self.methods.items() if m.follows_seeds}
+
     def leave_out(self, groups: Sequence[Any], seeds: Sequence[int] | None = None) -> Sensitivity:
         """Further train with and without each of some instances or groups of them.
 
