@@ -20,6 +20,7 @@ from fimo.further_training.job import Job
 from fimo.further_training.protocol import Protocol
 from fimo.further_training.records import Records
 from fimo.further_training.replicas import Replica, Unit
+from fimo.further_training.resolution import warn_of_rounding
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.further_training.setting import Setting, chunk_size
 from fimo.models.final_model import FinalModel
@@ -93,7 +94,9 @@ def further_train(
             cost.reused = job.found / job.replicas
             cost.seconds += job.found_seconds
             cost.peak_memory_mb = max(cost.peak_memory_mb, job.found_memory_mb)
-        return _assemble(job, seeds, units, points, epochs, index, subtract_mean)
+        sensitivity = _assemble(job, seeds, units, points, epochs, index, subtract_mean)
+    warn_of_rounding(sensitivity, final_model, test, protocol)
+    return sensitivity
 
 
 @dataclass(frozen=True)
