@@ -32,6 +32,7 @@ from torch.utils.data import IterableDataset
 from fimo.errors import InputError
 from fimo.further_training import records
 from fimo.further_training.job import Job, Work
+from fimo.further_training.pace import LEAST_SECONDS, as_time, expected_seconds, least_seconds, measure_pace
 from fimo.further_training.setting import worker_threads
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,27 @@ class FurtherTrainingModule(pl.LightningModule):
         # attention's kernel is a global setting: it must not change while any worker is under way
         self.kernel = contextlib.ExitStack()
         self.kernel.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if self.global_rank == 0:
+            self._announce(self.job)
+
+    def _announce(self, job: Job) -> None:
+        """Say how long the job will take, where it is long enough for a measurement not to matter."""
+        least = least_seconds(job.setting, self.total_replica_steps)
+        if least < LEAST_SECONDS:
+            return
+        pace = measure_pace(job.setting, job.size, min(1.5, max(0.2, 0.05 * least)), self.pool)
+        missing = 1 - job.found / job.replicas
+        seconds = missing * expected_seconds(
+            job.setting, pace, len(job.full), len(job.runs) // len(job.full), len(job.points), job.size
+        )
+        log.info(
+            "further training: %d runs of %d steps%s, about %s (%s replica-steps a second)",
+            job.replicas,
+            job.setting.protocol.total_steps(len(job.setting.train)),
+            f", {job.found / job.replicas:.0%} of them in the store" if job.found else "",
+            as_time(seconds / self.trainer.world_size),
+            f"{1 / pace.step:,.0f}",
+        )
 
     def train_dataloader(self) -> Iterator[int]:
         return _Rounds(self)  # type: ignore[return-value]
