@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fimo.data.instances import Instances
+from fimo.errors import InputError
 from fimo.further_training import BatchStream, Protocol, Replica, full_runs, further_train
 from fimo.further_training.chunk import Chunk, shared_steps
 from fimo.further_training.driver import ReplicaProgress
 from fimo.further_training.setting import Setting
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import cross_entropy
+from fimo.models.train_mode import TrainMode
 from fimo.store import Store
 from tests.cases import CASES, LINEAR_CASES, Case, mlp
-from tests.reference.further_training import plain_run
+from tests.reference.further_training import plain_run, plain_sensitivity
 
 
 def epoch_batches(protocol: Protocol, replica: Replica, n: int, epochs: int) -> list[list[list[int]]]:
@@ -82,6 +85,7 @@ def without_label_2(outputs: Tensor, targets: Tensor) -> Tensor:
 @pytest.mark.parametrize("rule", ["mask", "every_batch"])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_leaving_out_an_instance_of_zero_loss_changes_nothing_at_all(rule: str, dropout: bool) -> None:
+    torch.manual_seed(0)
     data = CASES["mlp_classification"]()
     network = WithDropout() if dropout else mlp(4, (8,), 3, nn.ReLU).double()
     model = FinalModel(network, without_label_2)
@@ -116,6 +120,148 @@ def test_dropout_masks_differ_between_seeds_and_steps_and_agree_within_a_seed() 
     torch.testing.assert_close(gradients[0][0], gradients[0][2])
     assert torch.equal(gradients[0], gradients[1])
     assert not torch.allclose(gradients[0], gradients[2])
+
+
+class ConvDropout(nn.Module):
+    """Large enough that several threads share its products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8 * 64, 3)
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.head(self.dropout(x).flatten(1))
+
+
+@pytest.mark.parametrize("rule", ["shift", "mask"])
+def test_runs_with_dropout_are_the_same_bytes_whatever_the_threads_and_the_chunk(rule: str) -> None:
+    torch.manual_seed(0)
+    data = Instances(torch.randn(110, 1, 12, 12), torch.randint(3, (110,)))
+    model, train, test = FinalModel(ConvDropout(), cross_entropy), data[:90], data[90:]
+    protocol = Protocol(lr=0.05, batch_size=30, epochs=1, leave_out=rule)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads, chunk in ((1, "auto"), (2, "auto"), (2, 1), (3, 3), (4, 5)):
+            torch.set_num_threads(threads)
+            found.append(further_train(model, train, test, protocol, [0, 1], range(5), chunk=chunk))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].raw.abs().max() > 0
+    for other in found[1:]:
+        assert torch.equal(other.raw, found[0].raw)
+        assert torch.equal(other.full_losses, found[0].full_losses)
+
+
+@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
+def test_runs_with_dropout_equal_the_plain_loop(rule: str) -> None:
+    torch.manual_seed(0)
+    case = CASES["mlp_classification"]()
+    model = FinalModel(WithDropout(), cross_entropy)
+    protocol = Protocol(batch_size=5, epochs=2, leave_out=rule, lr=0.1, dtype="float64")
+    found = further_train(model, case.train, case.test, protocol, [3, 0], [0, 7, 11])
+    expected = plain_sensitivity(model, case.train, case.test, protocol, [3, 0], [[0], [7], [11]])
+    torch.testing.assert_close(found.full_losses, expected["full_losses"])
+    torch.testing.assert_close(found.raw.double(), expected["raw"], rtol=0, atol=1e-7)
+
+
+def test_runs_of_two_seeds_in_the_same_order_differ_by_dropout_alone() -> None:
+    """With a batch of all instances, nothing but the masks differs between seeds."""
+    torch.manual_seed(0)
+    case = CASES["mlp_classification"]()
+    protocol = Protocol(batch_size=23, epochs=2, lr=0.1, dtype="float64")
+    for network, alike in ((WithDropout(), False), (mlp(4, (8,), 3, nn.ReLU).double(), True)):
+        model = FinalModel(network, cross_entropy)
+        losses = further_train(model, case.train, case.test, protocol, [0, 1], [1]).full_losses
+        assert torch.allclose(losses[0], losses[1], rtol=1e-12) == alike
+
+
+class Normalised(nn.Module):
+    """Subtracts a running mean of its inputs, kept in a buffer, and applies dropout."""
+
+    def __init__(self, always: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+        self.up, self.down = nn.Linear(4, 16, dtype=torch.float64), nn.Linear(16, 3, dtype=torch.float64)
+        self.dropout, self.always = nn.Dropout(0.3), always
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or self.always:
+            self.mean += 0.1 * (x.detach().mean(0) - self.mean)
+        return self.down(self.dropout(torch.relu(self.up(x - self.mean))))
+
+
+class Inside(nn.Module):
+    """Changes the buffer of a module that it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Normalised()
+        self.inner.training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.inner.mean += 0.1
+        return self.inner(x)
+
+
+def spectral(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.Sequential(norm(nn.Linear(4, 16)), nn.Tanh(), norm(nn.Linear(16, 3))).double()
+
+
+CHANGING = {
+    "parametrized": lambda: spectral(torch.nn.utils.parametrizations.spectral_norm),
+    "hooked": lambda: spectral(torch.nn.utils.spectral_norm),
+    "running mean": Normalised,
+    "inside": Inside,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*deprecated")
+@pytest.mark.parametrize("kind", CHANGING)
+def test_modules_whose_buffers_train_mode_changes_stay_in_eval_mode(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    case = CASES["mlp_classification"]()
+    network = CHANGING[kind]()
+    before = {n: b.clone() for n, b in network.named_buffers()}
+    model = FinalModel(network, cross_entropy)
+    data = (model, case.train, case.test, Protocol(batch_size=5, epochs=3, lr=0.1, dtype="float64"), [0, 1])
+    with caplog.at_level(logging.INFO):
+        whole = further_train(*data, range(8))
+    assert "further training keeps them in eval mode" in caplog.text
+    single, few = further_train(*data, range(8), chunk=1), further_train(*data, [3, 5])
+    assert torch.equal(single.raw, whole.raw)
+    assert torch.equal(few.raw, whole.raw[..., [3, 5]])
+    assert torch.equal(single.full_losses, whole.full_losses)
+    assert torch.equal(few.full_losses, whole.full_losses)
+    for either in (network, model.network):
+        for n, b in either.named_buffers():
+            assert torch.equal(b, before[n])
+    if kind == "hooked":  # the reference's copies of a network under way can't be made
+        return
+    # in a plain loop, with only the changing modules in eval mode
+    mode = TrainMode.of(model, case.train)
+    expected = plain_run(model, case.train, case.test, data[3], 0, kept_in_eval=mode.kept_in_eval)[0]
+    torch.testing.assert_close(whole.full_losses[0], expected)
+
+
+def test_only_the_module_that_changes_buffers_is_kept_in_eval_mode() -> None:
+    case = CASES["mlp_classification"]()
+    mode = TrainMode.of(FinalModel(nn.Sequential(Normalised(), nn.Identity()), cross_entropy), case.train)
+    assert mode == TrainMode(("0",), stochastic=True)
+    assert TrainMode.of(CASES["conv_net"]().final_model, CASES["conv_net"]().train) == TrainMode()
+    inside = TrainMode.of(FinalModel(Inside(), cross_entropy), case.train)
+    assert set(inside.kept_in_eval) == {"inner", ""}
+
+
+def test_a_network_whose_buffers_change_in_eval_mode_is_refused() -> None:
+    case = CASES["mlp_classification"]()
+    model = FinalModel(Normalised(always=True), cross_entropy)
+    with pytest.raises(InputError, match=r"model.network: a forward pass in eval mode changes mean"):
+        further_train(model, case.train, case.test, Protocol(batch_size=5, epochs=1), [0], [1])
 
 
 def test_the_callers_random_state_is_left_alone() -> None:
@@ -198,7 +344,8 @@ def test_batch_statistics_stay_those_of_the_final_model() -> None:
     chunk = Chunk(setting, [Replica(0), Replica(1)])
     chunk.advance(3)
     for name, buffer in case.final_model.to(dtype=torch.float32).buffers().items():
-        assert torch.equal(chunk.network.buffers[name], buffer)  # type: ignore[attr-defined]
+        used = chunk.network.buffers[name]  # type: ignore[attr-defined]
+        assert torch.equal(used, buffer.expand_as(used))
 
 
 @pytest.mark.parametrize("rule", ["shift", "mask"])

@@ -21,6 +21,7 @@ def plain_run(
     seed: int,
     left_out: Sequence[int] = (),
     weight: float = 0.0,
+    kept_in_eval: Sequence[str] = (),
 ) -> tuple[Tensor, Tensor, nn.Module]:
     """Continue training once.
 
@@ -28,15 +29,16 @@ def plain_run(
         left_out: training indices without which to train.
         weight: w of left-out instances: under ``mask``, what their losses are multiplied with; under
             ``every_batch``, (w - 1) / N times their losses is added.
+        kept_in_eval: names of modules that stay in eval mode, besides batch normalisation.
 
     Returns:
         Test losses ``[E, J]`` (float64), distances ``[E]`` from the final model, and the network.
     """
     device = train.targets.device
     network = copy.deepcopy(final_model.network).to(DTYPES[protocol.dtype]).train()
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or name in kept_in_eval:
+            module.training = False
     train = train.to(dtype=DTYPES[protocol.dtype])
     test = test.to(dtype=DTYPES[protocol.evaluation_dtype])
     names = list(final_model.parameters())

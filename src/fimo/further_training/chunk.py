@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fimo.further_training.linear import LinearNetwork
-from fimo.further_training.networks import FunctionalNetwork, stack_network
+from fimo.further_training.networks import stack_network
 from fimo.further_training.optimizers import StackedOptimizer
 from fimo.further_training.protocol import Protocol
 from fimo.further_training.replicas import Replica
@@ -34,10 +34,9 @@ class Chunk:
             len(rows),
             setting.evaluation_model,
             setting.engine,
+            setting.mode,
             setting.protocol.autocast_dtype,
         )
-        if isinstance(self.network, FunctionalNetwork):
-            self.network.stochastic = setting.stochastic
         self.optimizer = StackedOptimizer(self.network, setting.protocol)
         self.stream = BatchStream(
             rows, len(setting.train), setting.protocol, self.network.dtype, setting.device

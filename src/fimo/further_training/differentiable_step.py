@@ -15,11 +15,12 @@ from fimo.data.instances import Inputs, Instances
 from fimo.further_training.chunk import step_seed
 from fimo.further_training.linear import linear_layers
 from fimo.further_training.linear_derivatives import along, gradient_and_tangents
-from fimo.further_training.networks import choose_engine, is_stochastic, seeded, training_mode
+from fimo.further_training.networks import choose_engine
 from fimo.further_training.protocol import DTYPES, Protocol
 from fimo.further_training.replicas import Replica, Unit
 from fimo.further_training.schedule import BatchStream
 from fimo.models.final_model import FinalModel, functional_apply
+from fimo.models.train_mode import TrainMode, seeded
 
 Tensors = dict[str, Tensor]
 State = dict[str, Tensors]
@@ -67,10 +68,11 @@ class FullRun:
         self.dtype = DTYPES[protocol.dtype] if dtype is None else dtype
         self.model, self.train = final_model.to(device, self.dtype), train.to(device, self.dtype)
         self.protocol, self.seed, self.device = protocol, seed, torch.device(device)
-        self.network = training_mode(FinalModel(self.model.network, self.model.loss).network)
+        mode = TrainMode.of(self.model, self.train)
+        self.network = mode.set(FinalModel(self.model.network, self.model.loss).network)
         self.buffers = self.model.buffers()
-        self.stochastic = is_stochastic(self.model, self.train)
-        linear = choose_engine(self.model, self.train) == "linear"
+        self.stochastic = mode.stochastic
+        linear = choose_engine(self.model, self.train, mode) == "linear"
         self.layers = linear_layers(self.network) if linear else None
         self.total = protocol.total_steps(len(train))
         self.points = protocol.evaluation_steps(len(train), len(train))

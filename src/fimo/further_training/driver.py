@@ -53,6 +53,8 @@ class FurtherTrainingModule(pl.LightningModule):
 
     On a CPU, a chunk's operations run on one thread, and as many chunks are advanced at a time as
     there are threads: none waits for another within a step, and a result does not depend on their number.
+    (Where copies of a network may share state, one chunk is advanced at a time, by one thread as well;
+    several processes on one store share such a job.)
     Chunks are advanced by worker threads also where there is but one: an interrupt, which reaches the main
     thread, then never falls between the halves of an optimizer step, and what was done can be saved.
     A worker writes a chunk's results before it begins another, so that memory holds one chunk of each.
@@ -87,7 +89,7 @@ class FurtherTrainingModule(pl.LightningModule):
         self.total_replica_steps = steps * (self.job.replicas - int(self.job.found))
         self.threads = torch.get_num_threads()
         self.workers = worker_threads(self.job.setting)
-        each = 1 if self.workers > 1 else self.threads
+        each = 1 if self.device.type == "cpu" else self.threads
         self.pool = ThreadPoolExecutor(self.workers, initializer=_start_worker, initargs=(each, self.device))
         self.stop = threading.Event()
         # attention's kernel is a global setting: it must not change while any worker is under way

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimo.data.instances import Inputs, Instances
 from fimo.further_training.schedule import Batch
-from fimo.models.final_model import FinalModel, apply, functional_apply
+from fimo.models.final_model import FinalModel, functional_apply
+from fimo.models.train_mode import TrainMode, seeded
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ class FunctionalNetwork(StackedNetwork):
     """Any network, by ``torch.func``: vectorised over replicas, or one replica after another.
 
     Args:
+        mode: of the network in training steps.
         vectorise: False where a layer, loss or in-place operation can't be vectorised: same results, slower.
     """
 
@@ -140,15 +142,34 @@ class FunctionalNetwork(StackedNetwork):
         final_model: FinalModel,
         replicas: int,
         evaluation_model: FinalModel,
+        mode: TrainMode,
         vectorise: bool = True,
         autocast: torch.dtype | None = None,
     ) -> None:
         # copies: the final model's own network stays in eval mode, and chunks may run in threads
         super().__init__(final_model, replicas, evaluation_model.to())
         self.vectorise, self.autocast = vectorise, autocast
-        self.network = training_mode(FinalModel(final_model.network, final_model.loss).network)
+        self.mode = mode
+        self.network = mode.set(FinalModel(final_model.network, final_model.loss).network)
         self.buffers = final_model.buffers()
-        self.stochastic = True  # unless told otherwise: steps are seeded
+        self.evaluation_buffers = self.evaluation_model.buffers()
+        if vectorise:
+            self.buffers = self._for_each_replica(self.buffers)
+            self.evaluation_buffers = self._for_each_replica(self.evaluation_buffers)
+
+    def _for_each_replica(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return buffers as stacked tensors ``[R, ...]``, of one copy's memory.
+
+        Vectorised, a product of stacked parameters with a single vector (in spectral normalisation) would be
+        one product of another size for each R, with other last digits.
+        """
+        r = self.replicas
+        return {n: b.expand(r, *b.shape) if b.is_floating_point() else b for n, b in buffers.items()}
+
+    @staticmethod
+    def _axes(tensors: dict[str, Tensor]) -> dict[str, int | None]:
+        """Return which tensors are stacked: parameters and those of :meth:`_for_each_replica`."""
+        return {n: 0 if t.is_floating_point() else None for n, t in tensors.items()}
 
     def differentiate(self, train: Instances, batch: Batch, seed: int) -> None:
         shared = len(batch.index) == 1
@@ -162,8 +183,8 @@ class FunctionalNetwork(StackedNetwork):
             self.gradients[name].copy_(g)
 
     def _weighted(self, instances: Instances, weight: Tensor, shared: bool, seed: int) -> dict[str, Tensor]:
-        def loss(parameters: dict[str, Tensor], inputs: Inputs, targets: Tensor, weight: Tensor) -> Tensor:
-            outputs = functional_apply(self.network, {**self.buffers, **parameters}, inputs)
+        def loss(tensors: dict[str, Tensor], inputs: Inputs, targets: Tensor, weight: Tensor) -> Tensor:
+            outputs = functional_apply(self.network, tensors, inputs)
             outputs = outputs.to(weight.dtype)
             return (self.loss(outputs, targets) * weight).sum()
 
@@ -174,8 +195,9 @@ class FunctionalNetwork(StackedNetwork):
             # about a tenth less of a step than vmap(grad) does
             free = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
             with self._training_step(seed), torch.enable_grad():
-                mapped = vmap(loss, in_dims=(0, axis, axis, 0), randomness="same")
-                total = mapped(free, inputs, targets, weight).sum()
+                tensors = {**self.buffers, **free}
+                mapped = vmap(loss, in_dims=(self._axes(tensors), axis, axis, 0), randomness="same")
+                total = mapped(tensors, inputs, targets, weight).sum()
             gradients = torch.autograd.grad(total, list(free.values()), materialize_grads=True)
             return dict(zip(free, gradients, strict=True))
         found = {n: torch.empty_like(p) for n, p in self.parameters.items()}
@@ -183,7 +205,7 @@ class FunctionalNetwork(StackedNetwork):
             own = instances if shared else Instances(_row(inputs, r), targets[r])
             parameters = {n: p[r].detach().requires_grad_() for n, p in self.parameters.items()}
             with self._training_step(seed), torch.enable_grad():
-                value = loss(parameters, own.inputs, own.targets, weight[r])
+                value = loss({**self.buffers, **parameters}, own.inputs, own.targets, weight[r])
             own_gradients = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
             for name, g in zip(parameters, own_gradients, strict=True):
                 found[name][r] = g
@@ -193,40 +215,18 @@ class FunctionalNetwork(StackedNetwork):
     def _training_step(self, seed: int) -> Iterator[None]:
         """Set a step's random state, precision, and an attention kernel that can be vectorised."""
         lower = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
-        with lower, sdpa_kernel(SDPBackend.MATH), seeded(seed if self.stochastic else None, self.device):
+        with lower, sdpa_kernel(SDPBackend.MATH), seeded(seed if self.mode.stochastic else None, self.device):
             yield
 
     def outputs(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
-        model = self.evaluation_model
-        buffers = model.buffers()
-
-        def one(parameters: dict[str, Tensor]) -> Tensor:
-            return functional_apply(model.network, {**buffers, **parameters}, inputs)
-
+        network, buffers = self.evaluation_model.network, self.evaluation_buffers
         with sdpa_kernel(SDPBackend.MATH):
             if self.vectorise:
-                return vmap(one)(parameters)
-            return torch.stack([one({n: p[r] for n, p in parameters.items()}) for r in range(self.replicas)])
-
-
-def training_mode(network: nn.Module) -> nn.Module:
-    """Put a network in train mode, but for batch normalisation, whose statistics stay frozen."""
-    network.train()
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.eval()
-    return network
-
-
-def is_stochastic(final_model: FinalModel, train: Instances) -> bool:
-    """Return whether a forward pass in train mode draws random numbers (dropout of any kind): it is tried."""
-    network = training_mode(final_model.to().network)
-    device = train.targets.device
-    state = torch.cuda.get_rng_state if device.type == "cuda" else torch.get_rng_state
-    with seeded(0, device), torch.no_grad():
-        before = state()
-        apply(network, train[:2].inputs)
-        return not torch.equal(before, state())
+                tensors = {**buffers, **parameters}
+                mapped = vmap(lambda t: functional_apply(network, t, inputs), in_dims=(self._axes(tensors),))
+                return mapped(tensors)
+            each = [{n: p[r] for n, p in parameters.items()} for r in range(self.replicas)]
+            return torch.stack([functional_apply(network, {**buffers, **own}, inputs) for own in each])
 
 
 def without_gradient(final_model: FinalModel, train: Instances) -> list[str]:
@@ -241,16 +241,6 @@ def without_gradient(final_model: FinalModel, train: Instances) -> list[str]:
     return [name for name, g in zip(free, found, strict=True) if g is None]
 
 
-@contextlib.contextmanager
-def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Run a block with the random state of ``seed`` and put the caller's back; nothing if None."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield
-
-
 def _row(inputs: Inputs, r: int) -> Inputs:
     return {k: v[r] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[r]
 
@@ -263,6 +253,7 @@ def stack_network(
     replicas: int,
     evaluation_model: FinalModel,
     engine: Engine,
+    mode: TrainMode,
     autocast: torch.dtype | None = None,
 ) -> StackedNetwork:
     """Return the stacked network of an engine."""
@@ -270,10 +261,12 @@ def stack_network(
 
     if engine == "linear":
         return LinearNetwork(final_model, replicas, evaluation_model)
-    return FunctionalNetwork(final_model, replicas, evaluation_model, engine == "functional", autocast)
+    return FunctionalNetwork(final_model, replicas, evaluation_model, mode, engine == "functional", autocast)
 
 
-def choose_engine(final_model: FinalModel, train: Instances, autocast: torch.dtype | None = None) -> Engine:
+def choose_engine(
+    final_model: FinalModel, train: Instances, mode: TrainMode, autocast: torch.dtype | None = None
+) -> Engine:
     """Return the fastest engine that can run a network: ``linear``, else ``functional``, else ``loop``.
 
     Whether ``torch.func`` can vectorise it is tried on two replicas and two instances.
@@ -283,7 +276,7 @@ def choose_engine(final_model: FinalModel, train: Instances, autocast: torch.dty
     dtype, device = next(iter(final_model.parameters().values())).dtype, train.targets.device
     weight = torch.ones(2, 2, dtype=dtype, device=device)
     index = torch.arange(2, device=device).clamp(max=len(train) - 1).expand(2, 2)
-    probe = FunctionalNetwork(final_model, 2, final_model, autocast=autocast)
+    probe = FunctionalNetwork(final_model, 2, final_model, mode, autocast=autocast)
     try:
         probe.differentiate(train, Batch(index, weight), 0)
         probe.test_losses(train[:2])

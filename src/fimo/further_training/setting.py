@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from fimo.data.instances import Instances
 from fimo.errors import shortened
-from fimo.further_training.networks import Engine, choose_engine, is_stochastic, without_gradient
+from fimo.further_training.networks import Engine, choose_engine, without_gradient
 from fimo.further_training.protocol import DTYPES, Protocol
 from fimo.further_training.replicas import even_parts
 from fimo.models.final_model import FinalModel
+from fimo.models.train_mode import TrainMode
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Setting:
         final_model, train: in the dtype of the runs.
         evaluation_model, test: in the dtype of the test losses.
         activations: elements that the network's layers produce for one instance.
-        stochastic: training steps draw random numbers (dropout).
+        mode: of the network in training steps.
         vectorisable: replicas could be advanced together; where they run one after another all the same,
             that is faster.
     """
@@ -48,7 +49,7 @@ class Setting:
     protocol: Protocol
     engine: Engine
     activations: int = 1
-    stochastic: bool = False
+    mode: TrainMode = TrainMode()
     vectorisable: bool = True
 
     @classmethod
@@ -63,7 +64,8 @@ class Setting:
         """Move everything to ``device`` and choose the engine."""
         dtype, wide = DTYPES[protocol.dtype], DTYPES[protocol.evaluation_dtype]
         model, train = final_model.to(device, dtype), train.to(device, dtype)
-        engine = choose_engine(model, train, protocol.autocast_dtype)
+        mode = TrainMode.of(model, train)
+        engine = choose_engine(model, train, mode, protocol.autocast_dtype)
         if unused := without_gradient(model, train):
             log.info("the loss does not depend on %s: further training leaves them alone", shortened(unused))
         activations = _activations(model, train, engine)
@@ -85,9 +87,14 @@ class Setting:
             protocol,
             engine,
             activations,
-            engine != "linear" and is_stochastic(model, train),
+            mode,
             vectorisable,
         )
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether training steps draw random numbers (dropout)."""
+        return self.mode.stochastic
 
     @property
     def device(self) -> torch.device:
@@ -123,10 +130,22 @@ def chunk_size(setting: Setting, runs: int) -> int:
 
 
 def worker_threads(setting: Setting) -> int:
-    """Return how many chunks are advanced at a time."""
-    # hooks of the user's, random numbers
-    shared_state = not setting.vectorisable or setting.stochastic
-    return 1 if shared_state or setting.device.type != "cpu" else torch.get_num_threads()
+    """Return how many chunks are advanced at a time: one for each thread of a CPU.
+
+    One where a network that can't be vectorised may share state between its copies: in hooks, or in the
+    random numbers of a backward pass that repeats the forward pass (checkpointing).
+    """
+    if setting.device.type != "cpu":
+        return 1
+    shares = not setting.vectorisable and (setting.stochastic or _has_hooks(setting.final_model.network))
+    return 1 if shares else torch.get_num_threads()
+
+
+def _has_hooks(network: nn.Module) -> bool:
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in network.modules()
+    )
 
 
 def evaluation_batch(setting: Setting) -> int:

@@ -1,0 +1,145 @@
+"""How a network is run in the steps of further training: in train mode, but without state of its own.
+
+A forward pass in train mode may draw random numbers, which are seeded step by step, and change buffers
+(running means, spectral normalisation's power iteration). Replicas take turns in one copy of the network, so
+such changes would carry from one to the next; modules that make them stay in eval mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fimo.data.instances import Inputs, Instances
+from fimo.errors import InputError, shortened
+from fimo.models.final_model import FinalModel, apply
+
+log = logging.getLogger(__name__)
+
+_GENERATOR = threading.RLock()
+"""Held by whoever seeds the process's one generator, so that threads do not draw from each other's stream."""
+
+
+@dataclass(frozen=True)
+class TrainMode:
+    """What a network's modules do in a training step.
+
+    Args:
+        kept_in_eval: names of modules that stay in eval mode since they would change buffers, besides batch
+            normalisation.
+        stochastic: whether a forward pass draws random numbers (dropout of any kind).
+    """
+
+    kept_in_eval: tuple[str, ...] = ()
+    stochastic: bool = False
+
+    @classmethod
+    def of(cls, final_model: FinalModel, train: Instances) -> TrainMode:
+        """Find out by trying, on two instances.
+
+        Raises:
+            InputError: buffers change whatever the mode, so that outputs depend on what was evaluated before.
+        """
+        two = train[:2].inputs
+        kept = _kept_in_eval(final_model, two)
+        network = cls(kept).set(copy.deepcopy(final_model.network))
+        return cls(kept, draws(network, two))
+
+    def set(self, network: nn.Module) -> nn.Module:
+        """Put a network in train mode, but for the modules that stay in eval mode; return it."""
+        network.train()
+        for name, module in network.named_modules(remove_duplicate=False):
+            if name in self.kept_in_eval or isinstance(module, nn.modules.batchnorm._NormBase):
+                module.training = False  # this module alone: what it contains keeps its mode
+        return network
+
+
+def draws(network: nn.Module, inputs: Inputs) -> bool:
+    """Return whether a forward pass, in the network's present mode, draws random numbers."""
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    state = torch.cuda.get_rng_state if device.type == "cuda" else torch.get_rng_state
+    with seeded(0, device), torch.no_grad():
+        before = state()
+        apply(network, inputs)
+        return not torch.equal(before, state())
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Run a block with the random state of ``seed`` and put the caller's back; nothing if None.
+
+    One thread at a time: a process has one generator for each device.
+    """
+    if seed is None:
+        yield
+        return
+    devices = [device] if device.type == "cuda" else []
+    with _GENERATOR, torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _kept_in_eval(final_model: FinalModel, inputs: Inputs) -> tuple[str, ...]:
+    """Return the modules whose buffers a forward pass in train mode changes, or that hold such modules."""
+    network = copy.deepcopy(final_model.network)
+    if not any(True for _ in network.buffers()):
+        return ()
+    _move(network)
+    with torch.no_grad():
+        apply(network, inputs)  # fills what is computed once and kept
+    if changed := _changed_buffers(network, inputs):
+        raise InputError(
+            "model.network",
+            f"a forward pass in eval mode changes {shortened(changed)}, so that outputs would depend on what "
+            "was evaluated before; expected buffers that eval mode leaves alone",
+        )
+    kept: tuple[str, ...] = ()
+    everything = tuple(name for name, _ in network.named_modules(remove_duplicate=False))
+    while kept != everything and (changed := _changed_buffers(TrainMode(kept).set(network), inputs)):
+        outwards = [m for name in changed for m in _outwards(name.rpartition(".")[0]) if m not in kept]
+        # a buffer may be changed by a module that holds its owner: then the next one outwards, to the whole
+        # network; and, rarely, by one that does not
+        kept = (*kept, outwards[0]) if outwards else everything
+    if kept:
+        log.info(
+            "%s: further training keeps them in eval mode, since their buffers change in train mode",
+            shortened([name or "the network itself" for name in kept]),
+        )
+    return kept
+
+
+def _outwards(name: str) -> Iterator[str]:
+    """Yield a module's name and those of the modules that hold it, up to the whole network's (empty)."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
+
+
+def _move(network: nn.Module) -> None:
+    """Move parameters a little, so that what has settled for them (a power iteration) moves as well."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in network.parameters():
+            if p.is_floating_point():
+                noise = torch.randn(p.shape, generator=generator)
+                p.mul_(1 + 0.01 * noise.to(p))
+
+
+def _changed_buffers(network: nn.Module, inputs: Inputs) -> list[str]:
+    """Return the names of buffers that a forward pass changes."""
+    before = {name: b.clone() for name, b in network.named_buffers()}
+    with seeded(0, next((p.device for p in network.parameters()), torch.device("cpu"))), torch.no_grad():
+        apply(network, inputs)
+    return [n for n, b in network.named_buffers() if n not in before or not _same(b, before[n])]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
