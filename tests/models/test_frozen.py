@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fimo.data.custom import CustomData
 from fimo.data.instances import Instances
@@ -123,3 +123,20 @@ def test_a_network_is_left_whole_where_all_is_trained_or_the_frozen_part_draws()
     assert without_frozen_part(dropped, data)[0] is dropped
     unknown = FinalModel(nn.ModuleList([drawing])[0], cross_entropy, trainable=("1.*",))
     assert without_frozen_part(unknown, data)[0] is unknown
+
+
+class DrawingFunction(nn.Module):
+    """Dropout that is no module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(192, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.layer(x), 0.5, self.training)
+
+
+def test_a_frozen_part_with_dropout_as_a_function_is_left_whole() -> None:
+    drawing = nn.Sequential(nn.Flatten(), DrawingFunction(), nn.Linear(4, 3)).double()
+    model = FinalModel(drawing, cross_entropy, trainable=("2.*",))
+    assert without_frozen_part(model, images())[0] is model

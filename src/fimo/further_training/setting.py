@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class Setting:
     protocol: Protocol
     engine: Engine
     activations: int = 1
-    mode: TrainMode = TrainMode()
+    mode: TrainMode = field(default_factory=TrainMode)
     vectorisable: bool = True
 
     @classmethod

@@ -19,7 +19,8 @@ class FinalModel:
     """A trained network with the loss that its further training minimises.
 
     The network is copied, so that the user's own module is never put into another mode, frozen or
-    changed; the copy stays in eval mode (no dropout, frozen batch statistics).
+    changed; the copy stays in eval mode (no dropout, frozen batch statistics). Further training's steps run
+    in train mode, in copies of their own; see :class:`~fimo.models.train_mode.TrainMode`.
 
     Args:
         network: maps a batch of inputs to outputs ``[n, ...]``.

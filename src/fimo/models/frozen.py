@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fimo.data.datamodule import InstancesModule
 from fimo.data.instances import Inputs, Instances
 from fimo.models.final_model import FinalModel, apply, fitting_batch
+from fimo.models.train_mode import draws
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def without_frozen_part(final_model: FinalModel, data: Data) -> tuple[FinalModel
     random numbers in training (dropout), which differ from run to run.
     """
     parts = split(final_model.network, final_model.parameters())
-    if parts is None or not any(True for _ in parts[0].parameters()) or _draws(parts[0]):
+    if parts is None or not any(True for _ in parts[0].parameters()) or _draws(parts[0], data.train):
         return final_model, data
     before, after = parts
     probe = data.train[:4]
@@ -151,5 +152,6 @@ def _bytes(before: nn.Module, probe: Instances, data: InstancesModule) -> int:
     return each * (len(data.train) + len(data.test))
 
 
-def _draws(before: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in before.modules())
+def _draws(before: nn.Module, train: Instances) -> bool:
+    """Return whether a network draws random numbers in train mode."""
+    return draws(copy.deepcopy(before).train(), train[:2].inputs)
