@@ -1,4 +1,4 @@
-"""A method that fails where others don't, for the test of whole runs."""
+"""Methods that fail where others don't, for the test of whole runs."""
 
 from __future__ import annotations
 
@@ -14,3 +14,17 @@ class Diverging(AttributionMethod):
 
     def scores(self, test: Instances, left_out: Instances) -> Tensor:
         raise DivergenceError("grew a hundredfold")
+
+
+class Mistaken(AttributionMethod):
+    """Fails as foreign code does, over several lines."""
+
+    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+        raise IndexError("Dimension out of range\n(in some library)")
+
+
+class Unwritable(AttributionMethod):
+    """Meets a full disk."""
+
+    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+        raise OSError(28, "No space left on device", "somewhere")

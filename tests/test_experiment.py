@@ -150,13 +150,35 @@ def test_a_method_that_fails_on_this_model_does_not_take_the_others_with_it(defa
     folder = default_run / "failing"
     done = run(
         "+method=graddot", "+methods.broken._target_=tests.diverging.Diverging", "logger=none",
+        "+methods.mistaken._target_=tests.diverging.Mistaken",
         "report=false", f"hydra.run.dir={folder}", folder=default_run,
     )  # fmt: skip
     assert "broken failed: grew a hundredfold" in done.stdout + done.stderr
     assert (
         json.loads((folder / "report.json").read_text())["skipped"]["broken"] == "failed: grew a hundredfold"
     )
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "mistaken" in line]
+    assert len(lines) == 1, lines
+    assert "failed: IndexError: Dimension out of range" in lines[0]
+    assert "in some library" in (folder / "failures" / "mistaken.txt").read_text()
     assert set(pd.read_csv(folder / "evaluation.csv")["method"]) == {"graddot"}
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("Mistaken", "methods.mine: IndexError: Dimension out of range"),
+        ("Unwritable", "No space left on device"),
+    ],
+)
+def test_a_run_of_one_method_that_fails_ends_in_one_line(tmp_path: Path, method: str, said: str) -> None:
+    done = run(
+        f"+methods.mine._target_=tests.diverging.{method}", "logger=none", f"hydra.run.dir={tmp_path}/run",
+        folder=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert [said in line for line in done.stderr.splitlines() if line.startswith("error: ")] == [True]
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_classification_and_adam_run_on_a_table_of_ones_own(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import traceback
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +19,7 @@ from fimo.build import (
     build_module,
     build_trainer,
     check_evaluation,
+    reason,
     training_key,
 )
 from fimo.config import plain
@@ -38,15 +40,6 @@ from fimo.summary import summarise
 from fimo.tasks import Judged, build_tasks, with_findings
 
 log = logging.getLogger(__name__)
-
-NUMERICAL_FAILURES = (
-    InputError,
-    DivergenceError,
-    torch.linalg.LinAlgError,  # type: ignore[attr-defined]  # documented there; torch does not re-export it by name
-    torch.OutOfMemoryError,
-    MemoryError,
-)
-"""Failures of one method on this model that say nothing about the others."""
 
 
 def run_experiment(config: DictConfig, run_dir: Path) -> float:
@@ -69,8 +62,8 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     check_evaluation(config, len(plan.seeds))
     module = build_module(config, data)
     methods, skipped = applicable(build_methods(config), build_final_model(module, config), data.train)
-    for name, reason in skipped.items():
-        log.warning("%s is skipped: %s", name, reason)
+    for name, why in skipped.items():
+        log.warning("%s is skipped: %s", name, why)
     tasks = build_tasks(config, data)
     trainer = build_trainer(config)
     device = trainer.strategy.root_device
@@ -117,11 +110,14 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
         with measured(name) as cost:
             try:
                 tensors = score(name, method, placed, seen, plan, config, store, cost)
-            except NUMERICAL_FAILURES as error:
+            except OSError:  # a full disk fails everything that follows too
+                raise
+            except Exception as error:  # whatever it is, the others' results are not lost with it
+                problem = failure(name, error, run_dir)
                 if len(methods) == 1:
-                    raise InputError(f"methods.{name}", str(error).splitlines()[0]) from error
-                log.error("%s failed: %s", name, error)
-                skipped[name] = f"failed: {error}"  # the others' results are not lost with it
+                    raise InputError(f"methods.{name}", problem) from error
+                log.error("%s failed: %s", name, problem)
+                skipped[name] = f"failed: {problem}"
                 continue
             scores[name] = (str(method.access), tensors["scores"])
             if "sem" in tensors:
@@ -135,7 +131,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
 
     methods = {name: method for name, method in methods.items() if name in scores}
     if not scores:
-        raise InputError("method", "; ".join(f"{name} {reason}" for name, reason in skipped.items()))
+        raise InputError("method", "; ".join(f"{name} {why}" for name, why in skipped.items()))
 
     findings = {}
     for name, task in tasks.items():
@@ -171,6 +167,16 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     write_costs([*costs, cost], run_dir / "cost.csv")
     log.info("report: %s", run_dir / "report.html")
     return best_agreement(evaluation.table, config.evaluation.metrics[0])
+
+
+def failure(name: str, error: Exception, run_dir: Path) -> str:
+    """Return a method's failure in one line; its traceback is in ``failures/`` where it needs one."""
+    if isinstance(error, InputError | DivergenceError):
+        return str(error).splitlines()[0]
+    path = run_dir / "failures" / f"{name}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(traceback.format_exception(error)))
+    return f"{reason(error)}; the traceback is in {path}"
 
 
 def check_finite(sensitivity: Tensor) -> None:

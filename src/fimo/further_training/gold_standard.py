@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fimo.cost import Cost
 from fimo.data.instances import Instances
-from fimo.errors import InputError, shortened
+from fimo.door import choices
+from fimo.errors import InputError
 from fimo.further_training.identity import describe
 from fimo.further_training.job import Job
 from fimo.further_training.protocol import Protocol
@@ -35,8 +36,8 @@ def further_train(
     train: Instances,
     test: Instances,
     protocol: Protocol,
-    seeds: Sequence[int],
-    left_out: Sequence[int | Sequence[int]],
+    seeds: int | Sequence[int],
+    left_out: int | Sequence[int | Sequence[int]] | None,
     *,
     test_index: Sequence[int] | None = None,
     store: Store | None = None,
@@ -54,8 +55,10 @@ def further_train(
     Args:
         train: all N training instances.
         test: the J instances whose losses (the final model's measurement) are recorded.
-        seeds: S of them; a seed fixes the data order and all other randomness of its runs.
-        left_out: L indices into ``train``, or lists of indices that are left out together.
+        seeds: S of them (a list, array or tensor; a number N means 0 to N - 1); a seed fixes the data order
+            and all other randomness of its runs.
+        left_out: L indices into ``train``, or lists of indices that are left out together; a number means so
+            many evenly spaced ones, None all.
         test_index: ``[J]``, what :attr:`Sensitivity.test` shall say; 0 to J - 1 when None.
         store: where results are kept as they are made, and read from; nothing is kept when None.
         chunk: replicas advanced together; ``auto`` chooses by cache or device memory.
@@ -73,7 +76,7 @@ def further_train(
         InputError: naming the key under ``further_training`` at fault.
         OSError: the store can't be written.
     """
-    seeds, units = check_seeds(seeds), check_left_out(left_out, len(train), protocol)
+    seeds, units = choices.seeds(seeds), choices.units(left_out, len(train))
     index = list(range(len(test))) if test_index is None else list(test_index)
     if len(index) != len(test):
         raise InputError("further_training.test_index", f"expected {len(test)} indices but got {len(index)}")
@@ -134,52 +137,6 @@ def evaluation_points(protocol: Protocol, instances: int) -> tuple[list[int], li
     steps = protocol.evaluation_steps(instances, instances)
     per_epoch = protocol.batches_per_epoch(instances)
     return steps, [-(-step // per_epoch) for step in steps]
-
-
-def check_seeds(seeds: Sequence[int]) -> list[int]:
-    """Return the seeds; refuse none, negative ones and duplicates."""
-    seeds = [int(s) for s in seeds]
-    if not seeds:
-        raise InputError("further_training.seeds", "expected at least one seed but got none")
-    if any(not 0 <= s < 2**31 for s in seeds):
-        raise InputError("further_training.seeds", f"expected seeds in [0, 2^31) but got {shortened(seeds)}")
-    if twice := sorted({s for s in seeds if seeds.count(s) > 1}):
-        raise InputError("further_training.seeds", f"seeds occur twice: {shortened(twice)}")
-    return seeds
-
-
-def check_left_out(
-    left_out: Sequence[int | Sequence[int]], instances: int, protocol: Protocol | None = None
-) -> list[Unit]:
-    """Return left-out instances as units; refuse none, indices out of range, and duplicates.
-
-    Args:
-        instances: N.
-    """
-    key = "further_training.left_out"
-    units: list[Unit] = []
-    for entry in left_out:
-        members = _members(entry)
-        if not members:
-            raise InputError(key, "a group is empty")
-        if bad := [i for i in members if not 0 <= i < instances]:
-            raise InputError(key, f"expected indices in [0, {instances}) but got {shortened(bad)}")
-        if len(set(members)) < len(members):
-            raise InputError(key, f"a group has an index twice: {shortened(members)}")
-        units.append(tuple(sorted(members)))
-    if not units:
-        raise InputError(key, "expected at least one index but got none")
-    if len(set(units)) < len(units):
-        twice = sorted({u for u in units if units.count(u) > 1})
-        raise InputError(key, f"left out twice: {shortened([u[0] if len(u) == 1 else u for u in twice])}")
-    if any(len(u) == instances for u in units):
-        raise InputError(key, f"a group leaves out all {instances} training instances")
-    return units
-
-
-def _members(entry: Any) -> list[int]:
-    one = isinstance(entry, int) or getattr(entry, "ndim", 1) == 0
-    return [int(entry)] if one else [int(i) for i in entry]
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -81,14 +82,21 @@ class Protocol:
             f"expected bfloat16 or null but got {self.autocast!r}",
         )
         _one_of("evaluation_dtype", self.evaluation_dtype, tuple(DTYPES))
-        _require(
-            "epochs",
-            (self.epochs is None) != (self.steps is None),
-            f"expected exactly one of epochs and steps but got epochs={self.epochs}, steps={self.steps}",
-        )
         for key in ("batch_size", "epochs", "steps"):
             value = getattr(self, key)
-            _require(key, value is None or value >= 1, f"expected at least 1 but got {value}")
+            if value is None and key != "batch_size":
+                continue
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            _require(key, whole, f"expected a whole number but got {value!r}")
+            _require(key, value >= 1, f"expected at least 1 but got {value}")
+            object.__setattr__(self, key, int(value))  # NumPy's numbers too
+        for key in ("lr", "momentum", "weight_decay", "eps", "clip_norm"):
+            value = getattr(self, key)
+            if value is None and key == "clip_norm":
+                continue
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            _require(key, number, f"expected a number but got {value!r}")
+            object.__setattr__(self, key, value if isinstance(value, int) else float(value))
         _require("lr", 0 < self.lr < math.inf, f"expected a positive number but got {self.lr}")
         _require("momentum", 0 <= self.momentum < 1, f"expected a number in [0, 1) but got {self.momentum}")
         _require(
@@ -111,6 +119,11 @@ class Protocol:
             self.evaluate_every == "epoch"
             or (isinstance(self.evaluate_every, int) and self.evaluate_every >= 1),
             f"expected 'epoch' or a number of steps but got {self.evaluate_every!r}",
+        )
+        _require(  # last, so that a bad value is named before a missing one
+            "epochs",
+            (self.epochs is None) != (self.steps is None),
+            f"expected exactly one of epochs and steps but got epochs={self.epochs}, steps={self.steps}",
         )
 
     def key(self) -> dict[str, Any]:

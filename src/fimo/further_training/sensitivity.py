@@ -56,7 +56,7 @@ class Sensitivity:
         """The gold standard ``[E, J, L]``: adjusted changes averaged over seeds; computed once."""
         return adjust(self.raw.mean(0), self.subtract_mean)
 
-    def save(self, path: Path, with_raw: bool = True) -> None:
+    def save(self, path: Path | str, with_raw: bool = True) -> None:
         """Write ``sensitivity.safetensors``: the sensitivity, all axes, and the raw changes if asked."""
         tensors = {
             "sensitivity": self.sensitivity,
@@ -71,12 +71,12 @@ class Sensitivity:
                 tensors[name] = tensor
         if with_raw:
             tensors["raw"] = self.raw
-        write_in_pieces(path, tensors, {"subtract_mean": str(self.subtract_mean).lower()})
+        write_in_pieces(Path(path), tensors, {"subtract_mean": str(self.subtract_mean).lower()})
 
     @classmethod
-    def load(cls, path: Path, subtract_mean: bool = True) -> Sensitivity:
+    def load(cls, path: Path | str, subtract_mean: bool = True) -> Sensitivity:
         """Read what :meth:`save` wrote, with its raw changes."""
-        tensors = read_tensors(path)
+        tensors = read_tensors(Path(path))
         tensors.pop("sensitivity")
         return cls(**tensors, subtract_mean=subtract_mean)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from fimo.data.instances import Instances
+from fimo.door import choices
 from fimo.further_training.differentiable_step import FullRun, State, Tensors, evaluate_outputs
-from fimo.further_training.gold_standard import check_left_out
 from fimo.further_training.linear_derivatives import along
 from fimo.further_training.protocol import DTYPES, Protocol
 from fimo.further_training.replicas import Unit
@@ -64,7 +64,7 @@ def tangent_outputs(
     Returns:
         On ``device``, in the evaluation dtype.
     """
-    units = check_left_out(left_out, len(train))
+    units = choices.units(left_out, len(train))
     parts = []
     for first in range(0, len(units), chunk):
         run = FullRun(final_model, train, protocol, seed, units[first : first + chunk], device, dtype)

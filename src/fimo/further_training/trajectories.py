@@ -13,8 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fimo.data.instances import Instances
+from fimo.door import choices
 from fimo.further_training.chunk import Chunk
-from fimo.further_training.gold_standard import check_seeds, evaluation_points
+from fimo.further_training.gold_standard import evaluation_points
 from fimo.further_training.identity import describe
 from fimo.further_training.protocol import Protocol
 from fimo.further_training.replicas import Replica
@@ -50,7 +51,7 @@ def full_runs(
     final_model: FinalModel,
     train: Instances,
     protocol: Protocol,
-    seeds: Sequence[int],
+    seeds: int | Sequence[int],
     *,
     store: Store | None = None,
     device: torch.device | str | None = None,
@@ -68,7 +69,7 @@ def full_runs(
         One :class:`Trajectory` for each seed, in the protocol's dtype on the device. For Adam,
         ``second_moment`` is its second moment divided by 1 - beta2^t.
     """
-    seeds = check_seeds(seeds)
+    seeds = choices.seeds(seeds)
     device = trainer_device(trainer) if device is None else device
     setting = Setting.build(final_model, train, train[:1], protocol, device)
     for start in range(0, len(seeds), together := _at_once(setting, len(seeds))):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
+from fimo.door import choices
 from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.models.final_model import FinalModel
@@ -74,7 +75,7 @@ class AttributionMethod(ABC):
         final_model: FinalModel,
         train: Instances,
         test: Instances,
-        left_out: Tensor | None = None,
+        left_out: Tensor | Sequence[int] | int | None = None,
         further_training: FurtherTraining | None = None,
     ) -> Tensor:
         """Fit, then score.
@@ -82,7 +83,8 @@ class AttributionMethod(ABC):
         Args:
             train: all N training instances.
             test: the J instances to explain.
-            left_out: ``[L]`` indices into ``train``; all N when None.
+            left_out: ``[L]`` indices into ``train`` (a tensor, array or list; a number means so many evenly
+                spaced ones); all N when None.
             further_training: what the scores predict; methods that follow it require it.
 
         Returns:
@@ -90,11 +92,11 @@ class AttributionMethod(ABC):
             on its device.
 
         Raises:
-            InputError: the method follows further training and none was given.
+            InputError: the method follows further training and none was given, or an index is out of range.
         """
         if self.follows_further_training and further_training is None:
             raise InputError("further_training", f"{type(self).__name__} follows it, but none was given")
         self.further_training = further_training
-        self.left_out = torch.arange(len(train)) if left_out is None else left_out.cpu()
+        self.left_out = choices.indices(left_out, len(train), "left_out")
         self.fit(final_model, train)
-        return self.scores(test, train if left_out is None else train[left_out])
+        return self.scores(test, train if left_out is None else train[self.left_out.to(train.targets.device)])

@@ -1,0 +1,132 @@
+"""Numbers and lists by which seeds and instances are chosen, in any form that users hold them in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fimo.errors import InputError, shortened
+
+
+def spaced(count: int, total: int) -> list[int]:
+    """Return ``count`` evenly spaced indices of ``total``."""
+    return [k * total // count for k in range(count)]
+
+
+def whole_numbers(value: Any, key: str, what: str) -> list[int]:
+    """Return a list, range, array or tensor of whole numbers as a list.
+
+    Raises:
+        InputError: with ``key``: other things than whole numbers, or a mask of truth values.
+    """
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    try:
+        entries = list(value)
+    except TypeError:
+        raise InputError(key, f"expected a number of {what}, or a list of them, but got {value!r}") from None
+    found = []
+    for entry in entries:
+        number = (
+            entry.item() if isinstance(entry, np.generic | np.ndarray | Tensor) and entry.ndim == 0 else entry
+        )
+        if isinstance(number, bool) or not isinstance(number, int | float) or number != int(number):
+            raise InputError(key, f"expected whole numbers but got {shortened([entry])}")
+        found.append(int(number))
+    return found
+
+
+def seeds(value: Any, key: str = "further_training.seeds") -> list[int]:
+    """Return seeds: N means 0 to N - 1; a list, array or tensor is taken as it is.
+
+    Raises:
+        InputError: with ``key``: none, negative ones, duplicates.
+    """
+    if _is_number(value):
+        if value < 1:
+            raise InputError(key, f"expected at least 1 seed but got {value!r}")
+        return list(range(int(value)))
+    found = whole_numbers(value, key, "seeds")
+    if not found:
+        raise InputError(key, "expected at least one seed but got none")
+    if any(not 0 <= s < 2**31 for s in found):
+        raise InputError(key, f"expected seeds in [0, 2^31) but got {shortened(found)}")
+    if twice := sorted({s for s in found if found.count(s) > 1}):
+        raise InputError(key, f"seeds occur twice: {shortened(twice)}")
+    return found
+
+
+def units(value: Any, total: int, key: str = "further_training.left_out") -> list[tuple[int, ...]]:
+    """Return what is left out together, as sorted tuples: N means N evenly spaced instances, None all.
+
+    Args:
+        value: a number, or indices (a list, range, array or tensor), or lists of indices.
+        total: N, the number of instances.
+
+    Raises:
+        InputError: with ``key``: none, indices out of range, duplicates.
+    """
+    entries: list[Any]
+    if value is None:
+        entries = list(range(total))
+    elif _is_number(value):
+        if not 1 <= value <= total:
+            raise InputError(
+                key, f"expected a number from 1 to {total}, or a list of indices, but got {value!r}"
+            )
+        entries = list(spaced(int(value), total))
+    else:
+        entries = value.tolist() if isinstance(value, Tensor | np.ndarray) else _listed(value, key)
+    found: list[tuple[int, ...]] = []
+    for entry in entries:
+        single = isinstance(entry, int | float) or getattr(entry, "ndim", 1) == 0
+        members = whole_numbers([entry] if single else entry, key, "instances")
+        if not members:
+            raise InputError(key, "a group is empty")
+        if bad := [i for i in members if not 0 <= i < total]:
+            raise InputError(key, f"expected indices in [0, {total}) but got {shortened(bad)}")
+        if len(set(members)) < len(members):
+            raise InputError(key, f"a group has an index twice: {shortened(members)}")
+        found.append(tuple(sorted(members)))
+    if not found:
+        raise InputError(key, "expected at least one index but got none")
+    if len(set(found)) < len(found):
+        twice = sorted({u for u in found if found.count(u) > 1})
+        raise InputError(key, f"left out twice: {shortened([u[0] if len(u) == 1 else u for u in twice])}")
+    if any(len(u) == total for u in found):
+        raise InputError(key, f"a group leaves out all {total} training instances")
+    return found
+
+
+def indices(value: Any, total: int, key: str) -> Tensor:
+    """Return indices ``[L]`` of single instances: N means N evenly spaced ones, None all.
+
+    Raises:
+        InputError: with ``key``, as :func:`units`; indices may occur twice.
+    """
+    if value is None:
+        return torch.arange(total)
+    if _is_number(value):
+        return torch.tensor([u[0] for u in units(value, total, key)])
+    found = whole_numbers(value, key, "instances")
+    if not found:
+        raise InputError(key, "expected at least one index but got none")
+    if bad := [i for i in found if not 0 <= i < total]:
+        raise InputError(key, f"expected indices in [0, {total}) but got {shortened(bad)}")
+    return torch.tensor(found)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return value.ndim == 0 and not isinstance(value, np.bool_)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _listed(value: Any, key: str) -> list[Any]:
+    try:
+        return list(value)
+    except TypeError:
+        raise InputError(key, f"expected a number or a list of indices but got {value!r}") from None
