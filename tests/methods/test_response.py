@@ -40,6 +40,8 @@ def real_changes(case: Case, protocol: Protocol, left_out: Sequence[int], seeds:
     for seed in seeds:
         full = plain_run(case.final_model, case.train, case.test, protocol, seed)[0]
         runs = [plain_run(case.final_model, case.train, case.test, protocol, seed, [i])[0] for i in left_out]
+        # of a number of steps, a run of shorter epochs completes more epochs
+        runs = [torch.cat([run[: len(full) - 1], run[-1:]]) for run in runs]
         found.append(torch.stack(runs, -1) - full[..., None])
     return torch.stack(found).mean(0)
 
@@ -64,25 +66,53 @@ def linear_regression(n: int = 22, outputs: int = 2) -> Case:
         torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
+HORIZONS: dict[str, dict[str, Any]] = {
+    "epoch": {"epochs": 4},
+    "1 step": {"epochs": 3, "evaluate_every": 1},
+    "2 steps": {"epochs": 3, "evaluate_every": 2},
+    "3 steps": {"epochs": 3, "evaluate_every": 3},
+    "epochs and some steps": {"steps": 11},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "momentum": {"momentum": 0.8},
+    "weight decay": {"weight_decay": 0.3},
+    "both": {"momentum": 0.8, "weight_decay": 0.1},
+    "nesterov and schedule": {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1, "schedule": "cosine"},
+}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"momentum": 0.8},
-        {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
-        {"weight_decay": 0.3},
-        {"schedule": "cosine"},
-    ],
-)
-def test_on_a_linear_model_the_response_is_the_real_change(rule: Any, options: dict[str, Any]) -> None:
-    case = linear_regression()
-    protocol = Protocol(
-        lr=0.05, batch_size=4, epochs=4, leave_out=rule, dtype="float64", evaluate_every=1, **options
-    )
-    found = scores(case, protocol, [0, 5, 20], kernels="own", segments=3)
-    expected = real_changes(case, protocol, [0, 5, 20], [0, 1])
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
+    "size", [1, 4, 5, 11, 22]
+)  # N = 22: without one, an epoch of batches of 1 is shorter
+@pytest.mark.parametrize("horizon", HORIZONS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_on_a_linear_model_the_response_is_the_real_change(options: str, horizon: str, size: int) -> None:
+    case = linear_regression(14)
+    # each rule and number of segments with each of the others' choices
+    choices = itertools.product(("shift", "mask", "every_batch"), (1, 3))
+    which = list(OPTIONS).index(options) + list(HORIZONS).index(horizon) + size
+    rule, segments = list(choices)[which % 6]
+    check_exact(case, size, {**HORIZONS[horizon], **OPTIONS[options], "leave_out": rule}, segments)
+
+
+@pytest.mark.parametrize("segments", [1, 4])
+@pytest.mark.parametrize("horizon", HORIZONS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_where_leaving_out_shortens_the_epoch_a_run_makes_no_step(
+    options: str, horizon: str, segments: int
+) -> None:
+    case = linear_regression(13)  # one instance is left for the last batch of 4
+    check_exact(case, 4, {**HORIZONS[horizon], **OPTIONS[options], "leave_out": "shift"}, segments)
+
+
+def check_exact(case: Case, size: int, options: dict[str, Any], segments: int, lr: float = 0.05) -> None:
+    """Compare the response with real runs, to float64 rounding."""
+    protocol = Protocol(lr=lr, batch_size=size, dtype="float64", **options)
+    left_out = [0, 5, 12]
+    found = scores(case, protocol, left_out, kernels="own", segments=segments)
+    expected = real_changes(case, protocol, left_out, [0, 1])
+    assert (found - expected).abs().max() < 1e-11 * expected.abs().max()
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.8, "weight_decay": 0.1}, {"weight_decay": 0.3}])
@@ -131,11 +161,14 @@ def test_changes_of_earlier_segments_are_read_by_later_jacobians(options: dict[s
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
 @pytest.mark.parametrize(
     ("loss", "outputs"), [(cross_entropy, 2), (cross_entropy, 3), (binary_cross_entropy, 2)]
 )
-def test_on_a_linear_classifier_the_response_is_the_real_change(loss: Any, outputs: int, rule: Any) -> None:
+def test_on_a_linear_classifier_the_response_is_the_real_change(
+    loss: Any, outputs: int, rule: str, options: str
+) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -146,17 +179,7 @@ def test_on_a_linear_classifier_the_response_is_the_real_change(loss: Any, outpu
         case = trained("linear", network, loss, inputs, targets, 22, steps=5)
     finally:
         torch.set_default_dtype(before)
-    protocol = Protocol(lr=2.0, batch_size=4, epochs=4, leave_out=rule, dtype="float64", evaluate_every=1)
-    found = scores(case, protocol, [0, 5, 20], kernels="own", segments=3)
-    expected = real_changes(case, protocol, [0, 5, 20], [0, 1])
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
-
-
-def test_runs_that_shift_makes_shorter_are_compared_at_the_same_epoch() -> None:
-    case = linear_regression(21)  # one instance is left for the last batch of 4
-    protocol = Protocol(lr=0.05, batch_size=4, epochs=3, dtype="float64")
-    found = scores(case, protocol, [0, 5, 20], kernels="own")
-    torch.testing.assert_close(found, real_changes(case, protocol, [0, 5, 20], [0, 1]), rtol=1e-7, atol=1e-12)
+    check_exact(case, 3, {"epochs": 4, "leave_out": rule, **OPTIONS[options]}, 3, lr=1.0)
 
 
 @pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,72 +14,110 @@ from fimo.further_training.protocol import Protocol
 class CoefficientOptimizer:
     """Moves coefficients c of a parameter change ``P A^T c`` as the optimizer moves the parameters.
 
+    The last column is a full run's own movement, the others what runs without an instance differ from it.
     Every optimizer here is linear in the gradient but for Adam's division by the root of its second moment,
     which is the fixed diagonal P (of the full run); a change of the second moment itself is left out. L2
     regularisation is exact for SGD and left out for Adam; clipping is left out.
 
+    Where the two kinds of runs don't make the same step (``shift`` can make epochs shorter, see
+    :mod:`fimo.dynamics.steps`), a difference d = x' - x moves, with the optimizer's linear maps A' and A of
+    parameters, momentum and gradient (none is the identity, where no step is made), by
+
+        A'(x + d, g + dg) - A(x, g) = A'(d, dg) + [A'(x, g) - A(x, g)].
+
     Args:
         shape: of the coefficients, their rows first.
+
+    Attributes:
+        coefficients: of the changes.
+        average: of the momentum (SGD) or the first moment (Adam), in units of gradients; None without.
     """
 
-    def __init__(self, protocol: Protocol, shape: tuple[int, ...], like: Tensor) -> None:
-        self.protocol, self.taken = protocol, 0
+    def __init__(self, protocol: Protocol, shape: tuple[int, int], like: Tensor) -> None:
+        self.protocol = protocol
+        self.taken = [0, 0]  # steps of runs without an instance, and of full runs: Adam counts them
         self.coefficients = torch.zeros(shape, dtype=like.dtype, device=like.device)
         adaptive = protocol.optimizer != "sgd"
         stateful = adaptive or protocol.momentum > 0
         self.average = torch.zeros_like(self.coefficients) if stateful else None
 
-    def step(self, index: Tensor, gradient: Tensor, lr: float) -> None:
-        """Take a step along the change of a batch's gradient, whose coefficients at ``index`` are given."""
-        p, c = self.protocol, self.coefficients
-        self.taken += 1
+    @property
+    def resting(self) -> bool:
+        """Whether nothing moves without a gradient."""
+        return self.average is None and not decays(self.protocol)
+
+    def step(self, index: Tensor, gradient: Tensor, lr: float | None, lr_without: float | None) -> None:
+        """Take a step along a batch's gradient (last column) and along the changes of it.
+
+        Args:
+            index: ``[B]``, rows that the gradient has coefficients of; one that occurs twice counts twice.
+            gradient: ``[B, L + 1]``.
+            lr: of the full runs; None where they make no step.
+            lr_without: of the runs without an instance.
+        """
+        same = lr == lr_without and (self.protocol.optimizer == "sgd" or self.taken[0] == self.taken[1])
+        self.taken[0] += lr_without is not None
+        self.taken[1] += lr is not None
+        state = _State(self.coefficients, self.average)
+        if same:
+            self._advance(state, index, gradient, lr, self.taken[1])
+            return
+        full, without = state.columns(slice(-1, None)), state.columns(slice(None, -1))
+        apart = full.copy()
+        self._advance(apart, index, gradient[:, -1:], lr_without, self.taken[0])
+        self._advance(full, index, gradient[:, -1:], lr, self.taken[1])
+        self._advance(without, index, gradient[:, :-1], lr_without, self.taken[0])
+        without.add(apart, full)
+
+    def _advance(self, state: _State, index: Tensor, gradient: Tensor, lr: float | None, taken: int) -> None:
+        """Take one step, where one is made, which is the run's ``taken``-th."""
+        if lr is None:
+            return
+        p, c, average = self.protocol, state.coefficients, state.average
         if p.optimizer == "sgd":
-            if p.weight_decay and self.average is None:
-                c.mul_(1 - lr * p.weight_decay)
-            if self.average is None:
+            if average is None:
+                if p.weight_decay:
+                    c.mul_(1 - lr * p.weight_decay)
                 c.index_add_(0, index, gradient, alpha=-lr)
                 return
-            self.average.mul_(p.momentum).add_(c, alpha=p.weight_decay).index_add_(0, index, gradient)
+            average.mul_(p.momentum).add_(c, alpha=p.weight_decay).index_add_(0, index, gradient)
             if p.nesterov:
                 c.mul_(1 - lr * p.weight_decay).index_add_(0, index, gradient, alpha=-lr)
-                c.sub_(self.average, alpha=lr * p.momentum)
+                c.sub_(average, alpha=lr * p.momentum)
             else:
-                c.sub_(self.average, alpha=lr)
+                c.sub_(average, alpha=lr)
             return
-        assert self.average is not None
+        assert average is not None
         beta1 = p.betas[0]
-        self.average.mul_(beta1).index_add_(0, index, gradient, alpha=1 - beta1)
+        average.mul_(beta1).index_add_(0, index, gradient, alpha=1 - beta1)
         if p.optimizer == "adamw" and p.weight_decay:
             c.mul_(1 - lr * p.weight_decay)
-        c.sub_(self.average, alpha=lr / (1 - beta1**self.taken))
+        c.sub_(average, alpha=lr / (1 - beta1**taken))
 
 
-class Inertia:
-    """What becomes of a parameter change and of its momentum while nothing else acts on them.
+@dataclass(frozen=True)
+class _State:
+    """Coefficients of a change, and of its momentum (or None), which operations change in place."""
 
-    Args:
-        taken: optimizer steps before (Adam's bias correction counts them).
+    coefficients: Tensor
+    average: Tensor | None
 
-    Attributes:
-        change: ``(of the change, of the momentum)``, what the change is a sum of, as shares of both at first.
-        momentum: the same of the momentum.
-    """
+    def columns(self, chosen: slice) -> _State:
+        return _State(self.coefficients[:, chosen], None if self.average is None else self.average[:, chosen])
 
-    def __init__(self, protocol: Protocol, taken: int) -> None:
-        self._optimizer = CoefficientOptimizer(protocol, (2, 1), torch.zeros(1, dtype=torch.float64))
-        self._optimizer.taken = taken
-        self._optimizer.coefficients[0] = 1.0
-        if self._optimizer.average is not None:
-            self._optimizer.average[1] = 1.0
-        self.change, self.momentum = (1.0, 0.0), (0.0, 1.0)
+    def copy(self) -> _State:
+        return _State(self.coefficients.clone(), None if self.average is None else self.average.clone())
 
-    def step(self, lr: float) -> None:
-        """Take an optimizer step."""
-        nothing = torch.zeros(0, dtype=torch.int64)
-        self._optimizer.step(nothing, torch.zeros(0, 1, dtype=torch.float64), lr)
-        self.change = tuple(self._optimizer.coefficients[:, 0].tolist())
-        if self._optimizer.average is not None:
-            self.momentum = tuple(self._optimizer.average[:, 0].tolist())
+    def add(self, plus: _State, minus: _State) -> None:
+        """Add a difference of one column to every column."""
+        self.coefficients.add_(plus.coefficients - minus.coefficients)
+        if self.average is not None and plus.average is not None and minus.average is not None:
+            self.average.add_(plus.average - minus.average)
+
+
+def decays(protocol: Protocol) -> bool:
+    """Whether parameters shrink by themselves; Adam's L2 term is left out."""
+    return protocol.weight_decay > 0 and protocol.optimizer != "adam"
 
 
 def preconditioner(protocol: Protocol, second_moment: dict[str, Tensor] | None) -> Tensor | None:

@@ -14,25 +14,33 @@ doesn't resist its own removal.
 For cross-entropy, whose derivative saturates, J_b^T H_b J_b d_t is not taken as linear: the derivative is
 evaluated at the outputs f_b + J_b d_t, so that only the parameters' effect on the outputs is linearised. For
 squared error the two are the same.
+
+The full run's outputs are known at K points of it, so r_b isn't known at every step. Between them the full
+run's own movement u_t = theta_t - theta_k since the last point k is followed in the same way, as one more
+run: the last of L + 1 columns of coefficients. Its batches weigh w, its force is J_b^T (r_b + H_b J_b u_t)
+with r_b at the point, and it is set to zero at each point. What isn't a combination of rows is carried as
+vectors of parameters (:mod:`fimo.dynamics.carried`): the momentum that the full run has at the start of a
+segment, the pull of weight decay on the parameters that it has at a point, -lr decay theta_k, and what
+earlier segments changed. So on a linear model, whose Jacobian is the same everywhere, every term is exact.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fimo.curvature.gradients import InstanceGradients
-from fimo.curvature.rows import Rows
 from fimo.data.instances import Instances
-from fimo.dynamics.optimizer import CoefficientOptimizer, Inertia, preconditioner, scaled
+from fimo.dynamics.carried import Carried, KnownParameters
+from fimo.dynamics.kernel import Kernel
+from fimo.dynamics.optimizer import CoefficientOptimizer
 from fimo.dynamics.output_space import OutputSpace, changed_gradient
 from fimo.dynamics.points import Segment
-from fimo.dynamics.steps import steps
+from fimo.dynamics.steps import Step, steps
 from fimo.further_training.linear import linear_layers
 from fimo.further_training.protocol import Protocol
 from fimo.models.final_model import FinalModel, fitting_batch, functional_apply
@@ -43,142 +51,6 @@ LossChanges = Callable[[FinalModel, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """Inner products of output Jacobians at one point of a trajectory.
-
-    Args:
-        train: ``[M, R, M·R]``, between the followed training outputs; ``[S, M, R, M·R]`` if of S seeds.
-        test: ``[J·D, M·R]``, of test outputs with them; ``[S, J·D, M·R]``.
-        jacobians: what they are inner products of; one for each of S seeds, or one for all.
-    """
-
-    train: Tensor
-    test: Tensor
-    jacobians: tuple[Jacobians, ...] = ()
-
-    def rows(self, index: Tensor) -> Tensor:
-        """Return the rows ``[S, B·R, M·R]`` of each seed's instances ``[S, B]``."""
-        m, r, mr = self.train.shape[-3:]
-        if self.train.dim() == 4:
-            index = index + (torch.arange(len(index), device=index.device) * m)[:, None]
-        return self.train.view(-1, r * mr).index_select(0, index.flatten()).view(len(index), -1, mr)
-
-    @classmethod
-    def of_seeds(cls, kernels: Sequence[Kernel]) -> Kernel:
-        """Return several seeds' own kernels as one."""
-        if len(kernels) == 1:
-            return kernels[0]
-        jacobians = tuple(j for k in kernels for j in k.jacobians)
-        return cls(torch.stack([k.train for k in kernels]), torch.stack([k.test for k in kernels]), jacobians)
-
-    @classmethod
-    def at(
-        cls,
-        gradients: InstanceGradients,
-        train: Instances,
-        test: Instances,
-        space: OutputSpace,
-        protocol: Protocol,
-        second_moment: dict[str, Tensor] | None,
-    ) -> Kernel:
-        """Compute it at the parameters of ``gradients``; the second moment is Adam's, by name."""
-        followed = Instances(train[space.kept].inputs, space.directions)
-        rows = gradients.rows(followed, lambda _, directions: directions, "directions")
-        outputs = gradients.outputs(test)
-        m, r, _ = space.directions.shape
-        weight = preconditioner(protocol, second_moment)
-        jacobians = Jacobians(rows, outputs, weight)
-        if weight is not None and second_moment is not None:
-            left, right = (scaled(x, second_moment, protocol) for x in (outputs, rows))
-            if left is not None and right is not None:
-                outputs, rows, weight = left, right, None
-        inner = rows.gram(rows, weight).reshape(m, r, m * r)
-        return cls(inner, outputs.gram(rows, weight).reshape(-1, m * r), (jacobians,))
-
-
-@dataclass(frozen=True)
-class Jacobians:
-    """Output Jacobians at one point of a trajectory.
-
-    Args:
-        train: of the followed training outputs, M·R rows.
-        test: of test outputs, J·D rows.
-        weight: ``[P]``, the optimizer's preconditioner; None: ones.
-    """
-
-    train: Rows
-    test: Rows
-    weight: Tensor | None = None
-
-    def parameters(self, coefficients: Tensor) -> Tensor:
-        """Return the parameter changes ``[P, K]`` of coefficients ``[M·R, K]``."""
-        found = self.train.transposed_times(coefficients.view(self.train.n, self.train.r, -1))
-        return found if self.weight is None else found * self.weight[:, None]
-
-    def outputs(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the changes of training and test outputs, ``[M·R, K]`` and ``[J·D, K]``."""
-        return self.train.times(parameters).flatten(0, 1), self.test.times(parameters).flatten(0, 1)
-
-
-class Carried:
-    """What earlier segments left, as changes of parameters, which later Jacobians read.
-
-    A seed's change of parameters is ``before + P J^T c`` with c the present segment's coefficients.
-
-    Args:
-        protocol: of further training.
-    """
-
-    def __init__(self, protocol: Protocol) -> None:
-        self.protocol = protocol
-        self._parts: list[list[Tensor]] = []  # of each seed: its change, and its momentum if there is any
-        self._train: list[Tensor] = []  # [S·M·R, L], what each part changes in training outputs
-        self._test: list[Tensor] = []  # [S, J·D, L], and in test outputs
-        self._inertia: Inertia | None = None
-
-    def turn(self, before: Kernel, after: Kernel, optimizer: CoefficientOptimizer, seeds: int) -> None:
-        """Go over to the next segment: turn coefficients into changes of parameters, and set them to zero."""
-        states = [t for t in (optimizer.coefficients, optimizer.average) if t is not None]
-        shares = None if self._inertia is None else (self._inertia.change, self._inertia.momentum)
-        parts: list[list[Tensor]] = []
-        outputs: list[list[tuple[Tensor, Tensor]]] = []
-        for s in range(seeds):
-            old, new = (k.jacobians[s if len(k.jacobians) > 1 else 0] for k in (before, after))
-            own = [old.parameters(t.view(seeds, -1, t.shape[1])[s, :, :-1]) for t in states]
-            if shares is not None:
-                for into, share in zip(own, shares, strict=False):
-                    for part, weight in zip(self._parts[s], share, strict=False):
-                        into.add_(part, alpha=weight)
-            parts.append(own)
-            outputs.append([new.outputs(part) for part in own])
-        self._parts = parts
-        self._train = [torch.cat([o[p][0] for o in outputs]) for p in range(len(states))]
-        self._test = [torch.stack([o[p][1] for o in outputs]) for p in range(len(states))]
-        for state in states:
-            state.zero_()
-        self._inertia = Inertia(self.protocol, optimizer.taken)
-
-    def step(self, lr: float) -> None:
-        """Take an optimizer step."""
-        if self._inertia is not None:
-            self._inertia.step(lr)
-
-    def add_train(self, change: Tensor, rows: Tensor) -> None:
-        """Add the change of training outputs at ``rows`` (of S·M·R) to ``change`` ``[S, B·R, L]``."""
-        if self._inertia is not None:
-            for share, part in zip(self._inertia.change, self._train, strict=False):
-                if share:
-                    change.add_(part.index_select(0, rows).view_as(change), alpha=share)
-
-    def add_test(self, change: Tensor) -> Tensor:
-        """Add the change of test outputs to ``change`` ``[S, J·D, L]``."""
-        if self._inertia is not None:
-            for share, part in zip(self._inertia.change, self._test, strict=False):
-                change = change.add(part, alpha=share)
-        return change
-
-
-@dataclass(frozen=True)
 class Along:
     """Training outputs of S full runs, at K points.
 
@@ -186,22 +58,31 @@ class Along:
     from the point before.
 
     Args:
-        at: ``[K]`` optimizer steps, ascending from 0.
+        at: ``[K]`` optimizer steps, ascending from 0; the ends of segments are among them.
         gradient: ``[S, K, M, R]``, the loss's derivatives along the directions of an output space.
         hessian: ``[S, K, M, R, R]``, or ``[S, 1, M, R, R]`` where it is constant.
+        parameters: of the k-th point, each seed's ``[P]``; asked for only where parameters decay.
         outputs: ``[S, K, M, D]``: the loss's derivative is evaluated at the changed outputs, and the Hessian
             is not used; None: it is taken as linear in the change.
+        loss, targets: of the M followed instances, where outputs are given.
     """
 
     at: Sequence[int]
     gradient: Tensor
     hessian: Tensor
+    parameters: KnownParameters
     outputs: Tensor | None = None
+    loss: Loss | None = None
+    targets: Tensor | None = None
 
     def bracket(self, step: int) -> tuple[int, float]:
         """Return the last point at or before a step, and the share of the way to the next."""
         k = min(max(0, bisect.bisect_right(self.at, step) - 1), len(self.at) - 2)
         return k, (step - self.at[k]) / (self.at[k + 1] - self.at[k])
+
+    def inside(self, first: int, last: int) -> list[int]:
+        """Return the points from one step on and before another."""
+        return [k for k, step in enumerate(self.at) if first <= step < last]
 
 
 def responses(
@@ -211,85 +92,122 @@ def responses(
     protocol: Protocol,
     space: OutputSpace,
     along: Along,
-    points: Sequence[int],
     segments: Sequence[Segment],
     kernels: Iterator[Kernel],
-    loss: Loss | None = None,
-    targets: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield the changes ``[S, J·D, L]`` of test outputs at each of the E evaluation points.
 
     Args:
         left_out: ``[L]``, one instance per run.
         instances: N.
-        points: ``[E]`` optimizer steps.
         segments: of the evaluation points, each with the next of ``kernels``. What earlier segments changed
             is carried over as changes of parameters.
-        loss, targets: of all N instances, where outputs are given along the runs.
     """
-    m, r, _ = space.directions.shape
-    like, s = along.gradient, len(seeds)
-    device = like.device
-    place = torch.full((instances,), -1, dtype=torch.int64, device=device)
-    place[space.kept] = torch.arange(m, device=device)
-    whole = m == instances
+    (m, r, _), s, like = space.directions.shape, len(seeds), along.gradient
     optimizer = CoefficientOptimizer(protocol, (s * m * r, len(left_out) + 1), like)
-    coefficients = optimizer.coefficients.view(s, m * r, -1)  # the last column is the full run's own
-    first = (torch.arange(s, device=device) * m)[:, None]  # a seed's rows among all seeds'
-    within = torch.arange(r, device=device)
-    gradients, hessians = along.gradient.transpose(0, 1).flatten(1, 2), along.hessian.transpose(0, 1)
-    hessians = hessians.flatten(1, 2)  # [K, S·M, R, R]
-    outputs = None if along.outputs is None else along.outputs.transpose(0, 1).flatten(1, 2)
-    goals = torch.empty(0) if targets is None else targets[space.kept]
-    stream, taken = steps(seeds, left_out, instances, protocol, like.dtype), 0
-    kernel, carried = None, Carried(protocol)
+    coefficients = optimizer.coefficients.view(s, m * r, -1)
+    forces, carried = _Forces(space, along), Carried(protocol, s, along.parameters)
+    stream = _followed(steps(seeds, left_out, instances, protocol, like.dtype), space, instances, like)
+    points = [0, *protocol.evaluation_steps(instances, instances)]
+    kernel, taken = None, 0
     for segment in segments:
         before, kernel = kernel, next(kernels)
-        if before is not None:
-            carried.turn(before, kernel, optimizer, s)
-        for e in range(segment.first, segment.last):
-            while taken < points[e]:
-                step = next(stream)
-                index, without, full = (t.to(device) for t in (step.index, step.without, step.full))
-                if not whole:  # what isn't followed doesn't change
-                    index = place[index]
-                    known = (index >= 0).to(like.dtype)
-                    index, without = index.clamp(min=0), without * known[:, :, None]
-                    full = full * known
-                b = index.shape[1]
+        inside = along.inside(points[segment.first], points[segment.last])
+        carried.enter(before, kernel, inside, optimizer)
+        for _ in range(segment.first, segment.last):
+            for step in stream:
                 k, share = along.bracket(taken)
-                if taken == along.at[k]:
-                    coefficients[:, :, -1] = 0.0  # starts again from what is known
-                at = (index + first).flatten()
-                rows = at if r == 1 else (at[:, None] * r + within).flatten()
-                change = kernel.rows(index) @ coefficients  # [S, B·R, L + 1]
-                carried.add_train(change[..., :-1], rows)
-                if outputs is None:
-                    gradient = gradients[k].index_select(0, at).view(s, b, r, 1)
-                    hessian = hessians[0 if len(hessians) == 1 else k].index_select(0, at)
-                    if len(hessians) > 1:
-                        hessian = torch.lerp(hessian, hessians[k + 1].index_select(0, at), share)
-                    if r == 1:
-                        force = change.view(s, b, 1, -1).mul_(hessian.view(s, b, 1, 1))
-                    else:
-                        force = (hessian @ change.view(s * b, r, -1)).view(s, b, r, -1)
-                    gradient = gradient + force[..., -1:]
-                    removed = (without - full[..., None])[:, :, None]
-                    force[..., :-1].mul_(without[:, :, None]).addcmul_(removed, gradient)
-                else:
-                    assert loss is not None
-                    change[..., :-1] += change[..., -1:]  # from the point where outputs are known
-                    force = changed_gradient(
-                        loss, outputs[k].index_select(0, at), goals.index_select(0, index.flatten()),
-                        space.directions.index_select(0, index.flatten()), change.view(s * b, r, -1),
-                    ).view(s, b, r, -1)  # fmt: skip
-                    gradient = force[..., -1:]
-                    force[..., :-1].mul_(without[:, :, None]).sub_(full[..., None, None] * gradient)
-                force[..., -1:] = full[..., None, None] * gradient
-                optimizer.step(rows, force.view(s * b * r, -1), step.lr)
-                carried.step(step.lr)
-                taken += 1
+                if taken == along.at[k]:  # the full run's movement starts again from what is known
+                    coefficients[:, :, -1] = 0.0
+                    carried.know(k)
+                rows = forces.rows(step.index)
+                change = kernel.rows(step.index) @ coefficients  # [S, B·R, L + 1]
+                carried.add_train(change, rows)
+                force = forces.at(k, share, step, change)
+                optimizer.step(rows, force.view(s * step.index.shape[1] * r, -1), step.lr, step.lr_without)
+                carried.step(step.lr, step.lr_without)
+                taken += step.lr is not None
+                if step.evaluated:
+                    break
             yield carried.add_test(kernel.test @ coefficients[:, :, :-1])
+
+
+def _followed(stream: Iterator[Step], space: OutputSpace, instances: int, like: Tensor) -> Iterator[Step]:
+    """Yield steps with their index among the M followed instances; what isn't followed weighs nothing."""
+    place = torch.full((instances,), -1, dtype=torch.int64, device=like.device)
+    place[space.kept] = torch.arange(len(space.kept), device=like.device)
+    for step in stream:
+        index, full, without = (t.to(like.device) for t in (step.index, step.full, step.without))
+        if len(space.kept) < instances:
+            index = place[index]
+            known = (index >= 0).to(like.dtype)
+            index, full, without = index.clamp(min=0), full * known, without * known[:, :, None]
+        yield replace(step, index=index, full=full, without=without)
+
+
+class _Forces:
+    """Derivatives of a batch's loss along the followed directions, of all seeds' runs."""
+
+    def __init__(self, space: OutputSpace, along: Along) -> None:
+        self.m, self.r, _ = space.directions.shape
+        self.seeds, device = len(along.gradient), along.gradient.device
+        self.directions, self.along = space.directions, along
+        self.first = (torch.arange(self.seeds, device=device) * self.m)[:, None]
+        self.within = torch.arange(self.r, device=device)
+        self.gradients = along.gradient.transpose(0, 1).flatten(1, 2)  # [K, S·M, R]
+        self.hessians = along.hessian.transpose(0, 1).flatten(1, 2)  # [K, S·M, R, R]
+        self.outputs = None if along.outputs is None else along.outputs.transpose(0, 1).flatten(1, 2)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return the rows ``[S·B·R]`` of each seed's instances ``[S, B]`` among all seeds' rows S·M·R."""
+        at = (index + self.first).flatten()
+        return at if self.r == 1 else (at[:, None] * self.r + self.within).flatten()
+
+    def at(self, k: int, share: float, step: Step, change: Tensor) -> Tensor:
+        """Return the forces ``[S, B, R, L + 1]``, the full run's own last, the others' differences from it.
+
+        Args:
+            k, share: the point of the runs, and the share of the way to the next.
+            change: ``[S, B·R, L + 1]`` of outputs, the full run's since the point last; overwritten.
+        """
+        at = (step.index + self.first).flatten()
+        if self.outputs is None:
+            return self._linear(k, share, step, change, at)
+        return self._evaluated(k, step, change, at)
+
+    def _linear(self, k: int, share: float, step: Step, change: Tensor, at: Tensor) -> Tensor:
+        """Take the derivative as linear in the change: r + H K c."""
+        s, b, r = *step.index.shape, self.r
+        gradient = self.gradients[k].index_select(0, at).view(s, b, r, 1)
+        hessian = self.hessians[0 if len(self.hessians) == 1 else k].index_select(0, at)
+        if len(self.hessians) > 1:
+            hessian = torch.lerp(hessian, self.hessians[k + 1].index_select(0, at), share)
+        if r == 1:
+            force = change.view(s, b, 1, -1).mul_(hessian.view(s, b, 1, 1))
+        else:
+            force = (hessian @ change.view(s * b, r, -1)).view(s, b, r, -1)
+        gradient = gradient + force[..., -1:]
+        removed = (step.without - step.full[..., None])[:, :, None]
+        force[..., :-1].mul_(step.without[:, :, None]).addcmul_(removed, gradient)
+        force[..., -1:] = step.full[..., None, None] * gradient
+        return force
+
+    def _evaluated(self, k: int, step: Step, change: Tensor, at: Tensor) -> Tensor:
+        """Evaluate the derivative at the changed outputs."""
+        assert self.outputs is not None
+        assert self.along.loss is not None
+        assert self.along.targets is not None
+        s, b, r = *step.index.shape, self.r
+        change[..., :-1] += change[..., -1:]  # from the point where outputs are known
+        index = step.index.flatten()
+        force = changed_gradient(
+            self.along.loss, self.outputs[k].index_select(0, at), self.along.targets.index_select(0, index),
+            self.directions.index_select(0, index), change.view(s * b, r, -1),
+        ).view(s, b, r, -1)  # fmt: skip
+        own = step.full[..., None, None] * force[..., -1:]
+        force[..., :-1].mul_(step.without[:, :, None]).sub_(own)
+        force[..., -1:] = own
+        return force
 
 
 def outputs_at(final_model: FinalModel, parameters: Mapping[str, Tensor], instances: Instances) -> Tensor:

@@ -13,17 +13,11 @@ from torch import Tensor
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.kernel import MAX_DIMENSION, kernel_dimension
 from fimo.data.instances import Instances
+from fimo.dynamics.kernel import Kernel
 from fimo.dynamics.mean_batches import MeanBatchResponse
 from fimo.dynamics.output_space import MAX_OUTPUTS, SATURATING, OutputSpace
 from fimo.dynamics.points import Segment, mean_of, midpoint, segments, spread
-from fimo.dynamics.response import (
-    Along,
-    Kernel,
-    loss_changes_by,
-    moved,
-    outputs_along,
-    responses,
-)
+from fimo.dynamics.response import Along, loss_changes_by, moved, outputs_along, responses
 from fimo.dynamics.threads import side_by_side
 from fimo.errors import InputError
 from fimo.further_training.linear import linear_layers
@@ -156,8 +150,7 @@ class Response(FollowingMethod):
             kernels = iter(shared) if shared is not None else self._own_kernels(train, test, space, runs, cut)
             changes = responses(
                 [t.seed for t in runs], self.left_out, len(train), self.ft.protocol, space,
-                self._along(own, train, space, runs, cut), self.ft.steps, cut, kernels,
-                own.loss, train.targets,
+                self._along(own, train, space, runs, cut), cut, kernels,
             )  # fmt: skip
             outputs = [outputs_along(own, t.parameters[1:], test) for t in runs]
             found: list[list[Tensor]] = [[] for _ in runs]
@@ -225,11 +218,19 @@ class Response(FollowingMethod):
             some = outputs[:1] if constant or exact else outputs
             known.append(outputs[:, space.kept])
             hessian.append(torch.stack([space.hessian(model.loss, f, train.targets) for f in some]))
+
+        def parameters(point: int) -> list[Tensor]:
+            at = [t.parameters[knots[point]] for t in trajectories]
+            return [torch.cat([p[name].flatten() for name in model.parameters()]) for p in at]
+
         return Along(
             [steps[k] for k in knots],
             torch.stack(gradient),
             torch.stack(hessian),
+            parameters,
             torch.stack(known) if exact else None,
+            model.loss,
+            train.targets[space.kept],
         )
 
     def _own_kernels(
