@@ -272,3 +272,28 @@ def test_factors_of_a_convolution_are_those_of_its_patches(
     torch.testing.assert_close(
         block(model, ekfac, *names), (vectors * along) @ vectors.T, rtol=1e-6, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_a_convolution_along_one_axis_is_one_over_images_of_one_row(corrected: bool) -> None:
+    torch.manual_seed(0)
+    along = nn.Conv1d(2, 3, 3, stride=2, padding=2, dilation=2).double()
+    over = nn.Conv2d(2, 3, (1, 3), stride=(1, 2), padding=(0, 2), dilation=(1, 2)).double()
+    over.weight.data, over.bias.data = along.weight.detach()[:, :, None], along.bias.detach()
+    head = nn.Linear(3 * 4, 3).double()
+    inputs, targets = torch.randn(9, 2, 8).double(), torch.randint(3, (9,))
+    found = []
+    for first, x in ((along, inputs), (over, inputs[:, :, None])):
+        model = FinalModel(nn.Sequential(first, nn.Tanh(), nn.Flatten(), head), cross_entropy)
+        found.append(as_matrix(fit_factors(InstanceGradients(model), Instances(x, targets), corrected)))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(("outputs", "fisher"), [(16, "exact"), (17, "sampled")])
+def test_the_fisher_is_exact_up_to_sixteen_outputs_and_sampled_beyond(outputs: int, fisher: str) -> None:
+    torch.manual_seed(0)
+    model = FinalModel(nn.Sequential(nn.Linear(2, outputs)).double(), cross_entropy)
+    train = Instances(torch.randn(9, 2).double(), torch.randint(outputs, (9,)))
+    of = {f: fit_factors(InstanceGradients(model), train, fisher=f) for f in ("auto", "exact", "sampled")}
+    assert not torch.equal(of["exact"].blocks[0].values, of["sampled"].blocks[0].values)
+    assert torch.equal(of["auto"].blocks[0].values, of[fisher].blocks[0].values)

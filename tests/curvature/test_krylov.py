@@ -131,3 +131,28 @@ def test_a_basis_is_orthonormal_in_single_precision() -> None:
     basis = torch.cat(krylov.blocks, 1)
     assert (basis.T @ basis - torch.eye(basis.shape[1])).abs().max() < 1e-5
     assert krylov.values[-1].item() == pytest.approx(100, rel=1e-4)
+
+
+def test_what_lissa_s_iterate_leaves_is_said() -> None:
+    """The residual is |(C + damping) x - g| / |g|, up to the tolerance."""
+    case, damping, tolerance = CASES["mlp_classification"](), 0.05, 1e-8
+    operator, values = operator_of(case, "gauss_newton")
+    rows = InstanceGradients(case.final_model).losses(case.test)
+    right, scale = rows.dense()[:, 0].T, 1.1 * (values[-1].item() + damping)
+    for depth, converged in ((5, False), (60, False), (20_000, True)):
+        found = lissa_in_krylov_space(KrylovSpace(operator, rows, 1000), damping, scale, depth, tolerance)
+        assert found is not None
+        left = operator.times(found.vectors) + damping * found.vectors - right
+        share = (left.norm(dim=0) / right.norm(dim=0)).tolist()
+        assert found.residuals.tolist() == pytest.approx(share, abs=2 * tolerance)
+        assert found.converged == converged
+
+
+def test_a_krylov_space_never_outgrows_its_memory() -> None:
+    case = CASES["mlp_classification"]()
+    operator, _ = operator_of(case, "gauss_newton")
+    right = InstanceGradients(case.final_model).losses(case.test[:3])
+    for vectors in (3, 5, 8, 9):
+        space = KrylovSpace(operator, right, vectors)
+        assert lissa_in_krylov_space(space, 1e-5, 100.0, 100_000, 1e-12) is None
+        assert space.krylov.size == vectors // 3 * 3

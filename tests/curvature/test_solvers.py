@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.kernel import KernelSpectrum
 from fimo.curvature.kronecker import fit_factors
-from fimo.curvature.operators import Hessian, RowsOperator
+from fimo.curvature.operators import Hessian, Operator, RowsOperator
 from fimo.curvature.solvers import (
     DivergenceError,
     conjugate_gradients,
@@ -159,3 +159,27 @@ def test_lanczos_finds_eigenvalues_once(name: str) -> None:
     largest = torch.linalg.eigvalsh(truth)[-5:]
     torch.testing.assert_close(values[-5:], largest, rtol=1e-8, atol=1e-10)
     assert abs(largest_eigenvalue(lambda v: truth @ v, start, 200) / largest[-1].item() - 1) < 1e-3
+
+
+class Diagonal(Operator):
+    """A diagonal matrix as an operator."""
+
+    def __init__(self, values: Tensor, case: Case) -> None:
+        self.values, self.dtype, self.device = values, values.dtype, values.device
+        self.shapes = InstanceGradients(case.final_model).shapes
+
+    def times(self, vectors: Tensor) -> Tensor:
+        return self.values[:, None] * vectors
+
+
+@pytest.mark.parametrize("distinct", [1, 2, 3])
+def test_conjugate_gradients_take_as_many_products_as_there_are_distinct_eigenvalues(distinct: int) -> None:
+    case = CASES["mlp_regression"]()
+    rows = InstanceGradients(case.final_model).losses(case.test)
+    values = 1.0 + torch.arange(case.final_model.size, dtype=torch.float64) % distinct
+    space = ParameterSpace(Diagonal(values, case), rows)
+    solution = conjugate_gradients(space, 0.5, tolerance=1e-10)
+    assert (solution.iterations, solution.converged) == (distinct, True)
+    torch.testing.assert_close(solution.vectors, rows.dense()[:, 0].T / (values[:, None] + 0.5))
+    fewer = conjugate_gradients(space, 0.5, tolerance=1e-10, max_iterations=distinct - 1)
+    assert (fewer.iterations, fewer.converged) == (distinct - 1, False)

@@ -73,11 +73,13 @@ def test_a_vector_of_equal_numbers_is_constant_whatever_rounding_does_to_its_mea
 
 
 def test_mean_and_sem_are_over_defined_values() -> None:
-    values = torch.tensor([[1.0, 2.0, torch.nan, 4.0], [torch.nan, torch.nan, torch.nan, 1.0]])
+    nan = torch.nan
+    values = torch.tensor([[1.0, 2.0, nan, 4.0], [nan, nan, nan, 1.0], [2.0, nan, nan, 5.0]])
     mean, sem = mean_and_sem(values)
-    torch.testing.assert_close(mean, torch.tensor([7 / 3, 1.0]))
+    torch.testing.assert_close(mean, torch.tensor([7 / 3, 1.0, 3.5]))
     assert sem[0].item() == pytest.approx(stats.sem([1.0, 2.0, 4.0]))
     assert sem[1].isnan()
+    assert sem[2].item() == pytest.approx(stats.sem([2.0, 5.0]))
 
 
 def test_wrong_shapes_and_metrics_are_refused_by_name() -> None:
