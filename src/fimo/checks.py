@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from fimo.errors import InputError
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "until": ("further_training", "report"),
+    "until": ("check", "further_training", "report"),
     "logger.mode": ("offline", "online", "disabled"),
     "model.optimizer": ("sgd", "adam", "adamw"),
     "trainer.keep": ("last", "best"),
@@ -58,7 +58,7 @@ def check_values(config: DictConfig) -> None:
         raise InputError("scale", f"expected a share in (0, 1] but got {config.scale}")
     if not config.store.strip():
         raise InputError("store", "expected a folder but got an empty name")
-    if config.further_training.shard is not None and config.until == "report":
+    if config.further_training.shard is not None and config.until != "further_training":
         raise InputError("further_training.shard", "is for runs with until=further_training")
     _check_devices(config.trainer.devices)
 

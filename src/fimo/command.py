@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fimo.config import nearest, validated
-from fimo.errors import InputError
+from fimo.errors import CheckFailedError, InputError
 from fimo.jobs import run_once
 from fimo.mistakes import in_one_line, readable
 from fimo.sweep import Sweep, is_sweep
@@ -119,6 +119,8 @@ def job(composed: DictConfig) -> float | None:
             return _run(composed, folder)
         except (InputError, OSError) as error:  # here, since Hydra would print the overrides above it
             _fail(error)
+        except CheckFailedError:  # its table is printed
+            raise SystemExit(1) from None
     # the basic sweeper would stop at the batch that a failed job is in; others count failures themselves
     go_on = hydra_config.sweeper._target_.endswith("BasicSweeper")
     return run_once(

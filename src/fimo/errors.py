@@ -23,6 +23,10 @@ class InputError(ValueError):
         return type(self), (self.key, self.problem)
 
 
+class CheckFailedError(Exception):
+    """A check of the user's own model failed: its lines, which were printed, say why."""
+
+
 def shortened(names: Sequence[object], most: int = 8) -> str:
     """Return names for an error message: the first ``most``, and how many more."""
     shown = ", ".join(map(str, names[:most]))

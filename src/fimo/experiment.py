@@ -22,6 +22,7 @@ from fimo.build import (
     reason,
     training_key,
 )
+from fimo.checking.of_run import check_run
 from fimo.config import plain
 from fimo.cost import Cost, measured, write_costs
 from fimo.curvature.solvers import DivergenceError
@@ -47,10 +48,11 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
 
     Returns:
         The best method's agreement with the sensitivity at the last evaluation point (of the first
-        metric), for sweepers that search; NaN where the run ends with the gold standard.
+        metric), for sweepers that search; NaN where the run ends before.
 
     Raises:
         InputError: bad input, before any training.
+        CheckFailedError: the check that the run ends with (``until=check``) did not pass.
     """
     quiet_libraries()
     torch.set_num_threads(config.threads or torch.get_num_threads())
@@ -80,6 +82,11 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
         raise InputError("model", f"the final model's loss is {final_quality.train_loss}; lower model.lr?")
     log.info("final model: %s", final_quality)
     trained, seen = without_frozen_part(final_model, data)  # what no run changes is computed once
+
+    if config.until == "check":
+        check_run(trained, seen, plan, methods, device, run_dir)
+        write_costs(costs, run_dir / "cost.csv")
+        return math.nan
 
     with measured("further_training") as cost:
         sensitivity = further_train(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from fimo.further_training.networks import stack_network
 from fimo.further_training.optimizers import StackedOptimizer
 from fimo.further_training.protocol import Protocol
 from fimo.further_training.replicas import Replica
-from fimo.further_training.schedule import BatchStream
+from fimo.further_training.schedule import Batch, BatchStream
 from fimo.further_training.setting import Setting, evaluation_batch
 
 
@@ -44,6 +44,10 @@ class Chunk:
         self.total_steps = setting.protocol.total_steps(len(setting.train))
         self.step = 0
         self._batches = self.stream.starting_at(0)
+
+    def follow(self, batches: Iterator[Batch]) -> None:
+        """Take further steps on other batches ``[R, B]`` than the protocol's."""
+        self._batches = batches
 
     def start_from_full_run(self, steps: int) -> None:
         """Take the first ``steps``, which all replicas share with their seed's full run, once for all."""

@@ -32,7 +32,7 @@ from torch.utils.data import IterableDataset
 from fimo.errors import InputError
 from fimo.further_training import records
 from fimo.further_training.job import Job, Work
-from fimo.further_training.pace import LEAST_SECONDS, as_time, expected_seconds, least_seconds, measure_pace
+from fimo.further_training.pace import LEAST_SECONDS, about, expected_seconds, least_seconds, measure_pace
 from fimo.further_training.setting import worker_threads
 
 log = logging.getLogger(__name__)
@@ -109,11 +109,11 @@ class FurtherTrainingModule(pl.LightningModule):
             job.setting, pace, len(job.full), len(job.runs) // len(job.full), len(job.points), job.size
         )
         log.info(
-            "further training: %d runs of %d steps%s, about %s (%s replica-steps a second)",
+            "further training: %d runs of %d steps%s, %s (%s replica-steps a second)",
             job.replicas,
             job.setting.protocol.total_steps(len(job.setting.train)),
             f", {job.found / job.replicas:.0%} of them in the store" if job.found else "",
-            as_time(seconds / self.trainer.world_size),
+            about(seconds / self.trainer.world_size),
             f"{1 / pace.step:,.0f}",
         )
 

@@ -140,6 +140,11 @@ def saved_steps(setting: Setting, runs: int, chunks: int) -> float:
     return runs * epoch * (1 - 1 / chunks) / 2
 
 
+def about(seconds: float) -> str:
+    """Return a foretold length of time: "about 3 min", or "less than a second"."""
+    return f"about {as_time(seconds)}" if seconds >= 1 else as_time(seconds)
+
+
 def as_time(seconds: float) -> str:
     """Return a length of time as a person says it."""
     if seconds < 1:

@@ -1,0 +1,134 @@
+"""The story of a check: one part after another, each with its share of a minute."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+
+from fimo.checking import durations, model, runs
+from fimo.checking.constant import constant
+from fimo.checking.losses import losses
+from fimo.checking.problem import Clock, Problem
+from fimo.checking.verdict import Check, Line, Verdict, fails, warns
+from fimo.data.instances import Instances
+from fimo.door import choices
+from fimo.errors import InputError
+from fimo.further_training.pace import Pace
+from fimo.further_training.protocol import Protocol
+from fimo.methods.base import AttributionMethod
+from fimo.models.final_model import FinalModel
+
+SHARES = {
+    "losses": 0.04, "constant": 0.04, "gradients": 0.1, "parameters": 0.05, "pace": 0.06, "sign": 0.1,
+    "determinism": 0.14, "rounding": 0.12, "linearity": 0.12, "seeds": 0.15,
+}  # fmt: skip
+"""Of the time, by part; what a part leaves over, and the rest, go to timing the methods."""
+
+
+def check(
+    final_model: FinalModel,
+    train: Instances,
+    test: Instances,
+    protocol: Protocol,
+    seeds: int | Sequence[int] = 10,
+    left_out: int | Sequence[int | Sequence[int]] = 50,
+    *,
+    methods: Mapping[str, AttributionMethod] | None = None,
+    subtract_mean: bool = True,
+    device: torch.device | str = "cpu",
+    seconds: float = 50.0,
+) -> Check:
+    """Check in about a minute whether what will be measured can be trusted, and how long it will take.
+
+    Nothing of the model is changed, nothing is stored, and every part is tried on what fits into its time:
+    its line says how much that was. A part that raises is a line that fails, with the reason.
+
+    Args:
+        final_model, train, test, protocol, seeds, left_out: as for
+            :func:`~fimo.further_training.gold_standard.further_train`; numbers mean seeds from 0, and evenly
+            spaced training instances.
+        methods: by name, to be timed on a part of the problem.
+        subtract_mean: as the sensitivity is to be adjusted.
+        seconds: of all parts together; a single step or gradient is not interrupted.
+
+    Returns:
+        The lines: the loss per instance, a constant predictor, gradients, the parameters that move, the sign,
+        determinism, rounding, linearity, the seeds needed, and times.
+
+    Raises:
+        InputError: seeds or left-out instances that there are not.
+    """
+    problem = Problem(
+        final_model.to(device),
+        train.to(device),
+        test.to(device),
+        protocol,
+        choices.seeds(seeds),
+        choices.units(min(left_out, len(train)) if isinstance(left_out, int) else left_out, len(train)),
+        dict(methods or {}),
+        subtract_mean,
+        torch.device(device),
+    )
+    began = time.monotonic()
+    with _quiet():
+        lines = tuple(_lines(problem, seconds))
+    return Check(lines, time.monotonic() - began)
+
+
+def _lines(problem: Problem, seconds: float) -> Iterator[Line]:
+    whole = Clock.of(seconds)
+
+    def tried(name: str, part: Callable[[Clock], Line]) -> Line:
+        return _tried(name, lambda: part(Clock.of(min(SHARES[name] * seconds, max(0.0, whole.left)))))
+
+    first = tried("losses", lambda clock: losses(problem, clock))
+    yield first
+    if first.verdict == Verdict.FAIL:
+        yield warns("the rest", "was not tried: every other part takes the loss to be right")
+        return
+    yield tried("constant", lambda clock: constant(problem, clock))
+    yield tried("gradients", lambda clock: model.gradients(problem, clock))
+    yield tried("parameters", lambda clock: model.parameters(problem, clock))
+
+    pace, gold = Pace(1.0, 1.0), float("inf")
+    timed: Line | None = None
+
+    def measure(clock: Clock) -> Line:
+        nonlocal pace, gold
+        line, pace, gold = durations.gold_standard(problem, problem.setting(), clock.left)
+        return line
+
+    timed = tried("pace", measure)
+    yield tried("sign", lambda clock: runs.sign(problem, pace, clock))
+    yield tried("determinism", lambda clock: runs.determinism(problem, pace, clock))
+    yield tried("rounding", lambda clock: runs.rounding(problem, pace, clock))
+    yield tried("linearity", lambda clock: runs.linearity(problem, pace, clock))
+    yield tried("seeds", lambda clock: runs.reliability(problem, pace, clock))
+    yield timed
+    yield from durations.methods(problem, pace, gold, Clock.of(max(0.0, whole.left)))
+
+
+def _tried(name: str, part: Callable[[], Line]) -> Line:
+    """Return a part's line; where it raises, one that fails with the reason."""
+    try:
+        return part()
+    except Exception as error:  # whatever a user's model raises
+        text = (str(error).strip() or "no message").splitlines()[0]
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        return fails(name, f"{kind}{text}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the package's own notices out of the table: what they say is in its lines."""
+    package = logging.getLogger("fimo")
+    level = package.level
+    package.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        package.setLevel(level)

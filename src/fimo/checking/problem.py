@@ -1,0 +1,153 @@
+"""What is checked, and how much of it fits into the time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fimo.data.instances import Instances
+from fimo.further_training.chunk import Chunk
+from fimo.further_training.pace import Pace
+from fimo.further_training.protocol import Protocol
+from fimo.further_training.replicas import Replica, Unit
+from fimo.further_training.resolution import some
+from fimo.further_training.setting import Setting
+from fimo.methods.base import AttributionMethod
+from fimo.models.final_model import FinalModel
+
+MOST_TESTS = 32
+"""Test instances on which effects are measured, evenly spaced."""
+
+MOST_LEFT_OUT = 8
+"""Instances that short runs leave out: some of those in a seed's first batch, so that a few steps show it."""
+
+CPU = torch.device("cpu")
+
+MEMORY = 2 * 2**30
+"""Bytes of parameters, gradients and wide copies of runs made together."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A final model with its data and protocol.
+
+    Args:
+        seeds: S of them.
+        units: what the gold standard leaves out.
+        methods: by name, to be timed.
+        subtract_mean: as the sensitivity is adjusted.
+        device: of the runs.
+    """
+
+    final_model: FinalModel
+    train: Instances
+    test: Instances
+    protocol: Protocol
+    seeds: Sequence[int]
+    units: Sequence[Unit]
+    methods: Mapping[str, AttributionMethod] = field(default_factory=dict)
+    subtract_mean: bool = True
+    device: torch.device = CPU
+
+    @property
+    def total_steps(self) -> int:
+        return self.protocol.total_steps(len(self.train))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.protocol.batches_per_epoch(len(self.train))
+
+    @property
+    def few_tests(self) -> Instances:
+        return some(self.test, MOST_TESTS)
+
+    def setting(self, protocol: Protocol | None = None, test: Instances | None = None) -> Setting:
+        """Return the engine's setting of a protocol (the problem's when None), for a few test instances."""
+        return Setting.build(
+            self.final_model,
+            self.train,
+            self.few_tests if test is None else test,
+            self.protocol if protocol is None else protocol,
+            self.device,
+        )
+
+    def early(self, most: int = MOST_LEFT_OUT, runs: int = 1) -> list[Unit]:
+        """Return single instances of the first seed's first batch (evenly spaced in it).
+
+        Args:
+            most: at most so many, and at most as many as fit into ``MEMORY`` with ``runs`` of each.
+        """
+        most = max(1, min(most, int(MEMORY / (3 * 8 * self.final_model.size * runs))))
+        first = torch.Generator().manual_seed(self.seeds[0])
+        size = min(self.protocol.batch_size, len(self.train) - 1)
+        batch = torch.randperm(len(self.train), generator=first)[:size].tolist()
+        count = min(most, size)
+        return [(batch[k * size // count],) for k in range(count)]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The time that a part may take.
+
+    Args:
+        until: of ``time.monotonic``.
+    """
+
+    until: float
+
+    @classmethod
+    def of(cls, seconds: float) -> Clock:
+        return cls(time.monotonic() + seconds)
+
+    @property
+    def left(self) -> float:
+        return self.until - time.monotonic()
+
+
+def float64(protocol: Protocol) -> Protocol:
+    """Return the same protocol with runs and losses in float64."""
+    return replace(protocol, dtype="float64", evaluation_dtype="float64", autocast=None)
+
+
+def effects(
+    setting: Setting, seed: int, units: Sequence[Unit], steps: int, clock: Clock
+) -> tuple[Tensor, int]:
+    """Return raw changes ``[J, L]`` (float64) by real runs, and the optimizer steps that were taken.
+
+    Args:
+        steps: at most so many.
+    """
+    chunks = [Chunk(setting, [Replica(seed)]), Chunk(setting, [Replica(seed, unit) for unit in units])]
+    steps = min(steps, aligned_steps(setting, steps))
+    while chunks[1].step < steps and (clock.left > 0 or not chunks[1].step):
+        for chunk in chunks:
+            chunk.advance(chunk.step + 1)
+    return changes(chunks[0], chunks[1]), chunks[1].step
+
+
+def changes(full: Chunk, leaving_out: Chunk) -> Tensor:
+    """Return the raw changes ``[J, L]`` at the chunks' present steps."""
+    return (leaving_out.evaluate()[0] - full.evaluate()[0]).T
+
+
+def aligned_steps(setting: Setting, steps: int) -> int:
+    """Return after how many steps runs can be compared: all, but where leaving out shortens an epoch."""
+    n, protocol = len(setting.train), setting.protocol
+    kept = n - 1 if protocol.leave_out == "shift" else n
+    shorter = protocol.batches_per_epoch(kept)
+    return steps if shorter == protocol.batches_per_epoch(n) else min(steps, max(1, shorter))
+
+
+def steps_within(pace: Pace, replicas: int, seconds: float, most: int, workers: int = 1) -> int:
+    """Return how many optimizer steps of so many replicas fit into the time: at least one."""
+    return max(1, min(most, int(seconds / max(1e-9, replicas * pace.step * workers))))
+
+
+def cosine(left: Tensor, right: Tensor) -> float:
+    """Return the cosine of two tensors as vectors; NaN where one is zero."""
+    left, right = left.double().flatten(), right.double().flatten()
+    return float(left @ right / (left.norm() * right.norm()))
