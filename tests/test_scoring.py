@@ -1,50 +1,51 @@
-"""What a run's scores are named after is computed once, and again where anything changed."""
+"""A run's scores: what they are named after is computed once for all methods."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-import fimo.scoring as scoring
-from fimo.further_training.identity import describe_problem
+from fimo import fingerprint
+from fimo.cost import Cost
+from fimo.further_training import Protocol
+from fimo.methods.graddot import GradDot
+from fimo.methods.response import Response
+from fimo.plan import Plan
+from fimo.scoring import described, score
+from fimo.store import Store
 from tests.cases import CASES
 
 
-class Data:
-    """The instances of a data module."""
+def test_model_and_training_set_are_hashed_once_for_all_methods_of_a_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hashed: list[str] = []
+    describe = fingerprint.describe
 
-    def __init__(self) -> None:
-        case = CASES["mlp_regression"]()
-        self.train, self.test = case.train[:], case.test.to(dtype=torch.float64)[torch.arange(5)]
+    def counted(value: Any, name: str) -> str:
+        hashed.append(name)
+        return describe(value, name)
 
-
-def test_model_and_data_are_hashed_once_for_all_methods_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-
-    def counted(*arguments: Any) -> dict[str, Any]:
-        calls.append(arguments)
-        return describe_problem(*arguments)
-
-    monkeypatch.setattr(scoring, "describe_problem", counted)
-    data: Any = Data()
-    model = CASES["mlp_regression"]().final_model.to(dtype=torch.float64)
-    plan: Any = SimpleNamespace(test=[0, 2])
-    first = scoring._described(model, data, plan)
-    assert scoring._described(model, data, plan) is first
-    assert len(calls) == 1
-    assert first == describe_problem(model, data.train, data.test[[0, 2]])
-
-    assert scoring._described(model, data, SimpleNamespace(test=[0, 1]))["test"] != first["test"]  # type: ignore[arg-type]
-    scoring._described(model, data, plan)
-    data.test.targets[0] += 1  # in place
-    assert scoring._described(model, data, plan)["test"] != first["test"]
-    with torch.no_grad():
-        next(iter(model.network.parameters())).add_(1)
-    assert scoring._described(model, data, plan)["state"] != first["state"]
-    twin = model.to(dtype=torch.float64)
-    before = len(calls)
-    scoring._described(twin, data, plan)
-    assert len(calls) == before + 1  # another object is described anew
+    monkeypatch.setattr(fingerprint, "describe", counted)
+    case = CASES["mlp_regression"]()
+    data: Any = SimpleNamespace(train=case.train, test=case.test)
+    plan = Plan(Protocol(epochs=1), [0], [0], [1, 2], [0, 2], True, "auto")
+    config = OmegaConf.create({"seed": 0, "methods": {"graddot": {"a": 1}, "response": {"b": 1}}})
+    problem = described(case.final_model, data)
+    methods = {"graddot": GradDot(), "response": Response()}
+    for name, method in methods.items():
+        cost = Cost(name)
+        found = score(name, method, case.final_model, data, plan, config, Store(tmp_path), cost, problem)
+        assert torch.isfinite(found["scores"]).all()
+        assert cost.reused == 0
+    assert hashed.count("network") == 1
+    assert hashed.count("data") == 1 + len(methods)  # the training set; the test instances of each
+    for name, method in methods.items():
+        cost = Cost(name)
+        score(name, method, case.final_model, data, plan, config, Store(tmp_path), cost, problem)
+        assert cost.reused == 1

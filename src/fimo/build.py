@@ -22,7 +22,6 @@ from fimo.arguments import check_arguments, imported
 from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError
 from fimo.evaluation import METRICS
-from fimo.further_training.identity import describe_loss, describe_network
 from fimo.further_training.protocol import Protocol
 from fimo.methods.base import AttributionMethod
 from fimo.models.best import KeepBest
@@ -176,13 +175,11 @@ def build_measurement(name: Any) -> Loss | None:
     return None if name is None else build_loss(name, "model.measurement", MEASUREMENTS)
 
 
-def training_key(config: DictConfig, module: FinalModelModule) -> dict[str, Any]:
-    """Return what the final model's training depends on, besides data, seed and initial parameters."""
+def training_settings(config: DictConfig) -> dict[str, Any]:
+    """Return the settings that the final model's training depends on."""
     return {
         **{name: config.model[name] for name in ("optimizer", "lr", "momentum", "weight_decay")},
         **{name: config.trainer[name] for name in ("max_epochs", "precision", "gradient_clip_val")},
-        "network": describe_network(module.network),
-        "loss": describe_loss(module.loss),
     }
 
 

@@ -20,7 +20,7 @@ from fimo.build import (
     build_trainer,
     check_evaluation,
     reason,
-    training_key,
+    training_settings,
 )
 from fimo.checking.of_run import check_run
 from fimo.config import plain
@@ -35,7 +35,7 @@ from fimo.models.training import quality, save_checkpoint, train_final_model
 from fimo.plan import Plan
 from fimo.reporting.report import write_report
 from fimo.reporting.wandb import log_run
-from fimo.scoring import applicable, score
+from fimo.scoring import applicable, described, score
 from fimo.store import Store, write_tensors
 from fimo.summary import summarise
 from fimo.tasks import Judged, build_tasks, with_findings
@@ -72,8 +72,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
 
     with measured("final_model") as cost:
         if config.model.checkpoint is None:
-            key = training_key(config, module)
-            train_final_model(module, data, trainer, store, key, config.seed, cost)
+            train_final_model(module, data, trainer, store, training_settings(config), config.seed, cost)
         final_model = build_final_model(module, config)
         save_checkpoint(module, trainer, run_dir / "final_model.ckpt")
         final_quality = quality(final_model, data)
@@ -113,10 +112,11 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     placed = trained.to(device)
     scores: dict[str, tuple[str, Tensor]] = {}
     errors: dict[str, Tensor] = {}
+    shared = described(placed, seen)
     for name, method in methods.items():
         with measured(name) as cost:
             try:
-                tensors = score(name, method, placed, seen, plan, config, store, cost)
+                tensors = score(name, method, placed, seen, plan, config, store, cost, shared)
             except OSError:  # a full disk fails everything that follows too
                 raise
             except Exception as error:  # whatever it is, the others' results are not lost with it

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import logging
-import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock
@@ -16,16 +12,18 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from fimo.cost import Cost
-from fimo.data.datamodule import InstancesModule
-from fimo.data.instances import Instances
 from fimo.errors import InputError
+from fimo.fingerprint import Indescribable, Key, Problem, kept, scores_key
 from fimo.further_training import evaluation_points, full_runs
-from fimo.further_training.identity import describe_problem
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.base import AttributionMethod
-from fimo.models.final_model import FinalModel
-from fimo.plan import Plan
 from fimo.store import Store, read_tensors, write_tensors
+
+if TYPE_CHECKING:  # no code of these is in the scores, whose key holds the source of what is imported here
+    from fimo.data.datamodule import InstancesModule
+    from fimo.data.instances import Instances
+    from fimo.models.final_model import FinalModel
+    from fimo.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +59,7 @@ def score(
     config: DictConfig,
     store: Store,
     cost: Cost,
+    problem: Problem | Indescribable,
 ) -> dict[str, Tensor]:
     """Return a method's ``scores`` ``[J, L]`` or ``[E, J, L]`` on the CPU (and ``sem`` where it gives one).
 
@@ -69,67 +68,45 @@ def score(
     Args:
         final_model: on the device to use.
         cost: gets the gradient evaluations, and what was reused.
+        problem: :func:`described`, once for all methods.
     """
-    key = {
-        "method": OmegaConf.to_container(config.methods[name], resolve=True),
-        "source": source_hash(method),
-        **_described(final_model, data, plan),
-        "left_out": plan.left_out,
-    }
-    if method.follows_further_training:
-        points = evaluation_points(plan.protocol, len(data.train))[0]
-        key |= {
-            "protocol": plan.protocol.key(),
-            "steps": list(map(int, points)),
-            "seeds": plan.followed * method.follows_seeds,
-        }
-    folder = store.folder("scores", key)
-    path = folder / "scores.safetensors"
-    with FileLock(folder / "lock"):
+
+    def key() -> Key:
+        if isinstance(problem, Indescribable):
+            raise problem
+        settings = OmegaConf.to_container(config.methods[name], resolve=True)
+        assert isinstance(settings, dict)
+        followed = None
+        if method.follows_further_training:
+            steps = list(map(int, evaluation_points(plan.protocol, len(data.train))[0]))
+            followed = {
+                "protocol": plan.protocol.key(),
+                "steps": steps,
+                "seeds": plan.followed * method.follows_seeds,
+            }
+        named = {str(k): v for k, v in settings.items()}
+        test = data.test[plan.test]
+        return scores_key(problem, test, name, type(method), named, plan.left_out, config.seed, followed)
+
+    with kept(store, "scores", key) as folder, FileLock(folder / "lock"):
+        path = folder / "scores.safetensors"
         if path.exists():
             cost.recall(folder)
             return read_tensors(path)
-        tensors = _compute(method, final_model, data, plan, config, store)
+        known = None if isinstance(problem, Indescribable) else problem
+        tensors = _compute(method, final_model, data, plan, config, store, known)
         cost.gradient_evaluations = method.gradient_evaluations
         write_tensors(path, tensors)
         cost.keep(folder)
     return tensors
 
 
-def _described(final_model: FinalModel, data: InstancesModule, plan: Plan) -> dict[str, Any]:
-    """Return :func:`describe_problem`'s description, made once for all methods of a run.
-
-    Hashing a network of 110 million parameters takes a second. The last description is used again while model
-    and data are the same objects, with the same tensors, none of them changed in place.
-    """
-    tensors = [*final_model.state().values(), *data.train.tensors().values(), *data.test.tensors().values()]
-    now = (tuple(plan.test), [(t.data_ptr(), t._version, t.shape) for t in tensors])
-    same = _last is not None and _last.final_model() is final_model and _last.data() is data
-    if not same or _last is None or _last.state != now:
-        found = describe_problem(final_model, data.train, data.test[plan.test])
-        globals()["_last"] = _Described(weakref.ref(final_model), weakref.ref(data), now, found)
-        return found
-    return _last.description
-
-
-@dataclass(frozen=True)
-class _Described:
-    final_model: weakref.ref[FinalModel]
-    data: weakref.ref[InstancesModule]
-    state: tuple[Any, ...]
-    description: dict[str, Any]
-
-
-_last: _Described | None = None
-
-
-def source_hash(method: AttributionMethod) -> str:
-    """Return a hash of the module that defines a method, so that an edited method is another one."""
-    module = inspect.getmodule(type(method))
+def described(final_model: FinalModel, data: InstancesModule) -> Problem | Indescribable:
+    """Return what all scores of a final model and a training set depend on, or why it can't be described."""
     try:
-        return hashlib.sha256(inspect.getsource(module or type(method)).encode()).hexdigest()[:24]
-    except (OSError, TypeError):  # defined in a session without files
-        return ""
+        return Problem.of(final_model, data.train)
+    except Indescribable as error:
+        return error
 
 
 def _compute(
@@ -139,6 +116,7 @@ def _compute(
     plan: Plan,
     config: DictConfig,
     store: Store,
+    problem: Problem | None,
 ) -> dict[str, Tensor]:
     device = next(iter(final_model.parameters().values())).device
     train, test = data.train.to(device), data.test[plan.test].to(device)
@@ -152,7 +130,7 @@ def _compute(
             train,
             test,
             torch.tensor(members, device=device),
-            further_training(final_model, train, plan, store),
+            further_training(final_model, train, plan, store, problem),
         )
     membership = torch.zeros(len(members), len(groups), dtype=found.dtype)
     for column, group in enumerate(groups):
@@ -166,7 +144,9 @@ def _compute(
     return tensors
 
 
-def further_training(final_model: FinalModel, train: Instances, plan: Plan, store: Store) -> FurtherTraining:
+def further_training(
+    final_model: FinalModel, train: Instances, plan: Plan, store: Store, problem: Problem | None = None
+) -> FurtherTraining:
     """Return what a method that follows further training is handed; runs nothing yet."""
     steps = tuple(int(s) for s in evaluation_points(plan.protocol, len(train))[0])
     return FurtherTraining(
@@ -174,6 +154,12 @@ def further_training(final_model: FinalModel, train: Instances, plan: Plan, stor
         steps,
         tuple(plan.followed),
         lambda: full_runs(
-            final_model, train, plan.protocol, plan.followed, store=store, device=train.targets.device
+            final_model,
+            train,
+            plan.protocol,
+            plan.followed,
+            store=store,
+            device=train.targets.device,
+            problem=problem,
         ),
     )

@@ -18,23 +18,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-VERSION = 1
-"""Part of every key: raised when the meaning of stored results changes."""
-
-
-def content_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Return a hash of tensors' names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name].detach().cpu().numpy())
-        digest.update(f"{name}:{array.dtype}:{array.shape};".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()[:32]
+VERSION = 2
+"""Part of every key. Raise it when files of the store change their layout or meaning, or when something that
+results depend on was missing from keys: nothing kept before is then read again. Edited code needs no raise:
+its source is in the keys (:mod:`fimo.fingerprint`)."""
 
 
 class Store:
@@ -47,14 +38,19 @@ class Store:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
 
-    def folder(self, kind: str, key: Mapping[str, Any]) -> Path:
-        """Return the folder of one result, made if needed, with its description in ``key.json``."""
-        text = json.dumps({"version": VERSION, **key}, sort_keys=True, indent=1)
+    def folder(self, kind: str, key: Mapping[str, Any], about: str = "") -> Path:
+        """Return the folder of one result, made if needed, with its description in ``key.json``.
+
+        Args:
+            about: the result in words, for people; no part of its name.
+        """
+        full = {"version": VERSION, **key}
+        text = json.dumps(full, sort_keys=True)
         folder = self.root / kind / hashlib.sha256(text.encode()).hexdigest()[:24]
         if not (folder / "key.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             with written_aside(folder / "key.json") as path:
-                path.write_text(text)
+                path.write_text(json.dumps({"about": about, "key": full}, sort_keys=True, indent=1))
         return folder
 
 

@@ -19,7 +19,6 @@ from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training import Protocol, Sensitivity, further_train
 from fimo.further_training.chunk import Chunk
-from fimo.further_training.identity import describe, describe_loss, describe_network
 from fimo.further_training.records import Records
 from fimo.further_training.replicas import Replica
 from fimo.further_training.setting import Setting, evaluation_batch
@@ -301,41 +300,3 @@ def test_without_saved_states_more_epochs_start_again_and_say_so(
     assert sum(counted_steps) == 2 * 5 * 3
     assert "start again" in caplog.text
     assert_same_bytes(longer, job(2, None))
-
-
-CHANGES = {
-    "optimizer": "adam", "lr": 0.02, "batch_size": 6, "leave_out": "mask", "evaluate_every": 3,
-    "momentum": 0.9, "nesterov": True, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1,
-    "clip_norm": 1.0, "schedule": "linear", "dtype": "float64", "evaluation_dtype": "float32",
-    "autocast": "bfloat16",
-}  # fmt: skip
-
-
-def test_a_changed_protocol_model_or_data_never_reads_anothers_results() -> None:
-    case = CASES["mlp_regression"]()
-    base = Protocol(epochs=2, momentum=0.5)
-    keys = [describe(case.final_model, case.train, case.test, base)]
-    assert {f.name for f in dataclasses.fields(Protocol)} == {*CHANGES, "epochs", "steps"}
-    for name, value in CHANGES.items():
-        protocol = dataclasses.replace(base, **{name: value})
-        keys.append(describe(case.final_model, case.train, case.test, protocol))
-    keys.append(describe(case.final_model, case.train[:-1], case.test, base))
-    keys.append(describe(case.final_model, case.train, case.test[:-1], base))
-    network = mlp(4, (6, 5), 1, torch.nn.Tanh).double()
-    keys.append(describe(FinalModel(network, mean_squared_error), case.train, case.test, base))
-    assert len({str(key) for key in keys}) == len(keys)
-    # a longer run holds a shorter one, unless the learning rate depends on the horizon
-    longer = dataclasses.replace(base, epochs=3)
-    assert longer.key() == base.key()
-    assert (
-        dataclasses.replace(longer, schedule="cosine").key()
-        != dataclasses.replace(base, schedule="cosine").key()
-    )
-
-
-def test_edited_losses_and_networks_of_the_users_own_have_other_descriptions() -> None:
-    losses = [lambda o, t: (o - t).abs().mean(1), lambda o, t: (o - t).abs().sum(1)]
-    scaled = [lambda o, t, scale=scale: scale * mean_squared_error(o, t) for scale in (1.0, 2.0)]
-    assert len({describe_loss(loss) for loss in [*losses, *scaled]}) == 4
-    kinds = {a: mlp(4, (5,), 1, a) for a in (torch.nn.Tanh, torch.nn.ReLU)}
-    assert len({describe_network(n) for n in kinds.values()}) == 2

@@ -7,7 +7,6 @@ vectors in output space. So there is one backward pass, and the kinds of rows di
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fimo.curvature.outputs import output_gradient, output_hessian_rows, sampled_gradients
 from fimo.curvature.rows import DenseRows, FactoredRows, LayerFactors, Rows, StreamedRows
 from fimo.data.instances import Inputs, Instances
+from fimo.fingerprint import folder_of, gradients_key
 from fimo.further_training.linear import Layer, linear_layers
 from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.losses import Loss
-from fimo.store import content_hash, read_tensors, write_tensors
+from fimo.store import Store, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -193,8 +193,9 @@ class InstanceGradients:
     ) -> StreamedRows:
         def blocks() -> Iterator[Rows]:
             before()
+            folder = self._cached_at(instances, name, block)
             for start, part in zip(range(0, len(instances), block), instances.batches(block), strict=True):
-                path = self._cached_at(instances, name, block, start)
+                path = None if folder is None else folder / f"{start}.safetensors"
                 if path is not None and path.exists():
                     values = read_tensors(path, self.device)["rows"].to(self.dtype)
                 else:
@@ -206,15 +207,15 @@ class InstanceGradients:
 
         return StreamedRows(blocks, len(instances), r, self.shapes, self.dtype, self.device)
 
-    def _cached_at(self, instances: Instances, name: str, block: int, start: int) -> Path | None:
+    def _cached_at(self, instances: Instances, name: str, block: int) -> Path | None:
+        """Return the folder of a set's cached blocks; None where none is wanted, or can be described."""
         if self.cache is None or len(instances) <= block:
             return None
-        if not hasattr(self, "_model_hash"):
-            self._model_hash = content_hash(self.final_model.state())
-        functions = f"{self.final_model.loss!r} {self.final_model.measurement!r}".split(" at 0x")[0]
-        text = f"{name} {block} {self.storage} {functions} {sorted(self.shapes)} {self._model_hash} "
-        text += content_hash(instances.tensors())
-        return self.cache / hashlib.sha256(text.encode()).hexdigest()[:24] / f"{start}.safetensors"
+        settings = {"block": block, "storage": str(self.storage), "dtype": str(self.dtype)}
+        store = Store(self.cache)
+        return folder_of(
+            store, "gradients", lambda: gradients_key(self.final_model, instances, name, settings)
+        )
 
     def _dense(self, instances: Instances, cotangents: Cotangents) -> Tensor:
         """Return ``[n, R, P]`` of one block."""

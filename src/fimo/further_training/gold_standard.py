@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,7 +14,7 @@ from fimo.cost import Cost
 from fimo.data.instances import Instances
 from fimo.door import choices
 from fimo.errors import InputError
-from fimo.further_training.identity import describe
+from fimo.fingerprint import Key, Problem, kept, runs_key
 from fimo.further_training.job import Job
 from fimo.further_training.protocol import Protocol
 from fimo.further_training.records import Records
@@ -46,6 +44,7 @@ def further_train(
     trainer: Mapping[str, Any] | None = None,
     cost: Cost | None = None,
     keep_states: bool | Literal["auto"] = "auto",
+    problem: Problem | None = None,
 ) -> Sensitivity:
     """Continue training from the final model with and without instances, and compare test losses.
 
@@ -68,6 +67,7 @@ def further_train(
         cost: gets the gradients of all runs, the share found in the store, and what those took.
         keep_states: keep the runs' last states in the store, so that evaluation points can be added later;
             ``auto`` does so up to 1 GiB in all.
+        problem: the description of ``final_model`` and ``train``, where it is known already.
 
     Returns:
         The sensitivity, with distances and the full runs' losses; on the CPU.
@@ -83,7 +83,11 @@ def further_train(
     if chunk != "auto" and (not isinstance(chunk, int) or chunk < 1):
         raise InputError("further_training.chunk", f"expected 'auto' or at least 1 but got {chunk!r}")
     points, epochs = evaluation_points(protocol, len(train))
-    with _folder(store, final_model, train, test, protocol) as folder:
+
+    def key() -> Key:
+        return runs_key(problem or Problem.of(final_model, train), test, protocol)
+
+    with kept(store, "further_training", key) as folder:
         records = Records(folder)
 
         make_job = JobMaker(
@@ -137,18 +141,6 @@ def evaluation_points(protocol: Protocol, instances: int) -> tuple[list[int], li
     steps = protocol.evaluation_steps(instances, instances)
     per_epoch = protocol.batches_per_epoch(instances)
     return steps, [-(-step // per_epoch) for step in steps]
-
-
-@contextlib.contextmanager
-def _folder(
-    store: Store | None, final_model: FinalModel, train: Instances, test: Instances, protocol: Protocol
-) -> Iterator[Path]:
-    """Yield the folder of the job's records: in the store, or one that is deleted afterwards."""
-    if store is not None:
-        yield store.folder("further_training", describe(final_model, train, test, protocol))
-        return
-    with tempfile.TemporaryDirectory(prefix="fimo-") as name:
-        yield Path(name)
 
 
 def _run(make_job: Any, trainer: Mapping[str, Any] | None) -> Job:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from fimo.data.instances import Instances
 from fimo.door import choices
+from fimo.fingerprint import Key, Problem, folder_of, trajectory_key
 from fimo.further_training.chunk import Chunk
 from fimo.further_training.gold_standard import evaluation_points
-from fimo.further_training.identity import describe
 from fimo.further_training.protocol import Protocol
 from fimo.further_training.replicas import Replica
 from fimo.further_training.setting import Setting, chunk_size, worker_threads
@@ -56,6 +57,7 @@ def full_runs(
     store: Store | None = None,
     device: torch.device | str | None = None,
     trainer: Mapping[str, Any] | None = None,
+    problem: Problem | None = None,
 ) -> Iterator[Trajectory]:
     """Yield the seeds' full runs: parameters at θ^f and at each evaluation point.
 
@@ -64,6 +66,7 @@ def full_runs(
             a trajectory is in memory while it is used.
         device: where the runs are made.
         trainer: arguments of the Lightning Trainer, whose accelerator is used where ``device`` is None.
+        problem: the description of ``final_model`` and ``train``, where it is known already.
 
     Yields:
         One :class:`Trajectory` for each seed, in the protocol's dtype on the device. For Adam,
@@ -72,13 +75,23 @@ def full_runs(
     seeds = choices.seeds(seeds)
     device = trainer_device(trainer) if device is None else device
     setting = Setting.build(final_model, train, train[:1], protocol, device)
+
+    @functools.cache
+    def described() -> Problem:
+        return problem or Problem.of(final_model, train)
+
     for start in range(0, len(seeds), together := _at_once(setting, len(seeds))):
         chosen = seeds[start : start + together]
-        if store is None:
+        keys = [functools.partial(_key, described, protocol, seed) for seed in chosen]
+        folders = [folder for key in keys if (folder := folder_of(store, "trajectory", key)) is not None]
+        if len(folders) < len(chosen):
             yield from _in_memory(setting, chosen)
         else:
-            keys = [{**describe(final_model, train, train[:0], protocol), "seed": s} for s in chosen]
-            yield from _stored(setting, chosen, [store.folder("trajectory", key) for key in keys])
+            yield from _stored(setting, chosen, folders)
+
+
+def _key(problem: Callable[[], Problem], protocol: Protocol, seed: int) -> Key:
+    return trajectory_key(problem(), protocol, seed)
 
 
 MEMORY = 2**28

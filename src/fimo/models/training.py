@@ -15,10 +15,11 @@ from filelock import FileLock
 from fimo.cost import Cost
 from fimo.data.datamodule import InstancesModule
 from fimo.data.instances import Instances
+from fimo.fingerprint import Key, kept, training_key
 from fimo.models.best import KeepBest
 from fimo.models.final_model import FinalModel
 from fimo.models.module import FinalModelModule
-from fimo.store import Store, content_hash, could_not_write, read_tensors, write_tensors
+from fimo.store import Store, could_not_write, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -44,30 +45,28 @@ def train_final_model(
     data: InstancesModule,
     trainer: pl.Trainer,
     store: Store,
-    key: Mapping[str, Any],
+    settings: Mapping[str, Any],
     seed: int,
     cost: Cost,
 ) -> None:
     """Train a module in place, or read its parameters from the store.
 
     Args:
-        key: everything of the configuration that the result depends on, besides data and initial parameters.
+        settings: of the configuration that the result depends on.
         seed: of the data order.
         cost: gets the gradient evaluations and what was reused.
     """
-    full_key = {
-        **key,
-        "seed": seed,
-        "batch_size": data.batch_size,
-        "train": content_hash(data.train.tensors()),
-        "initial": content_hash(module.network.state_dict()),
-    }
-    if keeps_best(trainer):
-        full_key["best_on"] = content_hash(data.test.tensors())
-    folder = store.folder("final_model", full_key)
-    path = folder / "model.safetensors"
+
+    def key() -> Key:
+        best_on = data.test if keeps_best(trainer) else None
+        everything = {**settings, "seed": seed, "batch_size": data.batch_size}
+        batches = type(data).train_dataloader
+        return training_key(module.network, module.loss, everything, data.train, batches, best_on)
+
     cost.gradient_evaluations = len(data.train) * (trainer.max_epochs or 0)
-    with FileLock(folder / "lock"):  # several jobs of a sweep want the same model
+    # several jobs of a sweep want the same model
+    with kept(store, "final_model", key) as folder, FileLock(folder / "lock"):
+        path = folder / "model.safetensors"
         if path.exists():
             module.network.load_state_dict(read_tensors(path))
             cost.recall(folder)

@@ -24,7 +24,7 @@ from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
 from fimo.plan import Plan
 from fimo.reporting.results import TASK_TABLES, Results
-from fimo.scoring import score
+from fimo.scoring import described, score
 from fimo.store import Store, written_aside
 
 
@@ -61,9 +61,10 @@ class Judged:
         chosen = list(range(len(self.data.train)) if left_out is None else left_out)
         plan = replace(self.plan, left_out=chosen)
         model, found = self.final_model.to(self.device), {}
+        problem = described(model, self.data)
         for name, method in self.methods.items():
             cost = Cost(name)
-            tensors = score(name, method, model, self.data, plan, self.config, self.store, cost)
+            tensors = score(name, method, model, self.data, plan, self.config, self.store, cost, problem)
             self.cost.gradient_evaluations += cost.gradient_evaluations
             found[name] = (str(method.access), tensors["scores"])
         return found

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from fimo.build import build_final_model, build_module, build_trainer, training_key
+from fimo.build import build_final_model, build_module, build_trainer, training_settings
 from fimo.cost import Cost
 from fimo.data.datamodule import InstancesModule
 from fimo.data.instances import Instances
@@ -83,8 +83,8 @@ class Mislabelled(Task):
         data = copy.copy(run.data)
         data.train = Instances(run.data.train.inputs, targets)
         module = build_module(run.config, data)
-        key, cost = training_key(run.config, module), Cost("final_model")
-        train_final_model(module, data, build_trainer(run.config), run.store, key, run.config.seed, cost)
+        settings, cost = training_settings(run.config), Cost("final_model")
+        train_final_model(module, data, build_trainer(run.config), run.store, settings, run.config.seed, cost)
         run.cost.gradient_evaluations += cost.gradient_evaluations
         return replace(run, data=data, final_model=build_final_model(module, run.config))
 

@@ -1,0 +1,293 @@
+"""What a result depends on: the one place that says so, for everything that is kept to be used again.
+
+Each function returns a key for the store: the data, networks, functions and settings that go into a result
+(see :func:`~fimo.description.describe`), the source of the modules of this package that compute it and of all
+that they import, and the versions of the libraries below. What changes no result is in no key: threads, chunk
+sizes, devices, progress bars, folders, loggers, which other methods run, which other seeds and instances are
+asked for.
+
+Where something has no description (:class:`~fimo.description.Indescribable`: an open file, a running
+generator), the result is computed but not kept, and the log says what stood in the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fimo.description import Indescribable, describe
+from fimo.sources import Sources, origin, package_code, user_code
+from fimo.store import Store
+
+if TYPE_CHECKING:  # a sweep's jobs have a fingerprint before torch is imported
+    from torch import nn
+
+    from fimo.data.instances import Instances
+    from fimo.further_training.protocol import Protocol
+    from fimo.models.final_model import FinalModel
+    from fimo.models.losses import Loss
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "numpy", "scikit-learn", "pytorch-lightning")
+"""Whose versions any result depends on; so it does on those of the packages that its functions are from."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a result depends on.
+
+    Args:
+        parts: that JSON can hold, by name.
+        about: the result in words, for the list of what is kept.
+    """
+
+    parts: Mapping[str, Any]
+    about: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all results on one final model and one training set share; large tensors are hashed once.
+
+    Args:
+        parts: hashes by name.
+        about: in words.
+    """
+
+    parts: Mapping[str, Any]
+    about: str
+
+    @classmethod
+    def of(cls, final_model: FinalModel, train: Instances) -> Problem:
+        """Describe a final model and its training set.
+
+        Raises:
+            Indescribable: naming the part of the network, the loss or the measurement.
+        """
+        measurement = final_model.measurement or final_model.loss
+        parts = {
+            "network": describe(final_model.network, "network"),
+            "trainable": list(final_model.parameters()),
+            "loss": describe(final_model.loss, "loss"),
+            "measurement": describe(measurement, "measurement"),
+            "train": data_hash(train),
+        }
+        name = type(final_model.network).__name__
+        return cls(parts, f"{name} of {final_model.size:,} parameters, {len(train):,} training instances")
+
+
+def training_key(
+    network: nn.Module,
+    loss: Loss,
+    settings: Mapping[str, Any],
+    train: Instances,
+    batches: Callable[..., Any],
+    best_on: Instances | None,
+) -> Key:
+    """Return what the training of a final model depends on.
+
+    Args:
+        network: with its initial parameters.
+        settings: of optimizer, Trainer, batches and seed.
+        batches: makes batches of the training instances.
+        best_on: instances by which the best epoch is chosen; None where the last is kept.
+
+    Raises:
+        Indescribable: naming the part of the network or loss.
+    """
+    parts = {
+        **settings,
+        "network": describe(network, "network"),
+        "loss": describe(loss, "loss"),
+        "train": data_hash(train),
+        "batches": describe(batches, "dataset.train_dataloader"),
+        "best_on": None if best_on is None else data_hash(best_on),
+        **computed_by("fimo.models.training", "fimo.models.module"),
+    }
+    return Key(parts, f"{type(network).__name__}, {len(train):,} training instances, {_words(settings)}")
+
+
+def runs_key(problem: Problem, test: Instances, protocol: Protocol) -> Key:
+    """Return what further-training runs depend on, but for their seed, left-out instances and length."""
+    parts = {
+        **problem.parts,
+        "test": data_hash(test),
+        "protocol": protocol.key(),
+        **computed_by("fimo.further_training.gold_standard"),
+    }
+    return Key(parts, f"{problem.about}, {len(test):,} test instances, {_protocol(protocol)}")
+
+
+def trajectory_key(problem: Problem, protocol: Protocol, seed: int) -> Key:
+    """Return what a full run's trajectory depends on, but for its length."""
+    parts = {
+        **{name: part for name, part in problem.parts.items() if name != "measurement"},
+        "protocol": protocol.key(),
+        "seed": seed,
+        **computed_by("fimo.further_training.trajectories"),
+    }
+    return Key(parts, f"{problem.about}, seed {seed}, {_protocol(protocol)}")
+
+
+def scores_key(
+    problem: Problem,
+    test: Instances,
+    name: str,
+    method: type,
+    settings: Mapping[str, Any],
+    left_out: Sequence[Any],
+    seed: int,
+    followed: Mapping[str, Any] | None,
+) -> Key:
+    """Return what a method's scores depend on.
+
+    Args:
+        name: of the method, in words only.
+        settings: of the method, as configured.
+        left_out: whose scores, in this order.
+        seed: that methods draw from.
+        followed: the further training that the method is handed, where it follows it.
+
+    Raises:
+        Indescribable: naming the part of the method.
+    """
+    parts = {
+        **problem.parts,
+        "test": data_hash(test),
+        "method": _portable(settings),
+        "class": describe(method, method.__name__),
+        "named": named_in(settings),
+        "left_out": left_out,
+        "seed": seed,
+        "followed": followed,
+        **computed_by("fimo.scoring", method.__module__),
+    }
+    return Key(parts, f"{name}, {len(test):,} x {len(left_out):,} scores, {problem.about}")
+
+
+def gradients_key(
+    final_model: FinalModel, instances: Instances, kind: str, settings: Mapping[str, Any]
+) -> Key:
+    """Return what a cached block of gradients depends on.
+
+    Raises:
+        Indescribable: naming the part of the network, the loss or the measurement.
+    """
+    problem = Problem.of(final_model, instances)
+    parts = {**problem.parts, "kind": kind, **settings, **computed_by("fimo.curvature.gradients")}
+    return Key(parts, f"{kind}, {problem.about}")
+
+
+def computed_by(*modules: str) -> dict[str, Any]:
+    """Return what stands for the code of some modules: source with all that they import, and versions."""
+    return {
+        "code": package_code(*(m for m in modules if origin(m) == "package")),
+        "own_code": [user_code(m) for m in sorted(modules) if origin(m) == "user"],
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that any result depends on."""
+    return {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}}
+
+
+def data_hash(instances: Instances) -> str:
+    """Return a hash of instances' tensors by name, type, shape and bytes."""
+    return describe([(n, t.detach()) for n, t in sorted(instances.tensors().items())], "data")
+
+
+def named_in(settings: Any) -> list[str]:
+    """Return hashes of what settings name: files, and modules by the dotted names of what is in them."""
+    return sorted(set(_named(settings)))
+
+
+def _named(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        node = list(node.values())
+    if isinstance(node, list | tuple):
+        for entry in node:
+            yield from _named(entry)
+    elif isinstance(node, str | Path) and (text := str(node)):
+        if _is_file(text):
+            yield f"file:{file_hash(Path(text))}"
+        elif "." in text and all(part.isidentifier() for part in text.split(".")):
+            yield from _code(text)
+
+
+def _code(dotted: str) -> Iterator[str]:
+    """Yield a hash of the module that a dotted name is in, with what it imports, where none is installed."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        module = ".".join(parts[:length])
+        if Sources().path(module) is not None:
+            whole = package_code if origin(module) == "package" else user_code
+            yield f"code:{whole(module)}"
+            return
+
+
+def file_hash(path: Path) -> str:
+    """Return a hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:24]
+
+
+def digest(*parts: Any) -> str:
+    """Return a hash of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long, or not a path at all
+        return False
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+
+
+def _protocol(protocol: Protocol) -> str:
+    return f"{protocol.optimizer} lr {protocol.lr:g} batch {protocol.batch_size} {protocol.leave_out}"
+
+
+def _portable(settings: Any) -> Any:
+    """Return settings as values that JSON can hold."""
+    return json.loads(json.dumps(settings, default=str))
+
+
+@contextlib.contextmanager
+def kept(store: Store | None, kind: str, key: Callable[[], Key]) -> Iterator[Path]:
+    """Yield the folder of a result: in the store, or one that is deleted afterwards.
+
+    The latter where there is no store, or where the result depends on something without a description.
+    """
+    folder = folder_of(store, kind, key)
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="fimo-") as name:
+        yield Path(name)
+
+
+def folder_of(store: Store | None, kind: str, key: Callable[[], Key]) -> Path | None:
+    """Return the folder of a result in the store; None where it can't be kept, and then say why."""
+    if store is None:
+        return None
+    try:
+        made = key()
+        return store.folder(kind, made.parts, made.about)
+    except Indescribable as error:
+        log.warning("%s are not kept in the store: %s", kind.replace("_", " "), error)
+        return None

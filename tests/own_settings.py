@@ -1,0 +1,3 @@
+"""Settings that another module of the user's reads."""
+
+SCALE = 1.0
