@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from fimo.cost import Cost
+from fimo.description import Indescribable
 from fimo.errors import InputError
-from fimo.fingerprint import Indescribable, Key, Problem, kept, scores_key
+from fimo.fingerprint import Key, Problem, kept, scores_key
 from fimo.further_training import evaluation_points, full_runs
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.base import AttributionMethod
