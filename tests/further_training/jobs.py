@@ -9,12 +9,17 @@ from typing import Any
 
 import torch
 
+from fimo.fingerprint import Problem, runs_key
 from fimo.further_training import Protocol, Sensitivity, further_train
 from fimo.store import Store
 from tests.cases import CASES
 
 SEEDS = [0, 1]
 UNITS = [0, 2, 3, 5, 7, [8, 9], [11, 12]]
+
+for _name in ("mlp_regression", "transformer"):  # sources are read before processes are forked, not in each
+    _case = CASES[_name]()
+    runs_key(Problem.of(_case.final_model, _case.train), _case.test, Protocol(epochs=1))
 
 
 def run(
