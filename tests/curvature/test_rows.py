@@ -140,3 +140,24 @@ def test_gradients_that_are_computed_again_are_said_once(caplog: pytest.LogCaptu
         gradients.losses(case.train)
     assert len(caplog.messages) == 1
     assert "cache folder" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+def test_rows_kept_in_a_narrower_type_are_the_rows_to_its_precision_and_computed_once(
+    storage: torch.dtype,
+) -> None:
+    """Memory for seven of the thirteen instances in float64, so for all of them in half of it."""
+    case = CASES["conv_net"]()
+    memory = case.final_model.size * 8 * 7 / 2**20
+    gradients = InstanceGradients(case.final_model, memory, storage)
+    rows, exact = gradients.losses(case.train), InstanceGradients(case.final_model).losses(case.train).dense()
+    evaluations = gradients.evaluations
+    assert isinstance(rows, StreamedRows)
+    assert [len(b.dense()) for b in rows.blocks()] == [7, 6]
+    bound = torch.finfo(storage).eps * exact.abs()
+    for _ in range(2):
+        assert (rows.dense() != exact).any()
+        assert ((rows.dense() - exact).abs() <= bound).all()
+        vector = torch.randn(rows.p, 1, dtype=torch.float64)
+        torch.testing.assert_close(rows.times(vector), rows.dense() @ vector)
+    assert gradients.evaluations == evaluations
