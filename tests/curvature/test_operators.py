@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fimo.curvature.gradients import InstanceGradients
-from fimo.curvature.operators import BlockDiagonal, GaussNewton, Hessian, Operator, RowsOperator
+from fimo.curvature.operators import GaussNewton, Hessian, Operator, RowsOperator
 from fimo.data.instances import Instances
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import cross_entropy
@@ -51,17 +51,6 @@ def test_a_trace_estimate_is_near_the_trace() -> None:
     case = CASES["conv_net"]()
     truth = dense.gauss_newton(case.final_model, case.train).trace().item()
     assert abs(GaussNewton(case.final_model, case.train).trace() / truth - 1) < 0.3
-
-
-@pytest.mark.parametrize("blocks", ["parameter", "module"])
-def test_block_diagonal_drops_the_entries_between_blocks(blocks: str) -> None:
-    case = CASES["mlp_regression"]()
-    truth = dense.gauss_newton(case.final_model, case.train)
-    names = [n for n, p in case.final_model.parameters().items() for _ in range(p.numel())]
-    groups = names if blocks == "parameter" else [n.rpartition(".")[0] for n in names]
-    same = torch.tensor([[a == b for b in groups] for a in groups])
-    found = BlockDiagonal(rows_operator(case), blocks).dense()  # type: ignore[arg-type]
-    torch.testing.assert_close(found, truth * same)
 
 
 def test_for_a_linear_softmax_model_gauss_newton_is_the_hessian() -> None:

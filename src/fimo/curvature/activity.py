@@ -89,7 +89,7 @@ def _by_hooks(
             a, count = _second_moment_entering(module, x, modules[module], mask)
             entering[module] = a if module not in entering else entering[module] + a
             positions[module] = positions.get(module, 0) + count
-        for r in range(cotangents.shape[1]):
+        for r in range(cotangents.shape[1] if calls else 0):
             found = torch.autograd.grad(
                 outputs, [y for _, _, y in calls], cotangents[:, r], retain_graph=True, allow_unused=True
             )

@@ -18,6 +18,10 @@ DampingValue = float | int | str | dict[str, float]
 Kind = Literal["absolute", "relative", "auto", "time_matched"]
 
 
+SMALLEST = 1e-30
+"""Instead of zero; its inverse is finite in float32 as well."""
+
+
 @dataclass(frozen=True)
 class Damping:
     """A damping as configured.
@@ -85,7 +89,7 @@ class Damping:
         else:
             damping = self.value
         # a model that fits perfectly has no gradients and, with some losses, no curvature
-        return torch.tensor([max(damping, torch.finfo(torch.float64).tiny ** 0.5)], dtype=torch.float64)
+        return torch.tensor([max(damping, SMALLEST)], dtype=torch.float64)
 
 
 def training_time(further_training: FurtherTraining, mean_squared_gradient: float) -> Tensor:

@@ -228,7 +228,8 @@ class InstanceGradients:
             except (RuntimeError, ValueError) as error:
                 if "out of memory" in str(error).lower():
                     raise
-                log.warning("gradients are computed one by one: torch.func can't vectorise them (%s)", error)
+                reason = str(error).strip().split("\n")[0]
+                log.warning("gradients are computed one by one: torch.func can't vectorise them (%s)", reason)
                 self.vectorise = False
         with sdpa_kernel(SDPBackend.MATH):
             return torch.stack(
@@ -244,7 +245,7 @@ class InstanceGradients:
 
         pullback = vjp(outputs, self.parameters)[1]
         found = vmap(lambda v: pullback(v)[0])(vectors)
-        return torch.cat([found[name].flatten(1) for name in self.shapes], 1)
+        return torch.cat([found[name].reshape(len(vectors), -1) for name in self.shapes], 1)
 
     def _single(self, instance: Instances, vectors: Tensor) -> Tensor:
         parameters = {n: p.clone().requires_grad_() for n, p in self.parameters.items()}

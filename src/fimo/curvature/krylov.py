@@ -57,6 +57,8 @@ class BlockLanczos:
 
     @functools.cached_property
     def _next(self) -> Tensor:
+        if not self.outside.shape[1]:
+            return self.outside
         rounding = 10 * torch.finfo(self.outside.dtype).eps * self.values.abs().max().item()
         found, rank = _orthonormal(self.outside, rounding)
         if rank:
@@ -82,7 +84,7 @@ class BlockLanczos:
 
     def _add(self, new: Tensor) -> None:
         self.blocks.append(new)
-        image = self.times(new)
+        image = self.times(new) if new.shape[1] else new  # all right-hand sides are zero
         near = self.blocks[-2:]
         projection, coordinates = _projection(image, near)
         self.outside = image - projection
@@ -111,7 +113,7 @@ class BlockLanczos:
     def combine(self, coefficients: Tensor) -> Tensor:
         """Return ``Q c`` ``[P, K]``, times the lengths of the right-hand sides."""
         coefficients = coefficients.to(self.norms.dtype)
-        total, start = torch.zeros_like(self.blocks[0][:, :1]).expand(-1, len(self.norms)).clone(), 0
+        total, start = self.norms.new_zeros(len(self.outside), len(self.norms)), 0
         for block in self.blocks:
             total.addmm_(block, coefficients[start : start + block.shape[1]])
             start += block.shape[1]

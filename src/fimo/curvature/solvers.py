@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fimo.curvature.krylov import KrylovSpace
+from fimo.curvature.krylov import BlockLanczos, KrylovSpace
 from fimo.curvature.spaces import Space, SpectralSpace
 
 log = logging.getLogger(__name__)
@@ -166,6 +166,9 @@ def lissa_in_krylov_space(
         DivergenceError: |1 - (c + damping) / scale| > 1 for a Ritz value c, so for an eigenvalue.
     """
     krylov = space.krylov
+    if not krylov.size:  # nothing to solve for: every right-hand side is zero
+        none = krylov.coefficients(lambda c: c)
+        return Solution(krylov.combine(none), torch.zeros_like(krylov.norms), 0, True)
     while True:
         values = krylov.values + damping
         ratio = 1 - values / scale
@@ -205,21 +208,63 @@ def _neumann(values: Tensor, scale: float, depth: int) -> Tensor:
     return torch.where(small, (depth + 1) / scale, series / safe)
 
 
-def largest_eigenvalue(times: Callable[[Tensor], Tensor], like: Tensor, iterations: int = 30) -> float:
-    """Return the largest absolute eigenvalue by power iteration, from below.
+@dataclass(frozen=True)
+class Extremes:
+    """Bounds of a symmetric matrix's eigenvalues.
 
     Args:
-        times: product with vectors ``[dimension, 1]``.
-        like: a vector ``[dimension]`` whose size, dtype and device the start has.
+        lower: at most the smallest eigenvalue.
+        upper: at least the largest eigenvalue.
+        error: how far a bound may be off.
+        converged: whether that is within the tolerance.
     """
-    generator = torch.Generator(like.device).manual_seed(0)
-    vector = torch.randn(len(like), 1, generator=generator, dtype=like.dtype, device=like.device)
-    value = 0.0
-    for _ in range(iterations):
-        vector = vector / vector.norm().clamp(min=torch.finfo(like.dtype).tiny)
-        vector = times(vector)
-        value = vector.norm().item()
-    return value
+
+    lower: float
+    upper: float
+    error: float
+    converged: bool
+
+
+def extreme_eigenvalues(
+    times: Callable[[Tensor], Tensor],
+    start: Tensor,
+    most: int,
+    least: int = 30,
+    tolerance: float = 0.05,
+    negligible: float = 1e-4,
+    smallest: bool = True,
+) -> Extremes:
+    """Return bounds of the extreme eigenvalues: Ritz values of a growing Krylov space, and their residuals.
+
+    Within |C v - θ v| of a Ritz value θ lies an eigenvalue (Parlett, 1980, 4.5); the outermost ones are
+    found first. The space grows until both residuals are small; how far the last steps have moved the
+    outermost Ritz values counts as well, since a residual may be small before the last eigenvalue appears,
+    which a start that hardly contains its eigenvector delays.
+
+    Args:
+        times: product with vectors ``[dimension, k]``.
+        start: ``[dimension, k]``; several are less likely to contain little of an eigenvector.
+        most, least: vectors of the Krylov space.
+        tolerance: of a residual, as a share of its Ritz value.
+        negligible: of a residual, as a share of the largest Ritz value in size.
+        smallest: whether the smallest eigenvalue is wanted too; else ``lower`` may be any bound.
+    """
+    krylov = BlockLanczos(times, start)
+    past: list[Tensor] = []
+    while True:
+        ends = krylov.values[[0, -1]]
+        residuals = krylov.residuals(krylov.vectors[:, [0, -1]])
+        past.append(ends)
+        moved = (ends - past[-min(6, len(past))]).abs()
+        error = torch.zeros_like(ends) if krylov.exhausted else torch.maximum(residuals, moved)
+        allowed = torch.maximum(tolerance * ends.abs(), negligible * ends.abs().max())
+        close = error <= allowed
+        converged = krylov.exhausted or (krylov.size >= least and bool(close.all() if smallest else close[1]))
+        if converged or krylov.size >= most:
+            break
+        krylov.grow()
+    lower, upper = (ends + torch.stack([-error[0], error[1]])).tolist()
+    return Extremes(lower, upper, error[0 if smallest else 1].item(), converged)
 
 
 def lanczos(times: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
@@ -234,8 +279,10 @@ def lanczos(times: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -
         iterations: dimension of the Krylov space; it may end earlier where the space is exhausted.
 
     Returns:
-        values ``[m]`` ascending and orthonormal vectors ``[dimension, m]``.
+        values ``[m]`` ascending and orthonormal vectors ``[dimension, m]``; none where ``start`` is zero.
     """
+    if not start.any():
+        return start[:0], start[:, None][:, :0]
     vector = start / start.norm()
     basis = torch.zeros(len(start), min(iterations, len(start)), dtype=start.dtype, device=start.device)
     diagonal: list[Tensor] = []

@@ -15,7 +15,7 @@ from fimo.curvature.rows import Rows
 from fimo.curvature.solvers import lanczos
 from fimo.data.instances import Instances
 from fimo.errors import InputError
-from fimo.methods.cg import MAX_ROWS
+from fimo.methods.cg import MAX_ROWS, gauss_newton_trace
 from fimo.methods.gradient import CurvatureMethod
 from fimo.models.final_model import FinalModel
 
@@ -31,7 +31,9 @@ class Arnoldi(CurvatureMethod):
     Args:
         rank: number of eigenvectors kept.
         iterations: dimension of the Krylov space.
-        damping: null for none, as the authors; else see :class:`~fimo.curvature.damping.Damping`.
+        damping: null for none, as the authors; else see :class:`~fimo.curvature.damping.Damping`; ``auto``
+            with the Hessian takes its trace, estimated from 32 random vectors (as does the Gauss-Newton
+            matrix's above 1,024 outputs).
         propagate: see :class:`~fimo.methods.gradient.CurvatureMethod`.
         curvature: ``gauss_newton`` or ``hessian``.
         seed: of the start vector.
@@ -85,12 +87,17 @@ class Arnoldi(CurvatureMethod):
 
     def _keep(self, values: Tensor, vectors: Tensor, smallest: float) -> None:
         # eigenvalues that are rounding errors of zero would dominate their own inverse
-        order = values.abs().argsort(descending=True)[: self.rank]
-        order = order[values[order].abs() > smallest * values.abs().max()]
+        sizes = values.abs()
+        order = sizes.argsort(descending=True)[: self.rank]
+        order = order[sizes[order] > smallest * sizes.amax()] if len(order) else order
+        if not len(order) and self.mean_squared_gradient() > 0:
+            raise InputError("curvature", "all its eigenvalues are zero, so that there are no leading ones")
         self.values, self.vectors = values[order], vectors[:, order]
 
     def mean_eigenvalue(self) -> float:
-        return self.operator.trace() / self.final_model.size
+        if self.curvature == "hessian":
+            return self.operator.trace() / self.final_model.size
+        return gauss_newton_trace(self.gradients, self.train, self.operator) / self.final_model.size
 
     def dampings(self) -> Tensor:
         if self.damping == Damping("absolute", 0.0):

@@ -110,6 +110,12 @@ class CurvatureMethod(GradientMethod):
         adaptive = self.further_training is not None and self.further_training.protocol.optimizer != "sgd"
         gradient = self.mean_squared_gradient() if kind == "relative" or adaptive else 0.0
         eigenvalue = self.mean_eigenvalue() if kind == "auto" else 0.0
+        if kind == "auto" and eigenvalue <= 0 and self.mean_squared_gradient() > 0:
+            raise InputError(
+                "damping",
+                f"auto is 0.1 times the curvature's mean eigenvalue, but that is {eigenvalue:.3g} at the "
+                "final model; give a number, or a multiple of the mean squared gradient such as 10x",
+            )
         return self.damping.resolve(gradient, eigenvalue, self.further_training)
 
     def scores(self, test: Instances, left_out: Instances) -> Tensor:

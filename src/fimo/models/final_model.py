@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fimo.data.instances import Inputs, Instances
 from fimo.errors import InputError, shortened
+from fimo.models.copied import copied
 from fimo.models.losses import Loss
 
 
@@ -40,7 +41,7 @@ class FinalModel:
     trainable: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        network = copy.deepcopy(self.network).eval()
+        network = copied(self.network).eval()
         network.requires_grad_(False)
         object.__setattr__(self, "network", network)
         object.__setattr__(self, "trainable", tuple(self.trainable))

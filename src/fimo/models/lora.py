@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from fimo.errors import InputError, shortened
@@ -17,7 +16,7 @@ class LowRankAdapter(nn.Module):
     """A linear layer W and its low-rank change: ``x -> W x + b + (alpha / rank) B A x``.
 
     B starts at zero, so that the network computes what it did before; the gradient in A is then zero at
-    first, and that in B is not. Exact under :func:`merge_adapters`.
+    first, and that in B is not.
 
     Args:
         layer: ``nn.Linear``, or GPT-2's layer with the transposed weight ``[in, out]``.
@@ -38,14 +37,6 @@ class LowRankAdapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.layer(x) + self.scale * self.up(self.down(x))
         return output
-
-    def merged(self) -> nn.Module:
-        """Return the layer with the change added to its weight, in place."""
-        change = self.scale * (self.up.weight @ self.down.weight)
-        weight = self.layer.get_parameter("weight")
-        with torch.no_grad():
-            weight.add_(change if isinstance(self.layer, nn.Linear) else change.T)
-        return self.layer
 
 
 def add_adapters(
@@ -79,14 +70,6 @@ def add_adapters(
     for name in chosen:
         network.set_submodule(name, LowRankAdapter(network.get_submodule(name), rank, alpha))
     return chosen
-
-
-def merge_adapters(network: nn.Module) -> nn.Module:
-    """Add every adapter's change to its layer and take the adapter away, in place; returns the network."""
-    for name, module in list(network.named_modules()):
-        if isinstance(module, LowRankAdapter):
-            network.set_submodule(name, module.merged())
-    return network
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -1,0 +1,52 @@
+"""Copies of a user's network that all derivatives can be taken of."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.weight_norm import WeightNorm
+
+
+def copied(network: nn.Module) -> nn.Module:
+    """Return a copy of a network that computes the same (to rounding), with derivatives of every order.
+
+    - Tensors that modules have computed from parameters (hooks of ``torch.nn.utils.weight_norm``), which
+      Python's copy refuses, are copied by value.
+    - Gradients of embeddings are dense: the same numbers, which can be stacked and multiplied.
+    - Weight normalisation is written out: torch's fused operation has no forward derivative, and its second
+      derivatives take the norm as constant, which makes them wrong (a Hessian that is not symmetric).
+    """
+    computed = {
+        id(value): value.detach().clone()
+        for module in network.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    found = copy.deepcopy(network, computed)
+    for module in found.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False
+        if type(module) is parametrizations._WeightNorm:
+            module.__class__ = _PlainWeightNorm
+        for hook in module._forward_pre_hooks.values():
+            if type(hook) is WeightNorm:
+                hook.__class__ = _PlainWeightNormHook
+    return found
+
+
+def _normalised(v: Tensor, g: Tensor, dim: int) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+class _PlainWeightNorm(parametrizations._WeightNorm):
+    def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
+        return _normalised(weight_v, weight_g, self.dim)
+
+
+class _PlainWeightNormHook(WeightNorm):
+    def compute_weight(self, module: nn.Module) -> Any:
+        return _normalised(getattr(module, self.name + "_v"), getattr(module, self.name + "_g"), self.dim)

@@ -1,0 +1,216 @@
+"""Networks and losses that derivatives stumble on, and methods against dense references on them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fimo.curvature.gradients import InstanceGradients
+from fimo.curvature.operators import GaussNewton, Hessian
+from fimo.data.instances import Instances
+from fimo.errors import InputError
+from fimo.further_training import Protocol, further_train
+from fimo.methods.cg import ConjugateGradients, gauss_newton_trace
+from fimo.methods.exact import ExactInfluence
+from fimo.methods.lissa import Lissa, LissaHessian
+from fimo.models.final_model import FinalModel
+from fimo.models.losses import Loss, cross_entropy, mean_squared_error
+from tests.cases import CASES, Case
+from tests.methods.test_methods import METHODS, build
+from tests.reference import attribution as dense
+from tests.reference.further_training import plain_sensitivity
+
+
+class Scaled(nn.Module):
+    """A learned scale without dimensions, as CLIP's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(5, 3), nn.Parameter(torch.tensor(1.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x)) * self.scale
+
+
+class SparseEmbedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 4, sparse=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embedding(x).sum(1)))
+
+
+def normalised(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.Sequential(norm(nn.Linear(5, 4)), nn.Tanh(), norm(nn.Linear(4, 3)))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "scalar parameter": Scaled,
+    "sparse embedding": SparseEmbedding,
+    "weight norm": lambda: normalised(torch.nn.utils.parametrizations.weight_norm),
+    "weight norm by hooks": lambda: normalised(torch.nn.utils.weight_norm),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+
+
+def case_of(name: str) -> Case:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = NETWORKS[name]().double()
+        x = torch.randn(18, 5).double()
+        y = (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
+        inputs = torch.randint(7, (18, 4)) if name == "sparse embedding" else x
+    whole = Instances(inputs, y)
+    return Case(name, FinalModel(network, cross_entropy), whole[:13], whole[13:])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_scores_awkward_networks(method: str, name: str) -> None:
+    case = case_of(name)
+    changes = {"damping": "auto"} if method == "lissa_h" else {}
+    scores = build(method, **changes).attribute(case.final_model, case.train, case.test)
+    assert scores.isfinite().all()
+    assert scores.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_of_awkward_networks_are_those_of_finite_differences(name: str) -> None:
+    case = case_of(name)
+    rows = InstanceGradients(case.final_model).losses(case.train).dense()[:, 0]
+    at, step = dense.flat_parameters(case.final_model), 1e-5
+
+    def losses(flat: Tensor) -> Tensor:
+        outputs = dense.outputs_of(case.final_model, flat, case.train)
+        return cross_entropy(outputs, case.train.targets)
+
+    units = step * torch.eye(len(at), dtype=at.dtype)
+    found = torch.stack([(losses(at + u) - losses(at - u)) / (2 * step) for u in units], 1)
+    torch.testing.assert_close(rows, found, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["scalar parameter", "weight norm", "weight norm by hooks"])
+def test_products_with_curvature_are_those_of_finite_differences_and_of_the_dense_matrix(name: str) -> None:
+    case = case_of(name)
+    data, at, step = (case.final_model, case.train), dense.flat_parameters(case.final_model), 1e-5
+
+    def gradient(flat: Tensor) -> Tensor:
+        free = flat.requires_grad_()
+        outputs = dense.outputs_of(case.final_model, free, case.train)
+        return torch.autograd.grad(cross_entropy(outputs, case.train.targets).mean(), free)[0]
+
+    units = step * torch.eye(len(at), dtype=at.dtype)
+    found = torch.stack([(gradient(at + u) - gradient(at - u)) / (2 * step) for u in units], 1)
+    torch.testing.assert_close(Hessian(*data).dense(), found, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(GaussNewton(*data).dense(), dense.gauss_newton(*data), rtol=1e-8, atol=1e-10)
+
+
+def test_the_hessians_influence_with_weight_normalisation_is_the_dense_solve() -> None:
+    case = case_of("weight norm")
+    found = LissaHessian(damping=5.0, tolerance=1e-10).attribute(case.final_model, case.train, case.test)
+    expected = dense.influence(case, dense.hessian(case.final_model, case.train), 5.0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
+
+
+def test_further_training_of_a_sparse_embedding_equals_the_plain_loop() -> None:
+    case = case_of("sparse embedding")
+    protocol = Protocol(lr=0.1, batch_size=4, epochs=2, momentum=0.9, dtype="float64")
+    data = (case.final_model, case.train, case.test, protocol, [0])
+    found = further_train(*data, [[1], [4]])
+    expected = plain_sensitivity(*data, [[1], [4]])
+    torch.testing.assert_close(found.full_losses, expected["full_losses"])
+    torch.testing.assert_close(found.raw.double(), expected["raw"], rtol=0, atol=1e-7)
+    network = SparseEmbedding()
+    FinalModel(network, cross_entropy)
+    assert network.embedding.sparse, "the user's own stays as it is"
+
+
+def test_a_network_that_was_just_trained_with_weight_normalisation_can_be_a_final_model() -> None:
+    network = normalised(torch.nn.utils.weight_norm)
+    x = torch.randn(3, 5)
+    expected = network(x)
+    expected.sum().backward()
+    model = FinalModel(network, cross_entropy)
+    torch.testing.assert_close(model.network(x), expected)
+    assert network[0].weight.grad_fn is not None
+
+
+def without_curvature(kind: str) -> tuple[FinalModel, Instances]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = torch.randn(24, 5)
+        if kind == "perfect fit":
+            network = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 1))
+            return FinalModel(network, mean_squared_error), Instances(x, network(x).detach())
+        one: nn.Module = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 1))
+        if kind == "one class, any network":
+            one = nn.Sequential(one, nn.Softplus())
+        return FinalModel(one, cross_entropy), Instances(x, torch.zeros(24, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("random", "embedding")])
+@pytest.mark.parametrize("kind", ["perfect fit", "one class", "one class, any network"])
+def test_without_gradients_scores_are_zero_whatever_the_curvature(kind: str, method: str) -> None:
+    model, data = without_curvature(kind)
+    for changes in ({}, {"damping": "auto"}) if "lissa" in method else ({},):
+        scores = build(method, **changes).attribute(model, data[:18], data[18:])
+        assert torch.equal(scores, torch.zeros(6, 18))
+
+
+def linear_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return outputs.flatten(1).sum(1) * targets
+
+
+@pytest.mark.parametrize("method", ["exact", "cg", "lissa"])
+def test_a_loss_without_curvature_is_damped_by_a_number_or_refused(method: str) -> None:
+    network = nn.Linear(5, 1).double()
+    x = torch.randn(24, 5, generator=torch.Generator().manual_seed(0)).double()
+    model, data = FinalModel(network, linear_loss), Instances(x, x[:, 0].sign())
+    with pytest.raises(InputError, match=r"damping: auto is 0.1 times the curvature's mean eigenvalue"):
+        build(method, damping="auto").attribute(model, data[:18], data[18:])
+    found = build(method, damping=0.5).attribute(model, data[:18], data[18:])
+    expected = dense.influence(Case("", model, data[:18], data[18:]), torch.zeros(6, 6).double(), 0.5)
+    torch.testing.assert_close(found, expected)
+
+
+def many_outputs(loss: Loss = cross_entropy) -> Case:
+    """70 classes: more than rows are kept for."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network, x = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 70)).double(), torch.randn(9, 3)
+        whole = Instances(x.double(), torch.randint(70, (9,)))
+    return Case("many", FinalModel(network, loss), whole[:6], whole[6:])
+
+
+@pytest.mark.parametrize("method", [ConjugateGradients, Lissa])
+def test_automatic_damping_is_exact_above_64_outputs(method: type) -> None:
+    case = many_outputs()
+    found = method(damping="auto", tolerance=1e-10).attribute(case.final_model, case.train, case.test)
+    exact = ExactInfluence(damping="auto").attribute(case.final_model, case.train, case.test)
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-9)
+
+
+def test_a_trace_that_is_estimated_is_logged_with_its_error(caplog: pytest.LogCaptureFixture) -> None:
+    case = many_outputs()
+    gradients = InstanceGradients(case.final_model, memory_mb=1e-3)  # not even one instance's rows
+    with caplog.at_level(logging.INFO):
+        found = gauss_newton_trace(gradients, case.train, GaussNewton(case.final_model, case.train))
+    true = dense.gauss_newton(case.final_model, case.train).trace().item()
+    assert "with a standard error of" in caplog.text
+    error = float(caplog.text.split("standard error of ")[1].split()[0])
+    assert 0 < abs(found - true) < 4 * error
+
+
+def test_an_object_keeps_its_batches_from_one_fit_to_the_next() -> None:
+    case = CASES["mlp_regression"]()
+    once = Lissa(damping=1.0, batch_size=8, depth=20)
+    again = copy.copy(once)
+    again.attribute(case.final_model, case.train[:8], case.test)  # all instances: one batch
+    data = (case.final_model, case.train, case.test)
+    assert torch.equal(once.attribute(*data), again.attribute(*data))
