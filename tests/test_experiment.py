@@ -89,6 +89,7 @@ def test_the_tables_have_the_contracts_columns(default_run: Path) -> None:
         "mean",
         "sem",
         "ceiling",
+        "ceiling_lower",
         "followed_seeds",
     ]
     assert set(evaluation["metric"]) == {"cosine", "spearman", "pearson"}

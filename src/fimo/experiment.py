@@ -172,6 +172,8 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
             write_report(results, run_dir / "report.html")
         log_run(results, config.logger, run_dir)
     write_costs([*costs, cost], run_dir / "cost.csv")
+    for note in evaluation.notes:
+        log.warning("%s", note)
     log.info("report: %s", run_dir / "report.html")
     return best_agreement(evaluation.table, config.evaluation.metrics[0])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fimo.errors import InputError
-from fimo.evaluation import agreement, assess, evaluate, noise_ceiling
+from fimo.evaluation import agreement, assess, evaluate, noise_ceiling, noise_ceilings, seeds_for
 from fimo.evaluation.assessment import default_seed_counts, seed_subsets
 from fimo.evaluation.bootstrap import bootstrap_agreement
 from fimo.evaluation.slope import fitted_slope
@@ -16,7 +16,8 @@ from fimo.further_training.sensitivity import adjust
 from tests.evaluation.synthetic import synthetic
 
 CONTRACT = [
-    "method", "access", "metric", "step", "epoch", "seeds", "mean", "sem", "ceiling", "followed_seeds",
+    "method", "access", "metric", "step", "epoch", "seeds", "mean", "sem", "ceiling", "ceiling_lower",
+    "followed_seeds",
 ]  # fmt: skip
 
 
@@ -44,6 +45,24 @@ def test_means_and_sems_are_those_of_the_test_instances() -> None:
     np.testing.assert_allclose(full["sem"], values.std(-1, ddof=1) / np.sqrt(5), rtol=1e-5)
     ceiling = noise_ceiling(sensitivity.raw, "spearman")[:, -1]
     np.testing.assert_allclose(full["ceiling"], ceiling, rtol=1e-5)
+
+
+def test_the_ceilings_are_in_the_table_and_too_low_a_one_is_called_not_enough_seeds() -> None:
+    sensitivity, signal = synthetic(seeds=4, noise=6.0, tests=40)
+    result = assess({"m": ("FiMO", signal[0])}, sensitivity, resamples=0)
+    for metric in ("cosine", "spearman"):
+        found = noise_ceilings(sensitivity.raw, metric, seed_counts=[1, 2, 4])
+        rows = result.table[result.table.metric == metric]
+        for column, values in (("ceiling", found.upper), ("ceiling_lower", found.lower)):
+            table = rows.pivot(index="step", columns="seeds", values=column)
+            np.testing.assert_allclose(table, values, rtol=1e-3)
+    last = result.table.query("metric == 'cosine' and seeds == 4 and step == 32")["ceiling"].item()
+    assert 0 < last < 0.5
+    expected = f"ceiling (cosine) after all further training is {last:.2f}"
+    assert [note for note in result.notes if "not enough seeds" in note and expected in note]
+    assert f"about {seeds_for(last, 4)} would reach 0.9" in result.notes[0]
+    sensitivity, signal = synthetic(noise=0.5)
+    assert assess({"m": ("FiMO", signal)}, sensitivity, resamples=0).notes == ()
 
 
 def test_one_seed_s_agreement_is_the_mean_over_each_seed_alone() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fimo.errors import InputError
+from fimo.evaluation import seeds_for
 from fimo.reporting import Results, write_report
 from fimo.reporting.explorer import explorer_data
 from fimo.reporting.findings import (
@@ -20,9 +21,11 @@ from fimo.reporting.findings import (
     above_ceiling,
     all_warnings,
     duration,
+    further_training_warnings,
     influences,
     number,
 )
+from fimo.reporting.interactive import agreement_figure, cost_figure
 from tests.reporting.example import example, example_tasks, show_row, show_text
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -285,3 +288,57 @@ def plain_numbers(values: object) -> list[float]:
 
         return np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"]).tolist()
     return list(values)  # type: ignore[call-overload]
+
+
+def following_the_same(**changes: object) -> Results:
+    """Return the example with ``follows`` marked as following seeds of the gold standard's own."""
+    run = example()
+    relation = run.evaluation["method"].map(lambda m: "same" if m == "follows" else "none")
+    return dataclasses.replace(run, evaluation=run.evaluation.assign(followed_seeds=relation), **changes)  # type: ignore[arg-type]
+
+
+def test_a_method_that_followed_the_measurement_s_own_seeds_is_marked_in_page_legend_and_table(
+    tmp_path: Path,
+) -> None:
+    run = following_the_same()
+    page = page_text(write_report(run, tmp_path / "report.html"))
+    assert "follows: followed the measurement's own seeds" in page
+    assert "follows (same seeds)" in page
+    for figure in (agreement_figure([run], "cosine"), cost_figure([run], "cosine")):
+        names = {t["name"] for t in figure.to_dict()["data"] if t.get("name")}
+        assert "follows (same seeds)" in names
+        assert "follows" not in names
+    assert "own seeds" not in page_text(write_report(example(), tmp_path / "other.html"))
+
+
+def test_the_agreement_is_drawn_above_a_band_from_the_lower_to_the_upper_ceiling() -> None:
+    run = example()
+    rows = run.evaluation.query("metric == 'cosine' and method == 'follows' and seeds == 6")
+    traces = agreement_figure([run], "cosine").data
+    upper = next(k for k, t in enumerate(traces) if t.name == "noise ceiling")
+    assert traces[upper + 1]["name"] == "lower noise ceiling"
+    assert traces[upper + 1]["fill"] == "tonexty", "which is the upper one"
+    assert list(traces[upper]["y"]) == rows["ceiling"].tolist()
+    assert list(traces[upper + 1]["y"]) == rows["ceiling_lower"].tolist()
+    assert (rows["ceiling_lower"] < rows["ceiling"]).all()
+
+
+def test_too_few_seeds_are_said_once_with_the_number_that_would_do(tmp_path: Path) -> None:
+    low = example(noise=20.0)
+    page = page_text(write_report(low, tmp_path / "report.html"))
+    ceiling = low.evaluation.query("metric == 'cosine' and seeds == 6 and step == 32")["ceiling"].iloc[0]
+    assert page.count("not enough seeds") == 1
+    assert f"about {seeds_for(ceiling, 6)} would reach 0.9" in page
+    noisy = example(noise=5.0)
+    ceiling = noisy.evaluation.query("metric == 'cosine' and seeds == 6 and step == 32")["ceiling"].iloc[0]
+    assert 0.5 < ceiling < 0.7
+    assert any(f"About {seeds_for(ceiling, 6)} seeds" in w for w in further_training_warnings(noisy))
+
+
+def test_a_run_that_was_written_before_lower_ceilings_were_is_still_shown(tmp_path: Path) -> None:
+    example().save(tmp_path, everything=True)
+    table = pd.read_csv(tmp_path / "evaluation.csv")
+    table.drop(columns=["ceiling_lower", "followed_seeds"]).to_csv(tmp_path / "evaluation.csv", index=False)
+    run = Results.load(tmp_path)
+    assert set(run.evaluation["followed_seeds"]) == {"unknown"}
+    assert "noise ceiling" in page_text(write_report(run, tmp_path / "report.html"))

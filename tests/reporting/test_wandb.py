@@ -64,6 +64,7 @@ def test_agreement_is_logged_against_the_amount_of_further_training(logged: tupl
     rows = table[(table.method == "graddot") & (table.metric == "cosine") & (table.seeds == 6)]
     assert [h["agreement/graddot/cosine"] for h in points] == pytest.approx(rows["mean"].tolist())
     assert [h["ceiling/cosine"] for h in points] == pytest.approx(rows["ceiling"].tolist())
+    assert [h["ceiling_lower/cosine"] for h in points] == pytest.approx(rows["ceiling_lower"].tolist())
     assert run.metrics["agreement/*"] == STEP or run.metrics["agreement/graddot/cosine"] == STEP
 
 
@@ -73,6 +74,9 @@ def test_summary_holds_what_runs_are_compared_by(logged: tuple[OfflineRun, Path]
     last = last[(last.step == 32) & (last.seeds == 6) & (last.metric == "cosine")].set_index("method")
     assert summary["last/graddot/cosine"] == pytest.approx(last.loc["graddot", "mean"])
     assert summary["last_ceiling/cosine"] == pytest.approx(last.loc["graddot", "ceiling"])
+    assert summary["last_ceiling_lower/cosine"] == pytest.approx(last.loc["graddot", "ceiling_lower"])
+    assert summary["followed_seeds/follows"] == "unknown"
+    assert "followed_seeds/graddot" not in summary
     assert summary["best_method/cosine"] == "follows"
     assert summary["cost/further_training/seconds"] == 95
     assert summary["final_model/test_loss"] == 0.5

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fimo.errors import InputError
 from fimo.evaluation.bootstrap import bootstrap_agreement
-from fimo.evaluation.ceiling import ceiling_undefined, noise_ceiling
+from fimo.evaluation.ceiling import ceiling_undefined, noise_ceilings, not_enough_seeds
 from fimo.evaluation.metrics import METRICS, MetricName, check_shapes, mean_and_sem
 from fimo.evaluation.resampling import mean_agreements
 from fimo.evaluation.slope import fitted_slope
@@ -21,7 +21,8 @@ from fimo.further_training.sensitivity import Sensitivity, adjust
 from fimo.store import written_aside
 
 COLUMNS = [
-    "method", "access", "metric", "step", "epoch", "seeds", "mean", "sem", "ceiling", "followed_seeds",
+    "method", "access", "metric", "step", "epoch", "seeds", "mean", "sem", "ceiling", "ceiling_lower",
+    "followed_seeds",
 ]  # fmt: skip
 
 Scores = Mapping[str, tuple[str, Tensor]]
@@ -38,7 +39,8 @@ class Evaluation:
             seeds and test instances, and how many of the instances' agreements are undefined.
         slopes: ``method,step,epoch,slope``, for methods that estimate a loss change.
         instances: agreement ``[E, J]`` with the mean over all seeds by ``(method, metric)``.
-        notes: what a reader must know: undefined values, no ceiling.
+        notes: what a reader must know: too few seeds (by the upper ceiling of the first metric after all
+            further training), undefined values, no ceiling.
     """
 
     table: pd.DataFrame
@@ -125,9 +127,12 @@ def assess(
     rows: list[pd.DataFrame] = []
     bounds: list[pd.DataFrame] = []
     instances: dict[tuple[str, str], Tensor] = {}
+    notes: list[str] = []
     for metric in metrics:
         raw, adjusted = sensitivity.raw, sensitivity.subtract_mean
-        ceiling = noise_ceiling(raw, metric, adjusted, counts, generator=generator)
+        ceilings = noise_ceilings(raw, metric, adjusted, [*counts, total], generator=generator)
+        if metric == metrics[0] and (said := not_enough_seeds(ceilings.upper[-1, -1].item(), total, metric)):
+            notes.append(said)
         chosen = {k: seed_subsets(total, k, subsets, generator) for k in counts if k < total}
         found = mean_agreements(judged, raw, {**chosen, total: [range(total)]}, metric, adjusted)
         intervals = bootstrap_agreement(judged, raw, metric, adjusted, resamples, generator=generator)
@@ -140,7 +145,11 @@ def assess(
                 "followed_seeds": _followed(name, scores[name][1], followed, sensitivity),
             }
             for column, k in enumerate(counts):
-                numbers = {**_mean_columns(found[k][name]), "ceiling": ceiling[:, column].tolist()}
+                numbers = {
+                    **_mean_columns(found[k][name]),
+                    "ceiling": ceilings.upper[:, column].tolist(),
+                    "ceiling_lower": ceilings.lower[:, column].tolist(),
+                }
                 rows.append(pd.DataFrame({**fixed, **points, "seeds": k, **numbers}))
             low, high = intervals[name]
             numbers = {"mean": _mean_columns(full)["mean"], "low": low.tolist(), "high": high.tolist()}
@@ -162,7 +171,7 @@ def assess(
         if slopes
         else pd.DataFrame(columns=["method", "step", "epoch", "slope"]),
         instances=instances,
-        notes=_notes(instances, total),
+        notes=(*notes, *_notes(instances, total)),
     )
 
 

@@ -13,7 +13,7 @@ from fimo.reporting.results import Results
 
 
 def agreement_table(run: Results, metric: str) -> pd.DataFrame:
-    """Return ``method,epoch,step,mean,sem,ceiling`` with all seeds, best method first."""
+    """Return the evaluation's rows with all seeds, best method first."""
     table = run.evaluation
     rows = table[(table["metric"] == metric) & (table["seeds"] == run.seeds)]
     return _ordered(run, with_epochs(run, rows))

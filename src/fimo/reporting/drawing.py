@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fimo.reporting.findings import all_methods, highlighted
+from fimo.reporting.findings import label as legend_label
 from fimo.reporting.results import Results
 from fimo.reporting.style import CEILING, OTHER, colors, log_ticks, logarithmic
 
@@ -53,7 +54,7 @@ def curve_panels(
     def draw(axes: Axes, run: Results, metric: str) -> None:
         table = make(run, metric)
         for method, rows in table.groupby("method", sort=False):
-            band(axes, rows, x, palette[str(method)], str(method))
+            band(axes, rows, x, palette[str(method)], legend_label(str(method), runs))
         ceiling = table.drop_duplicates(x)
         if ceiling["ceiling"].notna().any():
             ceiling_line(axes, ceiling, x)
@@ -114,9 +115,19 @@ def band(axes: Axes, rows: pd.DataFrame, x: str, color: str, label: str) -> None
 
 
 def ceiling_line(axes: Axes, rows: pd.DataFrame, x: str) -> None:
-    """Draw the noise ceiling dashed; at a single point as a stroke."""
+    """Draw the noise ceiling dashed, down to the lower one shaded; at a single point as a stroke."""
     style = "--" if len(rows) > 1 else "_"
     axes.plot(rows[x], rows["ceiling"], style, color=CEILING, label=CEILING_NAME, ms=14, zorder=3)
+    if "ceiling_lower" in rows and rows["ceiling_lower"].notna().any():
+        shade = axes.fill_between if len(rows) > 1 else axes.vlines
+        shade(
+            rows[x],
+            rows["ceiling_lower"],
+            rows["ceiling"],
+            color=CEILING,
+            alpha=0.12,
+            lw=0 if len(rows) > 1 else 8,
+        )
 
 
 def legend(figure: Figure) -> None:

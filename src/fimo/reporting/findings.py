@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from fimo.evaluation.ceiling import WANTED, not_enough_seeds, seeds_for
 from fimo.further_training.sensitivity import adjust
 from fimo.reporting.results import Results
 from fimo.reporting.style import BASELINES
@@ -131,10 +132,21 @@ def above_ceiling(results: Results) -> list[str]:
     """Return methods whose agreement at the last point exceeds the noise ceiling by two standard errors.
 
     The ceiling is that of the noiseless sensitivity. A method that follows the very runs of the gold
-    standard's seeds can predict part of their noise, and so exceed it.
+    standard's seeds (:func:`same_seeds`) can predict part of their noise, and so exceed it.
     """
     rows = at_last_point(results, results.metrics[0])
     return list(rows[rows["mean"] > rows["ceiling"] + 2 * rows["sem"].fillna(0)]["method"])
+
+
+def same_seeds(runs: Sequence[Results]) -> list[str]:
+    """Return methods that followed seeds of the gold standard's own in some run, whose noise they know."""
+    tables = [run.evaluation for run in runs]
+    return [*dict.fromkeys(m for t in tables for m in t[t["followed_seeds"] == "same"]["method"])]
+
+
+def label(method: str, runs: Sequence[Results]) -> str:
+    """Return a method's name in a legend, which says where it followed the gold standard's own seeds."""
+    return f"{method} (same seeds)" if method in same_seeds(runs) else method
 
 
 def same_scores(results: Results) -> list[list[str]]:
@@ -201,12 +213,14 @@ def further_training_warnings(results: Results) -> list[str]:
             "Further training was run with one seed: how much of a sensitivity is chance can't be told, and "
             "there is no noise ceiling. Use further_training.seeds=5 or more."
         )
-    last = at_last_point(results, results.metrics[0])
+    metric, last = results.metrics[0], at_last_point(results, results.metrics[0])
     ceiling = float(last["ceiling"].iloc[0]) if len(last) else math.nan
-    if ceiling < 0.7:
+    if (said := not_enough_seeds(ceiling, results.seeds, metric)) is not None:
+        found.append(said)
+    elif ceiling < 0.7:
         found.append(
             f"The gold standard is noisy: even a perfect method would reach only {ceiling:.2f} "
-            f"({results.metrics[0]}). More seeds raise that."
+            f"({metric}). About {seeds_for(ceiling, results.seeds)} seeds would raise that to {WANTED}."
         )
     return found
 

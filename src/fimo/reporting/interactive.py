@@ -21,7 +21,7 @@ from fimo.reporting.curves import (
     retraining_table,
     seeds_table,
 )
-from fimo.reporting.findings import all_methods, highlighted
+from fimo.reporting.findings import all_methods, highlighted, label
 from fimo.reporting.panels import EPOCHS, Palette, axes, band, lines, panels, thinned
 from fimo.reporting.results import Results
 from fimo.reporting.style import CEILING, DASHES, OTHER, PALETTE
@@ -294,4 +294,5 @@ def _certain(table: Table | None) -> Table:
 
 
 def _label(method: str, run: Results, runs: Sequence[Results]) -> str:
-    return method if len(runs) == 1 else f"{method} · {run.name}"
+    name = label(method, [run])
+    return name if len(runs) == 1 else f"{name} · {run.name}"

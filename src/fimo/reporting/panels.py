@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from fimo.reporting.findings import all_methods, highlighted, same_scores
+from fimo.reporting.findings import all_methods, highlighted, label, same_scores
 from fimo.reporting.results import Results
 from fimo.reporting.style import CEILING, OTHER, colors, log_ticks, logarithmic, translucent
 
@@ -18,6 +18,7 @@ Table = pd.DataFrame
 Cell = Mapping[str, int]
 """Where a trace goes: plotly's ``row`` and ``col``."""
 
+LOWER = "lower noise ceiling"
 EPOCHS = "epochs of further training"
 MOST_POINTS = 100
 """Evaluation points drawn of a curve; the tables and W&B hold all."""
@@ -49,7 +50,8 @@ def lines(
     """Draw a table's lines, methods in one colour in every run's panel, and the noise ceiling.
 
     Args:
-        make: gives a run's rows ``method,mean,sem`` and ``x``, and ``ceiling`` where there is one.
+        make: gives a run's rows ``method,mean,sem`` and ``x``, and ``ceiling`` and ``ceiling_lower`` where
+            there are.
     """
     figure, cells = panels(runs)
     tables = [make(run) for run in runs]
@@ -73,6 +75,21 @@ def lines(
                 hovertemplate="%{y:.3f}<extra>noise ceiling</extra>",
                 **cell,
             )
+            lower = ceiling.dropna(subset=["ceiling_lower"]) if "ceiling_lower" in ceiling else ceiling[:0]
+            if len(lower):
+                figure.add_scatter(
+                    x=lower[x],
+                    y=lower["ceiling_lower"],
+                    mode="lines" if len(lower) > 1 else "markers",
+                    fill="tonexty" if len(lower) == len(ceiling) > 1 else None,
+                    fillcolor=translucent(CEILING, 0.12),
+                    name=LOWER,
+                    legendgroup="noise ceiling",
+                    showlegend=False,
+                    line={"color": CEILING, "dash": "dot", "width": 1},
+                    hovertemplate="%{y:.3f}<extra>" + LOWER + "</extra>",
+                    **cell,
+                )
     axes(figure, x_title, y_title)
     return figure
 
@@ -89,6 +106,7 @@ class Palette:
         known = all_methods(runs)
         shown = [*highlighted(runs), *(name for name in names if name not in known)]
         self.color = colors(names, shown)
+        self.label = {name: label(name, runs) for name in names}
         self.rank = {name: 10 + k for k, name in enumerate(names)}
         self.named: set[str] = set()
 
@@ -99,7 +117,7 @@ class Palette:
         color = self.color[method]
         context = color == OTHER
         band(
-            figure, rows, x, color, method, "dash" if dashed else "solid", cell,
+            figure, rows, x, color, self.label.get(method, method), "dash" if dashed else "solid", cell,
             width=1 if context else 2, with_band=not context,
             legendrank=self.rank[method], showlegend=method not in self.named,
         )  # fmt: skip

@@ -27,6 +27,7 @@ from fimo.reporting.findings import (
     method_order,
     number,
     same_scores,
+    same_seeds,
 )
 from fimo.reporting.flat import flat
 from fimo.reporting.interactive import all_figures
@@ -102,6 +103,7 @@ def run_context(run: Results) -> dict[str, Any]:
         "noun": noun(run),
         "same": same_scores(run),
         "above": above_ceiling(run),
+        "same_seeds": same_seeds([run]),
         "predicting": trusted_methods(run),
         "trust": trust_rows(run),
         "columns": columns([run.show("train", row.index) for row in [*helpful, *harmful]]),
@@ -121,6 +123,7 @@ def run_context(run: Results) -> dict[str, Any]:
         "steps": int(run.sensitivity.step[-1]),
         "epochs": int(run.sensitivity.epoch[-1]),
         "ceiling": float(ranking["ceiling"].iloc[0]),
+        "ceiling_lower": float(ranking["ceiling_lower"].iloc[0]),
         "config": flat(run.config),
         "cost": run.cost.to_dict("records"),
         "total_seconds": float(run.cost["seconds"].sum()),

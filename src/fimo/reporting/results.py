@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +160,11 @@ class Results:
                 raise InputError(str(folder), f"{file} is missing: this is no folder of a finished run")
         content = json.loads((folder / "report.json").read_text())
         sensitivity, has_raw = load_sensitivity(folder / "sensitivity.safetensors")
+        # runs that were written before these columns were
         evaluation = pd.read_csv(folder / "evaluation.csv")
+        evaluation = pd.DataFrame(
+            {"ceiling_lower": math.nan, "followed_seeds": "unknown"} | dict(evaluation)
+        )[[*evaluation, *(c for c in ("ceiling_lower", "followed_seeds") if c not in evaluation)]]
         order = list(evaluation["method"].unique())
         stored = {p.stem: read_tensors(p) for p in sorted((folder / "scores").glob("*.safetensors"))}
         scores = {name: tensors["scores"] for name, tensors in stored.items()}

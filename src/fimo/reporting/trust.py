@@ -35,13 +35,14 @@ class Departure:
 
 
 def share_of_ceiling_table(run: Results, metric: str) -> pd.DataFrame:
-    """Return ``method,epoch,step,mean,sem,ceiling``: agreement with all seeds, divided by the ceiling.
+    """Return ``method,epoch,step,mean,sem,ceiling,ceiling_lower``: agreement and ceilings over the upper one.
 
     Rows without a ceiling are left out.
     """
     table = run.evaluation
     rows = table[(table["metric"] == metric) & (table["seeds"] == run.seeds) & (table["ceiling"] > 0)]
-    share = rows.assign(mean=rows["mean"] / rows["ceiling"], sem=rows["sem"] / rows["ceiling"], ceiling=1.0)
+    columns = ["mean", "sem", "ceiling_lower"]
+    share = rows.assign(ceiling=1.0, **{c: rows[c] / rows["ceiling"] for c in columns})
     order = {method: k for k, method in enumerate(method_order(run))}
     return with_epochs(run, share).sort_values("method", key=lambda m: m.map(order), kind="stable")
 

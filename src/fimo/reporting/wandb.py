@@ -35,8 +35,9 @@ def log_run(results: Results, settings: Any, run_dir: str | Path) -> None:
     """Log a run's findings, and print the command that syncs them where they were written offline.
 
     Config: the whole configuration by dotted keys. History: ``agreement/METHOD/METRIC``, ``sem/…``,
-    ``ceiling/METRIC`` and ``distance`` at each amount of further training. Summary: agreement at the last
-    point, ceiling, cost, final model. Media: an interactive figure of each kind, a table of instances.
+    ``ceiling/METRIC``, ``ceiling_lower/METRIC`` and ``distance`` at each amount of further training.
+    Summary: agreement at the last point, ceilings, whose seeds were followed, cost, final model. Media: an
+    interactive figure of each kind, a table of instances.
 
     Args:
         settings: mapping or object with ``enabled, mode, project, entity, group, name, tags``, all optional.
@@ -79,6 +80,9 @@ def summary(results: Results) -> dict[str, Any]:
             f"last/{method}/{metric}": mean for method, mean in zip(rows["method"], rows["mean"], strict=True)
         }
         found[f"last_ceiling/{metric}"] = rows["ceiling"].iloc[0]
+        found[f"last_ceiling_lower/{metric}"] = rows["ceiling_lower"].iloc[0]
+        followed = zip(rows["method"], rows["followed_seeds"], strict=True)
+        found |= {f"followed_seeds/{method}": how for method, how in followed if how != "none"}
         found[f"best/{metric}"] = rows["mean"].iloc[0]
         found[f"best_method/{metric}"] = rows["method"].iloc[0]
     for row in results.cost.to_dict("records"):
@@ -108,6 +112,7 @@ def history(results: Results) -> list[dict[str, float]]:
             record[f"agreement/{row['method']}/{metric}"] = row["mean"]
             record[f"sem/{row['method']}/{metric}"] = row["sem"]
             record[f"ceiling/{metric}"] = row["ceiling"]
+            record[f"ceiling_lower/{metric}"] = row["ceiling_lower"]
     distance = distance_table(results)
     for row in [] if distance is None else distance.to_dict("records"):
         records[int(row["step"])]["distance"] = row["mean"]
@@ -154,7 +159,14 @@ def _start(results: Results, settings: Any, run_dir: Path, mode: str) -> wandb.R
 
 def _log_history(run: wandb.Run, results: Results) -> None:
     run.define_metric(STEP, hidden=True)
-    for pattern in ("agreement/*", "sem/*", "ceiling/*", "distance", "further_training/epoch"):
+    for pattern in (
+        "agreement/*",
+        "sem/*",
+        "ceiling/*",
+        "ceiling_lower/*",
+        "distance",
+        "further_training/epoch",
+    ):
         run.define_metric(pattern, step_metric=STEP)
     for record in history(results):
         run.log(record)
