@@ -56,6 +56,29 @@ def test_linear_engine_equals_the_plain_loop(optimizer: str, rule: str) -> None:
     assert_equals_plain_loop(case, protocol, chunk=3)
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_layers_without_a_bias_equal_the_plain_loop(optimizer: str) -> None:
+    torch.manual_seed(0)
+    data = CASES["mlp_regression"]()
+    network = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3), nn.ReLU(),
+                            nn.Linear(3, 1, bias=False)).double()  # fmt: skip
+    case = Case("biasless", FinalModel(network, mean_squared_error), data.train, data.test)
+    protocol = Protocol(batch_size=5, epochs=2, dtype="float64", **OPTIMIZERS[optimizer])
+    assert Setting.build(case.final_model, case.train, case.test, protocol).engine == "linear"
+    assert_equals_plain_loop(case, protocol, chunk=3)
+
+
+def test_tied_layers_equal_the_plain_loop() -> None:
+    """One module at two places of a Sequential: its gradient is the sum over both."""
+    torch.manual_seed(0)
+    data = CASES["mlp_regression"]()
+    tied = nn.Linear(4, 4).double()
+    network = nn.Sequential(tied, nn.Tanh(), tied, nn.Tanh(), nn.Linear(4, 1).double())
+    case = Case("tied", FinalModel(network, mean_squared_error), data.train, data.test)
+    protocol = Protocol(batch_size=5, epochs=2, dtype="float64", **OPTIMIZERS["momentum"])
+    assert_equals_plain_loop(case, protocol, chunk=3)
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ["conv_net", "transformer"])
 @pytest.mark.parametrize("optimizer", ["momentum", "clipped_adam"])

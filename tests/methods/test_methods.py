@@ -151,6 +151,35 @@ def test_datainf_is_the_mean_of_per_layer_inverses(case_name: str) -> None:
     torch.testing.assert_close(DataInf().attribute(case.final_model, case.train, case.test), expected)
 
 
+@pytest.mark.parametrize("case_name", ["mlp_regression", "transformer"])
+def test_datainf_can_take_a_module_s_parameters_together(case_name: str) -> None:
+    case = CASES[case_name]()
+    test = dense.instance_gradients(case.final_model, case.test)
+    train = dense.instance_gradients(case.final_model, case.train)
+    names = [n for n, p in case.final_model.parameters().items() for _ in range(p.numel())]
+    modules = [n.rpartition(".")[0] for n in names]
+    expected = torch.zeros(len(test), len(train))
+    for module in dict.fromkeys(modules):
+        index = torch.tensor([k for k, m in enumerate(modules) if m == module])
+        t, g = test[:, index], train[:, index]
+        eye = torch.eye(len(index), dtype=g.dtype)
+        inverse = torch.stack([torch.linalg.inv(x[:, None] * x + 0.3 * eye) for x in g]).mean(0)
+        expected = expected + t @ inverse @ g.T / len(g)
+    method = DataInf(0.3, layers="module")
+    torch.testing.assert_close(method.attribute(case.final_model, case.train, case.test), expected)
+    assert len(method.groups) < len(case.final_model.parameters())
+
+
+def test_an_instance_without_a_gradient_has_no_cosine_with_any() -> None:
+    """A target equal to its own prediction: zero, where 0 / 0 would be NaN."""
+    case = CASES["mlp_regression"]()
+    targets = case.train.targets.clone()
+    targets[2] = case.final_model.outputs(case.train)[2]
+    scores = GradCos().attribute(case.final_model, Instances(case.train.inputs, targets), case.test)
+    assert (scores[:, 2] == 0).all()
+    assert (scores[:, 3:].abs() > 1e-6).all()
+
+
 def test_datainf_damps_each_layer_by_itself() -> None:
     case = CASES["mlp_regression"]()
     method = DataInf()

@@ -203,9 +203,26 @@ def test_trak_in_many_dimensions_is_the_kernel_of_the_margin() -> None:
     expected = q[0][:, None] * (ours @ torch.linalg.solve(matrix, features.T) / 23) * q[1]
     scores = Trak(20000, damping=0.5).attribute(case.final_model, case.train, case.test)
     assert (scores - expected).norm() < 0.05 * expected.norm()
-    # fewer dimensions than instances
-    narrow = Trak(16).attribute(case.final_model, case.train, case.test)
-    assert narrow.isfinite().all()
+
+
+@pytest.mark.parametrize("dimension", [16, 23, 40])
+def test_trak_is_a_regression_on_projected_gradients_with_fewer_or_more_dimensions_than_instances(
+    dimension: int,
+) -> None:
+    """q_j phi_j^T (Phi^T Phi / N + damping)^-1 phi_i q_i / N, phi the projected gradients of the outputs."""
+    case = CASES["mlp_regression"]()
+    gradients = InstanceGradients(case.final_model)
+    features, ours = (
+        project(gradients.outputs(data), dimension, "normal", seed=5)[:, 0]
+        for data in (case.train, case.test)
+    )
+    matrix = features.T @ features / 23 + 0.5 * torch.eye(dimension, dtype=torch.float64)
+    outputs = [case.final_model.outputs(data)[:, 0] - data.targets[:, 0] for data in (case.test, case.train)]
+    q = [2 * difference for difference in outputs]  # the loss's derivative in its output
+    expected = q[0][:, None] * (ours @ torch.linalg.solve(matrix, features.T) / 23) * q[1]
+    for projection in ("normal", "auto"):
+        trak = Trak(dimension, damping=0.5, projection=projection, seed=5)
+        torch.testing.assert_close(trak.attribute(case.final_model, case.train, case.test), expected)
 
 
 def test_trak_averages_an_ensemble() -> None:
