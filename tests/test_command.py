@@ -85,7 +85,7 @@ def table(folder: Path, rows: str) -> str:
         ("model.loss=no.such", "model.loss: no.such can't be imported: "),
         ("further_training.betas=[0.9]", "further_training.betas: expected two numbers in [0, 1)"),
         ("further_training.test=[1,1]", "further_training.test: measured twice: 1"),
-        ("evaluation.shown=-1", "evaluation.shown: expected at least 0 but got -1"),
+        ("evaluation.shown=-1", "evaluation.shown: expected at least 1 but got -1"),
         ("dataset.split_seed=-1", "dataset.split_seed: expected a number from 0"),
         ("dataset.test_size=0.9999", "dataset.test_size: 0.9999 of 442 instances can't be held out"),
         ("store=", "store: expected a folder"),

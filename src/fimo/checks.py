@@ -24,7 +24,7 @@ SMALLEST = {
     "trainer.max_epochs": 0,
     "threads": 1,
     "evaluation.bootstrap": 0,
-    "evaluation.shown": 0,
+    "evaluation.shown": 1,
     "model.weight_decay": 0,
     "trainer.gradient_clip_val": 0,
 }

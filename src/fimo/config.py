@@ -85,7 +85,7 @@ class Evaluation:
     metrics: list[str] = field(default_factory=lambda: ["cosine", "spearman", "pearson"])
     seed_counts: list[int] | None = None
     bootstrap: int = 200
-    shown: int = 12
+    shown: int = 30
     tasks: Any = field(default_factory=dict)
 
 

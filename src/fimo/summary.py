@@ -65,7 +65,7 @@ def summarise(
             "test": len(data.test),
             "classes": list(data.class_names),
         },
-        shown=collect(sensitivity, show),
+        shown=collect(sensitivity, show, config["evaluation"]["shown"]),
         descriptions={name: first_sentence(method) for name, method in methods.items()},
         skipped=skipped,
         warnings=evaluation.notes,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pandas as pd
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fimo.errors import InputError
 from fimo.evaluation.datamodeling import datamodeling_score, group_scores, random_subsets
-from fimo.evaluation.mislabelled import average_precision, detection, flip_labels, suspicion
+from fimo.evaluation.mislabelled import average_precision, chance_precision, detection, flip_labels, suspicion
 from fimo.evaluation.removal import CHANCE, removal_curves
 from fimo.further_training import Protocol, further_train
 from fimo.further_training.sensitivity import Sensitivity
@@ -125,9 +126,21 @@ def test_average_precision_is_scikit_learn_s_whatever_the_scale() -> None:
     assert average_precision(torch.full((60,), torch.nan), flipped).isnan()
 
 
-def test_harmful_instances_are_found_and_chance_is_the_share_of_flips() -> None:
+@pytest.mark.parametrize(("flipped", "instances"), [(1, 1), (1, 4), (2, 5), (3, 3), (3, 7)])
+def test_chance_is_the_mean_average_precision_of_all_orders(flipped: int, instances: int) -> None:
+    values = torch.arange(instances, 0, -1).double()
+    found = []
+    for places in itertools.combinations(range(instances), flipped):
+        labels = torch.zeros(instances, dtype=torch.bool)
+        labels[list(places)] = True
+        found.append(average_precision(values, labels))
+    assert chance_precision(flipped, instances) == pytest.approx(torch.stack(found).mean().item(), rel=1e-6)
+    assert math.isnan(chance_precision(0, instances))
+
+
+def test_harmful_instances_are_found_and_chance_is_that_of_random_orders() -> None:
     repeats = []
-    for seed in range(20):
+    for seed in range(200):
         generator = torch.Generator().manual_seed(seed)
         flipped = torch.zeros(100, dtype=torch.bool)
         flipped[torch.randperm(100, generator=generator)[:10]] = True
@@ -136,7 +149,8 @@ def test_harmful_instances_are_found_and_chance_is_the_share_of_flips() -> None:
         repeats.append(({"finds": suspicion(scores), "guesses": random}, flipped))
     table = detection(repeats).set_index("method")
     assert table.loc["finds", "mean"] > 0.95
-    assert table.loc["guesses", "chance"] == pytest.approx(0.1)
-    # a short list makes a random order's average precision a little higher than the share
-    assert table.loc["guesses", "mean"] == pytest.approx(0.1, abs=0.06)
+    chance = table.loc["guesses", "chance"]
+    assert chance == pytest.approx(0.138, abs=0.001)
+    assert table.loc["guesses", "mean"] == pytest.approx(chance, abs=3 * table.loc["guesses", "sem"])
+    assert table.loc["guesses", "mean"] - 0.1 > 3 * table.loc["guesses", "sem"], "more than the share"
     assert math.isnan(detection(repeats[:1])["sem"].iloc[0])

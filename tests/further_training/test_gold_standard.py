@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fimo.curvature.gradients import InstanceGradients
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training import Protocol, further_train
@@ -16,6 +17,7 @@ from fimo.further_training.setting import CPU_BYTES, Setting, chunk_size, worker
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import binary_cross_entropy, cross_entropy, mean_squared_error
 from tests.cases import CASES, LINEAR_CASES, Case, mlp
+from tests.reference import attribution as dense
 from tests.reference.further_training import plain_sensitivity
 
 OPTIMIZERS: dict[str, dict] = {
@@ -87,6 +89,30 @@ def test_functional_engine_equals_the_plain_loop(name: str, rule: str, optimizer
     case = CASES[name]()
     assert Setting.build(case.final_model, case.train, case.test, protocol).engine == "functional"
     assert_equals_plain_loop(case, protocol, chunk=3)
+
+
+def tied(kind: str) -> nn.Sequential:
+    """Linear layers of 4 units that share a weight, or are one module used twice."""
+    torch.manual_seed(0)
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    if kind == "weight":
+        second.weight = first.weight
+    elif kind == "bias":
+        second.bias = first.bias
+    else:
+        second = first
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias", "module"])
+def test_a_sequence_of_tied_linear_layers_equals_the_plain_loop(kind: str) -> None:
+    case = CASES["mlp_classification"]()
+    model = FinalModel(tied(kind), cross_entropy)
+    protocol = Protocol(batch_size=5, epochs=2, dtype="float64", **OPTIMIZERS["momentum"])
+    assert Setting.build(model, case.train, case.test, protocol).engine != "linear"
+    assert_equals_plain_loop(Case(kind, model, case.train, case.test), protocol, chunk=3)
+    rows = InstanceGradients(model).losses(case.train).dense()[:, 0]
+    torch.testing.assert_close(rows, dense.instance_gradients(model, case.train))
 
 
 @pytest.fixture

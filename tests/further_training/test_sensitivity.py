@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 
+from fimo.errors import InputError
 from fimo.further_training import Protocol, Sensitivity, further_train
 from fimo.further_training import gold_standard as engine
 from fimo.further_training.sensitivity import adjust
@@ -52,6 +54,25 @@ def test_the_file_holds_the_contract_and_reads_back(tmp_path: Path) -> None:
     result.save(tmp_path / "short.safetensors", with_raw=False)
     with safe_open(tmp_path / "short.safetensors", "pt") as file:
         assert "raw" not in file.keys()  # noqa: SIM118
+
+
+@pytest.mark.parametrize("subtract_mean", [False, True])
+def test_a_file_is_read_with_its_own_adjustment_unless_another_is_asked_for(
+    subtract_mean: bool, tmp_path: Path
+) -> None:
+    result = found(subtract_mean)
+    result.save(tmp_path / "whole.safetensors")
+    result.save(tmp_path / "short.safetensors", with_raw=False)
+    for name in ("whole", "short"):
+        again = Sensitivity.load(tmp_path / f"{name}.safetensors")
+        assert again.subtract_mean == subtract_mean
+        torch.testing.assert_close(again.sensitivity, result.sensitivity)
+        same = Sensitivity.load(tmp_path / f"{name}.safetensors", subtract_mean)
+        assert torch.equal(same.sensitivity, again.sensitivity)
+    other = Sensitivity.load(tmp_path / "whole.safetensors", not subtract_mean)
+    torch.testing.assert_close(other.sensitivity, found(not subtract_mean).sensitivity)
+    with pytest.raises(InputError, match=r"subtract_mean: .*short.safetensors has no raw changes"):
+        Sensitivity.load(tmp_path / "short.safetensors", not subtract_mean)
 
 
 def test_large_results_are_mapped_from_a_file_that_vanishes_with_them(monkeypatch, tmp_path: Path) -> None:

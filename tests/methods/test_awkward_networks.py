@@ -16,6 +16,7 @@ from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training import Protocol, further_train
 from fimo.methods.cg import ConjugateGradients, gauss_newton_trace
+from fimo.methods.datainf import DataInf
 from fimo.methods.exact import ExactInfluence
 from fimo.methods.lissa import Lissa, LissaHessian
 from fimo.models.final_model import FinalModel
@@ -214,3 +215,57 @@ def test_an_object_keeps_its_batches_from_one_fit_to_the_next() -> None:
     again.attribute(case.final_model, case.train[:8], case.test)  # all instances: one batch
     data = (case.final_model, case.train, case.test)
     assert torch.equal(once.attribute(*data), again.attribute(*data))
+
+
+class Attention(nn.Module):
+    """One head, with keys of their own, whose bias softmax cancels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.query, self.key = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.value, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        weights = torch.softmax(self.query(x) @ self.key(x).transpose(1, 2) / 6**0.5, -1)
+        return self.head(torch.tanh(weights @ self.value(x)).mean(1))
+
+
+@pytest.mark.parametrize("damping", ["auto", "1x"])
+def test_a_parameter_without_gradient_but_for_rounding_adds_nothing_to_datainf(damping: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network, tokens, labels = Attention(), torch.randint(9, (30, 7)), torch.randint(3, (30,))
+    whole = Instances(tokens, labels)
+    others = tuple(n for n, _ in network.named_parameters() if n != "key.bias")
+
+    def scores(trainable: tuple[str, ...], dtype: torch.dtype) -> Tensor:
+        model = FinalModel(copy.deepcopy(network).to(dtype), cross_entropy, trainable=trainable)
+        return DataInf(damping=damping).attribute(model, whole[:22], whole[22:]).double()
+
+    expected = scores(others, torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        tolerance = 1e-4 * expected.abs().max().item()
+        torch.testing.assert_close(scores((), dtype), expected, rtol=0, atol=tolerance)
+
+
+def test_layers_with_gradients_of_any_usual_size_are_damped_by_their_own() -> None:
+    """The floor is for rounding errors: a layer with a thousandth of the others' gradient is above it."""
+    case = CASES["mlp_regression"]()
+    first, *_ = case.final_model.parameters()
+
+    class Shrunk(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = copy.deepcopy(case.final_model.network)
+
+        def forward(self, x: Tensor) -> Tensor:
+            own = dict(self.inner.named_parameters())
+            return torch.func.functional_call(self.inner, {first: own[first] * 1e-3}, (x,))
+
+    network = Shrunk()
+    network.inner.get_parameter(first).data *= 1e3
+    model = FinalModel(network, mean_squared_error)
+    found = DataInf().attribute(model, case.train, case.test)
+    # relative damping does not see the unit in which a parameter is measured
+    torch.testing.assert_close(found, DataInf().attribute(case.final_model, case.train, case.test))

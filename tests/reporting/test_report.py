@@ -13,6 +13,7 @@ import torch
 from fimo.errors import InputError
 from fimo.evaluation import seeds_for
 from fimo.reporting import Results, write_report
+from fimo.reporting.display import collect
 from fimo.reporting.explorer import explorer_data
 from fimo.reporting.findings import (
     ABSENT,
@@ -226,6 +227,14 @@ def test_the_explorer_judges_as_the_evaluation_does() -> None:
     agreements = [explorer_data(r)["tests"][0]["agreement"]["follows"] for r in (run, changed)]
     assert agreements[1] == pytest.approx(agreements[0], abs=0.05)
     assert agreements[1] > 0.8
+
+
+def test_a_reader_chooses_among_the_test_instances_that_the_run_shows() -> None:
+    run = example()
+    chosen = run.sensitivity.test.tolist()[1:4]
+    fewer = dataclasses.replace(run, shown={**run.shown, "test": {j: run.shown["test"][j] for j in chosen}})
+    assert [t["index"] for t in explorer_data(fewer)["tests"]] == chosen
+    assert len(collect(run.sensitivity, run.show, tests=2)["test"]) == 2
 
 
 def test_a_run_without_raw_changes_keeps_its_curves_and_says_nothing_of_single_seeds(tmp_path: Path) -> None:

@@ -85,15 +85,19 @@ def test_retraining_is_on_the_same_instances_as_the_sensitivity(everything: Path
         assert again[axis].tolist() == further[axis].tolist()
 
 
-def test_retraining_equals_plain_training_from_each_seeds_initial_parameters(tmp_path: Path) -> None:
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_retraining_equals_plain_training_from_each_seeds_initial_parameters(
+    clip: float | None, tmp_path: Path
+) -> None:
     config = configured(
         tmp_path, "dataset=diabetes", "model.optimizer=adam", "model.lr=0.001", "model.weight_decay=0.01",
         "further_training.left_out=[0,3]", "further_training.dtype=float64",
+        f"trainer.gradient_clip_val={'null' if clip is None else clip}",
     )  # fmt: skip
     run = judged(config)
     found = retrain(run, run.plan.left_out, [0, 5])
     protocol = Protocol(
-        optimizer="adam", lr=0.001, batch_size=32, epochs=2, weight_decay=0.01, dtype="float64"
+        "adam", lr=0.001, batch_size=32, epochs=2, weight_decay=0.01, clip_norm=clip, dtype="float64"
     )
     for s, seed in enumerate([0, 5]):
         own = OmegaConf.merge(config, {"seed": seed})

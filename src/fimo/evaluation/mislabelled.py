@@ -61,18 +61,40 @@ def detection(repeats: Sequence[tuple[Mapping[str, Tensor], Tensor]]) -> pd.Data
             which of the same instances were flipped, ``[L]`` bool.
 
     Returns:
-        ``method,repeats,mean,sem,chance``: mean ± SEM over repeats; ``chance`` is the share of flipped
-        instances, the average precision to expect of a random order.
+        ``method,repeats,mean,sem,chance``: mean ± SEM over repeats; ``chance`` is the average precision to
+        expect of a random order (:func:`chance_precision`).
     """
     if not repeats:
         raise InputError("evaluation.mislabelled.repeats", "expected at least one")
     rows = []
-    chance = torch.tensor([flipped.double().mean() for _, flipped in repeats]).mean().item()
+    levels = [chance_precision(int(flipped.sum()), len(flipped)) for _, flipped in repeats]
+    chance = sum(levels) / len(levels)
     for method in repeats[0][0]:
         values = torch.stack([average_precision(found[method], flipped) for found, flipped in repeats])
         mean, sem = mean_and_sem(values)
         rows.append((method, len(repeats), mean.item(), sem.item(), chance))
     return pd.DataFrame(rows, columns=["method", "repeats", "mean", "sem", "chance"])
+
+
+def chance_precision(flipped: int, instances: int) -> float:
+    """Return the expected average precision of a random order.
+
+    The instance at rank k is one of the R flipped ones with probability R/L, and then each of the k - 1
+    before it with (R - 1)/(L - 1); the mean over k of 1/k + (1 - 1/k) (R - 1)/(L - 1) is
+
+        (R - 1)/(L - 1) + (1 - (R - 1)/(L - 1)) H_L / L,
+
+    with the harmonic number H_L: the share of flipped instances only where there are many.
+
+    Args:
+        flipped: R, at least 1 (NaN where there are none).
+        instances: L.
+    """
+    if not flipped:
+        return float("nan")
+    others = (flipped - 1) / (instances - 1) if instances > 1 else 1.0
+    harmonic = sum(1 / k for k in range(1, instances + 1))
+    return others + (1 - others) * harmonic / instances
 
 
 def average_precision(values: Tensor, flipped: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from fimo.errors import InputError
 from fimo.store import read_tensors, written_aside
 
 
@@ -74,11 +76,40 @@ class Sensitivity:
         write_in_pieces(Path(path), tensors, {"subtract_mean": str(self.subtract_mean).lower()})
 
     @classmethod
-    def load(cls, path: Path | str, subtract_mean: bool = True) -> Sensitivity:
-        """Read what :meth:`save` wrote, with its raw changes."""
-        tensors = read_tensors(Path(path))
-        tensors.pop("sensitivity")
-        return cls(**tensors, subtract_mean=subtract_mean)
+    def load(cls, path: Path | str, subtract_mean: bool | None = None) -> Sensitivity:
+        """Read what :meth:`save` wrote, adjusted as it was saved; see :func:`load_sensitivity`.
+
+        Args:
+            subtract_mean: adjust in this way instead, which needs the raw changes.
+
+        Raises:
+            InputError: the other adjustment is asked for and the file has no raw changes.
+        """
+        found, has_raw = load_sensitivity(path)
+        if subtract_mean is None or subtract_mean == found.subtract_mean:
+            return found
+        if not has_raw:
+            raise InputError(
+                "subtract_mean",
+                f"{path} has no raw changes, only those saved with subtract_mean={found.subtract_mean}",
+            )
+        return replace(found, subtract_mean=subtract_mean)
+
+
+def load_sensitivity(path: Path | str) -> tuple[Sensitivity, bool]:
+    """Read a sensitivity with its adjustment, and whether its raw changes were kept.
+
+    Where they were not, the adjusted mean over seeds stands for the raw change of one seed: agreements with
+    all seeds are the same, and nothing that needs single seeds is shown.
+    """
+    tensors = read_tensors(Path(path))
+    with safe_open(path, "pt") as file:
+        adjusted = (file.metadata() or {}).get("subtract_mean", "true") == "true"
+    mean = tensors.pop("sensitivity")
+    has_raw = "raw" in tensors
+    if not has_raw:
+        tensors["raw"] = mean[None]
+    return Sensitivity(**tensors, subtract_mean=adjusted), has_raw
 
 
 def adjust(raw: Tensor, subtract_mean: bool = True) -> Tensor:

@@ -13,6 +13,9 @@ from fimo.errors import InputError
 from fimo.methods.gradient import GradientMethod
 from fimo.models.final_model import FinalModel
 
+LEAST = 1e-8
+"""A layer's mean squared gradient counts as at least this share of the whole network's."""
+
 
 class DataInf(GradientMethod):
     """Influence with the order of averaging and inverting exchanged, layer by layer (Kwon et al., 2024).
@@ -27,7 +30,10 @@ class DataInf(GradientMethod):
 
     Args:
         damping: λ_l, by default 0.1 times the layer's own mean squared gradient, the authors' choice
-            (``auto``); ``1x`` is one times it; a number is the same for all layers.
+            (``auto``); ``1x`` is one times it; a number is the same for all layers. A layer's mean squared
+            gradient counts as at least 1e-8 of the whole network's: where it is zero but for rounding (the
+            bias of attention's keys, which softmax cancels), 1/λ_l would make rounding errors as large as
+            other layers' scores.
         layers: ``parameter``: each parameter tensor is a layer (as the authors' code has it); ``module``:
             weight and bias of a module together.
     """
@@ -62,6 +68,8 @@ class DataInf(GradientMethod):
             self.groups.setdefault(group, []).append(name)
         norms = self.rows.parameter_norms()
         self.norms = {g: sum_named(norms, names)[:, 0] for g, names in self.groups.items()}
+        whole = sum(norm.double().mean().item() for norm in self.norms.values())
+        self.least = LEAST * whole / self.gradients.p
 
     def scores(self, test: Instances, left_out: Instances) -> Tensor:
         dampings = {g: self._dampings(g) for g in self.groups}
@@ -78,6 +86,7 @@ class DataInf(GradientMethod):
         damping = damping or self.damping
         numel = sum(self.gradients.shapes[name].numel() for name in self.groups[group])
         mean_square = self.norms[group].double().mean().item() / numel
+        mean_square = max(mean_square, self.least)
         # the mean eigenvalue of the empirical Fisher is the mean squared gradient
         return damping.resolve(mean_square, mean_square, self.further_training)
 

@@ -24,7 +24,11 @@ def explorer_data(run: Results, per_test: int = 5) -> dict[str, Any]:
     """
     methods = scored_methods(run)
     left_out = len(run.sensitivity.left_out)
-    most = max(1, min(30, MOST_NUMBERS // ((len(methods) + 1) * left_out)))
+    shown_tests = run.shown.get("test", {})
+    wanted = [k for k, j in enumerate(run.sensitivity.test.tolist()) if j in shown_tests]
+    wanted = wanted or chosen_tests(run.sensitivity)
+    most = max(1, min(len(wanted), MOST_NUMBERS // ((len(methods) + 1) * left_out)))
+    wanted = [wanted[k * len(wanted) // most] for k in range(most)]
     last = run.sensitivity.sensitivity[-1]
     judged = {m: run.judged_scores(m) for m in methods}
     scores = {m: s[-1] if s.ndim == 3 else s for m, s in judged.items()}
@@ -32,7 +36,7 @@ def explorer_data(run: Results, per_test: int = 5) -> dict[str, Any]:
     values = {m: agreement(s, last[None], metric)[0] for m, s in scores.items()}  # type: ignore[arg-type]
     tests: list[dict[str, Any]] = []
     mentioned: set[int] = set()
-    for j in chosen_tests(run.sensitivity, most):
+    for j in wanted:
         helpful, harmful = influences(run, j, per_test)
         mentioned.update(row.index for row in [*helpful, *harmful])
         index = int(run.sensitivity.test[j])

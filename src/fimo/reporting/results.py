@@ -12,12 +12,11 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fimo.errors import InputError
 from fimo.evaluation.assessment import adjusted_scores
-from fimo.further_training.sensitivity import Sensitivity
+from fimo.further_training.sensitivity import Sensitivity, load_sensitivity
 from fimo.reporting.display import InstanceDisplay, Shown
 from fimo.store import read_tensors, write_tensors, written_aside
 
@@ -195,22 +194,6 @@ class Results:
             **optional,
             **content,
         )
-
-
-def load_sensitivity(path: Path) -> tuple[Sensitivity, bool]:
-    """Read a sensitivity with its adjustment, and whether its raw changes were kept.
-
-    Where they were not, the adjusted mean over seeds stands for the raw change of one seed: agreements with
-    all seeds are the same, and nothing that needs single seeds is shown.
-    """
-    tensors = read_tensors(path)
-    with safe_open(path, "pt") as file:
-        adjusted = (file.metadata() or {}).get("subtract_mean", "true") == "true"
-    mean = tensors.pop("sensitivity")
-    has_raw = "raw" in tensors
-    if not has_raw:
-        tensors["raw"] = mean[None]
-    return Sensitivity(**tensors, subtract_mean=adjusted), has_raw
 
 
 def _read_config(path: Path) -> dict[str, Any]:
