@@ -27,7 +27,9 @@ class Cost:
         peak_memory_mb: the process's largest resident memory during the stage (where the system can reset
             that mark, else since the process began), plus the accelerator's.
         gradient_evaluations: gradients of one instance's loss (or products with its Jacobian).
-        reused: share of the result that came from the store.
+        reused: share of the result that came from the store; of a method that follows full runs which were
+            there already, their share of the seconds.
+        reused_seconds: of ``seconds``, what results that were there already took when they were made.
     """
 
     stage: str
@@ -35,6 +37,7 @@ class Cost:
     peak_memory_mb: float = 0.0
     gradient_evaluations: int = 0
     reused: float = 0.0
+    reused_seconds: float = field(default=0.0, repr=False, compare=False)
     started: float = field(default_factory=time.perf_counter, repr=False, compare=False)
 
     def keep(self, folder: Path) -> None:
@@ -43,6 +46,11 @@ class Cost:
         kept["peak_memory_mb"] = max(self.peak_memory_mb, peak_memory_mb())
         with written_aside(folder / "cost.json") as path:
             path.write_text(json.dumps(kept))
+
+    def reuse(self, seconds: float) -> None:
+        """Charge a part of the result that was there already with what it took to make."""
+        self.seconds += seconds
+        self.reused_seconds += seconds
 
     def recall(self, folder: Path) -> None:
         """Take over what a stored result cost to make, if that is known, and mark it as reused."""
@@ -65,13 +73,15 @@ def measured(stage: str) -> Iterator[Cost]:
         if cost.reused < 1:
             cost.seconds += time.perf_counter() - start
             cost.peak_memory_mb = max(cost.peak_memory_mb, peak_memory_mb())
+            if cost.reused_seconds:
+                cost.reused = cost.reused_seconds / cost.seconds
 
 
 def cost_table(costs: Sequence[Cost]) -> pd.DataFrame:
     """Return ``stage,seconds,peak_memory_mb,gradient_evaluations,reused``, a row per stage."""
     return (
         pd.DataFrame([asdict(c) for c in costs])
-        .drop(columns="started")
+        .drop(columns=["started", "reused_seconds"])
         .round({"seconds": 4, "peak_memory_mb": 1})
     )
 

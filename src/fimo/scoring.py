@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -95,7 +96,7 @@ def score(
             cost.recall(folder)
             return read_tensors(path)
         known = None if isinstance(problem, Indescribable) else problem
-        tensors = _compute(method, final_model, data, plan, config, store, known)
+        tensors = _compute(method, final_model, data, plan, config, store, known, cost)
         cost.gradient_evaluations = method.gradient_evaluations
         write_tensors(path, tensors)
         cost.keep(folder)
@@ -118,6 +119,7 @@ def _compute(
     config: DictConfig,
     store: Store,
     problem: Problem | None,
+    cost: Cost,
 ) -> dict[str, Tensor]:
     device = next(iter(final_model.parameters().values())).device
     train, test = data.train.to(device), data.test[plan.test].to(device)
@@ -131,7 +133,7 @@ def _compute(
             train,
             test,
             torch.tensor(members, device=device),
-            further_training(final_model, train, plan, store, problem),
+            further_training(final_model, train, plan, store, problem, cost),
         )
     membership = torch.zeros(len(members), len(groups), dtype=found.dtype)
     for column, group in enumerate(groups):
@@ -146,10 +148,20 @@ def _compute(
 
 
 def further_training(
-    final_model: FinalModel, train: Instances, plan: Plan, store: Store, problem: Problem | None = None
+    final_model: FinalModel,
+    train: Instances,
+    plan: Plan,
+    store: Store,
+    problem: Problem | None = None,
+    cost: Cost | None = None,
 ) -> FurtherTraining:
-    """Return what a method that follows further training is handed; runs nothing yet."""
+    """Return what a method that follows further training is handed; runs nothing yet.
+
+    Args:
+        cost: of the method; pays for full runs that are there already when they are first asked for.
+    """
     steps = tuple(int(s) for s in evaluation_points(plan.protocol, len(train))[0])
+    payers = itertools.chain([cost], itertools.repeat(None))
     return FurtherTraining(
         plan.protocol,
         steps,
@@ -162,5 +174,6 @@ def further_training(
             store=store,
             device=train.targets.device,
             problem=problem,
+            cost=next(payers),
         ),
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import os
 import random
 import signal
@@ -14,10 +16,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from fimo.cost import Cost
+from fimo.cost import Cost, measured
 from fimo.data.instances import Instances
 from fimo.errors import InputError
-from fimo.further_training import Protocol, Sensitivity, further_train
+from fimo.further_training import Protocol, Sensitivity, full_runs, further_train
 from fimo.further_training.chunk import Chunk
 from fimo.further_training.records import Records
 from fimo.further_training.replicas import Replica
@@ -176,6 +178,49 @@ def test_what_reused_runs_cost_is_counted_once_for_each_run_that_is_asked_for(tm
     halves = [cost([seed], [2, 4, 6, 8]) for seed in (0, 1)]
     assert sum(half.seconds for half in halves) == pytest.approx(total)
     assert 0 < cost([1], [6]).seconds < cost([1], [4, 6]).seconds < total
+
+
+def test_of_runs_that_went_on_for_longer_the_part_that_is_used_is_charged(tmp_path: Path) -> None:
+    case = CASES["mlp_regression"]().to(torch.float32)
+
+    def cost(epochs: int) -> Cost:
+        found = Cost("further_training")
+        further_train(case.final_model, case.train, case.test, Protocol(batch_size=5, epochs=epochs), [0, 1],
+                      [2, 4, 6], store=Store(tmp_path), chunk=4, cost=found)  # fmt: skip
+        return found
+
+    cost(10)
+    total = sum(r.seconds for r in Records(next(tmp_path.glob("further_training/*"))).finished())
+    assert cost(10).seconds == pytest.approx(total)
+    assert cost(2).seconds == pytest.approx(total / 5)
+    assert cost(2).reused == 1
+
+
+def test_whoever_uses_full_runs_that_are_there_is_charged_for_as_much_of_them(tmp_path: Path) -> None:
+    case = CASES["mlp_regression"]().to(torch.float32)
+
+    def used(epochs: int, seeds: int = 3, of: int = 3) -> Cost:
+        with measured("response") as cost:
+            runs = full_runs(
+                case.final_model, case.train, Protocol(batch_size=5, epochs=epochs), range(of),
+                store=Store(tmp_path), cost=cost,
+            )  # fmt: skip
+            assert len(list(itertools.islice(runs, seeds))) == seeds
+        return cost
+
+    made = used(10)
+    assert made.reused == 0, "they were made here, and their time measured"
+    kept = [json.loads(p.read_text()) for p in tmp_path.glob("trajectory/*/cost.json")]
+    total = sum(k["seconds"] for k in kept)
+    assert len(kept) == 3
+    assert 0 < total <= made.seconds
+    for epochs, seeds, share in ((10, 3, 1), (2, 3, 1 / 5), (10, 1, 1 / 3)):
+        again = used(epochs, seeds)
+        assert again.reused_seconds == pytest.approx(share * total)
+        assert again.reused == pytest.approx(share * total / again.seconds)
+    some = used(10, seeds=5, of=5)
+    assert some.reused_seconds == pytest.approx(total), "two more were made"
+    assert 0 < some.reused < 1
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing_false_behind(tmp_path: Path) -> None:

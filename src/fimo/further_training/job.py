@@ -82,7 +82,11 @@ class Job:
         done = self._finished()
         found = [done[r] for r in [*self.full, *self.runs] if r in done]
         self.found = len(found)
-        self.found_seconds = sum(record.seconds / len(record.replicas) for record in found)
+        # of a run that went on for longer, the part that is used
+        self.found_seconds = sum(
+            record.seconds / len(record.replicas) * min(1.0, self.points[-1] / max(record.points))
+            for record in found
+        )
         self.found_memory_mb = max((record.memory_mb for record in found), default=0.0)
         self._full_losses: dict[int, Tensor] = {}
         self._one_thread, self._losses_lock = threading.Lock(), threading.Lock()

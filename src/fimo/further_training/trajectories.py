@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from filelock import FileLock
 from safetensors import safe_open
 from torch import Tensor
 
+from fimo.cost import Cost
 from fimo.data.instances import Instances
 from fimo.door import choices
 from fimo.fingerprint import Key, Problem, folder_of, trajectory_key
@@ -23,7 +26,7 @@ from fimo.further_training.replicas import Replica
 from fimo.further_training.setting import Setting, chunk_size, worker_threads
 from fimo.further_training.trajectory import Trajectory
 from fimo.models.final_model import FinalModel
-from fimo.store import Store, write_tensors
+from fimo.store import Store, write_tensors, written_aside
 
 TENSORS = ("parameters", "second_moment")
 
@@ -58,6 +61,7 @@ def full_runs(
     device: torch.device | str | None = None,
     trainer: Mapping[str, Any] | None = None,
     problem: Problem | None = None,
+    cost: Cost | None = None,
 ) -> Iterator[Trajectory]:
     """Yield the seeds' full runs: parameters at θ^f and at each evaluation point.
 
@@ -67,6 +71,7 @@ def full_runs(
         device: where the runs are made.
         trainer: arguments of the Lightning Trainer, whose accelerator is used where ``device`` is None.
         problem: the description of ``final_model`` and ``train``, where it is known already.
+        cost: is charged with what runs that the store has already took to make, as far as they are used.
 
     Yields:
         One :class:`Trajectory` for each seed, in the protocol's dtype on the device. For Adam,
@@ -87,7 +92,7 @@ def full_runs(
         if len(folders) < len(chosen):
             yield from _in_memory(setting, chosen)
         else:
-            yield from _stored(setting, chosen, folders)
+            yield from _stored(setting, chosen, folders, cost)
 
 
 def _key(problem: Callable[[], Problem], protocol: Protocol, seed: int) -> Key:
@@ -162,7 +167,9 @@ def _in_memory(setting: Setting, seeds: Sequence[int]) -> Iterator[Trajectory]:
         yield _trajectory(seed, [tensors[row] for tensors in points])
 
 
-def _stored(setting: Setting, seeds: Sequence[int], folders: Sequence[Path]) -> Iterator[Trajectory]:
+def _stored(
+    setting: Setting, seeds: Sequence[int], folders: Sequence[Path], cost: Cost | None
+) -> Iterator[Trajectory]:
     names = list(setting.final_model.parameters())
     kinds = TENSORS if setting.protocol.optimizer != "sgd" else TENSORS[:1]
     steps = [0, *evaluation_points(setting.protocol, len(setting.train))[0]]
@@ -174,6 +181,7 @@ def _stored(setting: Setting, seeds: Sequence[int], folders: Sequence[Path]) -> 
     def missing() -> list[int]:
         return [seed for seed in seeds if not all(p.exists() for p in paths[seed])]
 
+    made: list[int] = []
     with contextlib.ExitStack() as stack:
         if missing():
             for folder in sorted(
@@ -181,12 +189,28 @@ def _stored(setting: Setting, seeds: Sequence[int], folders: Sequence[Path]) -> 
             ):  # always in the same order, so that no two processes wait in a ring
                 stack.enter_context(FileLock(folder / ".lock"))
         if made := missing():
+            start = time.perf_counter()
             for at, (_, tensors) in enumerate(_points(setting, made)):
                 for seed, own in zip(made, tensors, strict=True):
                     if not paths[seed][at].exists():
                         contents = {f"{k}.{n}": t for k in kinds for n, t in own[k].items()}
                         write_tensors(paths[seed][at], contents)
-    for seed in seeds:
+            each = (time.perf_counter() - start) / len(made)
+            for seed, folder in zip(seeds, folders, strict=True):
+                if seed in made:
+                    with written_aside(folder / "cost.json") as aside:
+                        aside.write_text(json.dumps({"seconds": each, "steps": steps[-1]}))
+    for seed, folder in zip(seeds, folders, strict=True):
+        if cost is not None and seed not in made:
+            cost.reuse(_seconds(folder, steps[-1]))
         yield _trajectory(
             seed, [{k: _StoredTensors(p, k, names, setting.device) for k in kinds} for p in paths[seed]]
         )
+
+
+def _seconds(folder: Path, steps: int) -> float:
+    """Return what the first steps of a stored run took to make; 0 where that was not written down."""
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads((folder / "cost.json").read_text())
+        return float(kept["seconds"] * min(1.0, steps / kept["steps"]))
+    return 0.0
