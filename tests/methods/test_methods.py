@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -69,6 +70,14 @@ def build(name: str, **changes: Any) -> AttributionMethod:
 def test_a_method_is_built_from_a_file_that_puts_it_under_methods(name: str) -> None:
     assert (CONF / f"{name}.yaml").read_text().startswith("# @package methods\n")
     assert isinstance(build(name), AttributionMethod)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_class_and_its_file_have_the_same_defaults(path: Path) -> None:
+    ((name, config),) = OmegaConf.to_container(OmegaConf.load(path)).items()  # type: ignore[union-attr]
+    signature = inspect.signature(get_class(config.pop("_target_")).__init__)
+    defaults = {k: p.default for k, p in signature.parameters.items() if k != "self"}
+    assert config == defaults, name
 
 
 @pytest.mark.parametrize("case_name", CASES)
@@ -270,7 +279,7 @@ def test_propagated_outputs_give_the_loss_at_linearly_changed_outputs(case_name:
 @pytest.mark.parametrize("case_name", CASES)
 def test_self_influence_is_not_negative(case_name: str) -> None:
     case = CASES[case_name]()
-    for method in (GradDot(), DataInf(), ExactInfluence()):
+    for method in (GradDot(), DataInf(), ExactInfluence("auto")):
         scores = method.attribute(case.final_model, case.train, case.train)
         assert (scores.diagonal() >= 0).all()
 
@@ -307,8 +316,8 @@ def test_time_matched_damping_gives_scores_for_each_evaluation_point() -> None:
     for e, steps in enumerate((5, 10, 400)):
         one = ExactInfluence(1 / (0.1 * steps)).attribute(case.final_model, case.train, case.test)
         torch.testing.assert_close(scores[e], one)
-    with pytest.raises(InputError):
-        ExactInfluence("time_matched").attribute(case.final_model, case.train, case.test)
+    with pytest.raises(InputError, match=r"further_training: .* none was given; damping='auto' does without"):
+        ExactInfluence().attribute(case.final_model, case.train, case.test)
 
 
 def test_a_measurement_replaces_the_test_loss_alone() -> None:

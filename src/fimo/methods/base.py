@@ -45,6 +45,9 @@ class AttributionMethod(ABC):
         """Whether single seeds' runs are followed, and not only the amount of further training."""
         return self.follows_further_training
 
+    without_further_training: str = ""
+    """What to choose where there is none, for an error message."""
+
     further_training: FurtherTraining | None = None
     """The further training to predict, where the method follows it."""
 
@@ -95,7 +98,10 @@ class AttributionMethod(ABC):
             InputError: the method follows further training and none was given, or an index is out of range.
         """
         if self.follows_further_training and further_training is None:
-            raise InputError("further_training", f"{type(self).__name__} follows it, but none was given")
+            raise InputError(
+                "further_training",
+                f"{type(self).__name__} follows it, but none was given{self.without_further_training}",
+            )
         self.further_training = further_training
         self.left_out = choices.indices(left_out, len(train), "left_out")
         self.fit(final_model, train)

@@ -135,7 +135,7 @@ class ConjugateGradients(IterativeMethod):
 
     def __init__(
         self,
-        damping: DampingValue = "auto",
+        damping: DampingValue = "time_matched",
         propagate: Literal["loss", "outputs"] = "loss",
         tolerance: float = 1e-5,
         max_iterations: int = 1000,

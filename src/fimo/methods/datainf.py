@@ -53,6 +53,8 @@ class DataInf(GradientMethod):
             raise InputError("layers", f"expected one of parameter, module but got {layers!r}")
         self.damping, self.grouping = Damping.parse(damping), layers
         self.follows_further_training = self.damping.kind == "time_matched"
+        if self.follows_further_training:
+            self.without_further_training = "; damping='auto' does without"
 
     @property
     def follows_seeds(self) -> bool:

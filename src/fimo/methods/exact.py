@@ -31,7 +31,7 @@ class ExactInfluence(CurvatureMethod):
 
     def __init__(
         self,
-        damping: DampingValue = "auto",
+        damping: DampingValue = "time_matched",
         propagate: Literal["loss", "outputs"] = "loss",
         curvature: Literal["gauss_newton", "empirical"] = "gauss_newton",
         max_dimension: int = MAX_DIMENSION,

@@ -65,7 +65,8 @@ class CurvatureMethod(GradientMethod):
     stands in for finitely many.
 
     Args:
-        damping: see :class:`~fimo.curvature.damping.Damping`.
+        damping: see :class:`~fimo.curvature.damping.Damping`; ``time_matched``, which needs further training
+            to match, is the default of ``exact``, ``cg`` and ``lissa``, and ``auto`` that of the others.
         propagate: ``loss`` takes the loss as linear in the parameter change; ``outputs`` takes the outputs as
             linear and evaluates the loss at the changed outputs, which keeps its curvature.
     """
@@ -85,6 +86,8 @@ class CurvatureMethod(GradientMethod):
             raise InputError("propagate", f"expected one of loss, outputs but got {propagate!r}")
         self.damping, self.propagate = Damping.parse(damping), propagate
         self.follows_further_training = self.damping.kind == "time_matched"
+        if self.follows_further_training:
+            self.without_further_training = "; damping='auto' does without"
 
     @property
     def follows_seeds(self) -> bool:

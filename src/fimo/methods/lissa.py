@@ -71,7 +71,7 @@ class Lissa(IterativeMethod):
 
     def __init__(
         self,
-        damping: DampingValue = "auto",
+        damping: DampingValue = "time_matched",
         propagate: Literal["loss", "outputs"] = "loss",
         curvature: Literal["gauss_newton", "hessian"] = "gauss_newton",
         depth: int | None = None,

@@ -34,7 +34,7 @@ class Unrolled(FollowingMethod):
         mode: ``forward`` carries one tangent per left-out instance, ``reverse`` one adjoint per evaluation
             point and test output, for all N instances at once; ``auto``: whichever are fewer.
         propagate: ``outputs`` evaluates the loss at the changed outputs; ``loss`` takes it as linear in them.
-        seeds: at most this many of the gold standard's; all when None. A tangent costs about three runs.
+        seeds: at most this many of the followed ones; all when None. A tangent costs about three runs.
         chunk: tangents or adjoints carried together.
     """
 
@@ -42,7 +42,7 @@ class Unrolled(FollowingMethod):
         self,
         mode: Literal["auto", "forward", "reverse"] = "auto",
         propagate: Literal["outputs", "loss"] = "outputs",
-        seeds: int | None = None,
+        seeds: int | None = 1,
         chunk: int = 32,
     ) -> None:
         if mode not in ("auto", "forward", "reverse"):
