@@ -4,8 +4,10 @@
 
 prints, per method, the agreement (cosine, mean over test instances) at a few epochs, its ratio to the noise
 ceiling in brackets, and the CPU time relative to the gold standard's. The final model is trained first.
-``fewer seeds`` is the gold standard itself with a tenth of its seeds. Methods follow the gold standard's own
-seeds unless ``--follow-from`` names others.
+``again`` is the lower ceiling: what the gold standard made again with as many other seeds would show. Methods
+follow as many seeds of their own, which the gold standard does not use, and ``fewer seeds`` is real runs of
+all left-out instances with a tenth as many of these; ``--follow-from 0`` takes the gold standard's own seeds,
+whose noise both then know, and the table says so.
 
     python benchmarks/response.py --suite
 
@@ -30,9 +32,10 @@ from fimo.data.bundled import BundledData
 from fimo.data.concrete import ConcreteData
 from fimo.data.instances import Instances
 from fimo.data.tabular import Table, TabularModule
-from fimo.evaluation import agreement, noise_ceiling
-from fimo.further_training import full_runs, further_train
+from fimo.evaluation import agreement, noise_ceilings
+from fimo.further_training import full_runs, further_train, other_seeds
 from fimo.further_training.protocol import Protocol
+from fimo.further_training.seeds import relation
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.base import AttributionMethod
@@ -119,6 +122,7 @@ def show(a: argparse.Namespace) -> None:
         leave_out=a.leave_out, momentum=a.momentum,
     )  # fmt: skip
     seeds, left_out = list(range(a.seeds)), evenly(len(train), a.left_out)
+    followed = other_seeds(seeds) if a.follow_from is None else [a.follow_from + s for s in seeds]
     start, wall = time.process_time(), time.perf_counter()
     truth = further_train(
         final_model, train, test, protocol, seeds, left_out.tolist(),
@@ -127,15 +131,22 @@ def show(a: argparse.Namespace) -> None:
     gold, gold_wall = time.process_time() - start, time.perf_counter() - wall
     shown = [e for e in (1, 2, 5, 10, 20, 50, 100, 200, 300, 500) if e <= a.epochs]
     at = torch.tensor(shown) - 1
-    ceiling = noise_ceiling(truth.raw, "cosine", seed_counts=[a.seeds])[at, 0]
+    ceilings = noise_ceilings(truth.raw, "cosine", seed_counts=[a.seeds])
+    ceiling, lower = ceilings.upper[at, 0], ceilings.lower[at, 0]
     print(f"{a.dataset}, {a.optimizer} {a.lr}, batch {protocol.batch_size}, {a.leave_out}")
     print(f"N={len(train)}, L={len(left_out)}, J={len(test)}, S={a.seeds}")
     print(f"gold standard: {gold:.1f} s CPU, {gold_wall:.1f} s")
+    print(f"followed: seeds {followed[0]} to {followed[-1]} ({relation(followed, seeds)})")
     print(f"{'epoch':20s} {'cost':>6s} " + " ".join(f"{e:>12d}" for e in shown))
     print(f"{'ceiling':20s} {'1':>6s} " + " ".join(f"{c:>12.3f}" for c in ceiling))
+    again = " ".join(f"{v:6.3f} ({v / c:.2f})" for v, c in zip(lower, ceiling, strict=True))
+    print(f"{'again':20s} {'1':>6s} {again}")
     few = max(1, a.seeds // 10)
-    print_row("fewer seeds", few / a.seeds, truth.raw[:few].mean(0), truth, at, ceiling)
-    followed = [a.follow_from + s for s in seeds]
+    real = further_train(
+        final_model, train, test, protocol, followed[:few], left_out.tolist(),
+        trainer={"enable_progress_bar": False},
+    )  # fmt: skip
+    print_row("fewer seeds", few / a.seeds, real.raw.mean(0), truth, at, ceiling)
     ft = FurtherTraining(
         protocol, tuple(truth.step.tolist()), tuple(followed),
         lambda: full_runs(final_model, train, protocol, followed),
@@ -218,7 +229,9 @@ def arguments(words: list[str]) -> argparse.Namespace:
     p.add_argument("--leave-out", default="shift", choices=["shift", "mask", "every_batch"])
     p.add_argument("--epochs", type=int, default=20)
     p.add_argument("--seeds", type=int, default=10)
-    p.add_argument("--follow-from", type=int, default=0, help="first of the seeds that methods follow")
+    p.add_argument(
+        "--follow-from", type=int, help="first seed that methods follow; the next unused by default"
+    )
     p.add_argument("--left-out", type=int, default=50)
     p.add_argument("--tests", type=int, default=50)
     p.add_argument("--threads", type=int, default=1)

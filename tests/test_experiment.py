@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from fimo.errors import InputError
+from fimo.evaluation import evaluate
 from fimo.experiment import check_finite
+from fimo.further_training import Sensitivity
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -107,6 +109,27 @@ def test_the_tables_have_the_contracts_columns(default_run: Path) -> None:
     assert cost.set_index("stage").loc["further_training", "gradient_evaluations"] == pytest.approx(
         3 * 6 * full, rel=0.01
     )
+
+
+def test_python_s_evaluate_gives_the_numbers_of_the_command_line(default_run: Path) -> None:
+    folder = default_run / "run"
+    table = pd.read_csv(folder / "evaluation.csv")
+    access = dict(zip(table["method"], table["access"], strict=True))
+    names = ["response", "unrolled", "exact", "graddot"]
+    stored = {name: load_file(folder / "scores" / f"{name}.safetensors") for name in names}
+    found = evaluate(
+        {name: (access[name], tensors["scores"]) for name, tensors in stored.items()},
+        Sensitivity.load(folder / "sensitivity.safetensors"),
+        followed={n: t["followed_seeds"].tolist() for n, t in stored.items() if "followed_seeds" in t},
+    )
+    keys = ["method", "metric", "step", "seeds"]
+    expected = table[table["method"].isin(names)].sort_values(keys).reset_index(drop=True)
+    whole = found["seeds"] == 3  # of fewer seeds, subsets are drawn, in the order in which metrics come
+    pd.testing.assert_frame_equal(
+        found[whole].sort_values(keys).reset_index(drop=True),
+        expected[expected["seeds"] == 3].reset_index(drop=True),
+        rtol=1e-5, check_dtype=False,
+    )  # fmt: skip
 
 
 def test_the_report_shows_rows_methods_and_the_ceiling_offline(default_run: Path) -> None:
