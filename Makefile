@@ -6,12 +6,13 @@ READY  := $(VENV)/.ready
 # torch's own threads and one test process per core would compete
 TEST_WORKERS ?= 2
 
-.PHONY: help setup run test lint clean
+.PHONY: help setup run test lint mutants clean
 
 help:
 	@echo 'make run    set up, then attribute the embedded default and write a report'
 	@echo 'make test   set up, then all tests'
 	@echo 'make lint   formatting, lint and types'
+	@echo 'make mutants  wrong edits that the tests would not notice: hours'
 	@echo 'make setup  the virtual environment in $(VENV)'
 
 setup: $(READY)
@@ -40,6 +41,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# wrong edits of the numerical core, by random sample, each against the tests that run the edited line
+mutants: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,mutation]'
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutation.py cover
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutation.py run
+	$(BIN)/python benchmarks/mutation.py report
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

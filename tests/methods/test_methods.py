@@ -29,7 +29,7 @@ from fimo.methods.top import top_k
 from fimo.methods.tracin import TracIn
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import cross_entropy, mean_squared_error
-from tests.cases import CASES
+from tests.cases import CASES, LINEAR_CASES
 from tests.reference import attribution as dense
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
@@ -113,9 +113,14 @@ def test_blocks_change_no_score(name: str, case_name: str, tmp_path: Path) -> No
     small = case.final_model.size * 8 * 3 / 2**20  # three gradients at once
     in_blocks = build(name, memory_mb=small).attribute(case.final_model, case.train, case.test)
     torch.testing.assert_close(in_blocks, scores)
+    evaluations = []
     for _ in range(2):  # written, then read back
         method = build(name, memory_mb=small, cache=str(tmp_path))
         torch.testing.assert_close(method.attribute(case.final_model, case.train, case.test), scores)
+        evaluations.append(method.gradient_evaluations)
+    if case_name not in LINEAR_CASES:  # whose gradients are factored, and fit
+        assert any(tmp_path.iterdir())
+        assert evaluations[1] < evaluations[0]
 
 
 @pytest.mark.parametrize("case_name", CASES)

@@ -120,6 +120,29 @@ def test_lissa_with_the_hessian_says_that_it_diverges() -> None:
     assert method.dampings().item() > -least
 
 
+def test_with_batches_lissa_bounds_the_largest_eigenvalue_of_any_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By rows: the largest instance's. Through the network: twice the whole's, as a batch's may be larger."""
+    case = CASES["mlp_classification"]()
+    rows = InstanceGradients(case.final_model).gauss_newton(case.train).dense()
+    largest = torch.linalg.eigvalsh(dense.gauss_newton(case.final_model, case.train))[-1].item()
+    found = {}
+    for batch_size in (None, 4):
+        method = Lissa(1.0, batch_size=batch_size)
+        method.fit(case.final_model, case.train)
+        found[batch_size] = method.largest()
+    assert found[None] == pytest.approx(largest, rel=1e-3)
+    assert found[4] == pytest.approx(rows.square().sum((1, 2)).max().item())
+    assert found[4] >= max(torch.linalg.matrix_norm(r, 2).item() ** 2 for r in rows)
+    monkeypatch.setattr("fimo.methods.lissa.MAX_DIMENSION", 0)
+    monkeypatch.setattr("fimo.methods.cg.MAX_ROWS", 0)
+    for batch_size, factor in ((None, 1), (4, 2)):
+        method = Lissa(1.0, batch_size=batch_size)
+        method.fit(case.final_model, case.train)
+        assert method.largest() == pytest.approx(factor * largest, rel=0.05)
+
+
 def test_batches_of_lissa_are_near_the_whole_in_both_spaces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
