@@ -141,7 +141,11 @@ def test_the_report_shows_rows_methods_and_the_ceiling_offline(default_run: Path
 
 
 def test_a_rerun_reuses_everything_and_gives_the_same_bytes(default_run: Path) -> None:
-    run(f"hydra.run.dir={default_run}/again", "report=false", "logger=none", folder=default_run)
+    done = run(f"hydra.run.dir={default_run}/again", "report=false", "logger=none", folder=default_run)
+    said = done.stdout + done.stderr
+    assert f"results: {default_run}/again\n" in said
+    assert "report.html" not in said, "which is not written"
+    assert "final model: loss " in said
     cost = pd.read_csv(default_run / "again" / "cost.csv").set_index("stage")
     assert (cost.loc[["final_model", "further_training", "graddot"], "reused"] == 1).all()
     first = pd.read_csv(default_run / "run" / "cost.csv").set_index("stage")

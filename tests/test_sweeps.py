@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 
 from fimo.command import main
 from fimo.errors import InputError
-from fimo.jobs import JobRecord, code_identity, job_identity, run_once
+from fimo.fingerprint import code_identity
+from fimo.jobs import JobRecord, job_identity, run_once
 from fimo.sweep import Sweep, is_sweep, job_overrides
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +42,7 @@ def records(sweep: Path) -> list[JobRecord]:
 @pytest.fixture
 def sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
     """Run a sweep in this process with the basic launcher; return its exit status and what it printed."""
-    for module in ("fimo.sweep", "fimo.jobs"):  # someone may be at work on the code
+    for module in ("fimo.sweep", "fimo.fingerprint"):  # someone may be at work on the code
         monkeypatch.setattr(f"{module}.code_identity", lambda: "as it is")
 
     def run(*arguments: str) -> tuple[int, str]:
@@ -135,7 +136,7 @@ def test_shards_divide_the_seeds_or_else_the_left_out_instances(sweep, tmp_path:
         ("until=further_training further_training.shard=3/3", "expected k/n with k from 0 to n - 1"),
         ("until=further_training further_training.shard=0/9", "expected at most 4 parts but got 9"),
         ("further_training.shard=0/2", "is for runs with until=further_training"),
-        ("until=final_model", "until: expected one of further_training, report"),
+        ("until=final_model", "until: expected one of check, further_training, report"),
     ],
 )
 def test_a_part_that_there_is_not_is_refused(sweep, tmp_path: Path, arguments: str, said: str) -> None:
@@ -273,9 +274,16 @@ def test_a_finished_job_is_skipped_unless_its_settings_files_or_code_changed(
     run(config)
     run({**config, "a": 2})
     assert len(runs) == 3
-    monkeypatch.setattr("fimo.jobs.code_identity", lambda: "edited")
+    prompts = tmp_path / "prompts.csv"  # any setting may name a file
+    for text in ("1", "23"):
+        prompts.write_text(text)
+        run({**config, "dataset": {"path": str(data), "prompts": str(prompts)}})
+    assert len(runs) == 5
     run({**config, "a": 2})
-    assert len(runs) == 4
+    assert len(runs) == 6
+    monkeypatch.setattr("fimo.fingerprint.code_identity", lambda: "edited")
+    run({**config, "a": 2})
+    assert len(runs) == 7
     assert json.loads((tmp_path / "job.json").read_text())["objective"] == 0.5
 
 

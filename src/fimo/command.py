@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import re
@@ -20,11 +21,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fimo.config import nearest, validated
-from fimo.errors import CheckFailedError, InputError
+from fimo import inventory
+from fimo.config import nearest, plain, validated
+from fimo.errors import CheckFailedError, InputError, shortened
 from fimo.jobs import run_once
 from fimo.mistakes import in_one_line, readable
-from fimo.sweep import Sweep, is_sweep
+from fimo.run_folder import RunFolder, given_folder
+from fimo.sweep import Sweep, is_sweep, only_shows, resolved
 
 # the launchers' settings have the plugins' own names, so that Hydra checks them against the plugins' schemas
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
@@ -38,28 +41,34 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 
 def main(conf: Path) -> None:
     """Run the command line given in ``sys.argv``, with configuration groups from the folder ``conf``."""
+    if sys.argv[1:2] == ["store"]:
+        inventory.console(sys.argv[2:])
     conf = conf.resolve()  # Hydra would take a relative folder as relative to this file
     sys.argv[1:] = sorted(map(readable, sys.argv[1:]), key=lambda argument: argument not in MULTIRUN)
     try:
-        with _own_errors():
+        with _own_errors(), _open_output():
             _start(conf)
+    except (HydraException, OmegaConfBaseException) as error:  # some are OSErrors too
+        _fail(in_one_line(error, conf))
     except (InputError, OSError) as error:
         _fail(error)
-    except (HydraException, OmegaConfBaseException) as error:
-        _fail(in_one_line(error, conf))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from what is in the store", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 def _start(conf: Path) -> None:
-    start = hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(job)
+    as_command = hydra.main(version_base="1.3", config_path=str(conf), config_name="config")
     check_flags(sys.argv[1:])
     check_choices(sys.argv[1:], conf)
     check_plugins(sys.argv[1:], conf)
     if not is_sweep(sys.argv[1:]):
-        start()
+        given = None if only_shows(sys.argv[1:]) else given_folder(sys.argv[1:])
+        # held before Hydra writes its files into it
+        held = None if given is None else RunFolder(Path(resolved(given)))
+        as_command(functools.partial(job, held=held))()
         return
+    start = as_command(job)
     sweep = Sweep(sys.argv[1:], conf)
     sys.argv += sweep.arguments
     try:
@@ -98,6 +107,20 @@ def _own_errors() -> Iterator[None]:
             os.environ[FULL_ERROR] = before
 
 
+@contextlib.contextmanager
+def _open_output() -> Iterator[None]:
+    """End without a word where whoever read the output has closed it (``--help | head``)."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # not at the end of the process, where nobody could catch it
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
 def console() -> None:
     """Run the command line with the packaged configuration: the console command ``fimo``."""
     sys.path.insert(0, str(Path.cwd()))  # a user's own modules, as with `python -m`
@@ -105,8 +128,11 @@ def console() -> None:
     main(packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf")
 
 
-def job(composed: DictConfig) -> float | None:
+def job(composed: DictConfig, held: RunFolder | None = None) -> float | None:
     """Run one job of a sweep, or the only one.
+
+    Args:
+        held: the only one's folder, where it is held already.
 
     Returns:
         The objective for a sweeper that searches (:func:`fimo.experiment.best_agreement`); NaN where the job
@@ -116,7 +142,11 @@ def job(composed: DictConfig) -> float | None:
     folder = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode == RunMode.RUN:
         try:
-            return _run(composed, folder)
+            held = held or RunFolder(folder)
+            try:
+                return _run(composed, folder, held)
+            finally:
+                held.end()
         except (InputError, OSError) as error:  # here, since Hydra would print the overrides above it
             _fail(error)
         except CheckFailedError:  # its table is printed
@@ -133,8 +163,10 @@ def job(composed: DictConfig) -> float | None:
     )
 
 
-def _run(composed: DictConfig, folder: Path) -> float | None:
+def _run(composed: DictConfig, folder: Path, held: RunFolder | None = None) -> float | None:
     config = validated(composed, conf_folder())
+    if held is not None:
+        held.begin(plain(config))
     from fimo.experiment import run_experiment  # torch and Lightning take seconds to import
 
     try:
@@ -167,16 +199,26 @@ def check_choices(arguments: list[str], conf: Path) -> None:
         InputError: naming the group.
     """
     for argument in arguments:
-        match = re.fullmatch(r"\+?([a-z_]+)=([\w\-/,\[\] ]+)", argument)
+        match = re.fullmatch(r"\+*([a-z_]+)=([^$()]*)", argument)  # nothing that Hydra would work out
+        if match and match[1] == "methods" and match[2][:1] != "{":
+            raise InputError("methods", f"did you mean +method={match[2]}?")
         if not match or not (conf / match[1]).is_dir():
             continue
-        folder = conf / match[1]
+        group, folder = match[1], conf / match[1]
         allowed = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
-        for choice in re.split(r"[,\[\] ]+", match[2]):
+        there = f"there are {shortened(allowed, 30)}"
+        choices = [choice.strip("'\"") for choice in re.split(r"[,\[\] ]+", match[2]) if choice]
+        if not choices:
+            raise InputError(group, f"expected a choice but got nothing; {there}")
+        for choice in choices:
             if choice == "null":
-                raise InputError(match[1], f"null is no choice; ~{match[1]} leaves the group out")
-            if choice and choice not in allowed:
-                raise InputError(match[1], f"no choice {choice!r}; {nearest(choice, allowed)}")
+                without = (
+                    "without it all methods run" if group == "method" else f"~{group} leaves the group out"
+                )
+                raise InputError(group, f"null is no choice; {without}")
+            if choice not in allowed:
+                hint = there if choice in ("?", "help", "list", "all") else nearest(choice, allowed)
+                raise InputError(group, f"no choice {choice!r}; {hint}")
 
 
 def check_plugins(arguments: list[str], conf: Path) -> None:

@@ -29,6 +29,7 @@ from fimo.curvature.solvers import DivergenceError
 from fimo.environment import quiet_libraries, trainer_settings
 from fimo.errors import InputError
 from fimo.evaluation import assess
+from fimo.fingerprint import Problem
 from fimo.further_training import further_train
 from fimo.models.frozen import without_frozen_part
 from fimo.models.training import quality, save_checkpoint, train_final_model
@@ -87,6 +88,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
         write_costs(costs, run_dir / "cost.csv")
         return math.nan
 
+    shared = described(trained, seen)
     with measured("further_training") as cost:
         sensitivity = further_train(
             trained,
@@ -101,6 +103,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
             subtract_mean=plan.subtract_mean,
             trainer=trainer_settings(config),
             cost=cost,
+            problem=shared if isinstance(shared, Problem) else None,
         )
         sensitivity.save(run_dir / "sensitivity.safetensors", with_raw=config.further_training.save_raw)
     costs.append(cost)
@@ -112,7 +115,6 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     placed = trained.to(device)
     scores: dict[str, tuple[str, Tensor]] = {}
     errors: dict[str, Tensor] = {}
-    shared = described(placed, seen)
     for name, method in methods.items():
         with measured(name) as cost:
             try:
@@ -174,7 +176,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     write_costs([*costs, cost], run_dir / "cost.csv")
     for note in evaluation.notes:
         log.warning("%s", note)
-    log.info("report: %s", run_dir / "report.html")
+    log.info("results: %s", run_dir / "report.html" if config.report else run_dir)
     return best_agreement(evaluation.table, config.evaluation.metrics[0])
 
 

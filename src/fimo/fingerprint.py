@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fimo.description import Indescribable, describe
-from fimo.sources import Sources, origin, package_code, user_code
-from fimo.store import Store
+from fimo.sources import PACKAGE_SOURCES, Sources, origin, package_code, user_code
 
 if TYPE_CHECKING:  # a sweep's jobs have a fingerprint before torch is imported
     from torch import nn
@@ -35,8 +34,17 @@ if TYPE_CHECKING:  # a sweep's jobs have a fingerprint before torch is imported
     from fimo.further_training.protocol import Protocol
     from fimo.models.final_model import FinalModel
     from fimo.models.losses import Loss
+    from fimo.store import Store
 
 log = logging.getLogger(__name__)
+
+FOLDER_KEYS = ("path", "checkpoint", "file", "prompts", "train", "test")
+"""Parts of settings' names that may be folders of input files."""
+
+VERSION = 2
+"""Of the store, part of every key. Raise it when files of the store change their layout or meaning, or when
+something that results depend on was missing from keys: nothing kept before is then read again. Edited code
+needs no raise, since its source is in the keys."""
 
 PACKAGES = ("torch", "numpy", "scikit-learn", "pytorch-lightning")
 """Whose versions any result depends on; so it does on those of the packages that its functions are from."""
@@ -175,6 +183,20 @@ def scores_key(
     return Key(parts, f"{name}, {len(test):,} x {len(left_out):,} scores, {problem.about}")
 
 
+def job_key(config: Any) -> str:
+    """Return a hash of all that a job's files depend on: configuration, what it names, all code, versions.
+
+    Args:
+        config: as plain containers. Files count by their size and time, as they may be large.
+    """
+    return digest(_portable(config), sorted(set(_named(config, _file_stamp))), code_identity())
+
+
+def code_identity() -> str:
+    """Return a hash of the whole package's source and of the versions that results depend on."""
+    return digest(PACKAGE_SOURCES.everything(), versions())
+
+
 def gradients_key(
     final_model: FinalModel, instances: Instances, kind: str, settings: Mapping[str, Any]
 ) -> Key:
@@ -209,19 +231,20 @@ def data_hash(instances: Instances) -> str:
 
 def named_in(settings: Any) -> list[str]:
     """Return hashes of what settings name: files, and modules by the dotted names of what is in them."""
-    return sorted(set(_named(settings)))
+    return sorted(set(_named(settings, file_hash)))
 
 
-def _named(node: Any) -> Iterator[str]:
+def _named(node: Any, of_file: Callable[[Path], str], key: str = "") -> Iterator[str]:
     if isinstance(node, Mapping):
-        node = list(node.values())
-    if isinstance(node, list | tuple):
+        for name, entry in node.items():
+            yield from _named(entry, of_file, str(name))
+    elif isinstance(node, list | tuple):
         for entry in node:
-            yield from _named(entry)
+            yield from _named(entry, of_file, key)
     elif isinstance(node, str | Path) and (text := str(node)):
-        if _is_file(text):
-            yield f"file:{file_hash(Path(text))}"
-        elif "." in text and all(part.isidentifier() for part in text.split(".")):
+        for path in _files(Path(text), any(word in key for word in FOLDER_KEYS)):
+            yield f"file:{path}:{of_file(path)}"
+        if "." in text and all(part.isidentifier() for part in text.split(".")):
             yield from _code(text)
 
 
@@ -236,6 +259,11 @@ def _code(dotted: str) -> Iterator[str]:
             return
 
 
+def contents(folder: Path, pattern: str) -> list[str]:
+    """Return the name and hash of every file of a pattern in a folder."""
+    return [f"{path.relative_to(folder)}:{file_hash(path)}" for path in sorted(folder.rglob(pattern))]
+
+
 def file_hash(path: Path) -> str:
     """Return a hash of a file's bytes."""
     with path.open("rb") as file:
@@ -247,11 +275,18 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def _is_file(text: str) -> bool:
+def _file_stamp(path: Path) -> str:
+    return f"{path.stat().st_size}:{path.stat().st_mtime_ns}"
+
+
+def _files(path: Path, folders: bool) -> list[Path]:
+    """Return the file that a text names, or all files of the folder; nothing where it names none."""
     try:
-        return Path(text).is_file()
+        if path.is_file():
+            return [path]
+        return sorted(p for p in path.rglob("*") if p.is_file()) if folders and path.is_dir() else []
     except (OSError, ValueError):  # too long, or not a path at all
-        return False
+        return []
 
 
 def _words(settings: Mapping[str, Any]) -> str:

@@ -7,31 +7,27 @@ packages' versions are the same; any other is run again, and takes from the stor
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import logging
 import math
 import os
 import platform
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from fimo.errors import InputError
+from fimo.fingerprint import job_key
+from fimo.run_folder import clear
 
 log = logging.getLogger(__name__)
 
 RECORD = "job.json"
 LOCK = ".job.lock"
-PACKAGES = ("torch", "pytorch-lightning", "numpy", "scikit-learn")
-FILE_KEYS = ("path", "checkpoint", "file")
 
 
 @dataclass
@@ -102,6 +98,8 @@ def run_once(
             return before.objective
         if before is not None and before.done:
             log.info("job %d was done with other settings, files or code: it runs again", number)
+        if before is not None and before.identity != record.identity:
+            clear(folder)  # no result of theirs may stay beside this job's
         return _attempt(work, record, folder, go_on)
 
 
@@ -128,54 +126,5 @@ def _attempt(work: Callable[[], float | None], record: JobRecord, folder: Path, 
 
 
 def job_identity(config: DictConfig) -> str:
-    """Return a hash of all that a job's result depends on: configuration, input files, code, versions."""
-    return digest(OmegaConf.to_yaml(config, resolve=True), code_identity(), *_inputs(config, ""))
-
-
-def code_identity() -> str:
-    """Return a hash of the package's source and of the versions that results depend on."""
-    versions = [platform.python_version(), *(importlib.metadata.version(p) for p in PACKAGES)]
-    return digest(*versions, *contents(Path(__file__).parent, "*.py"))
-
-
-def _inputs(node: Any, key: str) -> Iterator[str]:
-    """Yield what identifies the files and the user's own modules that a configuration names."""
-    if OmegaConf.is_dict(node):
-        for name in node:
-            yield from _inputs(node[name], str(name))
-    elif OmegaConf.is_list(node):
-        for entry in node:
-            yield from _inputs(entry, key)
-    elif isinstance(node, str):
-        path = Path(node)
-        if any(word in key for word in FILE_KEYS) and node and path.exists():
-            for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
-                yield f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}"
-        elif "." in node and all(part.isidentifier() for part in node.split(".")):
-            yield from _module_source(node)
-
-
-def _module_source(dotted: str) -> Iterator[str]:
-    """Yield the source of the module that a dotted name is in, where it is not an installed package's."""
-    parts = dotted.split(".")
-    if parts[0] in ("fimo", "torch"):
-        return
-    for length in range(len(parts), 0, -1):
-        try:
-            spec = importlib.util.find_spec(".".join(parts[:length]))
-        except (ImportError, ValueError):
-            continue
-        if spec is not None and spec.origin and Path(spec.origin).is_file():
-            yield hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
-            return
-
-
-def contents(folder: Path, pattern: str) -> Iterator[str]:
-    """Yield the name and hash of every file of a pattern in a folder."""
-    for path in sorted(folder.rglob(pattern)):
-        yield f"{path.relative_to(folder)}:{hashlib.sha256(path.read_bytes()).hexdigest()}"
-
-
-def digest(*parts: Any) -> str:
-    """Return a hash of values that JSON can hold."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    """Return a hash of all that a job's result depends on."""
+    return job_key(OmegaConf.to_container(config, resolve=True))

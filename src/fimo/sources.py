@@ -77,6 +77,14 @@ class Sources:
             digest.update(f"{name}:{hashlib.sha256(self.text(path)).hexdigest()};".encode())
         return digest.hexdigest()[:24]
 
+    def everything(self) -> str:
+        """Return a hash of every module of the package."""
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(self.folder)}:".encode())
+            digest.update(hashlib.sha256(self.text(path)).digest())
+        return digest.hexdigest()[:24]
+
     def with_imports(self, modules: Iterable[str]) -> list[str]:
         """Return modules and all that they import of this package and of the user's own, sorted."""
         found: set[str] = set()

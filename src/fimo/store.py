@@ -22,10 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-VERSION = 2
-"""Part of every key. Raise it when files of the store change their layout or meaning, or when something that
-results depend on was missing from keys: nothing kept before is then read again. Edited code needs no raise:
-its source is in the keys (:mod:`fimo.fingerprint`)."""
+from fimo.fingerprint import VERSION
 
 
 class Store:
@@ -47,7 +44,11 @@ class Store:
         full = {"version": VERSION, **key}
         text = json.dumps(full, sort_keys=True)
         folder = self.root / kind / hashlib.sha256(text.encode()).hexdigest()[:24]
-        if not (folder / "key.json").exists():
+        try:
+            os.utime(folder / "key.json")  # when it was used last, for pruning
+        except OSError:
+            if (folder / "key.json").exists():  # of a store that is only read
+                return folder
             folder.mkdir(parents=True, exist_ok=True)
             with written_aside(folder / "key.json") as path:
                 path.write_text(json.dumps({"about": about, "key": full}, sort_keys=True, indent=1))
@@ -101,3 +102,9 @@ def could_not_write(path: Path, error: Exception) -> OSError:
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Read a safetensors file as a dict of tensors."""
     return load_file(path, device=str(device))
+
+
+if __name__ == "__main__":
+    from fimo.inventory import console
+
+    console()

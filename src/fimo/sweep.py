@@ -12,7 +12,8 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from fimo.errors import InputError
-from fimo.jobs import LOCK, RECORD, JobRecord, code_identity, contents, digest
+from fimo.fingerprint import code_identity, contents, digest
+from fimo.jobs import LOCK, RECORD, JobRecord
 
 SWEEP_FOLDER = "hydra.sweep.dir="
 
@@ -36,12 +37,12 @@ class Sweep:
         given = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith(SWEEP_FOLDER)]
         self.arguments: list[str] = []
         if given:
-            self.folder = Path(_resolved(given[-1]))
+            self.folder = Path(resolved(given[-1]))
             if not self._hold():
                 raise InputError("hydra.sweep.dir", f"another sweep is running in {self.folder}")
         else:
             earlier = [p for p in _earlier(pattern) if _read(p / "sweep.json").get("identity") == identity]
-            for self.folder in [*earlier, Path(_resolved(pattern))]:
+            for self.folder in [*earlier, Path(resolved(pattern))]:
                 if self._hold():
                     break
             self.arguments = [f"{SWEEP_FOLDER}'{self.folder}'"]
@@ -130,10 +131,26 @@ def _what_differs(records: Sequence[JobRecord]) -> dict[int, str]:
 
 def is_sweep(arguments: Sequence[str]) -> bool:
     """Return whether a command line starts a sweep (and not its help, or its configuration)."""
-    only_shown = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i")
-    if any(a.split("=")[0] in only_shown for a in arguments):
-        return False
-    return any(a in ("-m", "--multirun", "hydra.mode=MULTIRUN") for a in arguments)
+    return not only_shows(arguments) and any(
+        a in ("-m", "--multirun", "hydra.mode=MULTIRUN") for a in arguments
+    )
+
+
+def only_shows(arguments: Sequence[str]) -> bool:
+    """Return whether a command line asks for help or for its configuration, and runs nothing."""
+    flags = (
+        "--help",
+        "-h",
+        "--hydra-help",
+        "--version",
+        "--cfg",
+        "-c",
+        "--info",
+        "-i",
+        "--shell-completion",
+        "-sc",
+    )
+    return any(a.split("=")[0] in flags for a in arguments)
 
 
 def job_overrides(arguments: Sequence[str]) -> list[list[str]]:
@@ -151,7 +168,8 @@ def job_overrides(arguments: Sequence[str]) -> list[list[str]]:
         return []
 
 
-def _resolved(text: str) -> str:
+def resolved(text: str) -> str:
+    """Return a setting with ``${now:...}`` in it as Hydra would."""
     from hydra.core.utils import setup_globals
 
     setup_globals()  # the resolver of ${now:...}

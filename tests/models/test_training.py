@@ -18,7 +18,7 @@ from fimo.models.final_model import FinalModel, fitting_batch
 from fimo.models.losses import cross_entropy, language_modelling, mean_squared_error
 from fimo.models.mlp import mlp
 from fimo.models.module import FinalModelModule
-from fimo.models.training import constant_loss, quality, save_checkpoint, train_final_model
+from fimo.models.training import Quality, constant_loss, quality, save_checkpoint, train_final_model
 from fimo.store import Store
 
 
@@ -92,6 +92,9 @@ def test_quality_compares_with_the_best_constant_prediction() -> None:
     expected = (data.test.targets - data.train.targets.mean()).square().mean()
     assert abs(measured.baseline_loss - expected) < 1e-5
     assert measured.train_accuracy is None
+    shown = Quality(0.12345, 0.2, 0.9)
+    assert str(shown) == "loss 0.1235 on training and 0.2 on test instances (the best constant's: 0.9)"
+    assert str(Quality(0.1, 0.2, 0.9, 0.75, 0.5)).endswith(", accuracy 0.750 and 0.500")
     cancer = BundledData("breast_cancer")
     cancer.setup()
     share = torch.bincount(cancer.train.targets) / len(cancer.train)

@@ -39,6 +39,13 @@ class Quality:
     train_accuracy: float | None = None
     test_accuracy: float | None = None
 
+    def __str__(self) -> str:
+        text = f"loss {self.train_loss:.4g} on training and {self.test_loss:.4g} on test instances"
+        text += f" (the best constant's: {self.baseline_loss:.4g})"
+        if self.train_accuracy is None or self.test_accuracy is None:
+            return text
+        return f"{text}, accuracy {self.train_accuracy:.3f} and {self.test_accuracy:.3f}"
+
 
 def train_final_model(
     module: FinalModelModule,
