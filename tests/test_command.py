@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -81,7 +82,39 @@ def table(folder: Path, rows: str) -> str:
         ("model.momentum=2", "model.momentum: expected a number in [0, 1)"),
         ("model.weight_decay=-1", "model.weight_decay: expected at least 0"),
         ("model.loss=cross_entropy", "model.loss: cross_entropy needs classes"),
-        ("model.measurement=logit_margin", "model.measurement: does not fit the data set diabetes"),
+        (
+            "model.measurement=logit_margin",
+            "model.measurement: does not fit the data set diabetes: logit_margin needs classes as targets",
+        ),
+        ("model.loss=torch.nn.MSELoss", "model.loss: torch.nn.MSELoss is a class, not a function of outputs"),
+        (
+            "model=custom model.network._target_=torch.nn.Linear +model.network.in_features=10 "
+            "+model.network.out_features=auto",
+            "model.network.out_features: auto is known of arguments called inputs and outputs only",
+        ),
+        ("+method=?", "method: no choice '?'; there are arnoldi, "),
+        ("+method=", "method: expected a choice but got nothing; there are arnoldi, "),
+        ("experiment=", "experiment: expected a choice but got nothing; there are cifar10_small, "),
+        ("+method=list", "method: no choice 'list'; there are arnoldi, "),
+        ("+method=Tracin", "method: no choice 'Tracin'; did you mean tracin?"),
+        ("+method=null", "method: null is no choice; without it all methods run"),
+        ("~method", "method: is not chosen, so it can't be left out; without +method=NAME all methods run"),
+        ("+methods=[tracin]", "methods: did you mean +method=[tracin]?"),
+        (
+            "+method=graddot methods.exact.damping=10x",
+            "methods.exact: does not run; there are graddot; +method=[graddot,exact] runs it too",
+        ),
+        ("-cn other", "--config-name: no configuration 'other' in "),
+        ("seed=-1", "seed: expected at least 0 but got -1"),
+        ("trainer.max_epochs=0", "trainer.max_epochs: 0 leaves the network at its random initial parameters"),
+        ("store=pyproject.toml", "store: expected a folder but pyproject.toml is a file"),
+        ("store=pyproject.toml/a/b", "store: expected a folder but pyproject.toml is a file"),
+        ("model.checkpoint=src", "model.checkpoint: expected a file but src is a folder"),
+        ("model.checkpoint=README.md", "model.checkpoint: README.md is not a checkpoint; expected a file"),
+        (
+            "dataset=csv dataset.path=${oc.env:NOPE}",
+            "dataset.path: Environment variable 'NOPE' not found",
+        ),
         ("model.loss=no.such", "model.loss: no.such can't be imported: "),
         ("further_training.betas=[0.9]", "further_training.betas: expected two numbers in [0, 1)"),
         ("further_training.test=[1,1]", "further_training.test: measured twice: 1"),
@@ -103,6 +136,8 @@ def test_a_mistake_is_one_line_with_its_key(refused, arguments: str, said: str) 
     [
         ("\n1,x,y", "dataset.path: column 'b' has 'x' in data row 20"),
         ("\n1,,y", "dataset.path: column 'b' has a missing value (NaN) in data row 20 (from 0)"),
+        ("\n1,1e300,y", "dataset.path: column 'b' has 1e+300 in data row 20 (from 0), too large to be"),
+        ("\n1,2,3,y", "is not a table separated by ',': line 22 has 4 cells where the first has 3"),
     ],
 )
 def test_a_bad_table_is_one_line(refused, tmp_path: Path, rows: str, said: str) -> None:
@@ -126,6 +161,28 @@ def test_a_users_own_code_that_fails_is_named_with_its_line(refused, tmp_path: P
     assert "dataset: KeyError: 'x' (faulty.py, line 2)" in refused(own)
 
 
+def test_a_module_that_a_users_module_lacks_is_named_with_its_line(
+    refused, tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "lacking.py").write_text("\nimport pandaz\n\ndef loss(o, t): ...")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = "lacking.loss can't be imported: lacking.py, line 2 imports 'pandaz', which is not installed"
+    assert f"model.loss: {said}" in refused("model.loss=lacking.loss")
+
+
+def test_a_reader_that_closes_the_output_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr(sys, "argv", ["src.run", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main(ROOT / "conf")
+    assert ended.value.code == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("way", [KeyboardInterrupt, SystemExit(1)])  # of Python, of a Lightning Trainer
 def test_an_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path, way) -> None:
     def interrupted(*_: object) -> None:
@@ -144,7 +201,10 @@ def test_an_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys, tm
 def test_a_folder_that_can_not_be_written_is_one_line(refused, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     printed = refused(f"hydra.run.dir={tmp_path}/file/run")
-    assert f"error: {tmp_path}/file/run: Not a directory" in printed
+    assert f"error: hydra.run.dir: {tmp_path}/file/run: Not a directory" in printed
+    assert f"error: hydra.run.dir: expected a folder but {tmp_path}/file is a file" in refused(
+        f"hydra.run.dir={tmp_path}/file"
+    )
     assert "Traceback" not in printed
 
 
@@ -165,7 +225,7 @@ def test_a_full_disk_is_one_line_with_the_file(refused, monkeypatch: pytest.Monk
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("fimo.store.save_file", full)
-    printed = refused("trainer.max_epochs=0 model.network.hidden=[]", training=True)
+    printed = refused("trainer.max_epochs=1 model.network.hidden=[]", training=True)
     assert re.search(r"^error: \S+model\.safetensors: No space left on device$", printed, re.MULTILINE)
     assert "Traceback" not in printed
     assert "Error executing job" not in printed

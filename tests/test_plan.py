@@ -68,3 +68,23 @@ def test_one_shared_seed_is_enough_to_know_noise() -> None:
     assert relation([], [0, 1]) == "none"
     assert relation([2, 3], [0, 1]) == "other"
     assert relation([1, 2, 3], [0, 1]) == "same"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("batch_size=24", ["further_training.batch_size: 24 is more than the 23 training instances"]),
+        (
+            "batch_size=23 evaluate_every=11",
+            ["further_training.evaluate_every: 11 is more than the 10 steps"],
+        ),
+        ("batch_size=23 evaluate_every=10", []),
+    ],
+)
+def test_settings_that_mean_less_than_they_say_are_warned_of(
+    settings: str, said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    plan("further_training.epochs=10", *(f"further_training.{setting}" for setting in settings.split()))
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == len(said)
+    assert all(message.startswith(start) for message, start in zip(warned, said, strict=True))

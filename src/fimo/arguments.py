@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 import types
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from hydra._internal.utils import _locate
@@ -61,11 +63,26 @@ def imported(name: Any, key: str) -> Any:
     try:
         found = _locate(str(name))  # as hydra.utils.get_object, which also logs the error
     except Exception as error:  # a user's module may fail in any way
+        if lacking := _lacking(error, str(name)):
+            raise InputError(key, f"{name} can't be imported: {lacking}") from error
         reason = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
         raise InputError(key, f"{name} can't be imported: {reason}") from error
     if not callable(found):
         raise InputError(key, f"expected a class or function but {name} is a {type(found).__name__}")
     return found
+
+
+def _lacking(error: BaseException, name: str) -> str | None:
+    """Return which module an import lacks that is not part of the name itself, and where it is imported."""
+    cause: BaseException | None = error
+    while cause is not None:
+        lacks = cause.name if isinstance(cause, ModuleNotFoundError) else None
+        if lacks and not (name == lacks or name.startswith(f"{lacks}.")):
+            frames = [f for f in traceback.extract_tb(cause.__traceback__) if not f.filename.startswith("<")]
+            where = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else name
+            return f"{where} imports {lacks!r}, which is not installed"
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -27,7 +27,15 @@ from fimo.methods.base import AttributionMethod
 from fimo.models.best import KeepBest
 from fimo.models.checkpoint import load_checkpoint
 from fimo.models.final_model import FinalModel, apply
-from fimo.models.losses import LOSSES, MEASUREMENTS, Loss, cross_entropy
+from fimo.models.losses import (
+    LOSSES,
+    MEASUREMENTS,
+    Loss,
+    correct_probability,
+    cross_entropy,
+    logit_margin,
+    loss_name,
+)
 from fimo.models.module import FinalModelModule
 from fimo.models.progress import EpochProgress
 
@@ -96,7 +104,14 @@ def build_module(config: DictConfig, data: InstancesModule) -> FinalModelModule:
         name: getattr(data, name) for name in ("inputs", "outputs") if model.network.get(name) == "auto"
     }
     torch.manual_seed(config.seed)
-    network = build(model.network, "model.network", **arguments)
+    try:
+        network = build(model.network, "model.network", **arguments)
+    except InputError as error:
+        others = [name for name, value in model.network.items() if value == "auto" and name not in arguments]
+        if not others:
+            raise
+        problem = f"auto is known of arguments called inputs and outputs only ({error.problem})"
+        raise InputError(f"model.network.{others[0]}", problem) from error
     if not isinstance(network, nn.Module):
         raise InputError("model.network", f"expected a torch.nn.Module but got {type(network).__name__}")
     if model.checkpoint is not None:
@@ -144,6 +159,9 @@ def check_fit(network: nn.Module, loss: Loss, data: InstancesModule, measurement
         raise InputError("model.network", f"{hint}: outputs of shape {shape} for {data.outputs} classes")
     _one_each("model.loss", losses, len(probe))
     if measurement is not None:
+        if measurement in (logit_margin, correct_probability) and probe.targets.is_floating_point():
+            what = f"{loss_name(measurement)} needs classes as targets, but this is {data.task}"
+            raise InputError("model.measurement", f"{hint}: {what}")
         try:
             measured = measurement(outputs, probe.targets)
         except Exception as error:
@@ -166,6 +184,9 @@ def build_loss(name: Any, key: str, known: Mapping[str, Loss] = LOSSES) -> Loss:
         return known[name]
     if "." in str(name):
         loss = imported(name, key)
+        if isinstance(loss, type):
+            hint = f"'{key}={{_target_: {name}, reduction: none}}' makes one"
+            raise InputError(key, f"{name} is a class, not a function of outputs and targets; {hint}")
         return loss
     raise InputError(key, f"expected one of {', '.join(known)} or a dotted path but got {name!r}")
 

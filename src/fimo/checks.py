@@ -23,12 +23,16 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 SMALLEST = {
     "trainer.max_epochs": 0,
     "threads": 1,
+    "seed": 0,
     "evaluation.bootstrap": 0,
     "evaluation.shown": 1,
     "model.weight_decay": 0,
     "trainer.gradient_clip_val": 0,
 }
 """By key; null is allowed where the schema allows it."""
+
+FROM_SCRATCH = ("fimo.models.mlp.mlp", "fimo.models.resnet9.resnet9")
+"""Networks that begin with random parameters, never with those of a pretrained model."""
 
 FILES = ("dataset.path", "dataset.prompts", "model.checkpoint")
 
@@ -56,11 +60,32 @@ def check_values(config: DictConfig) -> None:
         raise InputError("model.momentum", f"expected a number in [0, 1) but got {config.model.momentum}")
     if not 0 < config.scale <= 1:
         raise InputError("scale", f"expected a share in (0, 1] but got {config.scale}")
-    if not config.store.strip():
-        raise InputError("store", "expected a folder but got an empty name")
+    _check_files(config)
+    if config.trainer.max_epochs == 0 and config.model.checkpoint is None:
+        network = OmegaConf.select(config, "model.network._target_")
+        if network in FROM_SCRATCH and not config.model.get("accept_poor", False):
+            problem = (
+                "0 leaves the network at its random initial parameters; give model.checkpoint, or at least 1"
+            )
+            raise InputError("trainer.max_epochs", problem)
     if config.further_training.shard is not None and config.until != "further_training":
         raise InputError("further_training.shard", "is for runs with until=further_training")
     _check_devices(config.trainer.devices)
+
+
+def _check_files(config: DictConfig) -> None:
+    """Refuse a folder where a file is expected, and a file where a folder is."""
+    checkpoint = config.model.checkpoint
+    if checkpoint is not None and Path(str(checkpoint)).is_dir():
+        raise InputError("model.checkpoint", f"expected a file but {checkpoint} is a folder")
+    if not config.store.strip():
+        raise InputError("store", "expected a folder but got an empty name")
+    store = Path(config.store)
+    for place in (store, *store.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise InputError("store", f"expected a folder but {place} is a file")
+            break
 
 
 def _check_devices(value: Any) -> None:

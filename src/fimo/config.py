@@ -6,6 +6,7 @@ Importing this module must stay cheap (no torch), so that a mistake is answered 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +143,11 @@ def validated(config: DictConfig, conf: Path) -> DictConfig:
         OmegaConf.resolve(checked)
     except OmegaConfBaseException as error:
         key, reason = getattr(error, "full_key", None), getattr(error, "msg", None)
-        raise InputError(str(key or "configuration"), str(reason or error).splitlines()[0]) from None
+        key = key or _unresolvable(config) or "configuration"
+        reason = re.sub(
+            r"^\w+ raised while resolving interpolation: ", "", str(reason or error).splitlines()[0]
+        )
+        raise InputError(str(key), reason.strip('"')) from None
     assert isinstance(checked, DictConfig)
     _check_mandatory(checked)
     check_values(checked)
@@ -163,7 +168,9 @@ def chosen_methods(methods: Any, conf: Path) -> DictConfig:
         if name not in known:
             there = [p.stem for p in sorted((conf / "method").glob("*.yaml"))]
             if name in there:
-                raise InputError(f"methods.{name}", f"does not run; there are {shortened(list(known))}")
+                running = list(map(str, known))
+                both = f"+method=[{','.join([*running, str(name)])}] runs it too"
+                raise InputError(f"methods.{name}", f"does not run; there are {shortened(running)}; {both}")
             raise InputError(f"methods.{name}", f"no such method; {nearest(str(name), there)}")
     merged = OmegaConf.merge(known, methods)
     assert isinstance(merged, DictConfig)
@@ -187,6 +194,8 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 def nearest(name: str, allowed: Sequence[str]) -> str:
     """Return a hint for a misspelt name: the nearest allowed ones, else all of them (shortened)."""
+    if same := [a for a in allowed if a.lower() == name.lower()]:
+        return f"did you mean {same[0]}?"
     close = difflib.get_close_matches(name, allowed, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"there are {shortened(list(allowed), 20)}"
 
@@ -214,6 +223,21 @@ def _make_lists(schema: DictConfig, config: DictConfig) -> None:
             _make_lists(known, config[key])
         elif isinstance(known, ListConfig) and isinstance(config[key], str | int | float):
             config[key] = [config[key]]
+
+
+def _unresolvable(node: Any, prefix: str = "") -> str | None:
+    """Return the key of the first value whose interpolation fails."""
+    if not OmegaConf.is_config(node):
+        return None
+    for name in range(len(node)) if isinstance(node, ListConfig) else list(node.keys()):
+        key = f"{prefix}.{name}" if prefix else str(name)
+        try:
+            inside = None if OmegaConf.is_missing(node, name) else node[name]
+        except OmegaConfBaseException:
+            return key
+        if (found := _unresolvable(inside, key)) is not None:
+            return found
+    return None
 
 
 def _check_mandatory(config: DictConfig) -> None:

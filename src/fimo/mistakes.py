@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import OverrideParseException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from fimo.config import Config, nearest
@@ -58,6 +58,14 @@ def in_one_line(error: Exception, conf: Path) -> InputError:
     if several := re.match(r"Ambiguous value for argument '\+*([^=]+)=(.*)'\n", text):
         hint = f"[{several[2]}] is a list, -m sweeps over them, quotes make one text of them"
         return InputError(several[1], f"got several values; {hint}")
+    if deleted := re.match(r"Could not delete '([^']+)'", text):
+        what = "is not chosen, so it can't be left out"
+        hint = "; without +method=NAME all methods run" if deleted[1] == "method" else ""
+        return InputError(deleted[1], what + hint)
+    if isinstance(error, MissingConfigException):
+        group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
+        hint = f"; {nearest(choice, error.options)}" if error.options else f" in {conf}"
+        return InputError(group or "--config-name", f"no configuration {choice!r}{hint}")
     if isinstance(error, OverrideParseException):
         key, equals, value = error.override.partition("=")
         if not equals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError, shortened
 from fimo.further_training.protocol import Protocol
 from fimo.further_training.seeds import other_seeds
+
+log = logging.getLogger(__name__)
 
 SAME_SEEDS = "same"
 """Of ``further_training.followed_seeds``: methods follow the gold standard's own seeds."""
@@ -59,8 +62,11 @@ class Plan:
         test = choose(scaled(node.test, config.scale, least=3), len(data.test), "further_training.test")
         if twice := sorted({j for j in test if test.count(j) > 1}):
             raise InputError("further_training.test", f"measured twice: {shortened(twice)}")
+        protocol = build_protocol(config)
+        for remark in remarks(protocol, len(data.train)):
+            log.warning("%s", remark)
         return cls(
-            build_protocol(config),
+            protocol,
             seeds,
             followed,
             left_out,
@@ -89,6 +95,23 @@ def followed_seeds(value: Any, seeds: list[int], scale: float = 1) -> list[int]:
         raise InputError(key, f"expected null, a number, a list or {SAME_SEEDS} but got {value!r}")
     chosen = choose_seeds(scaled(value, scale, least=2), key)
     return chosen if isinstance(value, ListConfig) else other_seeds(seeds, len(chosen))
+
+
+def remarks(protocol: Protocol, instances: int) -> list[str]:
+    """Return what is odd about a protocol on so many training instances, though it can be run."""
+    found = []
+    if protocol.batch_size > instances:
+        found.append(
+            f"further_training.batch_size: {protocol.batch_size} is more than the {instances} training "
+            "instances, so that an epoch is one step"
+        )
+    steps = protocol.total_steps(instances)
+    if isinstance(protocol.evaluate_every, int) and protocol.evaluate_every > steps:
+        found.append(
+            f"further_training.evaluate_every: {protocol.evaluate_every} is more than the {steps} steps of "
+            "further training, so that losses are measured at its end only"
+        )
+    return found
 
 
 def shard(text: str, seeds: list[int], left_out: list[Any]) -> tuple[list[int], list[Any]]:

@@ -181,3 +181,33 @@ def test_batches_cover_the_training_set_once_per_epoch_in_a_seeded_order() -> No
     assert [len(b) for b in first] == [50] * 7 + [47]
     assert all(map(torch.equal, first, again))
     assert torch.equal(torch.cat(first).sort(0).values, data.train.targets.sort(0).values)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "a,a,label\n" + ROWS)
+    with pytest.raises(InputError, match=r"dataset\.path: .* has several columns named 'a'; rename them"):
+        CsvData(path, target="label", task="classification").setup()
+
+
+@pytest.mark.parametrize("line", [3, 19])
+def test_a_line_with_a_cell_too_many_is_named_whatever_the_separator_is_set_to(
+    tmp_path: Path, line: int
+) -> None:
+    lines = ("a,b,label\n" + ROWS).splitlines()
+    lines[line - 1] += ",1"
+    path = write(tmp_path, "\n".join(lines))
+    for separator in ("auto", "comma"):
+        with pytest.raises(InputError, match=f"dataset.path: .*: line {line} has 4 cells where the first"):
+            CsvData(path, target="label", task="classification", separator=separator).setup()
+
+
+def test_a_class_of_one_row_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path, "a,b,label\n" + ROWS + "\n1,2,rare")
+    CsvData(path, target="label", task="classification").setup()
+    assert "dataset.target: column 'label' has only one row of its class: rare" in caplog.text
+
+
+def test_numbers_whose_squares_overflow_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "a,b,label\n" + ROWS + "\n1,-1e200,yes")
+    with pytest.raises(InputError, match=r"column 'b' has -1e\+200 in data row 20 .* too large"):
+        CsvData(path, target="label", task="classification").setup()

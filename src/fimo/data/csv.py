@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,6 +110,7 @@ def read_frame(path: Path, header: bool | None, separator: str, encoding: str = 
         allowed = ", ".join(SEPARATORS)
         raise InputError("dataset.separator", f"expected {allowed} or one character but got {separator!r}")
     found = SEPARATORS.get(separator, separator) or guess_separator(text)
+    _check_lines(path, text, found)
     first = next(line for line in text.splitlines() if line.strip())
     pattern = found if found == r"\s+" else re.escape(found)
     numbers_only = all(_is_number(cell) for cell in re.split(pattern, first.strip()))
@@ -117,6 +119,10 @@ def read_frame(path: Path, header: bool | None, separator: str, encoding: str = 
             "dataset.header", f"the first line of {path} holds numbers only; set dataset.header=false"
         )
     header = not numbers_only if header is None else header
+    if header and len(found) == 1:
+        names = [name.strip() for name in next(csv.reader([first], delimiter=found))]
+        if twice := sorted({name for name in names if name and names.count(name) > 1}):
+            raise InputError("dataset.path", f"{path} has several columns named {twice[0]!r}; rename them")
     try:
         frame = pd.read_csv(
             path, sep=found, header=0 if header else None, encoding=encoding, skipinitialspace=True
@@ -130,13 +136,31 @@ def read_frame(path: Path, header: bool | None, separator: str, encoding: str = 
 
 
 def guess_separator(text: str) -> str:
-    """Return the separator that the first lines agree on: comma, semicolon, tab, else whitespace."""
+    """Return the separator that (nearly) all first lines agree on: comma, semicolon, tab, else whitespace."""
     lines = [line for line in text.splitlines()[:20] if line.strip()]
-    for candidate in (",", ";", "\t"):
-        widths = {len(row) for row in csv.reader(lines, delimiter=candidate)}
-        if len(widths) == 1 and widths.pop() > 1:
-            return candidate
+    for least in (1.0, 0.8):  # a line of another length is said to be wrong, not its separator
+        for candidate in (",", ";", "\t"):
+            widths = Counter(len(row) for row in csv.reader(lines, delimiter=candidate))
+            width, count = widths.most_common(1)[0]
+            if width > 1 and count >= least * widths.total():
+                return candidate
     return r"\s+"
+
+
+def _check_lines(path: Path, text: str, separator: str) -> None:
+    """Refuse a line that has more cells than the first; pandas might take some for an index.
+
+    Raises:
+        InputError: ``dataset.path``, naming the line.
+    """
+    if len(separator) > 1 or '"' in text:  # quoted cells may go over several lines
+        return
+    lines = [(k, line) for k, line in enumerate(text.splitlines(), 1) if line.strip()]
+    width = lines[0][1].count(separator)
+    for number, line in lines:
+        if (count := line.count(separator)) > width:
+            cells = f"line {number} has {count + 1} cells where the first has {width + 1}"
+            raise InputError("dataset.path", f"{path} is not a table separated by {separator!r}: {cells}")
 
 
 def _is_number(text: object) -> bool:

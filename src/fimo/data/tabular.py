@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -15,6 +16,11 @@ from fimo.data.datamodule import InstancesModule, Split, held_out
 from fimo.data.display import Display
 from fimo.data.instances import Instances
 from fimo.errors import InputError, shortened
+
+log = logging.getLogger(__name__)
+
+LARGEST = 1e100
+"""Of a table's values: squares and sums of larger ones, of which standard deviations are made, overflow."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,12 @@ class TabularModule(InstancesModule):
                 "dataset.target",
                 f"column {name!r} has {len(classes)} classes in {len(target)} rows; is this regression?",
             )
+        counts = target.value_counts()
+        if single := [c for c in classes if counts[c] == 1]:
+            words = (
+                "only one row of its class" if len(single) == 1 else "only one row of each of these classes"
+            )
+            log.warning("dataset.target: column %r has %s: %s", name, words, shortened(single))
         self.class_names = tuple(map(str, classes))
         return target.map({c: k for k, c in enumerate(classes)}).to_numpy(dtype=np.int64)
 
@@ -148,7 +160,12 @@ def check_numeric(frame: pd.DataFrame, key: str = "dataset.path") -> None:
         raise InputError(key, "there is no feature column besides the target")
     for column in frame:
         values = pd.to_numeric(frame[column], errors="coerce")
-        bad = ~np.isfinite(values.to_numpy(dtype=np.float64))
+        numbers = values.to_numpy(dtype=np.float64)
+        bad = ~np.isfinite(numbers)
+        if not bad.any() and (large := np.abs(numbers) > LARGEST).any():
+            row = int(np.flatnonzero(large)[0])
+            problem = f"{numbers[row]:g} in data row {row} (from 0), too large to be standardised"
+            raise InputError(key, f"column {column!r} has {problem}")
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
             found = frame[column].iloc[row]

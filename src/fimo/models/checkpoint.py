@@ -13,6 +13,7 @@ from fimo.errors import InputError, shortened
 from fimo.store import read_tensors
 
 KEY = "model.checkpoint"
+WRITTEN = "a file that torch.save or safetensors wrote"
 
 
 def load_checkpoint(network: nn.Module, path: str | Path) -> None:
@@ -55,19 +56,24 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         InputError: no such file, or nothing that can be read without executing code.
     """
     if not path.is_file():
-        raise InputError(KEY, f"no such file: {path}")
+        problem = f"expected a file but {path} is a folder" if path.is_dir() else f"no such file: {path}"
+        raise InputError(KEY, problem)
     try:
         if path.suffix == ".safetensors":
             return read_tensors(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        if "Unsupported operand" in str(error):  # no pickle at all
+            raise InputError(KEY, f"{path} is not a checkpoint; expected {WRITTEN}") from None
         raise InputError(
             KEY,
             f"{path} holds objects besides tensors and plain containers, and code is never executed; "
             "save network.state_dict() instead",
         ) from None
     except Exception as error:  # a damaged file fails in many ways inside torch and safetensors
-        raise InputError(KEY, f"{path} is not a checkpoint ({type(error).__name__})") from None
+        raise InputError(
+            KEY, f"{path} is not a checkpoint; expected {WRITTEN} ({type(error).__name__})"
+        ) from None
     return _state_dict(content, path)
 
 
