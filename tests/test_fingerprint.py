@@ -315,6 +315,21 @@ def test_what_has_no_description_is_named_by_its_path(helper: Any, reason: str) 
         describe(net, "network")
 
 
+def test_whatever_fails_while_it_is_described_is_a_reason_not_to_keep_it() -> None:
+    class Odd:
+        __slots__ = ("value",)
+
+        def __getattribute__(self, name: str) -> Any:
+            raise RuntimeError("no attributes today")
+
+    deep: list[Any] = []
+    for _ in range(10_000):
+        deep = [deep]
+    for value, reason in ((Odd(), "no attributes today"), (deep, "nested too deeply")):
+        with pytest.raises(Indescribable, match=f"^network .*{reason}"):
+            describe(value, "network")
+
+
 def test_a_description_is_the_same_in_every_process() -> None:
     code = (
         "import sys; sys.path.insert(0, '.')\n"

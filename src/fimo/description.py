@@ -52,8 +52,12 @@ def describe(value: Any, name: str) -> str:
     walk = _Walk()
     try:
         walk.value(value, name)
+    except Indescribable:
+        raise
     except RecursionError:
         raise Indescribable(name, "is nested too deeply to be described") from None
+    except Exception as error:  # of a property or a library's own: no reason for a run to end
+        raise Indescribable(name, f"can't be described ({type(error).__name__}: {error})") from error
     return walk.digest.hexdigest()[:32]
 
 

@@ -103,7 +103,10 @@ class Sources:
         if path is None or path.suffix != ".py":
             return []
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        tree = _parsed(self.text(path))
+        try:
+            tree = _parsed(self.text(path))
+        except (SyntaxError, ValueError):  # importing it says so
+            return []
         return sorted({m for node in _imports(tree.body) for m in self._named(node, package)})
 
     def text(self, path: Path) -> bytes:
