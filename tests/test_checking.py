@@ -18,11 +18,13 @@ import fimo
 from fimo.checking import check as story
 from fimo.checking import durations, model, runs
 from fimo.checking.constant import constant, constant_losses
+from fimo.checking.losses import losses
 from fimo.checking.partial import partial_effects
 from fimo.checking.problem import Clock, Problem, effects, float64
 from fimo.checking.verdict import Check, Line, Verdict
 from fimo.data.instances import Instances
 from fimo.errors import CheckFailedError
+from fimo.evaluation.ceiling import seeds_for
 from fimo.further_training import Protocol
 from fimo.further_training.pace import Pace
 from fimo.methods.exact import ExactInfluence
@@ -141,6 +143,9 @@ class Drawing(nn.Module):
 
 def test_random_numbers_that_no_seed_controls_fail() -> None:
     case = with_network("mlp_regression", Drawing())
+    first = losses(problem(case), Clock.of(SOON))
+    assert first.verdict == Verdict.FAIL
+    assert "random numbers" in first.text
     line = runs.determinism(problem(case), PACE, Clock.of(SOON))
     assert line.verdict == Verdict.FAIL
     assert "draw" in line.text
@@ -187,6 +192,20 @@ def test_a_saturated_model_whose_effects_float32_does_not_resolve_fails() -> Non
     assert line.verdict == Verdict.FAIL
     assert "further_training.dtype=float64" in line.text
     assert runs.rounding(problem(saturated, float64(tiny)), PACE, Clock.of(SOON)).verdict == Verdict.PASS
+
+
+def test_effects_that_are_exactly_zero_are_said_to_be_and_pass_nowhere() -> None:
+    network = mlp(4, (6,), 3, nn.ReLU)
+    network[-1].weight.data.mul_(0)  # type: ignore[union-attr,operator]
+    network[-1].bias.data.copy_(torch.tensor([1e4, 0.0, 0.0]))  # type: ignore[union-attr]
+    case = with_network("mlp_classification", network)
+    sure = Instances(case.train.inputs, torch.zeros_like(case.train.targets))
+    whole = problem(dataclasses.replace(case, train=sure))
+    lines = [part(whole, PACE, Clock.of(SOON)) for part in (runs.sign, runs.rounding)]
+    assert [line.verdict for line in lines] == [Verdict.FAIL, Verdict.FAIL]
+    lines = [part(whole, PACE, Clock.of(SOON)) for part in (runs.linearity, runs.reliability)]
+    assert [line.verdict for line in lines] == [Verdict.WARN, Verdict.WARN]
+    assert all("nan" not in line.text for line in lines)
 
 
 def test_parameters_that_nothing_reaches_are_named() -> None:
@@ -236,7 +255,7 @@ def test_removing_the_whole_of_an_instance_is_leaving_it_out(name: str, leave_ou
     case = CASES[name]()
     protocol = float64(dataclasses.replace(PROTOCOL, leave_out=leave_out))  # type: ignore[arg-type]
     whole = problem(case, protocol)
-    setting, units, clock = whole.setting(), whole.early(3), Clock.of(60)
+    setting, units, clock = whole.setting, whole.early(3), Clock.of(60)
     *_, (step, found) = partial_effects(setting, 0, units, whole.total_steps, clock)
     expected, taken = effects(setting, 0, units, whole.total_steps, clock)
     assert step == taken
@@ -246,7 +265,7 @@ def test_removing_the_whole_of_an_instance_is_leaving_it_out(name: str, leave_ou
 def test_effects_are_linear_in_the_weight_for_small_steps_and_their_share_is_counted() -> None:
     case = CASES["mlp_regression"]()
     small = problem(case, float64(Protocol(lr=1e-6, batch_size=5, epochs=1, leave_out="mask")))
-    *_, (_, found) = partial_effects(small.setting(), 0, small.early(3), small.total_steps, Clock.of(60))
+    *_, (_, found) = partial_effects(small.setting, 0, small.early(3), small.total_steps, Clock.of(60))
     assert torch.allclose(found[0], 2 * found[1], rtol=1e-4)
     assert torch.allclose(found[0], 4 * found[2], rtol=1e-4)
     assert runs.linear_share(found) == 1
@@ -260,17 +279,16 @@ def test_a_quadratic_effects_derivative_is_extrapolated_exactly() -> None:
     weight = torch.tensor([1.0, 0.5, 0.25])[:, None, None]
     slope, bend = torch.randn(1, 4, 5), torch.randn(1, 4, 5)
     found = slope * weight + bend * weight**2
-    expected = torch.nn.functional.cosine_similarity(found[0], slope[0], dim=1).mean()
+    expected = torch.nn.functional.cosine_similarity(found[0].flatten(), slope.flatten(), dim=0)
     assert runs.derivative_agreement(found) == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_the_seeds_for_a_ceiling_are_those_that_reach_it() -> None:
-    reliability, half = 0.6, 3
-    wanted = runs.seeds_for(0.9, reliability, half)
+    reached, tried = 0.7, 4
+    wanted = seeds_for(reached, tried, 0.9)
     assert wanted is not None
-    assert runs.ceiling_of(reliability, half, wanted) >= 0.9 > runs.ceiling_of(reliability, half, wanted - 1)
-    assert runs.ceiling_of(reliability, half, half) == pytest.approx(math.sqrt(reliability))
-    assert runs.seeds_for(0.9, 0.0, half) is None
+    assert runs.ceiling_of(reached, tried, wanted) >= 0.9 > runs.ceiling_of(reached, tried, wanted - 1)
+    assert runs.ceiling_of(reached, tried, tried) == pytest.approx(reached)
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0])

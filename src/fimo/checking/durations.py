@@ -16,7 +16,7 @@ from fimo.data.instances import Instances
 from fimo.further_training import evaluation_points, full_runs
 from fimo.further_training.pace import Pace, about, expected_seconds, measure_pace
 from fimo.further_training.protocol import Protocol
-from fimo.further_training.setting import Setting, chunk_size
+from fimo.further_training.setting import chunk_size
 from fimo.further_training.trajectory import FurtherTraining, Trajectory
 from fimo.methods.base import AttributionMethod
 
@@ -27,8 +27,9 @@ FIRST = 16
 """Training instances of the first part that methods are timed on."""
 
 
-def gold_standard(problem: Problem, setting: Setting, seconds: float) -> tuple[Line, Pace, float]:
-    """Return the line of further training's time, its pace, and the seconds that it will take."""
+def gold_standard(problem: Problem, seconds: float) -> tuple[Line, Pace, float]:
+    """Return the line of further training's time, the pace (of a few tests), and the seconds it will take."""
+    setting = problem.setting
     runs = len(problem.seeds) * len(problem.units)
     size = chunk_size(setting, runs)
     pace = measure_pace(setting, min(size, runs), seconds)

@@ -28,6 +28,9 @@ def losses(problem: Problem, clock: Clock) -> Line:
             shape = tuple(values.shape)
             return fails(name, f"expected one loss for each of {len(few)} instances but got shape {shape}: "
                          "a mean or sum over the batch?")  # fmt: skip
+        if not torch.equal(values, _values(model, few)):
+            return fails(name, "the same instances have other losses when they are evaluated again: does "
+                         "forward draw random numbers that no seed controls?")  # fmt: skip
         if not torch.isfinite(values).all():
             return fails(name, "losses are not finite")
         for row in range(len(few)):

@@ -15,7 +15,7 @@ from fimo.further_training.resolution import some, unit_in_last_place
 from fimo.models.final_model import FinalModel, fitting_batch, functional_apply
 from fimo.models.losses import Loss
 
-LARGE = 5_000_000
+LARGE = 1_000_000
 """Parameters beyond which fewer gradients are compared."""
 
 
@@ -24,7 +24,7 @@ def gradients(problem: Problem, clock: Clock) -> Line:
     name = "gradients"
     model = problem.final_model.to(problem.device, torch.float64)
     large = model.size > LARGE
-    count = 1 if large else 4
+    count = 2 if large else 4
     sets = [
         (some(problem.train, count).to(problem.device, torch.float64), model.loss),
         (some(problem.test, count).to(problem.device, torch.float64), model.measurement or model.loss),

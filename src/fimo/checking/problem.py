@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from fimo.further_training.setting import Setting
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
 
-MOST_TESTS = 32
+MOST_TESTS = 16
 """Test instances on which effects are measured, evenly spaced."""
 
 MOST_LEFT_OUT = 8
@@ -65,15 +66,29 @@ class Problem:
     def few_tests(self) -> Instances:
         return some(self.test, MOST_TESTS)
 
-    def setting(self, protocol: Protocol | None = None, test: Instances | None = None) -> Setting:
-        """Return the engine's setting of a protocol (the problem's when None), for a few test instances."""
+    @cached_property
+    def setting(self) -> Setting:
+        """The engine's setting of the protocol, with a few test instances."""
+        return Setting.build(self.final_model, self.train, self.few_tests, self.protocol, self.device)
+
+    @cached_property
+    def wide(self) -> Setting:
+        """The same with runs and losses in float64."""
         return Setting.build(
-            self.final_model,
-            self.train,
-            self.few_tests if test is None else test,
-            self.protocol if protocol is None else protocol,
-            self.device,
+            self.final_model, self.train, self.few_tests, float64(self.protocol), self.device
         )
+
+    def affordable(
+        self, pace: Pace, seconds: float, most: int, runs: int = 1, steps: float = 2
+    ) -> list[Unit]:
+        """Return 2 to ``most`` early units: as many as a step without each, and its evaluation, fit.
+
+        Args:
+            runs: for each unit.
+            steps: that a run's step and evaluation cost, in those of the protocol (float64 takes about two).
+        """
+        fit = int(seconds / (runs * steps * (pace.step + pace.evaluation))) - 1
+        return self.early(max(2, min(most, fit)), runs)
 
     def early(self, most: int = MOST_LEFT_OUT, runs: int = 1) -> list[Unit]:
         """Return single instances of the first seed's first batch (evenly spaced in it).

@@ -21,7 +21,7 @@ from fimo.checking.problem import (
 )
 from fimo.checking.verdict import Line, fails, passes, warns
 from fimo.curvature.gradients import InstanceGradients
-from fimo.evaluation.ceiling import instance_ceilings
+from fimo.evaluation.ceiling import noise_ceiling, seeds_for
 from fimo.further_training import further_train
 from fimo.further_training.chunk import Chunk
 from fimo.further_training.pace import Pace, as_time
@@ -49,7 +49,7 @@ def sign(problem: Problem, pace: Pace, clock: Clock) -> Line:
     name = "sign"
     model = problem.final_model.to(problem.device, torch.float64)
     batch = min(problem.protocol.batch_size, len(problem.train))
-    units = problem.early()
+    units = problem.affordable(pace, clock.left / 2, 8)
     test = problem.few_tests.to(problem.device, torch.float64)
     train = problem.train[[i for (i,) in units]].to(problem.device, torch.float64)
     engine = InstanceGradients(model, memory_mb=512)
@@ -58,18 +58,22 @@ def sign(problem: Problem, pace: Pace, clock: Clock) -> Line:
     size = torch.cat([p.flatten() for p in model.parameters().values()]).norm()
     lr = float(1e-4 * size / engine.losses(train).squared_norms().mean().sqrt().clamp(min=1e-30))
     small = float64(Protocol(lr=min(lr, 1e3), batch_size=batch, steps=1, leave_out="mask"))
-    setting = problem.setting(small)
+    setting = replace(problem.wide, protocol=small)
     real, _ = effects(setting, problem.seeds[0], units, 1, clock)
     agreement = cosine(real, gram.cpu())
-
-    own = problem.setting(float64(problem.protocol))
-    steps = steps_within(pace, len(units) + 1, clock.left / 2, min(problem.total_steps, 50))
-    followed, taken = effects(own, problem.seeds[0], units, steps, clock)
-    alike = cosine(adjust(followed), adjust(gram.cpu().double()))
     text = (
         f"{real.numel()} real changes ({len(units)} left out, one small step): cosine {agreement:.5f} with "
-        f"Grad-Dot's; after {taken} step(s) of the protocol, without the mean, {alike:.2f}"
+        "Grad-Dot's"
     )
+    if clock.left > 0:
+        steps = min(problem.total_steps, 50)
+        followed, taken = effects(problem.wide, problem.seeds[0], units, steps, clock)
+        alike = cosine(adjust(followed), adjust(gram.cpu().double()))
+        text += f"; after {taken} step(s) of the protocol, without the mean, {alike:.2f}"
+    if not gram.any():
+        return fails(
+            name, "all gradients of the left-out or of the test instances are zero: no effect has a sign"
+        )
     if math.isnan(agreement):
         return fails(name, f"{text}: nothing changes, or not by a finite amount", agreement)
     if agreement > 0.99:
@@ -91,7 +95,7 @@ def determinism(problem: Problem, pace: Pace, clock: Clock) -> Line:
         size = float((one - two).abs().max() / one.abs().max())
         return fails(name, f"two evaluations of the same test instances differ by {size:.0e}: does forward "
                      "draw random numbers in eval mode?", size)  # fmt: skip
-    units = problem.early(4 if pace.step < 0.1 else 2)
+    units = problem.affordable(pace, clock.left, 4, runs=3, steps=1)
     most = min(problem.total_steps, 30)
     steps = steps_within(pace, 3 * (len(units) + 1), max(0.0, clock.left - 2), most)
     protocol = replace(problem.protocol, epochs=None, steps=steps, evaluate_every=steps)
@@ -113,7 +117,8 @@ def determinism(problem: Problem, pace: Pace, clock: Clock) -> Line:
     if torch.equal(first, again) and torch.equal(first, alone):
         return passes(name, f"{text}: the same bytes twice, and one at a time", 0.0)
     worst = max(twice, chunks)
-    text += f": made twice they differ by {twice:.0e} of the effects, and one at a time by {chunks:.0e}"
+    again_text = f"made twice they differ by {twice:.0e} of the effects" if twice else "the same bytes twice"
+    text += f": {again_text}, and one at a time they differ by {chunks:.0e} of the effects"
     if not worst < NEAR:
         return fails(name, f"{text}: do runs share state, or draw numbers that no seed controls?", worst)
     return warns(name, text, worst) if worst > 1e-3 or twice > 0 else passes(name, text, worst)
@@ -125,8 +130,8 @@ def rounding(problem: Problem, pace: Pace, clock: Clock) -> Line:
     protocol, seed = problem.protocol, problem.seeds[0]
     if protocol.dtype == protocol.evaluation_dtype == "float64":
         return passes(name, "runs and test losses are in float64", 0.0)
-    units = problem.early(4)
-    settings = [problem.setting(), problem.setting(float64(protocol))]
+    units = problem.affordable(pace, clock.left, 4, steps=3)
+    settings = [problem.setting, problem.wide]
     most = aligned_steps(settings[0], min(problem.total_steps, 500))
     chunks = [[Chunk(s, [Replica(seed)]), Chunk(s, [Replica(seed, u) for u in units])] for s in settings]
     step = 0
@@ -136,6 +141,8 @@ def rounding(problem: Problem, pace: Pace, clock: Clock) -> Line:
             chunk.advance(step)
     narrow, wide = (changes(full, without) for full, without in chunks)
     measured = float((narrow - wide).norm() / wide.norm())
+    if not wide.any():
+        return fails(name, f"nothing changes in {step} step(s), not even in float64: are all gradients zero?")
     noise = rounding_noise(problem.final_model, problem.test, protocol, [step])
     foretold = float(noise[0] / wide.square().mean().sqrt())
     text = (
@@ -156,14 +163,14 @@ def rounding(problem: Problem, pace: Pace, clock: Clock) -> Line:
 def linearity(problem: Problem, pace: Pace, clock: Clock) -> Line:
     """Remove instances in full, by half and by a quarter: a derivative can follow what is linear in that."""
     name = "linearity"
-    units = problem.early(6, runs=3)
-    setting = problem.setting(float64(problem.protocol))
+    units = problem.affordable(pace, clock.left, 6, runs=3, steps=4)
+    setting = problem.wide
     share, agreement, step, until = math.nan, math.nan, 0, 0
     for step, found in partial_effects(setting, problem.seeds[0], units, problem.total_steps, clock):
         share, agreement = linear_share(found), derivative_agreement(found)
         if agreement >= FOLLOWED:
             until = step
-    if math.isnan(agreement):
+    if math.isnan(share):
         return warns(name, "nothing changes in the steps that fit into the time")
     text = (
         f"after {step} of {problem.total_steps} steps {share:.0%} of effects are within {WITHIN:.0%} "
@@ -190,19 +197,18 @@ def linear_share(found: Tensor) -> float:
 
 
 def derivative_agreement(found: Tensor) -> float:
-    """Return the cosine of effects with their derivative at weight zero, averaged over test instances.
+    """Return the cosine of all effects with their derivatives at weight zero.
 
-    The derivative is extrapolated from half and quarter removal, 2 (4 e_1/4) - 2 e_1/2 (Richardson).
+    A derivative is extrapolated from half and quarter removal, 2 (4 e_1/4) - 2 e_1/2 (Richardson).
     """
     full, half, quarter = found
-    derivative = 8 * quarter - 2 * half
-    return float(torch.nn.functional.cosine_similarity(full, derivative, dim=1).mean())
+    return cosine(full, 8 * quarter - 2 * half)
 
 
 def reliability(problem: Problem, pace: Pace, clock: Clock) -> Line:
     """Foretell the noise ceiling of the planned seeds from a few."""
     name = "seeds"
-    setting = problem.setting()
+    setting = problem.setting
     units = problem.units[:: max(1, len(problem.units) // 12)][:12]
     if len(problem.units) < 3:
         return warns(name, "too few instances are left out for an agreement across them")
@@ -220,31 +226,20 @@ def reliability(problem: Problem, pace: Pace, clock: Clock) -> Line:
         problem.final_model, problem.train, problem.few_tests, short, range(7_000, 7_000 + tried), units,
         trainer={"accelerator": "cpu" if problem.device.type == "cpu" else "gpu"},
     ).raw  # fmt: skip
-    half = tried // 2
-    each = instance_ceilings(raw, "cosine", problem.subtract_mean, [half]).upper
-    found = float(each.square().nanmean())
-    planned, wanted = len(problem.seeds), seeds_for(CEILING, found, half)
-    ceiling = ceiling_of(found, half, planned)
+    reached = float(noise_ceiling(raw, "cosine", problem.subtract_mean, [tried]))
+    if not raw.any() or math.isnan(reached):
+        return warns(name, "nothing changes, or not by a finite amount, so seeds can't be compared")
+    planned, wanted = len(problem.seeds), seeds_for(reached, tried, CEILING)
+    ceiling = ceiling_of(reached, tried, planned)
     text = (
         f"{planned} seeds give a ceiling of about {ceiling:.2f} after {points[last]} steps "
         f"(from {tried} seeds, {len(units)} left out); {CEILING} takes "
     )
-    text += f"{wanted} seed{'s' * (wanted != 1)}" if wanted else "more than 1,000"
-    if ceiling < CEILING:
-        return warns(name, text, ceiling)
-    return passes(name, text, ceiling)
+    text += f"{wanted} seed{'s' * (wanted != 1)}" if wanted else "more than can be told"
+    return passes(name, text, ceiling) if ceiling >= CEILING else warns(name, text, ceiling)
 
 
-def ceiling_of(reliability: float, half: int, seeds: int) -> float:
-    """Return the ceiling of so many seeds by Spearman and Brown's formula.
-
-    Args:
-        reliability: of means over ``half`` seeds.
-    """
-    ratio = seeds / half
+def ceiling_of(reached: float, tried: int, seeds: int) -> float:
+    """Return the upper ceiling of so many seeds by Spearman and Brown's formula, from that of those tried."""
+    ratio, reliability = seeds / tried, reached**2
     return math.sqrt(ratio * reliability / (1 + (ratio - 1) * reliability))
-
-
-def seeds_for(ceiling: float, reliability: float, half: int, most: int = 1000) -> int | None:
-    """Return the fewest seeds whose ceiling reaches a value; None where it takes more than ``most``."""
-    return next((k for k in range(1, most + 1) if ceiling_of(reliability, half, k) >= ceiling), None)
