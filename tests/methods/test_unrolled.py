@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fimo.data.instances import Instances
 from fimo.dynamics.response import outputs_at
 from fimo.errors import InputError
 from fimo.further_training.protocol import Protocol
 from fimo.methods.unrolled import Unrolled
-from tests.cases import CASES, LINEAR_CASES, Case
+from fimo.models.final_model import FinalModel
+from fimo.models.losses import mean_squared_error
+from tests.cases import CASES, LINEAR_CASES, Case, trained
 from tests.methods.test_response import following
 from tests.reference.further_training import plain_run
 
@@ -54,6 +57,59 @@ def test_the_loss_is_evaluated_at_outputs_changed_by_their_derivative(
     loss, y = case.final_model.loss, case.test.targets
     expected = torch.stack([loss(outputs + change[..., k], y) - loss(outputs, y) for k in range(3)], -1)
     torch.testing.assert_close(found[-1], expected, rtol=2e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_weight_norm_is_differentiated_by_its_formula(mode: Any, dropout: float) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        first = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
+        second = torch.nn.utils.parametrizations.weight_norm(nn.Linear(5, 2))
+        network = nn.Sequential(nn.Dropout(dropout), first, nn.Tanh(), nn.Dropout(dropout), second)
+        x = torch.randn(16, 4)
+        case = trained("weight_norm", network, mean_squared_error, x, x[:, :2].sin(), 12, steps=5)
+    finally:
+        torch.set_default_dtype(before)
+    protocol = protocol_of("momentum")
+    change = output_differences(case, protocol, [0, 7], 1e-5)
+    found = Unrolled(mode=mode).attribute(
+        case.final_model, case.train, case.test, torch.tensor([0, 7]), following(case, protocol, [0])
+    )
+    network = plain_run(case.final_model, case.train, case.test, protocol, 0)[2]
+    outputs = outputs_at(case.final_model, dict(network.named_parameters()), case.test)
+    loss, y = case.final_model.loss, case.test.targets
+    expected = torch.stack([loss(outputs + change[..., k], y) - loss(outputs, y) for k in range(2)], -1)
+    torch.testing.assert_close(found[-1], expected, rtol=1e-5, atol=1e-9)
+
+
+class NoForwardDerivative(nn.Module):
+    """Weight normalisation by torch's fused operation, which has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.g = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.ones(2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch._weight_norm(self.v, self.g, 0).T
+
+
+def test_an_operation_without_a_forward_derivative_is_refused_before_work_starts() -> None:
+    model = FinalModel(NoForwardDerivative(), mean_squared_error)
+    reason = Unrolled().inapplicable(model, Instances(torch.randn(3, 4), torch.randn(3, 2)))
+    assert reason is not None
+    assert "weight_norm" in reason
+
+
+def test_outputs_too_many_to_hold_are_refused_before_work_starts() -> None:
+    wide = FinalModel(nn.Linear(2, 2**14 + 1), mean_squared_error)
+    train = Instances(torch.zeros(1, 2), torch.zeros(1, 2**14 + 1))
+    reason = Unrolled().inapplicable(wide, train)
+    assert reason is not None
+    assert "16384" in reason
+    assert "16385" in reason
 
 
 @pytest.mark.parametrize("propagate", ["outputs", "loss"])

@@ -61,7 +61,11 @@ class Kernel:
     ) -> Kernel:
         """Compute it at the parameters of ``gradients``; the second moment is Adam's, by name."""
         followed = Instances(train[space.kept].inputs, space.directions)
-        rows = gradients.rows(followed, lambda _, directions: directions, "directions")
+
+        def cotangents(outputs: Tensor, directions: Tensor) -> Tensor:
+            return directions.reshape(*directions.shape[:2], *outputs.shape[1:])
+
+        rows = gradients.rows(followed, cotangents, "directions")
         outputs = gradients.outputs(test)
         m, r, _ = space.directions.shape
         weight = preconditioner(protocol, second_moment)

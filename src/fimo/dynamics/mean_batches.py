@@ -139,8 +139,8 @@ class MeanBatchResponse:
     ) -> Tensor:
         gradients = InstanceGradients(model, self.memory_mb)
         factors = fit_factors(gradients, self.train)
-        outputs = model.outputs(test).flatten(1)
-        by_outputs = self.propagate == "outputs" and outputs.shape[1] <= MAX_EXACT_OUTPUTS
+        outputs = model.outputs(test)
+        by_outputs = self.propagate == "outputs" and outputs[0].numel() <= MAX_EXACT_OUTPUTS
         rows = gradients.outputs(test) if by_outputs else gradients.measurements(test)
         phis = [relaxation(t, self.decay) for t in time]
         changes = kronecker_response(factors, rows, gradients.losses(left_out), phis, self.memory_mb)

@@ -10,9 +10,11 @@ from torch import Tensor
 from fimo.curvature.outputs import output_gradient
 from fimo.errors import InputError
 from fimo.models.losses import (
+    IGNORED,
     Loss,
     binary_cross_entropy,
     cross_entropy,
+    language_modelling,
     mean_squared_error,
     output_hessian,
 )
@@ -43,13 +45,13 @@ class OutputSpace:
         even one each is too many, the instances with the largest curvature and gradient.
 
         Args:
-            outputs: ``[K, N, D]``, at K points of the trajectory.
+            outputs: ``[K, N, ...]``, D values each, at K points of the trajectory.
             needed: instances that must be kept, since they are left out.
         """
-        n, d = outputs.shape[1:]
+        n, d = outputs.shape[1], outputs.shape[2:].numel()
         if d > MAX_OUTPUTS:
             raise InputError("method.response", f"expected at most {MAX_OUTPUTS} outputs but got {d}")
-        rank = d - 1 if loss is cross_entropy and d > 1 else d
+        rank = _rank(loss, outputs.shape[2:])
         r = max(1, min(rank, max_rows // n))
         if r == d:
             eye = torch.eye(d, dtype=outputs.dtype, device=outputs.device)
@@ -76,20 +78,20 @@ class OutputSpace:
         return OutputSpace(kept, self.directions[kept])
 
     def gradient(self, loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss's derivatives ``[M, R]`` along the directions, from outputs ``[N, D]``."""
+        """Return the loss's derivatives ``[M, R]`` along the directions, from outputs ``[N, ...]``."""
         found = output_gradient(loss, outputs[self.kept], targets[self.kept])
-        return torch.einsum("nrd,nd->nr", self.directions, found)
+        return torch.einsum("nrd,nd->nr", self.directions, _flat(found))
 
     def hessian(self, loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss's second derivatives ``[M, R, R]`` between the directions."""
         if loss is mean_squared_error:
             gram = self.directions @ self.directions.transpose(1, 2)
-            return gram * (2.0 / outputs.shape[1])
+            return gram * (2.0 / outputs.shape[1:].numel())
         found = output_hessian(loss, outputs[self.kept], targets[self.kept])
         return self.directions @ found @ self.directions.transpose(1, 2)
 
 
-SATURATING = (cross_entropy, binary_cross_entropy)
+SATURATING = (cross_entropy, binary_cross_entropy, language_modelling)
 """Losses whose derivative in changed outputs is evaluated, not taken as linear in the change."""
 
 
@@ -99,7 +101,8 @@ def changed_gradient(
     """Return a saturating loss's derivatives ``[Q, R, C]`` along directions, at changed outputs.
 
     Args:
-        outputs, targets: ``[Q, D]``, and ``[Q]`` or ``[Q, D]``.
+        outputs: ``[Q, D]``, flattened.
+        targets: ``[Q, ...]``.
         directions: ``[Q, R, D]``.
         change: ``[Q, R, C]``, of the outputs along the directions.
     """
@@ -109,17 +112,44 @@ def changed_gradient(
         margin = (outputs[:, :1] - outputs[:, 1:])[:, :, None] + sign[:, :, None] * change
         return sign[:, :, None] * (margin.sigmoid_() - (targets == 0).to(outputs.dtype)[:, None, None])
     changed = outputs[:, None] + change.transpose(1, 2) @ directions  # [Q, C, D]
-    if loss is cross_entropy:
+    if loss is language_modelling:
+        found = _token_gradients(changed, targets)
+    elif loss is cross_entropy:
         found = changed.softmax(-1) - torch.nn.functional.one_hot(targets, d).to(outputs.dtype)[:, None]
     else:
-        found = (changed.sigmoid() - targets.to(outputs.dtype)[:, None]) / d
+        found = (changed.sigmoid() - _flat(targets).to(outputs.dtype)[:, None]) / d
     return directions @ found.transpose(1, 2)
+
+
+def _token_gradients(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return language modelling's derivatives ``[Q, C, T·V]`` at logits of that shape; targets ``[Q, T]``."""
+    tokens = targets != IGNORED
+    by_token = logits.view(*logits.shape[:2], targets.shape[1], -1).softmax(-1)  # [Q, C, T, V]
+    correct = torch.nn.functional.one_hot(targets.clamp(min=0), by_token.shape[-1])
+    share = tokens.to(logits.dtype) / tokens.sum(1, keepdim=True).clamp(min=1)
+    residual: Tensor = by_token - correct.to(logits.dtype)[:, None]
+    return (residual * share[:, None, :, None]).flatten(2)
+
+
+def _rank(loss: Loss, shape: torch.Size) -> int:
+    """Return the rank of the loss's Hessian in an instance's outputs: softmax ignores a common shift."""
+    d = shape.numel()
+    if loss is cross_entropy and d > 1:
+        return d - 1
+    if loss is language_modelling and len(shape) == 2 and shape[1] > 1:
+        return shape[0] * (shape[1] - 1)
+    return d
+
+
+def _flat(values: Tensor) -> Tensor:
+    return values.reshape(len(values), -1)
 
 
 def _energy(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     """Return ``[N, D, D]``, the mean over points of H + g g^T."""
-    total = torch.zeros(outputs.shape[1], outputs.shape[2], outputs.shape[2]).to(outputs)
+    d = outputs.shape[2:].numel()
+    total = torch.zeros(outputs.shape[1], d, d).to(outputs)
     for at in outputs:
-        g = output_gradient(loss, at, targets)
+        g = _flat(output_gradient(loss, at, targets))
         total += output_hessian(loss, at, targets) + g[:, :, None] * g[:, None, :]
     return total / len(outputs)

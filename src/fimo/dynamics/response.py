@@ -60,16 +60,16 @@ class Along:
     Args:
         at: ``[K]`` optimizer steps, ascending from 0; the ends of segments are among them.
         gradient: ``[S, K, M, R]``, the loss's derivatives along the directions of an output space.
-        hessian: ``[S, K, M, R, R]``, or ``[S, 1, M, R, R]`` where it is constant.
+        hessian: ``[S, K, M, R, R]``, or ``[S, 1, M, R, R]`` where it is constant; None with ``outputs``.
         parameters: of the k-th point, each seed's ``[P]``; asked for only where parameters decay.
-        outputs: ``[S, K, M, D]``: the loss's derivative is evaluated at the changed outputs, and the Hessian
-            is not used; None: it is taken as linear in the change.
+        outputs: ``[S, K, M, D]``: its derivative is evaluated at the changed outputs; None: it is taken
+            as linear in the change.
         loss, targets: of the M followed instances, where outputs are given.
     """
 
     at: Sequence[int]
     gradient: Tensor
-    hessian: Tensor
+    hessian: Tensor | None
     parameters: KnownParameters
     outputs: Tensor | None = None
     loss: Loss | None = None
@@ -155,7 +155,8 @@ class _Forces:
         self.first = (torch.arange(self.seeds, device=device) * self.m)[:, None]
         self.within = torch.arange(self.r, device=device)
         self.gradients = along.gradient.transpose(0, 1).flatten(1, 2)  # [K, S·M, R]
-        self.hessians = along.hessian.transpose(0, 1).flatten(1, 2)  # [K, S·M, R, R]
+        # [K, S·M, R, R]
+        self.hessians = None if along.hessian is None else along.hessian.transpose(0, 1).flatten(1, 2)
         self.outputs = None if along.outputs is None else along.outputs.transpose(0, 1).flatten(1, 2)
 
     def rows(self, index: Tensor) -> Tensor:
@@ -177,6 +178,7 @@ class _Forces:
 
     def _linear(self, k: int, share: float, step: Step, change: Tensor, at: Tensor) -> Tensor:
         """Take the derivative as linear in the change: r + H K c."""
+        assert self.hessians is not None
         s, b, r = *step.index.shape, self.r
         gradient = self.gradients[k].index_select(0, at).view(s, b, r, 1)
         hessian = self.hessians[0 if len(self.hessians) == 1 else k].index_select(0, at)
@@ -211,7 +213,7 @@ class _Forces:
 
 
 def outputs_at(final_model: FinalModel, parameters: Mapping[str, Tensor], instances: Instances) -> Tensor:
-    """Return the flattened outputs ``[n, D]`` with other values of the trainable parameters, in eval mode."""
+    """Return the outputs ``[n, ...]`` with other values of the trainable parameters, in eval mode."""
     return outputs_along(final_model, [parameters], instances)[0]
 
 
@@ -222,7 +224,7 @@ AT_ONCE = 2**20
 def outputs_along(
     final_model: FinalModel, points: Sequence[Mapping[str, Tensor]], instances: Instances
 ) -> Tensor:
-    """Return the flattened outputs ``[K, n, D]`` at K values of the trainable parameters, in eval mode."""
+    """Return the outputs ``[K, n, ...]`` at K values of the trainable parameters, in eval mode."""
     layers, inputs = linear_layers(final_model.network), instances.inputs
     with torch.no_grad():
         fixed = dict(final_model.network.named_parameters())
@@ -263,7 +265,7 @@ def _outputs(final_model: FinalModel, parameters: Mapping[str, Tensor], instance
         functional_apply(final_model.network, tensors, b.inputs)
         for b in instances.batches(fitting_batch(instances))
     ]
-    return torch.cat(parts).flatten(1)
+    return torch.cat(parts)
 
 
 def with_parameters(final_model: FinalModel, parameters: Mapping[str, Tensor]) -> FinalModel:
@@ -288,8 +290,8 @@ def loss_changes(final_model: FinalModel, outputs: Tensor, targets: Tensor, chan
     """Return the change ``[J, L]`` (float64) of losses (or measurements) when outputs change.
 
     Args:
-        outputs: ``[J, ...]``.
-        change: ``[J·D, L]``.
+        outputs: ``[J, ...]``, as the loss expects them.
+        change: ``[J·D, L]``, of an instance's D values, flattened.
     """
     measure = final_model.measurement or final_model.loss
     wide = outputs.double()
@@ -307,4 +309,6 @@ def linear_loss_changes(final_model: FinalModel, outputs: Tensor, targets: Tenso
     goal = targets.double() if targets.is_floating_point() else targets
     gradient = output_gradient(final_model.measurement or final_model.loss, outputs.double(), goal)
     d = gradient[0].numel()
-    return torch.einsum("jd,jdl->jl", gradient.flatten(1), change.double().view(len(outputs), d, -1))
+    return torch.einsum(
+        "jd,jdl->jl", gradient.reshape(len(gradient), -1), change.double().view(len(outputs), d, -1)
+    )

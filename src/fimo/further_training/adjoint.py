@@ -45,7 +45,7 @@ def adjoint(
 
     Args:
         seed: whose batches (and dropout masks) are followed.
-        of: test losses (the final model's measurement), or all outputs.
+        of: test losses (the final model's measurement), or all D outputs, flattened.
         points: which evaluation points, as indices into the E of the protocol; all when None.
         chunk: adjoints carried back together; memory grows with it.
         dtype: of run and adjoints; the protocol's when None.
@@ -174,7 +174,11 @@ def _test_gradients(
 
     def values(p: Tensors) -> Tensor:
         outputs = evaluate_outputs(model, p, test.inputs)
-        return outputs if of == "outputs" else measurement(outputs, test.targets)[:, None]
+        return (
+            outputs.reshape(len(outputs), -1)
+            if of == "outputs"
+            else measurement(outputs, test.targets)[:, None]
+        )
 
     with run.randomness(0):
         jacobian = jacrev(values)({n: p.to(wide) for n, p in parameters.items()})

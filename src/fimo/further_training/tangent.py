@@ -11,7 +11,13 @@ from torch.func import vmap
 
 from fimo.data.instances import Instances
 from fimo.door import choices
-from fimo.further_training.differentiable_step import FullRun, State, Tensors, evaluate_outputs
+from fimo.further_training.differentiable_step import (
+    FullRun,
+    State,
+    Tensors,
+    evaluate_outputs,
+    twice_differentiable,
+)
 from fimo.further_training.linear_derivatives import along
 from fimo.further_training.protocol import DTYPES, Protocol
 from fimo.further_training.replicas import Unit
@@ -26,8 +32,8 @@ class TangentOutputs:
     raw change of the loss is ``-loss_derivative``.
 
     Args:
-        outputs: ``[E, J, D]`` at each evaluation point.
-        derivative: ``[E, J, L, D]``.
+        outputs: ``[E, J, ...]`` at each evaluation point, as the network gives them.
+        derivative: ``[E, J, L, ...]``.
         loss_derivative: ``[E, J, L]``, of the test instances' losses (the final model's measurement).
     """
 
@@ -110,6 +116,7 @@ def _updated(
 def _outputs(final_model: FinalModel, run: FullRun, units: Sequence[Unit], test: Instances) -> TangentOutputs:
     wide = DTYPES[run.protocol.evaluation_dtype]
     model, test = final_model.to(run.device, wide), test.to(run.device, wide)
+    twice_differentiable(model.network)
     measurement = model.measurement or model.loss
     outputs, derivatives, losses = [], [], []
     for state, derivative in tangents(run, units):

@@ -215,9 +215,11 @@ class Response(FollowingMethod):
         for trajectory in trajectories:
             outputs = outputs_along(model, [trajectory.parameters[k] for k in knots], train)
             gradient.append(torch.stack([space.gradient(model.loss, f, train.targets) for f in outputs]))
-            some = outputs[:1] if constant or exact else outputs
-            known.append(outputs[:, space.kept])
-            hessian.append(torch.stack([space.hessian(model.loss, f, train.targets) for f in some]))
+            some = outputs[:1] if constant else outputs
+            if exact:
+                known.append(outputs[:, space.kept].flatten(2))
+            else:
+                hessian.append(torch.stack([space.hessian(model.loss, f, train.targets) for f in some]))
 
         def parameters(point: int) -> list[Tensor]:
             at = [t.parameters[knots[point]] for t in trajectories]
@@ -226,9 +228,9 @@ class Response(FollowingMethod):
         return Along(
             [steps[k] for k in knots],
             torch.stack(gradient),
-            torch.stack(hessian),
+            torch.stack(hessian) if hessian else None,
             parameters,
-            torch.stack(known) if exact else None,
+            torch.stack(known) if known else None,
             model.loss,
             train.targets[space.kept],
         )

@@ -13,11 +13,15 @@ from fimo.data.instances import Instances
 from fimo.dynamics.response import loss_changes_by, outputs_at
 from fimo.errors import InputError
 from fimo.further_training.adjoint import adjoint
-from fimo.further_training.protocol import DTYPES
-from fimo.further_training.tangent import tangent_outputs
+from fimo.further_training.differentiable_step import FullRun
+from fimo.further_training.protocol import DTYPES, Protocol
+from fimo.further_training.tangent import tangent_outputs, tangents
 from fimo.further_training.trajectory import Trajectory
 from fimo.methods.following import FollowingMethod
 from fimo.models.final_model import FinalModel
+
+MAX_OUTPUTS = 2**14
+"""Most outputs of an instance whose derivatives are held, for each test and left-out instance."""
 
 
 class Unrolled(FollowingMethod):
@@ -55,6 +59,17 @@ class Unrolled(FollowingMethod):
             raise InputError("chunk", f"expected at least 1 but got {chunk}")
         self.mode, self.propagate, self.seeds, self.chunk = mode, propagate, seeds, chunk
 
+    def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
+        outputs = final_model.outputs(train[:1])[0].numel()
+        if outputs > MAX_OUTPUTS:
+            return f"it differentiates at most {MAX_OUTPUTS} outputs of an instance, not {outputs}"
+        step = FullRun(final_model, train[:1], Protocol(steps=1, batch_size=1, leave_out="mask"), 0, [(0,)])
+        try:
+            next(tangents(step, [(0,)]))
+        except NotImplementedError as error:
+            return f"it needs an operation's forward derivative: {str(error).splitlines()[0]}"
+        return None
+
     def scores(self, test: Instances, left_out: Instances) -> Tensor:
         self.gradient_evaluations = 0
         return self.average(self._by_seed(test))
@@ -76,19 +91,16 @@ class Unrolled(FollowingMethod):
             gradients = self.ft.steps[-1] * min(self.ft.protocol.batch_size, len(self.train))
             self.gradient_evaluations += gradients * (1 + 2 * (len(self.left_out) if forward else adjoints))
             yield torch.stack(
-                [
-                    to_change(model, f, test.targets, c.flatten(0, 1))
-                    for f, c in zip(outputs, change, strict=True)
-                ]
+                [to_change(model, f, test.targets, c) for f, c in zip(outputs, change, strict=True)]
             )
 
     def _forward(self, test: Instances, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return outputs ``[E, J, D]`` and their changes ``[E, J, D, L]``."""
+        """Return outputs ``[E, J, ...]`` and their changes ``[E, J·D, L]``, flattened."""
         found = tangent_outputs(
             self.final_model, self.train, test, self.ft.protocol, seed, self.left_out.tolist(),
             chunk=self.chunk, device=device,
         )  # fmt: skip
-        return found.outputs, -found.derivative.transpose(2, 3)
+        return found.outputs, -found.derivative.flatten(3).transpose(2, 3).flatten(1, 2)
 
     def _reverse(
         self, model: FinalModel, test: Instances, trajectory: Trajectory, device: torch.device
@@ -103,4 +115,4 @@ class Unrolled(FollowingMethod):
             outputs_at(model, {n: p.to(wide) for n, p in at.items()}, test)
             for at in trajectory.parameters[1:]
         ]
-        return torch.stack(outputs), -derivative[..., self.left_out.to(derivative.device)]
+        return torch.stack(outputs), -derivative[..., self.left_out.to(derivative.device)].flatten(1, 2)
