@@ -16,6 +16,7 @@ from fimo import fingerprint
 from fimo.cost import Cost, measured
 from fimo.data.instances import Instances
 from fimo.further_training import Protocol
+from fimo.methods.base import Access, AttributionMethod
 from fimo.methods.following import FollowingMethod
 from fimo.methods.graddot import GradDot
 from fimo.methods.response import Response
@@ -92,3 +93,33 @@ def test_a_method_pays_for_full_runs_that_another_made_once_and_keeps_that_in_th
     again = cost("second", Once())
     assert again.reused == 1
     assert kept < again.seconds <= second.seconds
+
+
+class Unsure(AttributionMethod):
+    """Scores i + 1 with a standard error of 2 (i + 1) for instance i, drawn apart for each instance."""
+
+    access = Access.FINAL_MODEL
+
+    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+        ones = torch.ones(len(test), len(left_out))
+        size = 1.0 + torch.tensor([int((self.train.inputs == x).all(1).nonzero()) for x in left_out.inputs])
+        self.score_sem = 2 * size * ones
+        return size * ones
+
+
+def test_a_group_scores_the_sum_of_its_members_with_the_root_of_the_sum_of_their_squared_errors(
+    tmp_path: Path,
+) -> None:
+    case = CASES["mlp_regression"]()
+    data: Any = SimpleNamespace(train=case.train, test=case.test)
+    plan = Plan(Protocol(epochs=1), [0], [0], [[3, 1], 7, [0, 1, 2]], [0, 2], True, "auto")
+    config = OmegaConf.create({"seed": 0, "methods": {"unsure": {}}})
+    for reused in (0, 1):  # computed, then from the store
+        cost, problem = Cost("unsure"), described(case.final_model, data)
+        found = score(
+            "unsure", Unsure(), case.final_model, data, plan, config, Store(tmp_path), cost, problem
+        )
+        assert cost.reused == reused
+        torch.testing.assert_close(found["scores"], torch.tensor([[4.0 + 2, 8, 1 + 2 + 3]] * 2))
+        sem = [2 * (4.0**2 + 2**2) ** 0.5, 2 * 8, 2 * (1 + 2**2 + 3**2) ** 0.5]
+        torch.testing.assert_close(found["sem"], torch.tensor([sem] * 2))
