@@ -8,6 +8,7 @@ vectors in output space. So there is one backward pass, and the kinds of rows di
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -142,12 +143,14 @@ class InstanceGradients:
             self._told = True
             log.info(
                 "gradients of %d instances take %.1f GiB, more than memory_mb=%.0f: they are computed again "
-                "whenever they are used, all of them for each block of %d where two sets are multiplied; a "
-                "larger memory_mb, storage=bfloat16 or a cache folder saves that",
+                "whenever they are used, all of them for each block of %d where two sets are multiplied; "
+                "methods.NAME.memory_mb=%d for the method NAME, its storage=bfloat16 or its cache=FOLDER "
+                "saves that",
                 len(instances),
                 len(instances) * self.p * r * torch.empty((), dtype=self.dtype).element_size() / 2**30,
                 self.memory / 2**20,
                 block,
+                math.ceil(len(instances) * self.p * r * self.dtype.itemsize / 2**20),
             )
         return stream
 

@@ -189,7 +189,7 @@ class Lissa(IterativeMethod):
             if not extremes.converged:
                 log.warning(
                     "the curvature's extreme eigenvalues are known to %.1g after %d steps only; if LiSSA "
-                    "diverges, raise the damping or memory_mb",
+                    "diverges, raise its damping or memory_mb",
                     extremes.error,
                     steps,
                 )
