@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import sysconfig
-import traceback
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,22 +16,16 @@ from torch import nn
 
 from fimo.arguments import check_arguments, imported
 from fimo.data.datamodule import InstancesModule
-from fimo.errors import InputError
+from fimo.door.admission import admit
+from fimo.errors import InputError, reason
 from fimo.evaluation import METRICS
 from fimo.further_training.protocol import Protocol
 from fimo.methods.base import AttributionMethod
 from fimo.models.best import KeepBest
 from fimo.models.checkpoint import load_checkpoint
-from fimo.models.final_model import FinalModel, apply
-from fimo.models.losses import (
-    LOSSES,
-    MEASUREMENTS,
-    Loss,
-    correct_probability,
-    cross_entropy,
-    logit_margin,
-    loss_name,
-)
+from fimo.models.copied import with_dense_gradients
+from fimo.models.final_model import FinalModel
+from fimo.models.losses import LOSSES, MEASUREMENTS, Loss, cross_entropy
 from fimo.models.module import FinalModelModule
 from fimo.models.progress import EpochProgress
 
@@ -61,25 +51,6 @@ def build(config: Any, key: str, **arguments: Any) -> Any:
         if isinstance(cause, InputError):
             raise cause from None
         raise InputError(key, reason(cause or error)) from error
-
-
-def reason(error: BaseException) -> str:
-    """Return an error of foreign code in one line, with the user's line of code that failed."""
-    text = (str(error).strip() or "no message").splitlines()[0]
-    if not isinstance(error, RuntimeError | TypeError | ValueError):  # whose messages say enough
-        text = f"{type(error).__name__}: {text}"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not _of_a_package(f.filename)]
-    return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else text
-
-
-def _of_a_package(file: str) -> bool:
-    """Return whether a file belongs to an installed package, to Python, or to this package."""
-    places = (
-        Path(__file__).parent,
-        *map(Path, (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))),
-    )
-    return file.startswith("<") or any(place in Path(file).parents for place in places)
 
 
 def build_data(config: DictConfig) -> InstancesModule:
@@ -133,46 +104,28 @@ def build_module(config: DictConfig, data: InstancesModule) -> FinalModelModule:
     )
 
 
-@torch.no_grad()
 def check_fit(network: nn.Module, loss: Loss, data: InstancesModule, measurement: Loss | None = None) -> None:
-    """Try a network and its loss on two training instances.
+    """Try a network and its loss on the data set, whose instances are converted to what the loss takes.
 
     Raises:
-        InputError: naming ``model.network``, ``model.loss`` or ``model.measurement``: a network without
-            parameters, an input or target that does not fit, fewer outputs than classes, or a loss that is
-            not one number per instance.
+        InputError: naming ``model.network``, ``model.loss``, ``model.measurement`` or the ``dataset``: a
+            network without parameters to train, inputs or targets that do not fit, too few outputs; see
+            :func:`~fimo.door.admission.admit`.
     """
-    probe, hint = data.train[:2], f"does not fit the data set {data.name}"
     if not any(p.requires_grad for p in network.parameters()):
         raise InputError("model.network", "has no parameter that can be trained")
-    if loss is cross_entropy and probe.targets.is_floating_point():
+    if loss is cross_entropy and data.task == "regression":
         raise InputError("model.loss", f"cross_entropy needs classes as targets, but this is {data.task}")
-    try:
-        outputs = apply(copy.deepcopy(network).eval(), probe.inputs)
-        losses = loss(outputs, probe.targets)
-    except InputError:
-        raise
-    except Exception as error:  # whatever a network makes of inputs that are not for it
-        raise InputError("model.network", f"{hint}: {reason(error)}") from error
-    if data.task == "classification" and (outputs.ndim != 2 or outputs.shape[1] < data.outputs):
-        shape = tuple(outputs.shape[1:])
-        raise InputError("model.network", f"{hint}: outputs of shape {shape} for {data.outputs} classes")
-    _one_each("model.loss", losses, len(probe))
-    if measurement is not None:
-        if measurement in (logit_margin, correct_probability) and probe.targets.is_floating_point():
-            what = f"{loss_name(measurement)} needs classes as targets, but this is {data.task}"
-            raise InputError("model.measurement", f"{hint}: {what}")
-        try:
-            measured = measurement(outputs, probe.targets)
-        except Exception as error:
-            raise InputError("model.measurement", f"{hint}: {reason(error)}") from error
-        _one_each("model.measurement", measured, len(probe))
-
-
-def _one_each(key: str, losses: Any, count: int) -> None:
-    shape = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
-    if shape != (count,):
-        raise InputError(key, f"expected one loss for each of {count} instances but got shape {shape}")
+    model = FinalModel(with_dense_gradients(network), loss, measurement)
+    data.train, data.test = admit(model, data.train, data.test)
+    if data.task == "classification":
+        outputs = model.outputs(data.train[:1])
+        if outputs.ndim != 2 or outputs.shape[1] < data.outputs:
+            shape = tuple(outputs.shape[1:])
+            raise InputError(
+                "model.network",
+                f"does not fit the data set {data.name}: outputs of shape {shape} for {data.outputs} classes",
+            )
 
 
 def build_loss(name: Any, key: str, known: Mapping[str, Loss] = LOSSES) -> Loss:

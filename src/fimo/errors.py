@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sysconfig
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -31,3 +34,22 @@ def shortened(names: Sequence[object], most: int = 8) -> str:
     """Return names for an error message: the first ``most``, and how many more."""
     shown = ", ".join(map(str, names[:most]))
     return shown if len(names) <= most else f"{shown}, … ({len(names)} in all)"
+
+
+def reason(error: BaseException) -> str:
+    """Return an error of foreign code in one line, with the user's line of code that failed."""
+    text = (str(error).strip() or "no message").splitlines()[0]
+    if not isinstance(error, RuntimeError | TypeError | ValueError):  # whose messages say enough
+        text = f"{type(error).__name__}: {text}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not _of_a_package(f.filename)]
+    return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else text
+
+
+def _of_a_package(file: str) -> bool:
+    """Return whether a file belongs to an installed package, to Python, or to this package."""
+    places = (
+        Path(__file__).parent,
+        *map(Path, (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))),
+    )
+    return file.startswith("<") or any(place in Path(file).parents for place in places)

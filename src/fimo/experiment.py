@@ -19,7 +19,6 @@ from fimo.build import (
     build_module,
     build_trainer,
     check_evaluation,
-    reason,
     training_settings,
 )
 from fimo.checking.of_run import check_run
@@ -27,7 +26,7 @@ from fimo.config import plain
 from fimo.cost import Cost, measured, write_costs
 from fimo.curvature.solvers import DivergenceError
 from fimo.environment import quiet_libraries, trainer_settings
-from fimo.errors import InputError
+from fimo.errors import InputError, reason
 from fimo.evaluation import assess
 from fimo.fingerprint import Problem
 from fimo.further_training import further_train

@@ -13,6 +13,7 @@ from torch import Tensor
 from fimo.cost import Cost
 from fimo.data.instances import Instances
 from fimo.door import choices
+from fimo.door.admission import admit
 from fimo.errors import InputError
 from fimo.fingerprint import Key, Problem, kept, runs_key
 from fimo.further_training.job import Job
@@ -76,6 +77,7 @@ def further_train(
         InputError: naming the key under ``further_training`` at fault.
         OSError: the store can't be written.
     """
+    train, test = admit(final_model, train, test)
     seeds, units = choices.seeds(seeds), choices.units(left_out, len(train))
     index = list(range(len(test))) if test_index is None else list(test_index)
     if len(index) != len(test):

@@ -18,6 +18,7 @@ from torch import Tensor
 from fimo.cost import Cost
 from fimo.data.instances import Instances
 from fimo.door import choices
+from fimo.door.admission import admit
 from fimo.fingerprint import Key, Problem, folder_of, trajectory_key
 from fimo.further_training.chunk import Chunk
 from fimo.further_training.gold_standard import evaluation_points
@@ -77,6 +78,7 @@ def full_runs(
         One :class:`Trajectory` for each seed, in the protocol's dtype on the device. For Adam,
         ``second_moment`` is its second moment divided by 1 - beta2^t.
     """
+    train, _ = admit(final_model, train)
     seeds = choices.seeds(seeds)
     device = trainer_device(trainer) if device is None else device
     setting = Setting.build(final_model, train, train[:1], protocol, device)

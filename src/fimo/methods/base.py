@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fimo.data.instances import Instances
 from fimo.door import choices
+from fimo.door.admission import admit
 from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.models.final_model import FinalModel
@@ -102,6 +103,7 @@ class AttributionMethod(ABC):
                 "further_training",
                 f"{type(self).__name__} follows it, but none was given{self.without_further_training}",
             )
+        train, test = admit(final_model, train, test)
         self.further_training = further_training
         self.left_out = choices.indices(left_out, len(train), "left_out")
         self.fit(final_model, train)

@@ -27,15 +27,21 @@ def copied(network: nn.Module) -> nn.Module:
         if isinstance(value, Tensor) and not value.is_leaf
     }
     found = copy.deepcopy(network, computed)
-    for module in found.modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            module.sparse = False
+    for module in with_dense_gradients(found).modules():
         if type(module) is parametrizations._WeightNorm:
             module.__class__ = _PlainWeightNorm
         for hook in module._forward_pre_hooks.values():
             if type(hook) is WeightNorm:
                 hook.__class__ = _PlainWeightNormHook
     return found
+
+
+def with_dense_gradients(network: nn.Module) -> nn.Module:
+    """Switch off sparse gradients of embeddings, in place: the same numbers, in the form that others have."""
+    for module in network.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False
+    return network
 
 
 def _normalised(v: Tensor, g: Tensor, dim: int) -> Tensor:

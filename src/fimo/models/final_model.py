@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from dataclasses import dataclass
+import glob
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +16,10 @@ from torch import Tensor, nn
 from fimo.data.instances import Inputs, Instances
 from fimo.errors import InputError, shortened
 from fimo.models.copied import copied
-from fimo.models.losses import Loss
+from fimo.models.losses import LOSSES, MEASUREMENTS, Loss
+from fimo.models.own_tensors import following_outputs
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,40 +32,64 @@ class FinalModel:
 
     Args:
         network: maps a batch of inputs to outputs ``[n, ...]``.
-        loss: per-instance loss ``(outputs, targets) -> [n]``.
+        loss: per-instance loss ``(outputs, targets) -> [n]``, or the name of a known one (``mse``).
+            Floating-point tensors that it holds, such as class weights, follow the dtype of the outputs.
         measurement: what is explained on test instances, of the same form as ``loss``; the loss itself
             when None.
         trainable: name patterns (``fnmatch``) of the parameters that further training moves and that
-            attribution differentiates; all when empty.
+            attribution differentiates. When empty: those that require a gradient, so that what the user has
+            frozen stays frozen; all where none does, as in a network that was frozen to be used.
 
     Raises:
-        InputError: no parameter's name matches a pattern of ``trainable``.
+        InputError: no parameter's name matches a pattern of ``trainable``, or no such loss.
     """
 
     network: nn.Module
     loss: Loss
     measurement: Loss | None = None
     trainable: tuple[str, ...] = ()
+    admitted: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
+    """Instances that it was admitted with; see :func:`fimo.door.admission.admit`."""
+    _moved: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.network, nn.Module):
+            kind = type(self.network).__name__
+            raise InputError("model.network", f"expected a torch.nn.Module but got {kind}")
         network = copied(self.network).eval()
-        network.requires_grad_(False)
-        object.__setattr__(self, "network", network)
-        object.__setattr__(self, "trainable", tuple(self.trainable))
         names = [name for name, _ in network.named_parameters()]
+        if not names:
+            raise InputError("model.network", "has no parameter that can be trained")
+        frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
+        network.requires_grad_(False)
+        set_attribute = object.__setattr__  # as frozen dataclasses are filled
+        set_attribute(self, "network", network)
+        set_attribute(self, "trainable", patterns(self.trainable))
         for pattern in self.trainable:
             if not fnmatch.filter(names, pattern):
                 raise InputError(
                     "model.trainable", f"no parameter matches {pattern!r}; there are {shortened(names)}"
                 )
+        if not self.trainable and 0 < len(frozen) < len(names):
+            log.info("%s: not trained, as requires_grad is false", shortened(frozen))
+            set_attribute(self, "trainable", tuple(glob.escape(n) for n in names if n not in frozen))
+        moved = {n for pattern in self.trainable for n in fnmatch.filter(names, pattern)} or set(names)
+        set_attribute(self, "_moved", frozenset(moved))
+        first = next(network.parameters())
+        for key, known in (("loss", LOSSES), ("measurement", MEASUREMENTS)):
+            function = as_loss(getattr(self, key), f"model.{key}", known)
+            if function is not None:
+                function = following_outputs(function, first.device, first.dtype)
+            set_attribute(self, key, function)
+        if self.loss is None:
+            raise InputError("model.loss", "must be given")
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the trainable parameters by name (tied ones once), detached; θ^f."""
-        return {
-            name: p.detach()
-            for name, p in self.network.named_parameters()
-            if not self.trainable or any(fnmatch.fnmatch(name, pattern) for pattern in self.trainable)
-        }
+        return {name: p.detach() for name, p in self.network.named_parameters() if name in self._moved}
+
+    def __getstate__(self) -> dict[str, Any]:  # weak references, which are remembered, can't be pickled
+        return {**self.__dict__, "admitted": []}
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that the outputs depend on by name, frozen parameters and buffers included."""
@@ -95,6 +126,29 @@ class FinalModel:
         return torch.cat(
             [self.loss(apply(self.network, b.inputs), b.targets) for b in instances.batches(size)]
         )
+
+
+def patterns(trainable: Any) -> tuple[str, ...]:
+    """Return name patterns as a tuple; one of them may be given alone."""
+    return (trainable,) if isinstance(trainable, str) else tuple(trainable)
+
+
+def as_loss(loss: Any, key: str, known: Mapping[str, Loss]) -> Loss | None:
+    """Return a loss by its name, any other function and None as they are.
+
+    Raises:
+        InputError: with ``key``: no such name, no function, or a class that was not called.
+    """
+    if isinstance(loss, str):
+        if loss not in known:
+            raise InputError(key, f"expected a function or one of {', '.join(known)} but got {loss!r}")
+        return known[loss]
+    if isinstance(loss, type):
+        raise InputError(key, f"{loss.__name__} is a class: pass {loss.__name__}(reduction='none'), called")
+    if loss is not None and not callable(loss):
+        raise InputError(key, f"expected a function of outputs and targets but got {type(loss).__name__}")
+    function: Loss | None = loss
+    return function
 
 
 def fitting_batch(instances: Instances) -> int:

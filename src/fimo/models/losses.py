@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fimo.errors import InputError
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(outputs ``[n, ...]``, targets ``[n, ...]``) -> one loss per instance ``[n]``."""
 
 
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """Squared error, averaged over an instance's outputs: ``[n, D], [n, D] -> [n]``."""
-    return (outputs - targets).square().flatten(1).mean(1)
+    return (outputs - like(outputs, targets)).square().flatten(1).mean(1)
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -24,8 +26,25 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy of logits ``[n, D]`` with 0/1 targets ``[n, D]``, averaged over D: ``[n]``."""
-    losses = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none")
-    return losses.flatten(1).mean(1)
+    targets = like(outputs, targets).to(outputs.dtype)
+    return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").flatten(1).mean(1)
+
+
+def like(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return values in the outputs' shape, where that only adds or drops axes of size one (``[n]``).
+
+    Raises:
+        InputError: the shapes differ otherwise: they would be broadcast, and losses would mix instances.
+    """
+    if outputs.shape == targets.shape:
+        return targets
+    (n, *ours), (m, *theirs) = outputs.shape, targets.shape
+    if n == m and [d for d in ours if d != 1] == [d for d in theirs if d != 1]:
+        return targets.reshape(outputs.shape)
+    raise InputError(
+        "model.loss",
+        f"outputs of shape {tuple(ours)} for each instance don't go with targets of shape {tuple(theirs)}",
+    )
 
 
 def language_modelling(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -95,6 +114,7 @@ MEASUREMENTS: dict[str, Loss] = {
 
 def loss_name(loss: Loss) -> str:
     """Return the configured name of a known loss, else the callable's qualified name."""
+    loss = getattr(loss, "loss", loss)  # where it follows its outputs
     for name, known in MEASUREMENTS.items():
         if loss is known:
             return name
