@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fimo.data.instances import Instances
+from fimo.door import admission
 from fimo.errors import InputError
+from fimo.fingerprint import Problem
 from fimo.further_training import Protocol, full_runs, further_train
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.methods.graddot import GradDot
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import mean_squared_error
+from fimo.models.losses import binary_cross_entropy, cross_entropy, logit_margin, mean_squared_error
 
 PROTOCOL = Protocol(lr=0.05, batch_size=8, epochs=1)
 
@@ -116,3 +120,294 @@ def test_a_protocol_takes_numpys_numbers() -> None:
     assert protocol == Protocol(lr=0.5, batch_size=4, epochs=2)
     assert type(protocol.lr) is float
     assert type(protocol.epochs) is int
+
+
+# --- losses and targets
+
+
+def own_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().flatten(1).mean(1)
+
+
+def both(model: FinalModel, data: Instances) -> tuple[Tensor, Tensor]:
+    """Return the gold standard and Grad-Dot's scores of the same problem."""
+    found = further_train(model, data[:16], data[16:], PROTOCOL, [0], [0, 5, 10])
+    return found.raw, GradDot().attribute(model, data[:16], data[16:], [0, 5, 10])
+
+
+class Plain(nn.Module):
+    """No sequence, so that the general engine runs it."""
+
+    def __init__(self, outputs: int = 1) -> None:
+        super().__init__()
+        self.body = network(outputs=outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize("loss", [mean_squared_error, own_squared_error, "mse"])
+@pytest.mark.parametrize("make", [network, Plain])
+def test_regression_targets_without_an_axis_mean_one_value_for_each_instance(loss: Any, make: Any) -> None:
+    model = FinalModel(make(), loss)
+    flat = Instances(DATA.inputs, DATA.targets[:, 0])
+    for found, expected in zip(both(model, flat), both(model, DATA), strict=True):
+        assert torch.equal(found, expected)
+    if loss is mean_squared_error:
+        torch.testing.assert_close(model.losses(flat), model.losses(DATA))
+
+
+CLASSES = Instances(DATA.inputs, torch.arange(20) % 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16, torch.float32, torch.float64])
+@pytest.mark.parametrize("loss", [cross_entropy, nn.CrossEntropyLoss(reduction="none")])
+@pytest.mark.parametrize("column", [False, True])
+def test_class_labels_may_have_any_type_of_number(dtype: torch.dtype, loss: Any, column: bool) -> None:
+    model = FinalModel(Plain(3), loss)
+    labels = CLASSES.targets.to(dtype)
+    given = Instances(CLASSES.inputs, labels[:, None] if column else labels)
+    for found, expected in zip(both(model, given), both(model, CLASSES), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_inputs_take_the_networks_dtype() -> None:
+    model = FinalModel(network(), mean_squared_error)
+    wide = Instances(DATA.inputs.double(), DATA.targets.double())
+    for found, expected in zip(both(model, wide), both(model, DATA), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_whole_numbers_are_values_to_a_squared_error() -> None:
+    whole = Instances(DATA.inputs, torch.arange(20) % 4)
+    model = FinalModel(network(), mean_squared_error)
+    for found, expected in zip(
+        both(model, whole), both(model, Instances(DATA.inputs, whole.targets.float()[:, None])), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_data_sets_and_lists_are_as_good_as_instances() -> None:
+    model = FinalModel(network(), mean_squared_error)
+    pairs = [(x, float(y)) for x, y in zip(DATA.inputs, DATA.targets, strict=True)]
+    tensors = torch.utils.data.TensorDataset(DATA.inputs, DATA.targets[:, 0])
+    expected = GradDot().attribute(model, DATA, DATA[:4])
+    for source in (pairs, tensors):
+        found = GradDot().attribute(model, source, DATA[:4])
+        torch.testing.assert_close(found, expected)
+        further = further_train(model, source, DATA[:4], PROTOCOL, [0], [1])
+        assert torch.equal(further.raw, further_train(model, DATA, DATA[:4], PROTOCOL, [0], [1]).raw)
+
+
+class Returning(nn.Module):
+    """Returns what a function makes of the outputs and inputs."""
+
+    def __init__(self, change: Any, outputs: int = 1) -> None:
+        super().__init__()
+        self.body, self.change = network(outputs=outputs), change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(self.body(x), x)
+
+
+class Normalised(nn.Module):
+    """Batch normalisation with the batch's own statistics in every mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(3, 5), nn.BatchNorm1d(5, track_running_stats=False)
+        self.last = nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)))
+
+
+class CoupledInTraining(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x)
+        return y - y.mean(0) if self.training else y
+
+
+class Output(dict[str, Any]):
+    """As transformers returns."""
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "key", "said"),
+    [
+        (network(), nn.MSELoss(), "model.loss", "one number for all; build the loss with reduction='none'"),
+        (network(outputs=2), nn.MSELoss(reduction="none"), "model.loss", ".flatten(1).mean(1)"),
+        (network(), lambda o, t: (o - t).square().mean().expand(len(o)), "model.loss", "over the batch"),
+        (network(), lambda o, t: (o - t).square().flip(0)[:, 0], "model.loss", "an instance's value changes"),
+        (network(), lambda o, t: (o > t).float()[:, 0], "model.loss", "has no derivative"),
+        (network(), lambda o, t: [0.0] * len(o), "model.loss", "expected a tensor [n] but got list"),
+        (network(outputs=2), mean_squared_error, "model.loss", "shape (2,) for each instance don't go"),
+        (Normalised(), mean_squared_error, "model.network", "without running statistics (norm)"),
+        (CoupledInTraining(), mean_squared_error, "model.network", "in train mode"),
+        (Returning(lambda y, x: y - x.mean()), mean_squared_error, "model.network", "each instance alone"),
+        (Returning(lambda y, x: (y, x)), mean_squared_error, "model.network", "Adapted(network, output=0)"),
+        (Returning(lambda y, x: Output(logits=y)), mean_squared_error, "model.network", "output='logits')"),
+        (Returning(lambda y, x: y[:, 0]), mean_squared_error, "model.network", "leave out the squeeze"),
+        (network(4), mean_squared_error, "model.network", "does not fit the data (inputs (3,) float32 each)"),
+    ],
+)  # fmt: skip
+def test_what_gives_no_value_of_each_instance_alone_is_refused(
+    model: nn.Module, loss: Any, key: str, said: str
+) -> None:
+    final_model = FinalModel(model, loss)
+    for call in (
+        lambda: further_train(final_model, DATA, DATA, PROTOCOL, [0], [0]),
+        lambda: list(full_runs(final_model, DATA, PROTOCOL, [0])),
+        lambda: GradDot().attribute(final_model, DATA, DATA),
+    ):
+        with pytest.raises(InputError) as caught:
+            call()
+        assert caught.value.key == key
+        assert said in caught.value.problem
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("targets", "loss", "key", "said"),
+    [
+        (torch.arange(20) % 5, cross_entropy, "dataset.train",
+         "instance 3 has the label 3; the network has outputs for 3 classes"),
+        (torch.arange(20) % 3 - 1, cross_entropy, "dataset.train", "instance 0 has the label -1"),
+        ((torch.arange(20) % 3) * 0.5, cross_entropy, "dataset.train", "instance 1 has the label 0.5"),
+        (torch.full((20,), torch.nan), cross_entropy, "dataset.train", "NaN or infinite targets"),
+        (torch.rand(20, 3), cross_entropy, "model.loss", "class probabilities [n, 3]"),
+        (torch.rand(20, 3) * 2, binary_cross_entropy, "dataset.train", "expected numbers from 0 to 1"),
+        (torch.rand(20, 2), mean_squared_error, "model.loss", "don't go with targets of shape (2,)"),
+    ],
+)  # fmt: skip
+def test_targets_that_a_loss_cannot_mean_are_refused(targets: Tensor, loss: Any, key: str, said: str) -> None:
+    model, data = FinalModel(network(outputs=3), loss), Instances(DATA.inputs, targets)
+    for call in (
+        lambda: further_train(model, data, data, PROTOCOL, [0], [0]),
+        lambda: GradDot().attribute(model, data, data),
+    ):
+        with pytest.raises(InputError) as caught:
+            call()
+        assert caught.value.key == key
+        assert said in caught.value.problem
+
+
+def test_a_label_of_the_test_set_is_named_as_such() -> None:
+    model = FinalModel(network(outputs=3), cross_entropy)
+    test = Instances(DATA.inputs, torch.full((20,), 7))
+    with pytest.raises(InputError, match=r"^dataset.test: instance 0 has the label 7"):
+        GradDot().attribute(model, CLASSES, test)
+
+
+def test_a_measurement_of_classes_needs_classes() -> None:
+    with pytest.raises(InputError, match=r"^model.measurement: logit_margin needs classes"):
+        GradDot().attribute(FinalModel(network(), mean_squared_error, logit_margin), DATA, DATA)
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_dropout_couples_no_instances(functional: bool) -> None:
+    class Dropping(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.dropout(x, 0.5, self.training) if functional else self.dropout(x)
+            return self.body(x)
+
+    assert torch.isfinite(both(FinalModel(Dropping(), mean_squared_error), DATA)[0]).all()
+
+
+def test_what_was_checked_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = FinalModel(network(), mean_squared_error), []
+    monkeypatch.setattr(admission, "_checked", lambda *a: calls.append(a) or (a[1], a[2] or a[1]))
+    for _ in range(3):
+        admission.admit(model, DATA, DATA[:4])
+    assert len(calls) == 1
+    changed = Instances(DATA.inputs, DATA.targets.clone())
+    changed.targets[0] = 3
+    admission.admit(model, changed, DATA[:4])
+    assert len(calls) == 2
+
+
+# --- tensors inside a loss
+
+
+class Weighted:
+    """A callable with a weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, self.weight, reduction="none")
+
+
+WEIGHT = torch.tensor([0.5, 2.0, 3.0])
+
+
+def globally_weighted(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, WEIGHT, reduction="none")
+
+
+def closed_over(weight: Tensor) -> Any:
+    return lambda o, t: F.cross_entropy(o, t, weight, reduction="none")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Weighted(WEIGHT), globally_weighted, closed_over(WEIGHT), Weighted(WEIGHT).__call__,
+        nn.CrossEntropyLoss(weight=WEIGHT, reduction="none"),
+        functools.partial(F.cross_entropy, weight=WEIGHT, reduction="none"),
+    ],
+)  # fmt: skip
+def test_class_weights_inside_a_loss_follow_the_dtype(loss: Any) -> None:
+    def reference(outputs: Tensor, targets: Tensor) -> Tensor:
+        weight = torch.tensor([0.5, 2.0, 3.0]).to(outputs.dtype)
+        return weight[targets] * F.cross_entropy(outputs, targets, reduction="none")
+
+    found, expected = (both(FinalModel(network(outputs=3), given), CLASSES) for given in (loss, reference))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    assert WEIGHT.dtype == torch.float32
+
+
+def test_a_loss_with_weights_has_a_key_of_its_own() -> None:
+    def hashed(weight: Tensor) -> Any:
+        model = FinalModel(network(outputs=3), closed_over(weight))
+        return Problem.of(model, CLASSES).parts["loss"]
+
+    assert hashed(WEIGHT) == hashed(WEIGHT.clone()) != hashed(WEIGHT * 1.001)
+
+
+# --- parameters
+
+
+def test_parameters_that_the_user_froze_stay_frozen(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    frozen = network()
+    frozen[0].requires_grad_(False)
+    model, named = FinalModel(frozen, mean_squared_error), FinalModel(network(), "mse", trainable=("2.*",))
+    assert list(model.parameters()) == list(named.parameters()) == ["2.weight", "2.bias"]
+    assert "0.weight, 0.bias: not trained" in caplog.text
+    for found, expected in zip(both(model, DATA), both(named, DATA), strict=True):
+        assert torch.equal(found, expected)
+    assert list(model.to(dtype=torch.float64).parameters()) == ["2.weight", "2.bias"]
+    assert list(FinalModel(frozen, "mse", trainable=("0.*",)).parameters()) == ["0.weight", "0.bias"]
+    assert len(FinalModel(network().requires_grad_(False), "mse").parameters()) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((network(), "mae"), "model.loss: expected a function or one of mse"),
+        ((network(), nn.MSELoss), "model.loss: MSELoss is a class"),
+        ((network(), None), "model.loss: must be given"),
+        ((lambda x: x, "mse"), "model.network: expected a torch.nn.Module but got function"),
+        ((nn.ReLU(), "mse"), "model.network: has no parameter"),
+    ],
+)
+def test_a_final_model_of_other_things_is_refused(arguments: Any, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        FinalModel(*arguments)

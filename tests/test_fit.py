@@ -32,10 +32,25 @@ CLASSES = torch.tensor([0, 1, 2, 0])
 @pytest.mark.parametrize(
     ("network", "loss", "key", "said"),
     [
-        (nn.Linear(5, 3), cross_entropy, "model.network", "does not fit the data set custom: mat1 and mat2"),
+        (
+            nn.Linear(5, 3),
+            cross_entropy,
+            "model.network",
+            "(inputs (4,) float32 each): mat1 and mat2",
+        ),
         (nn.Linear(4, 2), cross_entropy, "model.network", "outputs of shape (2,) for 3 classes"),
-        (nn.Linear(4, 3), mean, "model.loss", "expected one loss for each of 2 instances but got shape ()"),
-        (nn.Linear(4, 3), mean_squared_error, "model.network", "does not fit"),
+        (
+            nn.Linear(4, 3),
+            mean,
+            "model.loss",
+            "expected one value for each of 4 instances but got",
+        ),
+        (
+            nn.Linear(4, 3),
+            mean_squared_error,
+            "model.loss",
+            "shape (3,) for each instance don't go",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(network: nn.Module, loss: Loss, key: str, said: str) -> None:

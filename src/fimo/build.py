@@ -16,7 +16,7 @@ from torch import nn
 
 from fimo.arguments import check_arguments, imported
 from fimo.data.datamodule import InstancesModule
-from fimo.door.admission import admit
+from fimo.door.admission import admit, tried
 from fimo.errors import InputError, reason
 from fimo.evaluation import METRICS
 from fimo.further_training.protocol import Protocol
@@ -117,15 +117,15 @@ def check_fit(network: nn.Module, loss: Loss, data: InstancesModule, measurement
     if loss is cross_entropy and data.task == "regression":
         raise InputError("model.loss", f"cross_entropy needs classes as targets, but this is {data.task}")
     model = FinalModel(with_dense_gradients(network), loss, measurement)
-    data.train, data.test = admit(model, data.train, data.test)
     if data.task == "classification":
-        outputs = model.outputs(data.train[:1])
+        outputs = tried(model, data.train[:1])
         if outputs.ndim != 2 or outputs.shape[1] < data.outputs:
             shape = tuple(outputs.shape[1:])
             raise InputError(
                 "model.network",
                 f"does not fit the data set {data.name}: outputs of shape {shape} for {data.outputs} classes",
             )
+    data.train, data.test = admit(model, data.train, data.test)
 
 
 def build_loss(name: Any, key: str, known: Mapping[str, Loss] = LOSSES) -> Loss:

@@ -422,10 +422,8 @@ def test_unused_parameters_have_zero_gradients() -> None:
     class WithPooler(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner, self.pooler = (
-                copy.deepcopy(case.final_model.network).requires_grad_(),
-                nn.Linear(2, 2).double(),
-            )
+            self.inner = copy.deepcopy(case.final_model.network).requires_grad_()
+            self.pooler = nn.Linear(2, 2).double()
 
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x)

@@ -141,7 +141,7 @@ def _checked(model: FinalModel, train: Instances, test: Instances | None) -> tup
     for key, instances in sets.items():
         _check_numbers(instances, key)
     sets = {key: _in_dtype_of(model, instances) for key, instances in sets.items()}
-    outputs = {key: _outputs(model, _probe(instances), key) for key, instances in sets.items()}
+    outputs = {key: tried(model, _probe(instances)) for key, instances in sets.items()}
     mode = TrainMode.of(model, sets["dataset.train"])
     convert = _conversion(model, sets["dataset.train"], outputs["dataset.train"])
     if convert is not None:
@@ -165,7 +165,7 @@ def _checked(model: FinalModel, train: Instances, test: Instances | None) -> tup
         _refuse(model, model.loss, last, "dataset.test")
     for key, loss in (("model.loss", model.loss), ("model.measurement", model.measurement)):
         if loss is not None:
-            _check_differentiable(loss, _outputs(model, _probe(last), key), _probe(last).targets, key)
+            _check_differentiable(loss, tried(model, _probe(last)), _probe(last).targets, key)
     return train, last
 
 
@@ -196,7 +196,12 @@ def _probe(instances: Instances) -> Instances:
 
 
 @torch.no_grad()
-def _outputs(model: FinalModel, probe: Instances, key: str) -> Tensor:
+def tried(model: FinalModel, probe: Instances) -> Tensor:
+    """Return a network's outputs ``[n, ...]`` of a few instances.
+
+    Raises:
+        InputError: it fails, or returns something else.
+    """
     try:
         outputs: Any = apply(model.network, probe.inputs)
     except InputError:
@@ -208,7 +213,7 @@ def _outputs(model: FinalModel, probe: Instances, key: str) -> Tensor:
             if name != "targets"
         )
         raise InputError(
-            "model.network", f"does not fit the instances ({shapes} each): {reason(error)}"
+            "model.network", f"does not fit the data ({shapes} each): {reason(error)}"
         ) from error
     if not isinstance(outputs, Tensor):
         parts = list(outputs) if hasattr(outputs, "keys") else []
@@ -258,7 +263,7 @@ def _refuse(
     """Refuse a loss whose values aren't one per instance, depending on it alone."""
     probe = _probe(instances)
     if (wrong := _wrong(model, loss, probe, mode)) is not None:
-        outputs = _outputs(model, probe, key)
+        outputs = tried(model, probe)
         key = "model.network" if wrong.startswith(MIXING_NETWORK) else key
         raise InputError(key, _explained(model, wrong, instances, outputs, mode))
 

@@ -48,11 +48,13 @@ def without_frozen_part(final_model: FinalModel, data: Data) -> tuple[FinalModel
     random numbers in training (dropout), which differ from run to run.
     """
     parts = split(final_model.network, final_model.parameters())
-    if parts is None or not any(True for _ in parts[0].parameters()) or _draws(parts[0], data.train):
+    if parts is None or not any(True for _ in parts[0].parameters()):
         return final_model, data
     before, after = parts
     probe = data.train[:4]
-    if not _agree(final_model, before, after, probe) or _bytes(before, probe, data) > MOST_BYTES:
+    if not _agree(final_model, before, after, probe) or _draws(before, data.train):
+        return final_model, data
+    if _bytes(before, probe, data) > MOST_BYTES:
         return final_model, data
     found = copy.copy(data)
     found.train, found.test = computed(before, data.train), computed(before, data.test)
