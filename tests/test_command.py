@@ -84,7 +84,7 @@ def table(folder: Path, rows: str) -> str:
         ("model.loss=cross_entropy", "model.loss: cross_entropy needs classes"),
         (
             "model.measurement=logit_margin",
-            "model.measurement: does not fit the data set diabetes: logit_margin needs classes as targets",
+            "model.measurement: logit_margin needs classes as targets",
         ),
         ("model.loss=torch.nn.MSELoss", "model.loss: torch.nn.MSELoss is a class, not a function of outputs"),
         (
