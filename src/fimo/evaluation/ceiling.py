@@ -87,11 +87,14 @@ def noise_ceilings(
     (:func:`~fimo.evaluation.deconvolution.signal_strengths`); then it is averaged over test instances as the
     agreement itself is.
 
-    Accuracy (``benchmarks/ceiling.py``; 30 left-out instances, S = 2 to 20): for normal noise within .02 of
-    the truth where that is above .5, within .06 below; no signal at all reads .06 to .13. Where noise differs
-    between left-out instances as in real further training, within .03 for cosine and Pearson, while Spearman
-    is up to .04 too high. With noise that all left-out instances share (the full run's) and
-    ``subtract_mean=False`` a cosine's ceiling is up to .11 too low for S ≤ 10.
+    Accuracy (``benchmarks/ceiling.py``: upper ceiling minus the truth's real agreement, 30 left-out and
+    100 test instances, S = 2 to 20). Normal noise, alike or .3 to 10 times the signal: within .02 where
+    the truth shows .5 or more, within .04 below; no signal at all reads .06 to .14. Further training of
+    small networks: cosine and Pearson within .02, Spearman too high, by .01 to .07 for S ≤ 5 and by .00
+    to .03 for more, since noise differs between left-out instances there. Noise without a variance to
+    speak of (t with 2.2 degrees of freedom): .00 to .04 too high, Spearman .02 to .08. A cosine of raw
+    changes (``subtract_mean=False``), where all left-out instances share the full run's noise: -.11 to
+    +.01 for S ≤ 5. The lower ceiling's errors are up to twice these.
 
     Args:
         raw: ``[S, E, J, L]``.
