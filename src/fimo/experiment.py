@@ -28,6 +28,7 @@ from fimo.curvature.solvers import DivergenceError
 from fimo.environment import quiet_libraries, trainer_settings
 from fimo.errors import InputError, reason
 from fimo.evaluation import assess
+from fimo.evaluation.assessment import judged_bars
 from fimo.fingerprint import Problem
 from fimo.further_training import further_train
 from fimo.models.frozen import without_frozen_part
@@ -35,7 +36,7 @@ from fimo.models.training import quality, save_checkpoint, train_final_model
 from fimo.plan import Plan
 from fimo.reporting.report import write_report
 from fimo.reporting.wandb import log_run
-from fimo.scoring import applicable, described, score
+from fimo.scoring import applicable, described, score, withheld
 from fimo.store import Store, write_tensors
 from fimo.summary import summarise
 from fimo.tasks import Judged, build_tasks, with_findings
@@ -114,6 +115,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     placed = trained.to(device)
     scores: dict[str, tuple[str, Tensor]] = {}
     errors: dict[str, Tensor] = {}
+    without_bars: dict[str, str] = {}
     for name, method in methods.items():
         with measured(name) as cost:
             try:
@@ -128,8 +130,10 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
                 skipped[name] = f"failed: {problem}"
                 continue
             scores[name] = (str(method.access), tensors["scores"])
-            if "sem" in tensors:
-                errors[name] = tensors["sem"]
+            if (bars := judged_bars(tensors, plan.subtract_mean)) is not None:
+                errors[name] = bars
+            if why := withheld(tensors):
+                without_bars[name] = why
             indices = {"left_out": sensitivity.left_out, "test": sensitivity.test}
             if method.follows_seeds:
                 indices["followed_seeds"] = torch.tensor(plan.followed)
@@ -164,7 +168,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     with measured("report") as cost:
         results = summarise(
             plain(config), data, final_model, final_quality, sensitivity, methods, scores, evaluation,
-            costs, skipped, errors,
+            costs, skipped, errors, without_bars,
         )  # fmt: skip
         results = with_findings(results, findings, run_dir)
         results.save(run_dir)

@@ -19,6 +19,7 @@ from fimo.fingerprint import Key, Problem, kept, scores_key
 from fimo.further_training import evaluation_points, full_runs
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.base import AttributionMethod
+from fimo.methods.following import FollowingMethod
 from fimo.store import Store, read_tensors, write_tensors
 
 if TYPE_CHECKING:  # no code of these is in the scores, whose key holds the source of what is imported here
@@ -63,7 +64,7 @@ def score(
     cost: Cost,
     problem: Problem | Indescribable,
 ) -> dict[str, Tensor]:
-    """Return a method's ``scores`` ``[J, L]`` or ``[E, J, L]`` on the CPU (and ``sem`` where it gives one).
+    """Return a method's ``scores`` ``[J, L]`` or ``[E, J, L]`` on the CPU (and :func:`bars_of_groups`).
 
     A group's score is the sum of its members' scores.
 
@@ -138,13 +139,39 @@ def _compute(
     membership = torch.zeros(len(members), len(groups), dtype=found.dtype)
     for column, group in enumerate(groups):
         membership[[position[i] for i in group], column] = 1
-    tensors = {"scores": found.cpu() @ membership}
-    sem = getattr(method, "score_sem", None)
-    if sem is not None:
-        tensors["sem"] = (sem.cpu().square() @ membership).sqrt()
+    tensors = {"scores": found.cpu() @ membership, **bars_of_groups(method, membership)}
     if not torch.isfinite(tensors["scores"]).all():
         log.warning("%s gave scores that are not finite", type(method).__name__)
     return tensors
+
+
+def bars_of_groups(method: AttributionMethod, membership: Tensor) -> dict[str, Tensor]:
+    """Return the error bars of groups' scores, ``sem`` and ``sem_adjusted`` ``[E, J, G]``, as far as known.
+
+    What members' errors have of their own adds in squares. What all left-out instances share, the part of the
+    variance that goes when their mean is subtracted, adds up, and is left in adjusted scores only where
+    groups differ in size. ``sem_withheld`` says why bars are missing or NaN, as bytes (:func:`withheld`).
+
+    Args:
+        membership: ``[L, G]``, 1 where an instance is in a group.
+    """
+    if not isinstance(method, FollowingMethod):
+        return {}
+    found = {}
+    size, bars = membership.sum(0), method.bars
+    if bars.raw is not None and bars.adjusted is not None:
+        raw, adjusted = bars.raw.cpu().square(), bars.adjusted.cpu().square()
+        shared = (raw - adjusted).mean(-1, keepdim=True).clamp(min=0)
+        found["sem"] = (raw @ membership + shared * (size**2 - size)).sqrt()
+        found["sem_adjusted"] = (adjusted @ membership + shared * (size - size.mean()) ** 2).sqrt()
+    if bars.withheld:
+        found["sem_withheld"] = torch.tensor(list(bars.withheld.encode()), dtype=torch.uint8)
+    return found
+
+
+def withheld(tensors: Mapping[str, Tensor]) -> str:
+    """Return why error bars are missing (or NaN in part), empty where they aren't or there never are any."""
+    return bytes(tensors["sem_withheld"].tolist()).decode() if "sem_withheld" in tensors else ""
 
 
 def further_training(

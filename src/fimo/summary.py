@@ -36,6 +36,7 @@ def summarise(
     costs: Sequence[Cost],
     skipped: Mapping[str, str],
     errors: Mapping[str, Tensor],
+    without_bars: Mapping[str, str],
 ) -> Results:
     """Gather what a run found."""
 
@@ -73,6 +74,7 @@ def summarise(
         slopes=evaluation.slopes,
         distance=distance_table(sensitivity, final_model),
         errors=errors,
+        without_bars=without_bars,
     )
 
 

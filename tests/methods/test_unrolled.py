@@ -122,15 +122,14 @@ def test_tangents_and_adjoints_agree(name: str, propagate: Any) -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-10)
 
 
-def test_fewer_seeds_are_the_first_ones_and_error_bars_their_spread() -> None:
+def test_fewer_seeds_are_the_first_ones() -> None:
     case, protocol = CASES["mlp_regression"](), protocol_of("sgd")
     arguments = (case.final_model, case.train, case.test, torch.tensor([1, 5]))
     method = Unrolled(seeds=2)
     found = method.attribute(*arguments, following(case, protocol, [3, 4, 5]))
     each = [Unrolled().attribute(*arguments, following(case, protocol, [s])) for s in (3, 4)]
     torch.testing.assert_close(found, torch.stack(each).mean(0))
-    assert method.score_sem is not None
-    torch.testing.assert_close(method.score_sem, torch.stack(each).std(0) / 2**0.5)
+    assert "fewer than 4 instances" in method.bars.withheld
 
 
 @pytest.mark.parametrize("wrong", [{"mode": "x"}, {"propagate": "x"}, {"seeds": 0}, {"chunk": 0}])

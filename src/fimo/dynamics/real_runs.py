@@ -38,18 +38,18 @@ def run_without(
     train: Instances,
     test: Instances,
     protocol: Protocol,
-    runs: Sequence[tuple[int, int]],
+    runs: Sequence[tuple[int | None, int]],
     at_once: int | None = None,
 ) -> Tensor:
     """Run further training without an instance, and return the test losses ``[K, E, J]`` (float64).
 
     Args:
-        runs: K pairs of a training instance and a seed.
+        runs: K pairs of a training instance (None: the full run) and a seed.
         at_once: most runs that are advanced together; None: as many as the gold standard's.
     """
     setting = Setting.build(final_model, train, test, protocol, train.targets.device)
     size = chunk_size(setting, len(runs)) if at_once is None else at_once
-    replicas = [Replica(seed, (instance,)) for instance, seed in runs]
+    replicas = [Replica(seed, () if instance is None else (instance,)) for instance, seed in runs]
     waiting, chunks = dict.fromkeys(sorted(replicas)), []
     while waiting:
         chunks.append(next_chunk(waiting, size, protocol, setting.stochastic))

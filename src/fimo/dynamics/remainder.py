@@ -56,15 +56,19 @@ class Correction:
 
     Args:
         scale: ``[E]``, what predictions are multiplied with.
+        own_scale: ``[E]``, what a seed's predictions minus the average over seeds are multiplied with.
         remainder: ``[E, J, L]``, the rest of each instance's effect that the runs support; 0 without a run.
         variance: ``[E, J, L]``, of the effect's error.
         correlation: ``[E]``, see :func:`correlations`.
+        unexplained: ``[E, L]``, share of what predictions miss that the runs leave unknown; 1 without one.
     """
 
     scale: Tensor
+    own_scale: Tensor
     remainder: Tensor
     variance: Tensor
     correlation: Tensor
+    unexplained: Tensor
 
 
 def correct(
@@ -111,14 +115,23 @@ def correct(
     to_instances, to_seeds = _two_way(row, column)
     z = to_instances @ rest  # [E, L', J]
     with one_thread():  # many small solves
-        found, variance = _smooth(time, z, rest - (to_seeds @ rest)[:, column], row)
+        found, variance, share = _smooth(time, z, rest - (to_seeds @ rest)[:, column], row)
     remainder = torch.zeros(len(time), z.shape[2], left_out, dtype=torch.float64)
     unknown = z.square().mean((1, 2))[:, None, None].expand_as(remainder).clone()  # of those without a run
     remainder[:, :, which] = found.transpose(1, 2)
     unknown[:, :, which] = variance[:, None, :].expand(-1, z.shape[2], -1)
+    unexplained = torch.ones(len(time), left_out, dtype=torch.float64)
+    unexplained[:, which] = share
     unit = unit.transpose(1, 2)
     correlation = correlations(steps, real.transpose(0, 1), predicted.transpose(0, 1), seed)
-    return Correction(scale[:, 0, 0], remainder * unit, unknown * unit.square(), correlation)
+    return Correction(
+        scale[:, 0, 0],
+        own_scale[:, 0, 0],
+        remainder * unit,
+        unknown * unit.square(),
+        correlation,
+        unexplained,
+    )
 
 
 def correlations(steps: Sequence[int], real: Tensor, predicted: Tensor, seed: Tensor) -> Tensor:
@@ -152,8 +165,8 @@ def _products(time: Tensor, effects: Sequence[Tensor], seed: Tensor) -> tuple[Te
     return unit, torch.einsum("ef,fmn->emn", near, stacked @ stacked.transpose(1, 2))
 
 
-def _smooth(time: Tensor, z: Tensor, runs: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what is wanted of the remainders ``[E, L', J]``, and its error's variance ``[E, L']``.
+def _smooth(time: Tensor, z: Tensor, runs: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is wanted of the remainders ``[E, L', J]``, its error's variance ``[E, L']`` and share.
 
     Args:
         z: ``[E, L', J]``, of instances.
@@ -161,6 +174,7 @@ def _smooth(time: Tensor, z: Tensor, runs: Tensor, row: Tensor) -> tuple[Tensor,
         row: ``[K]``, the runs' instances among the L'.
     """
     found, variance = torch.zeros_like(z), torch.zeros(z.shape[:2], dtype=z.dtype)
+    left = torch.ones_like(variance)
     counts = torch.bincount(row)
     groups = [(int(n), (counts == n).nonzero()[:, 0]) for n in counts.unique()]
     # of all pairs of runs of the same instance
@@ -187,10 +201,11 @@ def _smooth(time: Tensor, z: Tensor, runs: Tensor, row: Tensor) -> tuple[Tensor,
         for (n, members), smoothing in zip(groups, weights, strict=True):
             own = n * share / (1 + (n - 1) * share) * torch.linalg.solve(wanted + other / n, wanted[at])
             smoothing[e, points] = own
-            variance[e, members] = size * (1 - own @ wanted[at]).clamp(min=0)
+            left[e, members] = (1 - own @ wanted[at]).clamp(min=0)
+            variance[e, members] = size * left[e, members]
     for (_, members), smoothing in zip(groups, weights, strict=True):
         found[:, members] = (smoothing @ z[:, members].flatten(1)).view(len(time), len(members), -1)
-    return found, variance
+    return found, variance, left
 
 
 def _window(time: Tensor, e: int, most: int) -> Tensor:

@@ -190,6 +190,12 @@ def _mean_columns(values: Tensor) -> dict[str, list[float]]:
     return {"mean": mean.tolist(), "sem": sem.tolist()}
 
 
+def judged_bars(tensors: Mapping[str, Tensor], subtract_mean: bool) -> Tensor | None:
+    """Return the error bars ``[E, J, L]`` of scores as they are judged: adjusted as the sensitivity is."""
+    bars = tensors.get("sem_adjusted") if subtract_mean else None
+    return tensors.get("sem") if bars is None else bars
+
+
 def adjusted_scores(scores: Tensor, loss_change: bool, subtract_mean: bool) -> Tensor:
     """Return scores as they are judged.
 

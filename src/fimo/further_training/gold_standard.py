@@ -98,7 +98,7 @@ def further_train(
         )  # fmt: skip
         job = _run(make_job, trainer)
         if cost is not None:
-            per_run = _gradients(protocol, len(train))
+            per_run = protocol.run_gradients(len(train))
             cost.gradient_evaluations += per_run * job.replicas
             cost.reused = job.found / job.replicas
             cost.seconds += job.found_seconds
@@ -154,12 +154,6 @@ def _run(make_job: Any, trainer: Mapping[str, Any] | None) -> Job:
 def _state_bytes(final_model: FinalModel, protocol: Protocol) -> int:
     copies = 1 + (protocol.momentum > 0) + 2 * (protocol.optimizer != "sgd")
     return copies * final_model.size * (8 if protocol.dtype == "float64" else 4)
-
-
-def _gradients(protocol: Protocol, instances: int) -> int:
-    """Return the gradients of single instances in a full run."""
-    whole, rest = divmod(protocol.total_steps(instances), protocol.batches_per_epoch(instances))
-    return whole * instances + rest * protocol.batch_size
 
 
 def _assemble(

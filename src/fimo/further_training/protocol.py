@@ -164,6 +164,11 @@ class Protocol:
         points = list(range(self.evaluate_every, horizon + 1, self.evaluate_every))
         return points if points and points[-1] == horizon else [*points, horizon]
 
+    def run_gradients(self, instances: int) -> int:
+        """Return the gradients of single instances in a full run."""
+        whole, rest = divmod(self.total_steps(instances), self.batches_per_epoch(instances))
+        return whole * instances + rest * self.batch_size
+
     def total_steps(self, total: int) -> int:
         """Return the number of optimizer steps of a full run over all N = ``total`` instances."""
         return self.steps if self.steps is not None else self.batches_per_epoch(total) * (self.epochs or 0)

@@ -9,7 +9,6 @@ from torch import Tensor
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
-from fimo.methods.base import AttributionMethod
 from fimo.methods.calibrated import CalibratedResponse
 from fimo.methods.following import FollowingMethod
 from fimo.methods.response import Response
@@ -34,38 +33,46 @@ class Best(FollowingMethod):
         short: epochs of SGD up to which nothing is corrected.
         budget: see :class:`~fimo.methods.calibrated.CalibratedResponse`.
         memory_mb: of Jacobians held at once.
+        checks: real runs for error bars, where ``response`` is taken; see
+            :class:`~fimo.methods.response.Response`.
 
     Attributes:
         chosen: the method, after :meth:`attribute`.
         reason: why.
     """
 
-    def __init__(self, short: float = 5, budget: float = 0.1, memory_mb: float = 1024) -> None:
+    def __init__(
+        self, short: float = 5, budget: float = 0.1, memory_mb: float = 1024, checks: int = 16
+    ) -> None:
         if short < 0:
             raise InputError("short", f"expected at least 0 but got {short}")
-        self.short, self.memory_mb = short, memory_mb
-        self.corrected = CalibratedResponse(budget=budget, memory_mb=memory_mb)
-        self.chosen: AttributionMethod | None = None
+        self.short, self.memory_mb, self.checks = short, memory_mb, checks
+        self.corrected = CalibratedResponse(budget=budget, memory_mb=memory_mb, checks=checks)
+        self.chosen: FollowingMethod | None = None
         self.reason = ""
 
     def scores(self, test: Instances, left_out: Instances) -> Tensor:
         self.chosen, self.reason = self.choose(self.final_model, self.train, self.ft)
         log.info("best: %s, since %s", type(self.chosen).__name__, self.reason)
         found = self.chosen.attribute(self.final_model, self.train, test, self.left_out, self.ft)
-        self.score_sem = getattr(self.chosen, "score_sem", None)
+        self.bars = self.chosen.bars
         self.gradient_evaluations = self.chosen.gradient_evaluations
         return found if found.ndim == 3 else found.expand(len(self.ft.steps), -1, -1)
 
     def choose(
         self, final_model: FinalModel, train: Instances, further_training: FurtherTraining
-    ) -> tuple[AttributionMethod, str]:
+    ) -> tuple[FollowingMethod, str]:
         """Return the method and the reason for it."""
         if why := self.corrected.inapplicable(final_model, train):
-            return Response(memory_mb=self.memory_mb, form="ekfac"), f"the kernel is too large: {why}"
+            return Response(
+                memory_mb=self.memory_mb, form="ekfac", checks=self.checks
+            ), f"the kernel is too large: {why}"
         protocol = further_training.protocol
         epochs = further_training.steps[-1] / protocol.batches_per_epoch(len(train))
         if protocol.optimizer != "sgd":
             return self.corrected, f"{protocol.optimizer}'s second moment depends on the left-out instance"
         if epochs <= self.short:
-            return Response(memory_mb=self.memory_mb), f"{epochs:.3g} epochs of SGD change a run little"
+            return Response(
+                memory_mb=self.memory_mb, checks=self.checks
+            ), f"{epochs:.3g} epochs of SGD change a run little"
         return self.corrected, f"after {epochs:.3g} epochs a run may have left any linear response"

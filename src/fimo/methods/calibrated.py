@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
-from fimo.dynamics.real_runs import run_without, worthwhile
-from fimo.dynamics.remainder import OWN, correct, correlations
+from fimo.dynamics.linearity import discrepancy, stratified
+from fimo.dynamics.real_runs import worthwhile
+from fimo.dynamics.remainder import OWN, Correction, correct, correlations
 from fimo.errors import InputError
 from fimo.further_training.trajectory import Trajectory
+from fimo.methods.error_bars import ErrorBars, SeedSpread, error_bars
+from fimo.methods.following import CHECKED_SEEDS, relative_size
 from fimo.methods.response import Response
 
 log = logging.getLogger(__name__)
@@ -27,11 +31,50 @@ FEWEST = 8
 """Runs, or left-out instances, with fewer of which there is nothing to correct by."""
 
 
+@dataclass(frozen=True)
+class Pilot:
+    """What the first real runs show.
+
+    Args:
+        runs: K pairs of an instance's position and a seed's, seed by seed.
+        instances: ``[M]``, positions of those instances.
+        weight: ``[M]``, how many instances each stands for.
+        size: ``[L]``, of predicted effects.
+        response: of each of the seeds, ``[E, J, L]``.
+        full: ``[2, E, J]``, test losses of the seeds' full runs.
+        real: ``[K, E, J]``, and of the runs.
+    """
+
+    runs: list[tuple[int, int]]
+    instances: Tensor
+    weight: Tensor
+    size: Tensor
+    response: list[Tensor]
+    full: Tensor
+    real: Tensor
+
+
+@dataclass(frozen=True)
+class Followed:
+    """The response of all seeds.
+
+    Args:
+        spread: of seeds' scores.
+        runs: K real runs, as in :class:`Pilot`.
+        predicted: ``[K, E, J]``, the response's effects in them.
+    """
+
+    spread: SeedSpread
+    runs: list[tuple[int, int]]
+    predicted: Tensor
+
+
 class CalibratedResponse(Response):
     """The linear response as far as it can be trusted, corrected by as many real runs as a budget allows.
 
-    1. The response is followed along two seeds. Real runs of these without the instances whose effects it
-       predicts to be largest show until when the two agree (``trust``).
+    1. The response is followed along two seeds. Real runs of these, half of them without the instances whose
+       effects it predicts to be largest, the others without instances of all sizes, show until when the two
+       agree (``trust``), and how large its errors are.
     2. All seeds' response is followed until then. Later predictions are its last ones.
     3. What is left of the budget goes into more real runs, first where most is gained by one.
 
@@ -43,6 +86,8 @@ class CalibratedResponse(Response):
         budget: of everything (full runs, the response, real runs) as a share of what the gold standard takes,
             in steps of a run. Full runs and a response that is trusted throughout may alone exceed it where
             few instances are left out; at 0 scores are the response's.
+        checks: fewest real runs of the pilot, from which error bars are estimated (a small budget is exceeded
+            by them); also where the budget buys none and scores are the response's.
         trust: correlation of predicted with real effects, plus its standard error, below which the response
             isn't followed further.
         propagate, segments, kernels, max_rows, memory_mb: see :class:`~fimo.methods.response.Response`.
@@ -62,8 +107,11 @@ class CalibratedResponse(Response):
         kernels: Literal["auto", "own", "shared"] = "auto",
         max_rows: int = 3000,
         memory_mb: float = 1024,
+        checks: int = 16,
     ) -> None:
-        super().__init__("path", propagate, segments, kernels, max_rows, memory_mb, form="kernel")
+        super().__init__(
+            "path", propagate, segments, kernels, max_rows, memory_mb, form="kernel", checks=checks
+        )
         for key, value in (("budget", budget), ("trust", trust)):
             if not 0 <= value <= 1:
                 raise InputError(key, f"expected a share of 0 to 1 but got {value}")
@@ -73,57 +121,111 @@ class CalibratedResponse(Response):
 
     def scores(self, test: Instances, left_out: Instances) -> Tensor:
         self.gradient_evaluations, self.validation, self.trusted = 0, None, None
-        seeds, count, points = self.ft.seeds, len(self.left_out), len(self.ft.steps)
+        seeds, count = self.ft.seeds, len(self.left_out)
         units = self.budget * len(seeds) * (count + 1)  # in runs
-        if count < FEWEST or units < 2 * FEWEST:
+        if count < FEWEST or units < 2 * FEWEST or len(seeds) < CHECKED_SEEDS:
             return super().scores(test, left_out)
+        self.gradient_evaluations += len(seeds) * self.run_gradients
         trajectories = self.ft.full_runs()
-        some = seeds[:2]
-        own = list(self._part(itertools.islice(trajectories, len(some)), some, points).by_seed(test))
-        order = worthwhile(relative_size(torch.stack(own).mean(0)), len(seeds), OWN)
-        largest = [i for i, s in order if s == 0][: max(FEWEST, round(PILOT * units)) // len(some)]
-        pilot = [(i, s) for s in range(len(some)) for i in largest]
-        real = self._real(test, pilot)
-        predicted = torch.stack([own[s][:, :, i] for i, s in pilot]).cpu()
-        agree = correlations(self.ft.steps, real, predicted, torch.tensor([s for _, s in pilot]))
-        error = (1 - agree.square()) / (2 * (len(pilot) - len(some))) ** 0.5
+        pilot = self._pilot(test, trajectories, units)
+        self.trusted = self._trusted(pilot)
+        more = self._worthwhile(test, pilot, units)
+        response = self._followed(test, trajectories, pilot, [*pilot.runs, *more])
+        real = torch.cat([pilot.real, self.real_losses(test, self._named(more))]) if more else pilot.real
+        return self._corrected(pilot, response, real)
+
+    def _pilot(self, test: Instances, trajectories: Iterator[Trajectory], units: float) -> Pilot:
+        """Follow the response along the first seeds, and run for real without instances of all sizes."""
+        seeds = self.ft.seeds[:CHECKED_SEEDS]
+        first = itertools.islice(trajectories, len(seeds))
+        response = list(self._along_part(test, first, seeds, len(self.ft.steps)))
+        size = relative_size(torch.stack(response).mean(0))
+        number = max(FEWEST, self.checks, round(PILOT * units)) // len(seeds)
+        instances, weight = stratified(size, number, largest=(number + 1) // 2)
+        runs = [(i, s) for s in range(len(seeds)) for i in instances.tolist()]
+        losses = self.real_losses(test, [*((None, s) for s in seeds), *self._named(runs)])
+        return Pilot(runs, instances, weight, size, response, losses[: len(seeds)], losses[len(seeds) :])
+
+    def _trusted(self, pilot: Pilot) -> int:
+        """Return the evaluation points to which the response agrees with the pilot's real runs."""
+        predicted = torch.stack([pilot.response[s][:, :, i] for i, s in pilot.runs]).cpu()
+        seed = torch.tensor([s for _, s in pilot.runs])
+        agree = correlations(self.ft.steps, pilot.real, predicted, seed)
+        error = (1 - agree.square()) / (2 * (len(pilot.runs) - len(pilot.full))) ** 0.5
         trusted = (agree + error >= self.trust).nonzero()
-        points = self.trusted = int(trusted.max()) + 1 if len(trusted) else 1
+        points = int(trusted.max()) + 1 if len(trusted) else 1
         log.info(
             "calibrated: the response is followed to step %d of %d",
             self.ft.steps[points - 1],
             self.ft.steps[-1],
         )
+        return points
 
-        each = self.following_cost(test)
-        followed = len(some) + (len(seeds) - len(some)) * self.ft.steps[points - 1] / self.ft.steps[-1]
-        rest = units - len(seeds) - each * followed - len(pilot)
-        done = set(pilot)
-        more = [run for run in order if run not in done][: max(0, int(rest))]
-        runs = pilot + more
-        by_run: dict[int, Tensor] = {}
+    def _worthwhile(self, test: Instances, pilot: Pilot, units: float) -> list[tuple[int, int]]:
+        """Return the real runs that the rest of the budget buys after the pilot's."""
+        assert self.trusted is not None
+        seeds, first = len(self.ft.seeds), len(pilot.full)
+        trusted = self.ft.steps[self.trusted - 1] / self.ft.steps[-1]
+        following = self.following_cost(test) * (first + (seeds - first) * trusted)
+        rest = units - seeds - following - first - len(pilot.runs)
+        done = set(pilot.runs)
+        order = [run for run in worthwhile(pilot.size, seeds, OWN) if run not in done]
+        return order[: max(0, int(rest))]
 
-        def all_seeds() -> Iterator[Tensor]:
-            others = self._part(trajectories, seeds[len(some) :], points)
-            following = others.by_seed(test) if len(seeds) > len(some) else iter(())
-            for s, found in enumerate(itertools.chain((f[:points] for f in own), following)):
-                by_run.update({k: found[:, :, i].cpu() for k, (i, of) in enumerate(runs) if of == s})
-                yield found
+    def _followed(
+        self,
+        test: Instances,
+        trajectories: Iterator[Trajectory],
+        pilot: Pilot,
+        runs: Sequence[tuple[int, int]],
+    ) -> Followed:
+        """Follow the response along the other seeds, as far as it is trusted."""
+        assert self.trusted is not None
+        others = self.ft.seeds[len(pilot.full) :]
+        rest = self._along_part(test, trajectories, others, self.trusted) if others else iter(())
+        spread = SeedSpread()
+        of_run: dict[tuple[int, int], Tensor] = {}
+        for s, scores in enumerate(itertools.chain((x[: self.trusted] for x in pilot.response), rest)):
+            scores = self._prolonged(scores.double())
+            spread.add(scores)
+            of_run.update({(i, k): scores[:, :, i].cpu() for i, k in runs if k == s})
+        return Followed(spread, list(runs), torch.stack([of_run[run] for run in runs]))
 
-        mean = self._prolonged(self.average(all_seeds()).double())
-        predicted = torch.stack([self._prolonged(by_run[k]) for k in range(len(runs))])
-        if more:
-            real = torch.cat([real, self._real(test, more)])
-        which = torch.tensor(runs)
-        average = mean.cpu()[:, :, which[:, 0]].permute(2, 0, 1)
-        found = correct(self.ft.steps, real, predicted, average, which[:, 0], which[:, 1], count)
-        self.validation = list(zip(found.correlation.tolist(), found.scale.tolist(), strict=True))
-        scale, device = found.scale[:, None, None].to(mean.device), mean.device
-        dtype = next(iter(self.final_model.parameters().values())).dtype
-        if self.score_sem is not None:
-            spread = self._prolonged(self.score_sem.double()) * scale
-            self.score_sem = (spread.square() + found.variance.to(device)).sqrt().to(dtype)
-        return (scale * mean + found.remainder.to(device)).to(dtype)
+    def _corrected(self, pilot: Pilot, response: Followed, real: Tensor) -> Tensor:
+        """Return the scores that all real runs support, and keep their error bars.
+
+        Args:
+            real: ``[K, E, J]``, test losses of the runs of ``response``.
+        """
+        mean, count = response.spread.mean, len(self.left_out)
+        instance, seed = torch.tensor(response.runs).T
+        average = mean.cpu()[:, :, instance].permute(2, 0, 1)
+        correction = correct(self.ft.steps, real, response.predicted, average, instance, seed, count)
+        self.validation = list(zip(correction.correlation.tolist(), correction.scale.tolist(), strict=True))
+        scale = correction.scale[:, None, None]
+        explained = scale * mean.cpu()
+        self.bars = self._bars(pilot, response, explained, scale, correction)
+        return (explained + correction.remainder).to(mean.device, self.dtype)
+
+    def _bars(
+        self, pilot: Pilot, response: Followed, explained: Tensor, scale: Tensor, correction: Correction
+    ) -> ErrorBars:
+        """Return the error bars.
+
+        What the response misses is estimated from the pilot's instances as if none had been run (their
+        remainders are not used), and is that for instances without a run; runs of an instance itself leave
+        the unexplained share of it.
+        """
+        seeds, number = len(pilot.full), len(pilot.instances)
+        by_seed = (seeds, number)
+        changes = (pilot.real.unflatten(0, by_seed) - pilot.full[:, None]).permute(0, 2, 3, 1)
+        own = response.predicted[: len(pilot.runs)].unflatten(0, by_seed).permute(0, 2, 3, 1)
+        average = response.spread.mean.cpu()[..., pilot.instances]
+        residual = changes - scale * average - correction.own_scale[:, None, None] * (own - average)
+        missed = discrepancy(self.ft.steps, residual, explained, pilot.instances, pilot.weight)
+        missed = replace(missed, own=missed.own * correction.unexplained[:, None])
+        raw, adjusted = (x.cpu() * scale.square() for x in response.spread.variances())
+        return error_bars((raw, adjusted), missed, number, self.dtype)
 
     def following_cost(self, test: Instances) -> float:
         """Return about how many steps of a run the response's step along a seed costs.
@@ -136,18 +238,19 @@ class CalibratedResponse(Response):
         share = rows**2 * len(self.left_out) / (len(self.train) * self.final_model.size)
         return 1.7 + 0.7 * share
 
-    def _part(self, trajectories: Iterator[Trajectory], seeds: tuple[int, ...], points: int) -> Response:
-        """Return this response along a part of further training."""
+    def _along_part(
+        self, test: Instances, trajectories: Iterator[Trajectory], seeds: tuple[int, ...], points: int
+    ) -> Iterator[Tensor]:
+        """Yield the response ``[E', J, L]`` along a part of further training, and count its cost."""
         part = copy.copy(self)
+        part.gradient_evaluations = 0
         part.further_training = self.ft.part(trajectories, seeds, points)
-        return part
+        yield from part.by_seed(test)
+        self.gradient_evaluations += part.gradient_evaluations
 
-    def _real(self, test: Instances, runs: list[tuple[int, int]]) -> Tensor:
-        """Return the test losses ``[K, E, J]`` of real runs."""
-        named = [(int(self.left_out[i]), self.ft.seeds[s]) for i, s in runs]
-        batch = min(self.ft.protocol.batch_size, len(self.train))
-        self.gradient_evaluations += len(runs) * self.ft.steps[-1] * batch
-        return run_without(self.final_model, self.train, test, self.ft.protocol, named)
+    def _named(self, runs: Sequence[tuple[int, int]]) -> list[tuple[int | None, int]]:
+        """Return runs as training instances and seeds."""
+        return [(int(self.left_out[i]), self.ft.seeds[s]) for i, s in runs]
 
     def _prolonged(self, found: Tensor) -> Tensor:
         """Return ``[E, ...]`` for the first evaluation points ``[E', ...]``: the mean over their last tenth.
@@ -159,9 +262,3 @@ class CalibratedResponse(Response):
             return found
         late = sum(step >= 0.9 * self.ft.steps[last - 1] for step in self.ft.steps[:last])
         return torch.cat([found, found[last - late :].mean(0).expand(points - last, *found.shape[1:])])
-
-
-def relative_size(scores: Tensor) -> Tensor:
-    """Return the mean squared effect ``[L]``, relative to each test instance's and evaluation point's."""
-    effect = scores.double() - scores.double().mean(2, keepdim=True)
-    return (effect.square() / effect.square().sum(2, keepdim=True).clamp(min=1e-300)).mean((0, 1)).cpu()

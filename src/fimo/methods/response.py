@@ -24,7 +24,7 @@ from fimo.further_training.linear import linear_layers
 from fimo.further_training.protocol import DTYPES, Protocol
 from fimo.further_training.replicas import even_parts
 from fimo.further_training.trajectory import Trajectory
-from fimo.methods.following import FollowingMethod
+from fimo.methods.following import CHECKED_SEEDS, FollowingMethod
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import mean_squared_error
 
@@ -60,6 +60,8 @@ class Response(FollowingMethod):
             left-out instances allows.
         max_rows: most training outputs that are followed; beyond it the less curved directions are dropped.
         memory_mb: of Jacobians held at once.
+        checks: real leave-one-out runs that measure the response's error, for error bars; two full runs come
+            with them. At 0 bars are withheld.
         form: ``kernel`` between training outputs; ``ekfac``: phi of EK-FAC's eigenvalues instead, with mean
             batches, at the final model or (``path`` and ``end``) at the seeds' mean parameters at the nearest
             of ``segments`` points; ``auto``: the kernel unless outputs (or its eigenproblem) are too many.
@@ -74,6 +76,7 @@ class Response(FollowingMethod):
         max_rows: int = 3000,
         memory_mb: float = 1024,
         form: Literal["auto", "kernel", "ekfac"] = "auto",
+        checks: int = 16,
     ) -> None:
         for key, choice, allowed in (
             ("form", form, ("auto", "kernel", "ekfac")),
@@ -88,7 +91,9 @@ class Response(FollowingMethod):
                 raise InputError(key, f"expected at least 1 but got {value}")
         self.along, self.propagate, self.segments = along, propagate, segments
         self.kernels, self.max_rows, self.memory_mb = kernels, max_rows, memory_mb
-        self.form = form
+        if checks < 0:
+            raise InputError("checks", f"expected at least 0 but got {checks}")
+        self.form, self.checks = form, checks
         self.loss_changes = loss_changes_by(propagate)
 
     def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
@@ -109,7 +114,8 @@ class Response(FollowingMethod):
         reason = self.too_large(self.final_model, self.train) if self.form == "auto" else None
         by_factors = self.form == "ekfac" or reason is not None
         if self.along == "path" and not by_factors:
-            return self.average(self.by_seed(test))
+            self.gradient_evaluations += len(self.ft.seeds) * self.run_gradients
+            return self.average(self.by_seed(test), test)
         response = MeanBatchResponse(
             self.final_model, self.train, self.ft, self.segments, self.propagate, self.memory_mb
         )
@@ -121,9 +127,13 @@ class Response(FollowingMethod):
         elif self.along == "final":
             scores = response.at_final_model(test, left_out)
         else:
-            scores = self.average(response.at_ends(t, test, left_out) for t in self.ft.full_runs())
+            scores = self.average((response.at_ends(t, test, left_out) for t in self.ft.full_runs()), test)
+        if by_factors or self.along == "final":  # one score for all seeds
+            self.keep_bars(test, scores, [scores] * min(CHECKED_SEEDS, len(self.ft.seeds)), None)
+        if self.along != "final":
+            self.gradient_evaluations += len(self.ft.seeds) * self.run_gradients
         self.gradient_evaluations += response.gradient_evaluations
-        return scores.to(next(iter(self.final_model.parameters().values())).dtype)
+        return scores.to(self.dtype)
 
     def by_seed(self, test: Instances) -> Iterator[Tensor]:
         """Yield each seed's scores ``[E, J, L]`` (float64)."""
@@ -163,11 +173,7 @@ class Response(FollowingMethod):
         for start in range(0, len(parts), workers):
             runs = [list(itertools.islice(trajectories, n)) for n in parts[start : start + workers]]
             for found in side_by_side(follow, runs, workers):
-                for scores in found:
-                    self.gradient_evaluations += self.ft.steps[-1] * min(
-                        self.ft.protocol.batch_size, len(train)
-                    )
-                    yield scores
+                yield from found
 
     def _kernel_plan(self, test: Instances) -> tuple[bool, int]:
         """Return whether seeds share kernels, and the number of segments."""

@@ -55,9 +55,7 @@ class Source(FollowingMethod):
     def scores(self, test: Instances, left_out: Instances) -> Tensor:
         self.gradient_evaluations = 0
         runs = list(self.ft.full_runs())
-        self.gradient_evaluations += (
-            len(runs) * self.ft.steps[-1] * min(self.ft.protocol.batch_size, len(self.train))
-        )
+        self.gradient_evaluations += len(runs) * self.run_gradients
         chosen = spread(self.ft.steps, self.points)
         found = {e: self._until(e, runs, test, left_out) for e in chosen}
         nearest = [min(chosen, key=lambda k, e=e: abs(k - e)) for e in range(1, len(self.ft.steps) + 1)]  # type: ignore[misc]

@@ -40,6 +40,7 @@ class Unrolled(FollowingMethod):
         propagate: ``outputs`` evaluates the loss at the changed outputs; ``loss`` takes it as linear in them.
         seeds: at most this many of the followed ones; all when None. A tangent costs about three runs.
         chunk: tangents or adjoints carried together.
+        checks: see :class:`~fimo.methods.response.Response`; with one seed bars are withheld.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Unrolled(FollowingMethod):
         propagate: Literal["outputs", "loss"] = "outputs",
         seeds: int | None = 1,
         chunk: int = 32,
+        checks: int = 16,
     ) -> None:
         if mode not in ("auto", "forward", "reverse"):
             raise InputError("mode", f"expected one of auto, forward, reverse but got {mode!r}")
@@ -57,6 +59,9 @@ class Unrolled(FollowingMethod):
             raise InputError("seeds", f"expected at least 1 or null but got {seeds}")
         if chunk < 1:
             raise InputError("chunk", f"expected at least 1 but got {chunk}")
+        if checks < 0:
+            raise InputError("checks", f"expected at least 0 but got {checks}")
+        self.checks = checks
         self.mode, self.propagate, self.seeds, self.chunk = mode, propagate, seeds, chunk
 
     def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
@@ -72,7 +77,7 @@ class Unrolled(FollowingMethod):
 
     def scores(self, test: Instances, left_out: Instances) -> Tensor:
         self.gradient_evaluations = 0
-        return self.average(self._by_seed(test))
+        return self.average(self._by_seed(test), test)
 
     def _by_seed(self, test: Instances) -> Iterator[Tensor]:
         device = test.targets.device
@@ -88,8 +93,9 @@ class Unrolled(FollowingMethod):
                 outputs, change = self._forward(test, seed, device)
             else:
                 outputs, change = self._reverse(model, test, trajectory, device)
-            gradients = self.ft.steps[-1] * min(self.ft.protocol.batch_size, len(self.train))
-            self.gradient_evaluations += gradients * (1 + 2 * (len(self.left_out) if forward else adjoints))
+            self.gradient_evaluations += self.run_gradients * (
+                1 + 2 * (len(self.left_out) if forward else adjoints)
+            )
             yield torch.stack(
                 [to_change(model, f, test.targets, c) for f, c in zip(outputs, change, strict=True)]
             )

@@ -142,6 +142,7 @@ def trust_rows(run: Results) -> list[dict[str, Any]]:
                 "name": method,
                 "slope": (slope[0], slope[-1]),
                 "coverage": coverage(run, method),
+                "without_bars": run.without_bars.get(method, ""),
                 "departures": departures(run, method),
             }
         )

@@ -15,12 +15,21 @@ import torch
 from torch import Tensor
 
 from fimo.errors import InputError
-from fimo.evaluation.assessment import adjusted_scores
+from fimo.evaluation.assessment import adjusted_scores, judged_bars
 from fimo.further_training.sensitivity import Sensitivity, load_sensitivity
 from fimo.reporting.display import InstanceDisplay, Shown
 from fimo.store import read_tensors, write_tensors, written_aside
 
-JSON_FIELDS = ("name", "final_model", "versions", "dataset", "descriptions", "skipped", "warnings")
+JSON_FIELDS = (
+    "name",
+    "final_model",
+    "versions",
+    "dataset",
+    "descriptions",
+    "skipped",
+    "warnings",
+    "without_bars",
+)
 OPTIONAL_TABLES = {"bootstrap": "evaluation_bootstrap.csv", "slopes": "evaluation_slopes.csv"}
 FILES = ("sensitivity.safetensors", "evaluation.csv", "cost.csv", "report.json")
 """Of a finished run."""
@@ -35,7 +44,9 @@ class Results:
         name: of the run, for legends.
         sensitivity: the gold standard.
         scores: by method, ``[J, L]`` or ``[E, J, L]``.
-        errors: by method that gives them, standard errors ``[E, J, L]`` of its scores over seeds.
+        errors: by method that gives them, standard errors ``[E, J, L]`` of its scores as they are judged; NaN
+            where withheld.
+        without_bars: by method that withholds them, or some of them, why.
         evaluation: ``evaluation.csv``.
         cost: ``cost.csv``.
         final_model: ``train_loss, test_loss``, and where known ``train_accuracy, test_accuracy``, and
@@ -77,6 +88,7 @@ class Results:
     tasks: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     has_raw: bool = True
     errors: Mapping[str, Tensor] = field(default_factory=dict)
+    without_bars: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def access(self) -> dict[str, str]:
@@ -136,7 +148,7 @@ class Results:
         for name, scores in self.scores.items():
             tensors = {"scores": scores, "left_out": self.sensitivity.left_out, "test": self.sensitivity.test}
             if name in self.errors:
-                tensors["sem"] = self.errors[name]
+                tensors["sem_adjusted" if self.sensitivity.subtract_mean else "sem"] = self.errors[name]
             write_tensors(folder / "scores" / f"{name}.safetensors", tensors)
         self.evaluation.to_csv(folder / "evaluation.csv", index=False)
         self.cost.to_csv(folder / "cost.csv", index=False)
@@ -190,7 +202,11 @@ class Results:
             retraining=load_sensitivity(again)[0] if again.exists() else None,
             tasks={t: pd.read_csv(folder / f) for t, f in TASK_TABLES.items() if (folder / f).exists()},
             has_raw=has_raw,
-            errors={name: tensors["sem"] for name, tensors in stored.items() if "sem" in tensors},
+            errors={
+                name: bars
+                for name, tensors in stored.items()
+                if (bars := judged_bars(tensors, sensitivity.subtract_mean)) is not None
+            },
             **optional,
             **content,
         )

@@ -50,21 +50,25 @@ def share_of_ceiling_table(run: Results, metric: str) -> pd.DataFrame:
 def coverage(run: Results, method: str, points: Sequence[int] = (0, -1)) -> list[float] | None:
     """Return the share of sensitivities within ``WITHIN`` standard errors of a method's scores.
 
-    The variance is that of the score and of the sensitivity, both from their spread over seeds; where both
-    follow the same seeds their errors are correlated and the interval is wider than it need be.
+    The variance is that of the score and of the sensitivity, the latter from its spread over seeds; where
+    both follow the same seeds their errors are correlated and the interval is wider than it need be. Scores
+    whose bar is withheld (NaN) count as neither.
 
     Args:
         points: evaluation points along E; the first and the last by default.
 
     Returns:
-        by point; None where the method gives no error bars, or single seeds were not kept.
+        by point; None where the method gives (or withholds) no error bars, or single seeds were not kept.
     """
     shares = []
     for e in points:
         if (error := combined_error(run, method, e)) is None:
             return None
         difference = run.judged_scores(method)[e].double() - run.sensitivity.sensitivity[e].double()
-        shares.append((difference.abs() <= WITHIN * error).double().mean().item())
+        known = error.isfinite()
+        if not known.any():
+            return None
+        shares.append((difference.abs() <= WITHIN * error)[known].double().mean().item())
     return shares
 
 
@@ -82,7 +86,7 @@ def departures(run: Results, method: str, most: int = 5) -> list[Departure]:
     size = difference.square().mean(0).sqrt()
     effect = run.sensitivity.sensitivity[-1].double().square().mean(0).sqrt()
     error = combined_error(run, method, -1)
-    expected = None if error is None else error.square().mean(0).sqrt()
+    expected = None if error is None or error.isnan().all() else error.square().nanmean(0).sqrt()
     return [
         Departure(
             int(run.sensitivity.left_out[k]),

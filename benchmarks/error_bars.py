@@ -1,0 +1,209 @@
+"""Coverage of error bars: how often ``score ± score_sem`` contains the real leave-one-out effect.
+
+    python benchmarks/error_bars.py                      # all settings, about 15 minutes on two cores
+    python benchmarks/error_bars.py --path concrete.csv  # with the paper's first data set
+    python benchmarks/error_bars.py --settings wine/adam diabetes/sgd --methods response
+
+prints, for each data set, optimizer and method, and for raw scores and scores minus their mean over left-out
+instances, at each amount of further training
+
+    share within one standard error / within two (root mean square error / root mean square standard error)
+
+The truth is the mean over 60 seeds that no method followed; its own standard error is added in squares. Each
+method follows several disjoint sets of seeds, and shares are means over them: an error that all left-out
+instances share is a single draw in each. A normal error gives .68 / .95 (1.0). Networks are small MLPs, data
+at most 192 training instances.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from response import SklearnData, evenly
+from torch import Tensor, nn
+
+from fimo.data.bundled import BundledData
+from fimo.data.concrete import ConcreteData
+from fimo.data.instances import Instances
+from fimo.data.tabular import TabularModule
+from fimo.further_training import evaluation_points, full_runs, further_train
+from fimo.further_training.protocol import Protocol
+from fimo.further_training.trajectory import FurtherTraining
+from fimo.methods.best import Best
+from fimo.methods.calibrated import CalibratedResponse
+from fimo.methods.following import FollowingMethod
+from fimo.methods.response import Response
+from fimo.methods.unrolled import Unrolled
+from fimo.models.final_model import FinalModel
+from fimo.models.losses import cross_entropy, mean_squared_error
+
+METHODS: dict[str, Callable[[], FollowingMethod]] = {
+    "response": Response,
+    "calibrated": CalibratedResponse,
+    "best": Best,
+    "unrolled": Unrolled,
+}
+
+SETS = {"response": 6, "calibrated": 6, "best": 3, "unrolled": 2}
+"""Disjoint sets of seeds that a method follows."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A final model and its further training.
+
+    Args:
+        final_epochs, final_lr: of the final model's training by SGD.
+        lr, epochs: of further training, by optimizer.
+    """
+
+    final_epochs: int
+    final_lr: float
+    lr: dict[str, float]
+    epochs: dict[str, int]
+
+
+EPOCHS = {"sgd": 40, "adam": 20}
+SETTINGS = {
+    "diabetes": Setting(60, 0.01, {"sgd": 0.01, "adam": 1e-3}, EPOCHS),
+    "wine": Setting(60, 0.03, {"sgd": 0.02, "adam": 1e-3}, EPOCHS),
+    "friedman1": Setting(60, 0.03, {"sgd": 0.01, "adam": 1e-3}, EPOCHS),
+    "breast_cancer": Setting(60, 0.03, {"sgd": 0.03, "adam": 1e-3}, EPOCHS),
+    "digits": Setting(30, 0.05, {"sgd": 0.03, "adam": 1e-3}, EPOCHS),
+    "concrete": Setting(200, 0.03, {"sgd": 0.03, "adam": 1e-3}, EPOCHS),
+}
+SHOWN = (1, 2, 5, 10, 20, 40)
+"""Epochs."""
+
+TRUTH = 60
+"""Seeds of the truth."""
+
+
+def main() -> None:
+    a = arguments()
+    torch.set_num_threads(a.threads)
+    wanted = a.settings or [f"{d}/{o}" for d in SETTINGS for o in EPOCHS]
+    found: dict[tuple[str, bool], list[Tensor]] = {}
+    print(f"{'':34s}" + "".join(f"{f'epoch {e}':>17s}" for e in SHOWN) + f"{'withheld':>10s}")
+    for name, optimizer in (setting.split("/") for setting in wanted):
+        if name == "concrete" and not a.path:
+            continue
+        for (method, adjusted), table in show(a, name, optimizer).items():
+            found.setdefault((method, adjusted), []).append(table)
+    print("mean over settings")
+    for (method, adjusted), tables in found.items():
+        every = torch.cat([table[:, :2] for table in tables]).nanmean(0)
+        inside = torch.cat([inside_band(table) for table in tables]).double().mean(0)
+        print(
+            f"{method:12s}{'adjusted' if adjusted else 'raw':9s} {every[0]:.2f}/{every[1]:.2f}; of settings"
+            f" and amounts within .68 ± .08: {inside[0]:.2f}, within .95 ± .04: {inside[1]:.2f}"
+        )
+
+
+def show(a: argparse.Namespace, name: str, optimizer: str) -> dict[tuple[str, bool], Tensor]:
+    """Print a setting's rows, and return them ``[points, 3]`` by method and whether scores are adjusted."""
+    setting = SETTINGS[name]
+    model, train, test = problem(a, name, setting)
+    protocol = Protocol(
+        optimizer=optimizer, lr=setting.lr[optimizer], batch_size=32, epochs=setting.epochs[optimizer]
+    )
+    left_out = evenly(len(train), a.left_out)
+    steps = tuple(map(int, evaluation_points(protocol, len(train))[0]))
+    truth = further_train(
+        model, train, test, protocol, range(1000, 1000 + TRUTH), left_out.tolist(),
+        trainer={"enable_progress_bar": False},
+    ).raw.double()  # fmt: skip
+    points = [e - 1 for e in SHOWN if e <= setting.epochs[optimizer]]
+    rows: dict[tuple[str, bool], Tensor] = {}
+    for method in a.methods:
+        parts: dict[bool, list[Tensor]] = {False: [], True: []}
+        withheld, start = [], time.perf_counter()
+        for k in range(a.sets or SETS[method]):
+            seeds = tuple(range(k * a.seeds, (k + 1) * a.seeds))
+            ft = FurtherTraining(
+                protocol, steps, seeds, lambda s=seeds: full_runs(model, train, protocol, s)
+            )  # fmt: skip
+            judged = METHODS[method]()
+            scores = judged.attribute(model, train, test, left_out, ft).double()
+            for adjusted, sem in ((False, judged.score_sem), (True, judged.score_sem_adjusted)):
+                sem = torch.full_like(scores, torch.nan) if sem is None else sem.double()
+                withheld.append(sem[points].isnan().double().mean())
+                parts[adjusted].append(covered(scores, sem, truth, adjusted)[points])
+        for adjusted, tables in parts.items():
+            table = torch.stack(tables).nanmean(0)
+            rows[method, adjusted] = table
+            cells = "".join(f"{one:7.2f}/{two:.2f} ({r:.1f})" for one, two, r in table.tolist())
+            label = f"{name} {optimizer}"
+            print(
+                f"{label:19s}{method:11s}{'adj' if adjusted else 'raw':4s}{cells}"
+                f"{'':{17 * (len(SHOWN) - len(points))}s}{torch.stack(withheld).mean():10.2f}"
+                f" {time.perf_counter() - start:5.0f} s",
+                flush=True,
+            )
+    return rows
+
+
+def covered(scores: Tensor, sem: Tensor, truth: Tensor, adjusted: bool) -> Tensor:
+    """Return the shares within one and two standard errors, and rms error / rms sem, ``[E, 3]``.
+
+    Args:
+        scores, sem: ``[E, J, L]``.
+        truth: ``[S, E, J, L]``, raw changes of seeds that were not followed.
+    """
+    if adjusted:
+        scores, truth = (x - x.mean(-1, keepdim=True) for x in (scores, truth))
+    error = scores - truth.mean(0)
+    variance = sem.square() + truth.var(0) / len(truth)
+    z = error.abs() / variance.sqrt()
+    shares = [torch.where(z.isnan(), torch.nan, (z <= k).double()).nanmean((1, 2)) for k in (1, 2)]
+    return torch.stack([*shares, (error.square().mean((1, 2)) / variance.mean((1, 2))).sqrt()], 1)
+
+
+def inside_band(table: Tensor) -> Tensor:
+    """Return whether rows ``[n, 3]`` are within .68 ± .08 and .95 ± .04, ``[n, 2]``."""
+    return (table[:, :2] - torch.tensor([0.68, 0.95])).abs() <= torch.tensor([0.08, 0.04])
+
+
+def problem(a: argparse.Namespace, name: str, setting: Setting) -> tuple[FinalModel, Instances, Instances]:
+    """Return a small final model, at most 192 training and 16 test instances."""
+    data: TabularModule
+    if name == "concrete":
+        data = ConcreteData(a.path)
+    else:
+        data = SklearnData(name) if name in ("friedman1", "wine") else BundledData(name)
+    data.setup()
+    train, test = data.train[evenly(len(data.train), 192)], data.test[evenly(len(data.test), 16)]
+    regression = data.task == "regression"
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(train.inputs.shape[1], 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(),
+        nn.Linear(24, train.targets.shape[1] if regression else data.outputs),
+    )  # fmt: skip
+    loss = mean_squared_error if regression else cross_entropy
+    optimizer = torch.optim.SGD(network.parameters(), setting.final_lr)
+    for _ in range(setting.final_epochs):
+        for batch in torch.randperm(len(train)).split(32):
+            optimizer.zero_grad()
+            loss(network(train[batch].inputs), train[batch].targets).mean().backward()
+            optimizer.step()
+    return FinalModel(network, loss), train, test
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--settings", nargs="+", help="DATASET/OPTIMIZER; all when not given")
+    p.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    p.add_argument("--path", help="concrete's file, which is left out otherwise")
+    p.add_argument("--seeds", type=int, default=10, help="that a method follows")
+    p.add_argument("--sets", type=int, help="of seeds, of every method")
+    p.add_argument("--left-out", type=int, default=32)
+    p.add_argument("--threads", type=int, default=2)
+    return p.parse_args()
+
+
+if __name__ == "__main__":
+    main()

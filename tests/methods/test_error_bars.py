@@ -1,0 +1,195 @@
+"""Error bars of scores: how often they hold the truth, when they are withheld, and what they cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fimo.dynamics.linearity import Discrepancy
+from fimo.further_training import further_train
+from fimo.further_training.protocol import Protocol
+from fimo.methods.best import Best
+from fimo.methods.calibrated import CalibratedResponse
+from fimo.methods.error_bars import SeedSpread, error_bars
+from fimo.methods.following import FollowingMethod
+from fimo.methods.response import Response
+from fimo.methods.unrolled import Unrolled
+from tests.cases import CASES, Case
+from tests.methods.test_response import following, linear_regression
+
+LEFT_OUT = list(range(0, 22, 2))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+def test_the_spread_over_seeds_covers_their_expectation_as_often_as_it_says(seeds: int) -> None:
+    generator = torch.Generator().manual_seed(seeds)
+    shares = []
+    for _ in range(60):
+        column, row = (
+            torch.randn(*n, generator=generator, dtype=torch.float64).exp() for n in ((20,), (8, 1))
+        )
+        sizes = row * column
+        common = torch.randn(seeds, 1, 8, 1, generator=generator, dtype=torch.float64)
+        spread = SeedSpread()
+        for s in range(seeds):
+            own = sizes * torch.randn(1, 8, 20, generator=generator, dtype=torch.float64)
+            spread.add(own + 0.5 * row * common[s])
+        raw, adjusted = spread.variances()
+        centred = spread.mean - spread.mean.mean(-1, keepdim=True)
+        for error, variance in ((spread.mean, raw), (centred, adjusted)):
+            z = error.abs() / variance.sqrt()
+            shares.append([float((z <= k).double().mean()) for k in (1, 2)])
+    one, two = torch.tensor(shares).view(60, 2, 2).mean(0).T
+    assert ((one - 0.68).abs() < 0.08).all(), one
+    assert ((two - 0.95).abs() < 0.04).all(), two
+
+
+def test_the_mean_over_seeds_is_theirs() -> None:
+    scores = torch.randn(5, 2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    spread = SeedSpread()
+    for x in scores:
+        spread.add(x)
+    torch.testing.assert_close(spread.mean, scores.mean(0))
+    # the prior leaves the mean over instances of the variance as it is, up to Student's factor
+    raw, adjusted = spread.variances()
+    for found, each in ((raw, scores), (adjusted, scores - scores.mean(-1, keepdim=True))):
+        ratio = found.mean(-1) / (each.var(0) / 5).mean(-1)
+        assert (ratio.mean(-1) > 1.05).all()
+        assert (ratio.mean(-1) < 1.45).all()
+
+
+def attributed(method: FollowingMethod, case: Case, protocol: Protocol, seeds: Any) -> tuple[Tensor, Any]:
+    run = (case.final_model, case.train, case.test, torch.tensor(LEFT_OUT), following(case, protocol, seeds))
+    return method.attribute(*run), method
+
+
+def test_on_a_linear_model_nothing_is_missed_and_bars_are_the_seeds_spread() -> None:
+    case = linear_regression()
+    protocol = Protocol(lr=0.05, batch_size=4, epochs=2, dtype="float64", evaluate_every=1)
+    scores = []
+    for seed in range(4):
+        scores.append(attributed(Response(kernels="own", checks=0), case, protocol, [seed])[0])
+    found = attributed(Response(kernels="own"), case, protocol, range(4))[1]
+    spread = SeedSpread()
+    for one in scores:
+        spread.add(one)
+    raw, adjusted = spread.variances()
+    torch.testing.assert_close(found.score_sem, raw.sqrt(), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(found.score_sem_adjusted, adjusted.sqrt(), rtol=1e-4, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def beyond_linear() -> tuple[Case, Protocol, Tensor]:
+    """A small network, its further training far beyond linear, and the raw changes of 40 seeds."""
+    case = CASES["mlp_regression"]()
+    protocol = Protocol(lr=0.1, batch_size=11, epochs=40, leave_out="mask", dtype="float64")
+    truth = further_train(
+        case.final_model, case.train, case.test, protocol, range(100, 140), LEFT_OUT,
+        trainer={"enable_progress_bar": False},
+    )  # fmt: skip
+    return case, protocol, truth.raw.double()
+
+
+@pytest.mark.parametrize("make", [Response, CalibratedResponse, Unrolled])
+def test_bars_hold_the_effects_of_other_seeds(
+    make: Any, beyond_linear: tuple[Case, Protocol, Tensor]
+) -> None:
+    case, protocol, truth = beyond_linear
+    shares, spread_alone = [], []
+    for k in range(1 if make is Unrolled else 4):
+        scores, method = attributed(make(), case, protocol, range(6 * k, 6 * k + 6))
+        for adjusted, sem in ((False, method.score_sem), (True, method.score_sem_adjusted)):
+            wanted = truth - truth.mean(-1, keepdim=True) if adjusted else truth
+            error = (scores - scores.mean(-1, keepdim=True) if adjusted else scores) - wanted.mean(0)
+            z = error.abs() / (sem.square() + wanted.var(0) / 40).sqrt()
+            shares.append([float((z[4:] <= bound).double().mean()) for bound in (1, 2)])
+        plain = Response(checks=0)
+        each = torch.stack([attributed(plain, case, protocol, [s])[0] for s in range(6 * k, 6 * k + 6)])
+        z = (each.mean(0) - truth.mean(0)).abs() / (each.var(0) / 6 + truth.var(0) / 40).sqrt()
+        spread_alone.append(float((z[4:] <= 2).double().mean()))
+    one, two = torch.tensor(shares).mean(0).tolist()
+    assert 0.55 < one < 0.85
+    assert two > 0.88
+    if make is Response:
+        assert sum(spread_alone) / len(spread_alone) < two - 0.05  # what the spread over seeds alone holds
+
+
+@pytest.mark.parametrize(
+    ("method", "seeds", "reason"),
+    [
+        (Response(checks=0), [0, 1], "checks: 0"),
+        (Response(checks=6), [0, 1], "fewer than 4 instances"),
+        (Response(), [3], "a single followed seed"),
+        (Response(along="final", checks=0), [0, 1], "checks: 0"),
+        (Unrolled(checks=0), [0, 1], "checks: 0"),
+        (Unrolled(seeds=1), [0, 1], "a single followed seed"),
+        (CalibratedResponse(budget=0, checks=0), [0, 1], "checks: 0"),
+        (Best(checks=0), [0, 1], "checks: 0"),
+    ],
+)
+def test_bars_are_withheld_with_the_reason_where_a_part_of_the_error_is_unknown(
+    method: Any, seeds: list[int], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    protocol = Protocol(lr=0.02, batch_size=11, epochs=1, dtype="float64")
+    attributed(method, CASES["mlp_regression"](), protocol, seeds)
+    assert method.score_sem is None
+    assert method.score_sem_adjusted is None
+    assert reason in method.bars.withheld
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Response(along="final"), lambda: Response(along="end"), lambda: Response(form="ekfac")]
+)
+def test_every_form_of_the_response_has_bars(make: Any) -> None:
+    protocol = Protocol(lr=0.02, batch_size=11, epochs=2, dtype="float64")
+    scores, method = attributed(make(), CASES["mlp_regression"](), protocol, [0, 1, 2])
+    assert method.score_sem.shape == scores.shape
+    assert (method.score_sem > 0).all()
+    assert not method.bars.withheld
+
+
+def test_a_part_that_is_not_known_is_none_and_the_reason_says_how_much() -> None:
+    own = torch.ones(2, 3, 4)
+    own[1] = torch.nan
+    bars = error_bars(None, Discrepancy(own, torch.zeros(2, 3, 1)), 8, torch.float32)
+    assert bars.raw is not None
+    assert bars.raw[1].isnan().all()
+    assert bars.raw[0].isfinite().all()
+    assert "50 %" in bars.withheld
+
+
+def test_the_cost_is_that_of_full_runs_kernels_and_real_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted at the engine: every instance of every batch that a run takes a gradient of."""
+    from fimo.curvature.gradients import InstanceGradients
+    from fimo.methods import following as module
+
+    case = CASES["mlp_regression"]()
+    protocol = Protocol(lr=0.05, batch_size=11, epochs=12, leave_out="mask", dtype="float64")
+    seeds, per_run = range(4), 12 * len(case.train)
+    real: list[int] = []
+    jacobians: list[Any] = []
+    make, init = module.run_without, InstanceGradients.__init__
+
+    def counted(*arguments: Any) -> Tensor:
+        real.append(len(arguments[-1]))
+        return make(*arguments)
+
+    def noted(self: Any, *arguments: Any, **named: Any) -> None:
+        init(self, *arguments, **named)
+        jacobians.append(self)
+
+    monkeypatch.setattr(module, "run_without", counted)
+    monkeypatch.setattr(InstanceGradients, "__init__", noted)
+    for method in (Response(), CalibratedResponse(budget=0.9), Best(short=0, budget=0.9)):
+        real.clear()
+        jacobians.clear()
+        attributed(method, case, protocol, seeds)
+        evaluated = sum(g.evaluations for g in jacobians)
+        assert sum(real) >= 16
+        assert evaluated > 0
+        assert method.gradient_evaluations == (len(seeds) + sum(real)) * per_run + evaluated
