@@ -467,12 +467,15 @@ def test_scores_depend_on_problem_method_settings_code_instances_and_seed(
     keys["own method's attribute"] = key(method=Mine)
     monkeypatch.setattr(Mine, "scores", lambda self, test, left_out: None, raising=False)
     keys["own method's code"] = key(method=Mine)
-    for changed in ("fimo.scoring", "fimo.methods.graddot"):
-        code = fingerprint.package_code
-        monkeypatch.setattr(
-            fingerprint, "package_code", lambda *m, changed=changed, code=code: f"{changed in m}{code(*m)}"
-        )
-        keys[f"source of {changed}"] = key()
+    code = fingerprint.package_code
+    for edited in ("fimo.scoring", "fimo.methods.graddot"):
+
+        def package_code(*modules: str, edited: str = edited) -> str:
+            return code(*modules) + f"{edited} is edited" * (edited in modules)
+
+        monkeypatch.setattr(fingerprint, "package_code", package_code)
+        keys[f"source of {edited}"] = key()
+    monkeypatch.setattr(fingerprint, "package_code", code)
     assert_all_differ(keys)
     assert key(name="another name").parts == key().parts
 
@@ -541,6 +544,37 @@ def test_a_final_models_training_depends_on_network_loss_settings_data_and_batch
         "other best": key(best_on=test[1:]), "setting": key(settings={"lr": 0.2, "seed": 0}),
         "seed": key(settings={"lr": 0.1, "seed": 1}), "batches": key(batches=own.focal),
     })  # fmt: skip
+
+
+def test_every_key_holds_the_source_that_computes_it_and_the_versions(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, train, test = regression()
+    base = Protocol(epochs=1)
+    makers: dict[str, Callable[[], fingerprint.Key]] = {
+        "fimo.further_training.gold_standard": lambda: runs_key(problem, test, base),
+        "fimo.further_training.trajectories": lambda: trajectory_key(problem, base, 0),
+        "fimo.models.training": lambda: training_key(
+            model.network, mean_squared_error, {}, train, own.squared, None
+        ),
+        "fimo.curvature.gradients": lambda: gradients_key(model, train, "loss", {}),
+        "fimo.scoring": lambda: scores_key(problem, test, "graddot", GradDot, {}, [0], 0, None),
+    }
+    code = fingerprint.package_code
+    for edited, make in makers.items():
+        keys = {"unchanged": make()}
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                fingerprint,
+                "package_code",
+                lambda *modules, edited=edited: code(*modules) + "edited" * (edited in modules),
+            )
+            keys["source"] = make()
+        with monkeypatch.context() as patch:
+            patch.setattr(fingerprint, "versions", lambda: {"torch": "0"})
+            keys["versions"] = make()
+        assert_all_differ(keys)
+        assert make().parts == keys["unchanged"].parts
 
 
 def assert_all_differ(keys: dict[str, fingerprint.Key]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +55,18 @@ def test_model_and_training_set_are_hashed_once_for_all_methods_of_a_run(
         cost = Cost(name)
         score(name, method, case.final_model, data, plan, config, Store(tmp_path), cost, problem)
         assert cost.reused == 1
+    other = OmegaConf.merge(config, {"seed": 1, "methods": {"graddot": {"a": 2}}})
+    chosen = replace(plan, left_out=[2, 1])
+    for settings, planned in ((other, plan), (config, chosen)):
+        for name, method in methods.items():
+            cost = Cost(name)
+            score(name, method, case.final_model, data, planned, settings, Store(tmp_path), cost, problem)
+            assert cost.reused == 0, "with another seed of methods, settings or left-out instances"
+    path = replace(plan, followed=[1])
+    for name, reused in (("graddot", 1), ("response", 0)):  # which alone follows it
+        cost = Cost(name)
+        score(name, methods[name], case.final_model, data, path, config, Store(tmp_path), cost, problem)
+        assert cost.reused == reused
 
 
 class Twice(FollowingMethod):
