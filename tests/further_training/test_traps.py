@@ -18,7 +18,7 @@ from fimo.errors import InputError
 from fimo.further_training import BatchStream, Protocol, Replica, full_runs, further_train
 from fimo.further_training.chunk import Chunk, shared_steps
 from fimo.further_training.driver import ReplicaProgress
-from fimo.further_training.setting import Setting
+from fimo.further_training.setting import Setting, worker_threads
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import cross_entropy
 from fimo.models.train_mode import TrainMode
@@ -255,6 +255,42 @@ def test_only_the_module_that_changes_buffers_is_kept_in_eval_mode() -> None:
     assert TrainMode.of(CASES["conv_net"]().final_model, CASES["conv_net"]().train) == TrainMode()
     inside = TrainMode.of(FinalModel(Inside(), cross_entropy), case.train)
     assert set(inside.kept_in_eval) == {"inner", ""}
+
+
+def test_a_power_iteration_that_has_converged_is_noticed_too() -> None:
+    case = CASES["mlp_classification"]()
+    torch.manual_seed(0)
+    network = spectral(torch.nn.utils.parametrizations.spectral_norm).train()
+    for _ in range(300):
+        network(case.train.inputs)
+    mode = TrainMode.of(FinalModel(network, cross_entropy), case.train)
+    assert mode.kept_in_eval == ("0.parametrizations.weight.0", "2.parametrizations.weight.0")
+
+
+class Unvectorisable(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layer, self.dropout = nn.Linear(4, 3, dtype=torch.float64), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.layer(x)) * (1.0 if float(x.detach().sum()) > 0 else 2.0)
+
+
+def test_chunks_run_side_by_side_unless_copies_of_a_network_may_share_state() -> None:
+    case, before = CASES["mlp_classification"](), torch.get_num_threads()
+    hooked = Unvectorisable()
+    hooked.layer.register_forward_hook(lambda *_: None)
+
+    def workers(network: nn.Module) -> int:
+        model = FinalModel(network, cross_entropy)
+        return worker_threads(Setting.build(model, case.train, case.test, Protocol(epochs=1)))
+
+    torch.set_num_threads(3)
+    try:
+        assert [workers(WithDropout()), workers(Unvectorisable())] == [3, 3]
+        assert [workers(Unvectorisable(0.5)), workers(hooked)] == [1, 1]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_network_whose_buffers_change_in_eval_mode_is_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -70,8 +69,7 @@ class FullRun:
         self.model, self.train = final_model.to(device, self.dtype), train.to(device, self.dtype)
         self.protocol, self.seed, self.device = protocol, seed, torch.device(device)
         mode = TrainMode.of(self.model, self.train)
-        own = FinalModel(self.model.network, self.model.loss).network
-        self.network = twice_differentiable(mode.set(own))
+        self.network = mode.set(FinalModel(self.model.network, self.model.loss).network)
         self.buffers = self.model.buffers()
         self.stochastic = mode.stochastic
         linear = choose_engine(self.model, self.train, mode) == "linear"
@@ -200,24 +198,6 @@ class FullRun:
 def evaluate_outputs(model: FinalModel, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
     """Return outputs ``[n, ...]`` in eval mode."""
     return functional_apply(model.network, {**model.buffers(), **parameters}, inputs)
-
-
-def twice_differentiable(network: torch.nn.Module) -> torch.nn.Module:
-    """Write weight_norm's formula out in a network that is the caller's own, and return it.
-
-    torch's fused operation has no forward derivative, and its second derivatives are wrong (torch 2.13: they
-    take the norm as constant).
-    """
-    for module in network.modules():
-        if isinstance(module, torch.nn.utils.parametrizations._WeightNorm):
-            module.forward = functools.partial(_weight_norm, module.dim)  # type: ignore[method-assign]
-    return network
-
-
-def _weight_norm(dim: int, weight_g: Tensor, weight_v: Tensor) -> Tensor:
-    """Return v g / |v|, with a norm for each index along ``dim`` (-1: one norm)."""
-    axes = [a for a in range(weight_v.dim()) if a != dim]
-    return weight_v * (weight_g / weight_v.square().sum(axes, keepdim=True).sqrt())
 
 
 def _safe_sqrt(x: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from fimo.further_training.differentiable_step import (
     State,
     Tensors,
     evaluate_outputs,
-    twice_differentiable,
 )
 from fimo.further_training.linear_derivatives import along
 from fimo.further_training.protocol import DTYPES, Protocol
@@ -116,7 +115,6 @@ def _updated(
 def _outputs(final_model: FinalModel, run: FullRun, units: Sequence[Unit], test: Instances) -> TangentOutputs:
     wide = DTYPES[run.protocol.evaluation_dtype]
     model, test = final_model.to(run.device, wide), test.to(run.device, wide)
-    twice_differentiable(model.network)
     measurement = model.measurement or model.loss
     outputs, derivatives, losses = [], [], []
     for state, derivative in tangents(run, units):

@@ -129,7 +129,9 @@ def _move(network: nn.Module) -> None:
     with torch.no_grad():
         for p in network.parameters():
             if p.is_floating_point():
-                noise = torch.randn(p.shape, generator=generator)
+                noise = torch.randn(
+                    p.shape[-1:], generator=generator
+                )  # column by column: large ones are many
                 p.mul_(1 + 0.01 * noise.to(p))
 
 
