@@ -17,7 +17,7 @@ from fimo import fingerprint
 from fimo.cost import Cost, measured
 from fimo.data.instances import Instances
 from fimo.further_training import Protocol
-from fimo.methods.base import Access, AttributionMethod
+from fimo.methods.error_bars import ErrorBars
 from fimo.methods.following import FollowingMethod
 from fimo.methods.graddot import GradDot
 from fimo.methods.response import Response
@@ -108,15 +108,13 @@ def test_a_method_pays_for_full_runs_that_another_made_once_and_keeps_that_in_th
     assert kept < again.seconds <= second.seconds
 
 
-class Unsure(AttributionMethod):
+class Unsure(FollowingMethod):
     """Scores i + 1 with a standard error of 2 (i + 1) for instance i, drawn apart for each instance."""
-
-    access = Access.FINAL_MODEL
 
     def scores(self, test: Instances, left_out: Instances) -> Tensor:
         ones = torch.ones(len(test), len(left_out))
         size = 1.0 + torch.tensor([int((self.train.inputs == x).all(1).nonzero()) for x in left_out.inputs])
-        self.score_sem = 2 * size * ones
+        self.bars = ErrorBars(2 * size * ones, 2 * size * ones)
         return size * ones
 
 
