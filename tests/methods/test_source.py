@@ -59,6 +59,27 @@ def test_scores_are_the_published_product_of_exponentials(name: str, optimizer: 
     torch.testing.assert_close(found[-1], expected, **tolerance)
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 9])
+def test_with_fewer_points_the_first_and_last_are_right_and_others_take_the_nearest_s_scores(
+    most: int,
+) -> None:
+    case = CASES["mlp_regression"]()
+    ft = following(case, Protocol(lr=0.02, batch_size=12, epochs=9, dtype="float64"))
+    arguments = (case.final_model, case.train, case.test, torch.tensor([0, 4, 9]), ft)
+    found, each = Source(points=most).attribute(*arguments), Source(points=9).attribute(*arguments)
+    # epochs 1 ... 9 by which of them is computed, and is nearest in the logarithm
+    nearest = {
+        1: [9] * 9,
+        2: [1, 1, 9, 9, 9, 9, 9, 9, 9],  # between 1 and 9 lies 3, which is as near to both
+        3: [1, 3, 3, 3, 3, 9, 9, 9, 9],
+        5: [1, 2, 3, 5, 5, 5, 9, 9, 9],
+        9: list(range(1, 10)),
+    }[most]
+    for e, near in enumerate(nearest):
+        if (most, e) != (2, 2):
+            torch.testing.assert_close(found[e], each[near - 1])
+
+
 def test_removing_a_duplicate_of_a_test_instance_gives_a_positive_score() -> None:
     case = CASES["mlp_regression"]()
     test: Instances = case.train[:4]

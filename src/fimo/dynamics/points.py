@@ -39,6 +39,22 @@ def spread(steps: Sequence[int], most: int) -> list[int]:
     return sorted({int((logs - w).abs().argmin()) + 1 for w in wanted})
 
 
+def spread_from_first(steps: Sequence[int], most: int) -> list[int]:
+    """Return the same with the first number included, unless only one is allowed, which is the last."""
+    if len(steps) <= most or most == 1:
+        return spread(steps, most)
+    logs = torch.tensor(steps, dtype=torch.float64).log()
+    wanted = torch.linspace(logs[0].item(), logs[-1].item(), most, dtype=torch.float64)
+    return sorted({int((logs - w).abs().argmin()) + 1 for w in wanted})
+
+
+def nearest(steps: Sequence[int], points: Sequence[int]) -> list[int]:
+    """Return for each of the E evaluation points the one of ``points`` (from 1) nearest in log(steps)."""
+    logs = torch.tensor(steps, dtype=torch.float64).log()
+    chosen = torch.tensor(points) - 1
+    return [points[k] for k in (logs[:, None] - logs[chosen]).abs().argmin(1).tolist()]
+
+
 def midpoint(trajectory: Trajectory, segment: Segment) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """Return parameters (and Adam's second moment) in the middle of a segment.
 

@@ -13,7 +13,7 @@ from fimo.curvature.kernel import MAX_DIMENSION, KernelSpectrum, Phi, kernel_dim
 from fimo.curvature.rows import DenseRows
 from fimo.data.instances import Instances
 from fimo.dynamics.optimizer import preconditioner
-from fimo.dynamics.points import mean_of, spread
+from fimo.dynamics.points import mean_of, nearest, spread_from_first
 from fimo.dynamics.relaxation import relaxation, times
 from fimo.dynamics.response import with_parameters
 from fimo.errors import InputError
@@ -36,7 +36,8 @@ class Source(FollowingMethod):
 
     Args:
         segments: of each span of further training; the paper takes 3.
-        points: most evaluation points for which it is done; others take the nearest one's scores.
+        points: most evaluation points for which it is done, the first and the last among them (of one, the
+            last), evenly spread in log(steps); others take the scores of the nearest on that scale.
         memory_mb: of gradients held at once.
     """
 
@@ -56,10 +57,9 @@ class Source(FollowingMethod):
         self.gradient_evaluations = 0
         runs = list(self.ft.full_runs())
         self.gradient_evaluations += len(runs) * self.run_gradients
-        chosen = spread(self.ft.steps, self.points)
+        chosen = spread_from_first(self.ft.steps, self.points)
         found = {e: self._until(e, runs, test, left_out) for e in chosen}
-        nearest = [min(chosen, key=lambda k, e=e: abs(k - e)) for e in range(1, len(self.ft.steps) + 1)]  # type: ignore[misc]
-        return torch.stack([found[k] for k in nearest])
+        return torch.stack([found[k] for k in nearest(self.ft.steps, chosen)])
 
     def _until(self, end: int, runs: Sequence[Trajectory], test: Instances, left_out: Instances) -> Tensor:
         """Return the scores ``[J, L]`` at evaluation point ``end`` (from 1)."""
