@@ -132,6 +132,25 @@ def test_python_s_evaluate_gives_the_numbers_of_the_command_line(default_run: Pa
     )  # fmt: skip
 
 
+def test_following_the_same_seeds_is_marked_and_what_a_reader_must_know_ends_the_log(
+    default_run: Path,
+) -> None:
+    folder = default_run / "same"
+    done = run(
+        "+method=[response,graddot]", "further_training.followed_seeds=same", "further_training.seeds=1",
+        "logger=none", "report=false", f"hydra.run.dir={folder}", folder=default_run,
+    )  # fmt: skip
+    table = pd.read_csv(folder / "evaluation.csv").drop_duplicates("method").set_index("method")
+    assert table["followed_seeds"].to_dict() == {"response": "same", "graddot": "none"}
+    response = load_file(folder / "scores" / "response.safetensors")
+    assert (
+        response["followed_seeds"].tolist() == load_file(folder / "sensitivity.safetensors")["seeds"].tolist()
+    )
+    (note,) = json.loads((folder / "report.json").read_text())["warnings"]
+    assert "one seed" in note
+    assert note in " ".join((done.stdout + done.stderr)[-1500:].split())
+
+
 def test_the_report_shows_rows_methods_and_the_ceiling_offline(default_run: Path) -> None:
     page = (default_run / "run" / "report.html").read_text()
     for wanted in ("diabetes", "graddot", "datainf", "ceiling", "bmi", "progression"):
