@@ -162,6 +162,22 @@ def test_networks_that_cannot_be_vectorised_equal_the_plain_loop(
     assert "one by one" in caplog.text
 
 
+def test_why_a_network_runs_one_by_one_is_said_also_where_its_error_has_no_message(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Silent(Branching):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            try:
+                return super().forward(x)
+            except RuntimeError:
+                raise ArithmeticError from None
+
+    data = CASES["mlp_classification"]()
+    model = FinalModel(Silent(), cross_entropy)
+    assert Setting.build(model, data.train, data.test, Protocol(epochs=1)).engine == "loop"
+    assert "(ArithmeticError)" in caplog.text
+
+
 def test_large_networks_run_one_by_one_on_a_cpu_and_equal_the_plain_loop(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,8 @@ def test_tangents_equal_small_differences(optimizer: str) -> None:
     expected = differences(case, protocol, 1, 1e-4)
     scale = expected.abs().max().item()
     torch.testing.assert_close(found.loss_derivative, expected, rtol=0, atol=1e-5 * scale)
+    network = plain_run(case.final_model, case.train, case.test, protocol, 1)[2].eval()
+    torch.testing.assert_close(found.outputs[-1], network(case.test.inputs))
 
 
 @pytest.mark.parametrize("name", CASES)
