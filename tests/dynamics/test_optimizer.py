@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fimo.curvature.gradients import InstanceGradients
-from fimo.dynamics.optimizer import preconditioner, scaled
+from fimo.dynamics.optimizer import CoefficientOptimizer, preconditioner, scaled
 from fimo.further_training.protocol import Protocol
 from tests.cases import CASES
 
@@ -41,3 +42,23 @@ def test_a_real_second_moment_is_scaled_closely_and_unused_parameters_do_no_harm
     inner, expected = found.gram(found).flatten(), rows.gram(rows, preconditioner(ADAM, moments)).flatten()
     assert torch.isfinite(inner).all()
     assert torch.nn.functional.cosine_similarity(inner, expected, dim=0) > 0.97
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_steps_with_a_fixed_second_moment_are_those_of_torch_where_eps_drowns_it(optimizer: str) -> None:
+    """With eps far above the gradients torch's Adam divides by eps alone: momentum, its correction, decay."""
+    torch.manual_seed(0)
+    eps, decay = 1e9, 0.1 if optimizer == "adamw" else 0.0
+    protocol = Protocol(optimizer=optimizer, lr=0.05, betas=(0.8, 0.99), weight_decay=decay, epochs=1)
+    found = CoefficientOptimizer(protocol, (6, 3), torch.zeros((), dtype=torch.float64))
+    coefficients = torch.nn.Parameter(torch.randn(6, 3, dtype=torch.float64))
+    found.coefficients.copy_(coefficients.detach())
+    plain = torch.optim.AdamW(
+        [coefficients], lr=0.05 * eps, betas=(0.8, 0.99), eps=eps, weight_decay=decay / eps
+    )
+    for k in range(5):
+        index, gradient = torch.tensor([k, 2, 5]), torch.randn(3, 3, dtype=torch.float64)
+        found.step(index, gradient, 0.05, 0.05)
+        coefficients.grad = torch.zeros_like(coefficients).index_add(0, index, gradient)
+        plain.step()
+        torch.testing.assert_close(found.coefficients, coefficients.detach(), rtol=1e-6, atol=1e-9)

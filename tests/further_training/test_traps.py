@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -462,3 +463,33 @@ def test_the_bar_counts_replica_steps_and_says_what_was_found(
     shown = capsys.readouterr()
     assert "50% of the runs found in the store" in shown.out + shown.err
     assert "replica-step/s" in shown.out + shown.err
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_a_full_run_s_second_moment_is_corrected_for_its_start(optimizer: str) -> None:
+    """After one step it is the squared gradient of the first batch, after two the weighted mean of two."""
+    case, beta = CASES["mlp_regression"](), 0.9
+    protocol = Protocol(
+        optimizer=optimizer,
+        lr=0.01,
+        betas=(0.8, beta),
+        batch_size=5,
+        steps=2,
+        evaluate_every=1,
+        dtype="float64",
+    )
+    (run,) = full_runs(case.final_model, case.train, protocol, [3])
+    order = torch.randperm(len(case.train), generator=torch.Generator().manual_seed(3))
+    squares = []
+    for step in range(2):
+        network = copy.deepcopy(case.final_model.network).requires_grad_(True)
+        network.load_state_dict(run.parameters[step], strict=False)
+        batch = case.train[order[5 * step : 5 * step + 5]]
+        case.final_model.loss(network(batch.inputs), batch.targets).mean().backward()
+        squares.append({n: p.grad.square() for n, p in network.named_parameters() if p.grad is not None})
+    assert run.second_moment is not None
+    for name, moment in run.second_moment[1].items():
+        torch.testing.assert_close(moment.double(), squares[0][name], rtol=1e-5, atol=1e-12)
+    for name, moment in run.second_moment[2].items():
+        expected = (beta * squares[0][name] + squares[1][name]) / (1 + beta)
+        torch.testing.assert_close(moment.double(), expected, rtol=1e-5, atol=1e-12)
