@@ -90,7 +90,7 @@ def table(folder: Path, rows: str) -> str:
         (
             "model=custom model.network._target_=torch.nn.Linear +model.network.in_features=10 "
             "+model.network.out_features=auto",
-            "model.network.out_features: auto is known of arguments called inputs and outputs only",
+            "model.network.out_features: auto is known of arguments called inputs, outputs and classes only",
         ),
         ("+method=?", "method: no choice '?'; there are arnoldi, "),
         ("+method=", "method: expected a choice but got nothing; there are arnoldi, "),

@@ -15,13 +15,20 @@ from torch import Tensor, nn
 
 from fimo.data.instances import Instances
 from fimo.door import admission
+from fimo.door.poor import constant_outputs, poor
 from fimo.errors import InputError
 from fimo.fingerprint import Problem
 from fimo.further_training import Protocol, full_runs, further_train
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.methods.graddot import GradDot
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import binary_cross_entropy, cross_entropy, logit_margin, mean_squared_error
+from fimo.models.losses import (
+    binary_cross_entropy,
+    cross_entropy,
+    language_modelling,
+    logit_margin,
+    mean_squared_error,
+)
 
 PROTOCOL = Protocol(lr=0.05, batch_size=8, epochs=1)
 
@@ -411,3 +418,48 @@ def test_parameters_that_the_user_froze_stay_frozen(caplog: pytest.LogCaptureFix
 def test_a_final_model_of_other_things_is_refused(arguments: Any, said: str) -> None:
     with pytest.raises(InputError, match=re.escape(said)):
         FinalModel(*arguments)
+
+
+# --- a final model worse than a constant
+
+
+def test_a_model_that_is_worse_than_a_constant_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    bad = Instances(DATA.inputs, DATA.targets + 30)  # targets scaled otherwise
+    model = FinalModel(network(), mean_squared_error)
+    for _ in range(2):
+        GradDot().attribute(model, bad[:16], bad[16:])
+    assert caplog.text.count("predicts worse than constant outputs") == 1
+    assert "prepared otherwise than when it was trained" in caplog.text
+    caplog.clear()
+    GradDot().attribute(FinalModel(network(), mean_squared_error, accept_poor=True), bad[:16], bad[16:])
+    assert "predicts worse" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("loss", "width"),
+    [(mean_squared_error, 2), (cross_entropy, 3), (binary_cross_entropy, 2), (language_modelling, 3)],
+)
+def test_no_other_constant_outputs_have_a_smaller_loss(loss: Any, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    classes = loss in (cross_entropy, language_modelling)
+    targets = (
+        torch.randint(3, (50, 4), generator=generator) if classes else torch.rand(50, 2, generator=generator)
+    )
+    targets = targets[:, 0] if loss is cross_entropy else targets
+    best = constant_outputs(loss, targets, width)
+    assert best is not None
+
+    def mean(outputs: Tensor) -> float:
+        shape = (*targets.shape, width) if classes else targets.shape
+        return loss(outputs.expand(shape), targets.double() if not classes else targets).mean().item()
+
+    for direction in torch.randn(20, width, generator=generator, dtype=torch.float64):
+        assert mean(best) <= mean(best + 1e-2 * direction)
+
+
+def test_an_overfitted_model_is_not_mixed_up() -> None:
+    model = FinalModel(nn.Linear(3, 1, bias=False), mean_squared_error)
+    fitting = Instances(DATA.inputs, model.outputs(DATA))
+    other = Instances(DATA.inputs, -9 * model.outputs(DATA))
+    assert poor(model, fitting, other) is None
+    assert poor(model, other, other) is not None

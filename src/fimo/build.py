@@ -68,12 +68,14 @@ def build_data(config: DictConfig) -> InstancesModule:
 def build_module(config: DictConfig, data: InstancesModule) -> FinalModelModule:
     """Build the network with its loss; reads ``model.checkpoint`` where given.
 
-    ``inputs`` and ``outputs`` of the network's arguments that say ``auto`` become the data set's.
+    Arguments of the network called ``inputs``, ``outputs`` and ``classes`` that say ``auto`` become the data
+    set's.
     """
     model = config.model
-    arguments = {
-        name: getattr(data, name) for name in ("inputs", "outputs") if model.network.get(name) == "auto"
-    }
+    known = {"inputs": "inputs", "outputs": "outputs", "classes": "class_names"}
+    arguments = {name: getattr(data, k) for name, k in known.items() if model.network.get(name) == "auto"}
+    if "classes" in arguments:
+        arguments["classes"] = list(data.class_names)
     torch.manual_seed(config.seed)
     try:
         network = build(model.network, "model.network", **arguments)
@@ -81,7 +83,7 @@ def build_module(config: DictConfig, data: InstancesModule) -> FinalModelModule:
         others = [name for name, value in model.network.items() if value == "auto" and name not in arguments]
         if not others:
             raise
-        problem = f"auto is known of arguments called inputs and outputs only ({error.problem})"
+        problem = f"auto is known of arguments called inputs, outputs and classes only ({error.problem})"
         raise InputError(f"model.network.{others[0]}", problem) from error
     if not isinstance(network, nn.Module):
         raise InputError("model.network", f"expected a torch.nn.Module but got {type(network).__name__}")
@@ -116,7 +118,7 @@ def check_fit(network: nn.Module, loss: Loss, data: InstancesModule, measurement
         raise InputError("model.network", "has no parameter that can be trained")
     if loss is cross_entropy and data.task == "regression":
         raise InputError("model.loss", f"cross_entropy needs classes as targets, but this is {data.task}")
-    model = FinalModel(with_dense_gradients(network), loss, measurement)
+    model = FinalModel(with_dense_gradients(network), loss, measurement, accept_poor=True)  # not trained yet
     if data.task == "classification":
         outputs = tried(model, data.train[:1])
         if outputs.ndim != 2 or outputs.shape[1] < data.outputs:
@@ -164,6 +166,7 @@ def build_final_model(module: FinalModelModule, config: DictConfig) -> FinalMode
         module.loss,
         build_measurement(config.model.measurement),
         tuple(config.model.trainable),
+        config.model.accept_poor,
     )
 
 

@@ -28,6 +28,7 @@ class Model:
     measurement: Any = None
     trainable: list[str] = field(default_factory=list)
     checkpoint: str | None = None
+    accept_poor: bool = False
     optimizer: str = "sgd"
     lr: float = 0.1
     momentum: float = 0.0

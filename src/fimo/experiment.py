@@ -25,6 +25,7 @@ from fimo.checking.of_run import check_run
 from fimo.config import plain
 from fimo.cost import Cost, measured, write_costs
 from fimo.curvature.solvers import DivergenceError
+from fimo.door.poor import poor
 from fimo.environment import quiet_libraries, trainer_settings
 from fimo.errors import InputError, reason
 from fimo.evaluation import assess
@@ -88,6 +89,8 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
         write_costs(costs, run_dir / "cost.csv")
         return math.nan
 
+    if not config.model.accept_poor and (problem := poor(final_model, data.train, data.test)) is not None:
+        raise InputError("model", f"{problem} model.accept_poor=true explains it all the same")
     shared = described(trained, seen)
     with measured("further_training") as cost:
         sensitivity = further_train(

@@ -28,7 +28,7 @@ from fimo.methods.random import RandomScores
 from fimo.methods.top import top_k
 from fimo.methods.tracin import TracIn
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import cross_entropy, mean_squared_error
+from fimo.models.losses import cross_entropy, language_modelling, mean_squared_error
 from tests.cases import CASES, LINEAR_CASES
 from tests.reference import attribution as dense
 
@@ -469,3 +469,25 @@ def test_the_top_scores_do_not_depend_on_blocks(block: int) -> None:
     torch.testing.assert_close(scores.gather(1, top.harmful_index), top.harmful)
     with pytest.raises(InputError, match="k"):
         top_k(GradDot(), case.final_model, case.train, case.test, k=24)
+
+
+def test_embeddings_of_sequences_are_means_over_positions_that_count() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.head(self.embedding(input_ids))
+
+    torch.manual_seed(0)
+    network = Tagger()
+    ids, lengths = torch.randint(1, 9, (6, 7)), [7, 3, 5, 2, 6, 4]
+    kept = torch.arange(7) < torch.tensor(lengths)[:, None]
+    train = Instances({"input_ids": ids * kept}, torch.where(kept, ids, -100))
+    test = Instances({"input_ids": (ids * kept)[1:4, :5]}, torch.where(kept, ids, -100)[1:4, :5])  # shorter
+    means = torch.stack(
+        [network.embedding(row[:k]).mean(0) for row, k in zip(ids, lengths, strict=True)]
+    ).detach()
+    found = EmbeddingSimilarity("dot").attribute(FinalModel(network, language_modelling), train, test)
+    torch.testing.assert_close(found, means[1:4] @ means.T)

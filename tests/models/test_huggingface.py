@@ -18,7 +18,7 @@ from tests.models.folders import save_bert
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from fimo.models.huggingface import causal_lm, set_dropout, text_classifier
+from fimo.models.huggingface import causal_lm, order_of_classes, set_dropout, text_classifier
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +208,50 @@ def test_minilm_ships_real_weights() -> None:
     network(**inputs)
     near, far = (torch.cosine_similarity(seen[0][0], seen[0][k], dim=0) for k in (1, 2))
     assert near > 0.4 > 0.2 > far
+
+
+@pytest.mark.parametrize(
+    ("id2label", "classes", "order"),
+    [
+        (("positive", "negative"), ("negative", "positive"), [1, 0]),
+        (("NEGATIVE", "Positive"), ("negative", "positive"), [0, 1]),
+        (("LABEL_0", "LABEL_1"), ("0", "1"), [0, 1]),
+        (("LABEL_0", "LABEL_1"), ("LABEL_1", "LABEL_0"), [1, 0]),
+        (("positive", "negative"), ("0", "1"), [0, 1]),
+        (("LABEL_0", "LABEL_1"), ("bad", "good"), [0, 1]),
+        (("a", "b", "c"), ("c", "a", "b"), [2, 0, 1]),
+        (("positive", "negative"), (), [0, 1]),
+    ],
+)
+def test_an_own_heads_classes_are_found_by_name(
+    id2label: tuple[str, ...], classes: tuple[str, ...], order: list[int]
+) -> None:
+    assert order_of_classes(dict(enumerate(id2label)), classes) == order
+
+
+@pytest.mark.parametrize("classes", [("awful", "Great"), ("1", "5"), ("positive", "neutral")])
+def test_an_own_heads_classes_of_other_names_are_refused(classes: tuple[str, ...]) -> None:
+    with pytest.raises(InputError, match=r"own has the classes positive, negative but the data set has"):
+        order_of_classes({0: "positive", 1: "negative"}, classes)
+
+
+def test_a_model_with_swapped_classes_is_the_same_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    for name, labels in (("plain", ("negative", "positive")), ("swapped", ("positive", "negative"))):
+        model = AutoModelForSequenceClassification.from_pretrained(save_bert(tmp_path / name, classes=2))
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: k for k, label in enumerate(labels)}
+        if name == "swapped":
+            with torch.no_grad():
+                model.classifier.weight.copy_(model.classifier.weight.flip(0))
+                model.classifier.bias.copy_(model.classifier.bias.flip(0))
+        model.save_pretrained(tmp_path / name)
+    plain, swapped = (
+        text_classifier(
+            str(tmp_path / name), 12, 2, head="own", dropout=0.0, classes=["negative", "positive"]
+        ).eval()
+        for name in ("plain", "swapped")
+    )
+    torch.testing.assert_close(plain(**sentences()), swapped(**sentences()))
+    assert not torch.allclose(plain(**sentences()), swapped.model(**sentences()).logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +14,14 @@ from torch import Tensor
 
 from fimo.data.instances import Instances
 from fimo.door.independence import MIXING_NETWORK, Evaluate, WithoutDropout, couples, problem
+from fimo.door.poor import poor
 from fimo.door.targets import KNOWN, OF_CLASSES, Conversion, candidates, known_targets
 from fimo.errors import InputError, reason, shortened
 from fimo.models.final_model import FinalModel, apply, functional_apply
 from fimo.models.losses import Loss, loss_name
 from fimo.models.train_mode import TrainMode, seeded
+
+log = logging.getLogger(__name__)
 
 PROBE = 4
 """Instances on which a network and its losses are tried."""
@@ -166,6 +170,8 @@ def _checked(model: FinalModel, train: Instances, test: Instances | None) -> tup
     for key, loss in (("model.loss", model.loss), ("model.measurement", model.measurement)):
         if loss is not None:
             _check_differentiable(loss, tried(model, _probe(last)), _probe(last).targets, key)
+    if not model.accept_poor and last is not train and (why := poor(model, train, last)) is not None:
+        log.warning("%s (FinalModel(..., accept_poor=True) says that it is meant)", why)
     return train, last
 
 

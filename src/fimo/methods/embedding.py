@@ -11,14 +11,16 @@ from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel, apply
+from fimo.models.losses import IGNORED
 
 
 class EmbeddingSimilarity(AttributionMethod):
     """Similarity of a test and a training instance as the final model's last layer sees them (a baseline).
 
-    score[j, i] = similarity(h_j, h_i), h the input of the network's last linear layer, flattened; with
-    ``signed`` a training instance with another class counts negatively (classification), so that the sign has
-    the meaning of all methods: removing a near instance of one's own class hurts.
+    score[j, i] = similarity(h_j, h_i), h the input of the network's last linear layer. Of a sequence it is
+    the mean over positions that count (with a target, and left by an attention mask); lengths may differ.
+    With ``signed`` a training instance with another class counts negatively (classification), so that the
+    sign has the meaning of all methods: removing a near instance of one's own class hurts.
 
     Args:
         similarity: ``cosine``, ``dot`` or ``euclidean`` (minus the distance).
@@ -76,17 +78,37 @@ class EmbeddingSimilarity(AttributionMethod):
 def representations(
     final_model: FinalModel, instances: Instances, layer: str | None = None, batch_size: int = 1024
 ) -> Tensor:
-    """Return ``[n, d]``: the flattened input of a module (by default the last linear one) per instance."""
+    """Return ``[n, d]``: the input of a module (by default the last linear one) per instance.
+
+    Of inputs ``[n, ..., d]`` it is the mean over all axes between, where padding doesn't count.
+    """
     network = final_model.network
     if layer is not None:
         module = network.get_submodule(layer)
     else:
         module = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
+    found: list[Tensor] = []
     seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1)))
+    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         for batch in instances.batches(batch_size):
+            seen.clear()
             apply(network, batch.inputs)
+            found.append(_pooled(seen[-1], batch))  # the last use, where there are several
     finally:
         handle.remove()
-    return torch.cat(seen)
+    return torch.cat(found)
+
+
+def _pooled(hidden: Tensor, batch: Instances) -> Tensor:
+    """Return the mean ``[n, d]`` of ``hidden`` ``[n, ..., d]`` over positions that count."""
+    if hidden.dim() == 2:
+        return hidden
+    counts = torch.ones(hidden.shape[:-1], dtype=hidden.dtype, device=hidden.device)
+    mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
+    for kept in (mask, batch.targets != IGNORED):
+        # longer where the network cut off what is padding in the whole batch
+        if kept is not None and kept.dim() == 2 == counts.dim() and kept.shape[1] >= counts.shape[1]:
+            counts = counts * kept[:, : counts.shape[1]].to(hidden.dtype)
+    hidden, counts = hidden.flatten(1, -2), counts.flatten(1)[..., None]
+    return (hidden * counts).sum(1) / counts.sum(1).clamp(min=1)

@@ -39,6 +39,8 @@ class FinalModel:
         trainable: name patterns (``fnmatch``) of the parameters that further training moves and that
             attribution differentiates. When empty: those that require a gradient, so that what the user has
             frozen stays frozen; all where none does, as in a network that was frozen to be used.
+        accept_poor: say nothing where it predicts worse than a constant; else the log warns of it when it is
+            first used (the command line refuses it).
 
     Raises:
         InputError: no parameter's name matches a pattern of ``trainable``, or no such loss.
@@ -48,6 +50,7 @@ class FinalModel:
     loss: Loss
     measurement: Loss | None = None
     trainable: tuple[str, ...] = ()
+    accept_poor: bool = False
     admitted: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
     """Instances that it was admitted with; see :func:`fimo.door.admission.admit`."""
     _moved: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
@@ -111,6 +114,7 @@ class FinalModel:
             self.loss,
             self.measurement,
             self.trainable,
+            self.accept_poor,
         )
 
     @torch.no_grad()

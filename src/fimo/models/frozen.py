@@ -61,7 +61,7 @@ def without_frozen_part(final_model: FinalModel, data: Data) -> tuple[FinalModel
     names = tuple(final_model.parameters())
     frozen = sum(p.numel() for p in before.parameters())
     log.info("%d frozen parameters before the first trained layer are evaluated once", frozen)
-    return FinalModel(after, final_model.loss, final_model.measurement, names), found
+    return FinalModel(after, final_model.loss, final_model.measurement, names, final_model.accept_poor), found
 
 
 def split(network: nn.Module, trainable: Collection[str]) -> Parts | None:

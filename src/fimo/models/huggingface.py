@@ -7,8 +7,9 @@ Attention is the plain ("eager") implementation: fused kernels have neither seco
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from fimo.errors import InputError, shortened
 from fimo.hub import model_source
 from fimo.models.frozen import remaining
 from fimo.models.lora import add_adapters
+
+log = logging.getLogger(__name__)
 
 KEY = "model.network.path"
 POOLINGS = ("first", "mean")
@@ -109,11 +112,13 @@ class Logits(nn.Module):
     Args:
         model: called by name with token indices (and a mask), returns an object with ``logits``.
         causal: the mask is left away: with padding on the right, no token sees it.
+        order: of the model's classes, which of them each class of the data is; its own when None.
     """
 
-    def __init__(self, model: nn.Module, causal: bool = False) -> None:
+    def __init__(self, model: nn.Module, causal: bool = False, order: Sequence[int] | None = None) -> None:
         super().__init__()
         self.model, self.causal = model, causal
+        self.order = None if order is None or list(order) == sorted(order) else list(order)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return logits ``[n, C]``, or ``[n, T, V]`` of a language model."""
@@ -124,7 +129,7 @@ class Logits(nn.Module):
             arguments["input_ids"], attention_mask = trimmed(input_ids, attention_mask)
             arguments["attention_mask"] = additive(attention_mask, next(self.model.parameters()).dtype)
         logits: Tensor = self.model(**arguments).logits
-        return logits
+        return logits if self.order is None else logits[:, self.order]
 
 
 def text_classifier(
@@ -134,6 +139,7 @@ def text_classifier(
     pooling: str = "first",
     head: str = "new",
     dropout: float | None = None,
+    classes: Sequence[str] = (),
     adapters: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Return a text classifier that starts from a pretrained model.
@@ -145,6 +151,7 @@ def text_classifier(
         pooling: of a new head: ``first`` or ``mean``.
         head: ``new`` puts a linear layer on the encoder; ``own`` keeps the model's classification head.
         dropout: every rate of the model; None keeps its configured ones.
+        classes: names of the data set's classes in its order, by which an own head's outputs are found.
         adapters: arguments of :func:`~fimo.models.lora.add_adapters`; the encoder is then frozen in the final
             model's training, and ``model.trainable`` should name the adapters (``*.up.*``, ``*.down.*``).
 
@@ -162,7 +169,7 @@ def text_classifier(
             raise InputError(
                 KEY, f"{path} has {model.config.num_labels} classes but the data set has {outputs}"
             )
-        network = Logits(model)
+        network = Logits(model, order=order_of_classes(model.config.id2label, classes))
     else:
         model = _pretrained(AutoModel, path, inputs)
         if getattr(model, "pooler", None) is not None:
@@ -173,6 +180,49 @@ def text_classifier(
     if adapters is not None:
         add_adapters(network, freeze="encoder.*" if head == "new" else "model.*", **adapters)
     return network.train()  # pretrained models come in eval mode, which the Trainer would keep
+
+
+def order_of_classes(id2label: Mapping[int, str], classes: Sequence[str]) -> list[int]:
+    """Return which of a model's outputs each class of the data set is, by name.
+
+    Names are compared without regard to case. Where either side has numbers instead of names (0, 1, ..., or
+    ``LABEL_0``), classes are taken by number.
+
+    Args:
+        id2label: the model's names by output.
+        classes: the data set's, in its order.
+
+    Raises:
+        InputError: names that don't match.
+    """
+    names = {str(name).strip().lower(): int(k) for k, name in id2label.items()}
+    wanted = [str(name).strip().lower() for name in classes]
+    if not wanted:
+        return list(range(len(names)))
+    if len(names) == len(id2label) and sorted(wanted) == sorted(names):
+        return [names[name] for name in wanted]
+    numbers = [_number(name) for name in wanted]
+    if sorted(n for n in numbers if n is not None) == list(range(len(id2label))):
+        return [n for n in numbers if n is not None]
+    if all(_number(name) == k for name, k in names.items()):
+        log.warning(
+            "the model does not name its classes (%s): they are taken in the data set's order, %s",
+            shortened(list(id2label.values())),
+            shortened(classes),
+        )
+        return list(range(len(names)))
+    theirs = shortened(list(id2label.values()))
+    raise InputError(
+        "model.network.head",
+        f"own has the classes {theirs} but the data set has {shortened(classes)}; "
+        "rename the data's labels, or set dataset.class_names for labels 0, 1, ...",
+    )
+
+
+def _number(name: str) -> int | None:
+    """Return the number of a class that has no other name: ``1`` or ``label_1``."""
+    text = name.removeprefix("label_")
+    return int(text) if text.isdecimal() else None
 
 
 def causal_lm(

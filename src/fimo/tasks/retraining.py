@@ -56,7 +56,9 @@ def retrain(run: Judged, left_out: Sequence[Any], seeds: Sequence[int]) -> Sensi
     protocol = training_protocol(run.config, run.data, run.plan.protocol)
     found = []
     for seed in seeds:
-        config = OmegaConf.merge(run.config, {"seed": seed, "model": {"checkpoint": None}})
+        config = OmegaConf.merge(
+            run.config, {"seed": seed, "model": {"checkpoint": None, "accept_poor": True}}
+        )
         assert isinstance(config, DictConfig)
         initial = build_final_model(build_module(config, run.data), config)
         cost = Cost("retraining")
