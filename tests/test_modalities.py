@@ -69,7 +69,7 @@ def test_each_modality_runs_from_files_to_a_report_that_shows_its_instances(
         "+method=[graddot,datainf]", "trainer.max_epochs=2", "trainer.enable_progress_bar=false",
         "further_training.leave_out=mask", "further_training.epochs=1", "further_training.seeds=2",
         "further_training.left_out=3", "further_training.batch_size=4", "evaluation.bootstrap=0",
-        "logger=none", f"store={tmp_path}/store",
+        "logger=none", "model.accept_poor=true", f"store={tmp_path}/store",
     ]  # fmt: skip
     threads = torch.get_num_threads()
     with initialize_config_dir(str(CONF), version_base="1.3"):
