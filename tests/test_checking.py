@@ -314,6 +314,9 @@ def test_methods_are_timed_and_one_that_fails_says_so() -> None:
     assert "measured" in lines[0].text
     assert lines[2].verdict == Verdict.WARN
     assert "out of luck" in lines[2].text
+    hurried = durations.method_line(problem(case), "graddot", GradDot(), PACE, 0.0, 1e-9)
+    assert "at most" in hurried.text  # one size does not tell what is constant from what grows
+    assert hurried.verdict == Verdict.PASS
     late = durations.methods(problem(case, methods=methods), PACE, 1.0, Clock.of(-1.0))
     assert "exact, response, failing" in late[0].text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from fimo.errors import CheckFailedError
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
 from fimo.plan import Plan
+
+log = logging.getLogger(__name__)
 
 
 def check_run(
@@ -29,6 +32,7 @@ def check_run(
     Raises:
         CheckFailedError: a line fails.
     """
+    log.info("checking, which takes about a minute at most")
     found = check(
         final_model,
         data.train,
