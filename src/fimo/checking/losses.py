@@ -2,69 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
-from fimo.checking.problem import Clock, Problem
 from fimo.checking.verdict import Line, fails, passes
-from fimo.data.instances import Inputs, Instances
+from fimo.data.instances import Instances
+from fimo.door.admission import PROBE, admit, as_instances
+from fimo.errors import InputError
 from fimo.models.final_model import FinalModel, apply
-from fimo.models.train_mode import TrainMode, seeded
 
-ROWS = 4
+NAME = "loss"
+
+
+def losses(final_model: FinalModel, train: Any, test: Any) -> tuple[Line, Instances, Instances]:
+    """Hand model and instances in at the door, where everything else takes them from.
+
+    Returns:
+        The line, and the training and test instances as the loss takes them (where it passes).
+    """
+    train, test = as_instances(train, "dataset.train"), as_instances(test, "dataset.test")
+    try:
+        found, tested = admit(final_model, train, test)
+    except InputError as error:
+        return fails(NAME, _repeated(final_model, train) or str(error)), train, test
+    text = "one value for each instance, which depends on it alone, in evaluation and in training steps"
+    if not torch.isfinite(final_model.losses(tested[: min(PROBE, len(tested))])).all():
+        return fails(NAME, "losses are not finite"), found, tested
+    return passes(NAME, f"{text} ({min(PROBE, len(train))} instances)"), found, tested
 
 
 @torch.no_grad()
-def losses(problem: Problem, clock: Clock) -> Line:
-    """Try on a few instances that each has a loss of its own, in the modes in which runs use the network."""
-    name = "loss"
-    few = problem.train[: min(ROWS, len(problem.train))].to(problem.device)
-    for training in (False, True):
-        model = problem.final_model.to(problem.device)
-        if training:
-            TrainMode.of(model, few).set(model.network)
-        values = _values(model, few)
-        if values.shape != (len(few),):
-            shape = tuple(values.shape)
-            return fails(name, f"expected one loss for each of {len(few)} instances but got shape {shape}: "
-                         "a mean or sum over the batch?")  # fmt: skip
-        if not torch.equal(values, _values(model, few)):
-            return fails(name, "the same instances have other losses when they are evaluated again: does "
-                         "forward draw random numbers that no seed controls?")  # fmt: skip
-        if not torch.isfinite(values).all():
-            return fails(name, "losses are not finite")
-        for row in range(len(few)):
-            others = torch.arange(len(few)) != row
-            moved = _values(model, _replaced(few, row, problem.train))
-            far = (moved - values)[others].abs().max() / values.abs().max().clamp(min=1e-12)
-            if far > 1e-4:
-                mode = "training" if training else "evaluation"
-                return fails(name, f"instance {row}'s neighbours' losses change with it (in {mode} mode, by "
-                             f"{float(far):.0%}): does the network or the loss mix rows?")  # fmt: skip
-    return passes(
-        name,
-        f"one value for each instance, which moves with its row alone ({len(few)} rows, both modes)",
+def _repeated(final_model: FinalModel, train: Instances) -> str | None:
+    """Return what explains any other difference: outputs that differ when they are computed again."""
+    try:
+        once, again = (apply(final_model.network, train[:2].inputs) for _ in range(2))
+    except Exception:  # which the door has said already
+        return None
+    if torch.equal(once, again):
+        return None
+    return (
+        "model.network: the same instances have other outputs when they are evaluated again: does forward "
+        "draw random numbers that no seed controls?"
     )
-
-
-def _values(model: FinalModel, few: Instances) -> Tensor:
-    with seeded(0, few.targets.device):
-        return model.loss(apply(model.network, few.inputs), few.targets)
-
-
-def _replaced(few: Instances, row: int, train: Instances) -> Instances:
-    other = len(train) - 1 - row
-
-    def put(tensor: Tensor, whole: Tensor) -> Tensor:
-        changed = tensor.clone()
-        changed[row] = whole[other].to(tensor)
-        return changed
-
-    inputs: Inputs
-    if isinstance(few.inputs, dict):
-        assert isinstance(train.inputs, dict)
-        inputs = {k: put(v, train.inputs[k]) for k, v in few.inputs.items()}
-    else:
-        assert isinstance(train.inputs, Tensor)
-        inputs = put(few.inputs, train.inputs)
-    return Instances(inputs, put(few.targets, train.targets))
