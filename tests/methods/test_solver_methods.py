@@ -81,7 +81,7 @@ def test_steps_of_lissa_on_batches_average_to_the_whole_series(curvature: str) -
 @pytest.mark.parametrize("chosen", [Lissa, LissaHessian])
 def test_by_default_the_series_of_lissa_has_converged(chosen: type[Lissa]) -> None:
     case = CASES["mlp_classification"]()
-    method = chosen()
+    method = chosen(damping="auto")
     scores = method.attribute(case.final_model, case.train, case.test)
     matrix = dense.gauss_newton if chosen is Lissa else dense.hessian
     damping = method.dampings().item()
