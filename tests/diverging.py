@@ -1,12 +1,14 @@
-"""Methods that fail where others don't, for the test of whole runs."""
+"""Methods and a way to judge them that fail where others don't, for the test of whole runs."""
 
 from __future__ import annotations
 
+import pandas as pd
 from torch import Tensor
 
 from fimo.curvature.solvers import DivergenceError
 from fimo.data.instances import Instances
 from fimo.methods.base import AttributionMethod
+from fimo.tasks.base import Judged, Task
 
 
 class Diverging(AttributionMethod):
@@ -28,3 +30,10 @@ class Unwritable(AttributionMethod):
 
     def scores(self, test: Instances, left_out: Instances) -> Tensor:
         raise OSError(28, "No space left on device", "somewhere")
+
+
+class MistakenTask(Task):
+    """A way to judge methods that raises an error of its own."""
+
+    def __call__(self, run: Judged) -> pd.DataFrame:
+        raise KeyError("no such column")

@@ -198,12 +198,13 @@ def test_a_method_that_fails_on_this_model_does_not_take_the_others_with_it(defa
     done = run(
         "+method=graddot", "+methods.broken._target_=tests.diverging.Diverging", "logger=none",
         "+methods.mistaken._target_=tests.diverging.Mistaken",
+        "+evaluation.tasks.judging._target_=tests.diverging.MistakenTask",
         "report=false", f"hydra.run.dir={folder}", folder=default_run,
     )  # fmt: skip
     assert "broken failed: grew a hundredfold" in done.stdout + done.stderr
-    assert (
-        json.loads((folder / "report.json").read_text())["skipped"]["broken"] == "failed: grew a hundredfold"
-    )
+    skipped = json.loads((folder / "report.json").read_text())["skipped"]
+    assert skipped["broken"] == "failed: grew a hundredfold"
+    assert "failed: KeyError" in skipped["judging"]
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "mistaken" in line]
     assert len(lines) == 1, lines
     assert "failed: IndexError: Dimension out of range" in lines[0]

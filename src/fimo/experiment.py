@@ -151,7 +151,15 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     findings = {}
     for name, task in tasks.items():
         with measured(name) as cost:
-            findings[name] = task(Judged(config, data, plan, final_model, methods, store, device, cost))
+            try:
+                findings[name] = task(Judged(config, data, plan, final_model, methods, store, device, cost))
+            except OSError:
+                raise
+            except Exception as error:  # what was measured and scored before is still judged and reported
+                problem = failure(name, error, run_dir)
+                log.error("%s failed: %s", name, problem)
+                skipped[name] = f"failed: {problem}"
+                continue
         costs.append(cost)
         log.info("%s: %.1f s", name, cost.seconds)
 

@@ -19,6 +19,7 @@ from fimo.dynamics.response import with_parameters
 from fimo.errors import InputError
 from fimo.further_training.trajectory import Trajectory
 from fimo.methods.following import FollowingMethod
+from fimo.models.final_model import FinalModel
 
 
 class Source(FollowingMethod):
@@ -47,7 +48,7 @@ class Source(FollowingMethod):
                 raise InputError(key, f"expected at least 1 but got {value}")
         self.segments, self.points, self.memory_mb = segments, points, memory_mb
 
-    def inapplicable(self, final_model, train: Instances) -> str | None:  # type: ignore[no-untyped-def]
+    def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
         dimension = kernel_dimension(final_model, train)
         if dimension <= MAX_DIMENSION:
             return None
