@@ -45,7 +45,7 @@ METHODS: dict[str, Callable[[], FollowingMethod]] = {
     "response": Response,
     "calibrated": CalibratedResponse,
     "best": Best,
-    "unrolled": Unrolled,
+    "unrolled": lambda: Unrolled(seeds=None),
 }
 
 SETS = {"response": 6, "calibrated": 6, "best": 3, "unrolled": 2}

@@ -56,10 +56,12 @@ class Discrepancy:
     Args:
         own: ``[E, J, L]``, of each left-out instance's own part.
         common: ``[E, J, 1]``, of the part that all left-out instances share.
+        of_mean: ``[E, J, 1]``, of the own parts' mean over left-out instances; as if independent when None.
     """
 
     own: Tensor
     common: Tensor
+    of_mean: Tensor | None = None
 
     def raw(self) -> Tensor:
         """Return the variance ``[E, J, L]`` of a score's error."""
@@ -68,7 +70,8 @@ class Discrepancy:
     def adjusted(self) -> Tensor:
         """Return it for scores minus their mean over left-out instances, where the common part cancels."""
         count = self.own.shape[-1]
-        return self.own * (1 - 2 / count) + self.own.mean(-1, keepdim=True) / count
+        of_mean = self.own.mean(-1, keepdim=True) / count if self.of_mean is None else self.of_mean
+        return self.own * (1 - 2 / count) + of_mean
 
 
 def stratified(size: Tensor, count: int, largest: int = 1) -> tuple[Tensor, Tensor]:

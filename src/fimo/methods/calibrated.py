@@ -6,14 +6,14 @@ import copy
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
-from fimo.dynamics.linearity import discrepancy, stratified
+from fimo.dynamics.linearity import Discrepancy, discrepancy, stratified
 from fimo.dynamics.real_runs import worthwhile
 from fimo.dynamics.remainder import OWN, Correction, correct, correlations
 from fimo.errors import InputError
@@ -213,8 +213,7 @@ class CalibratedResponse(Response):
         """Return the error bars.
 
         What the response misses is estimated from the pilot's instances as if none had been run (their
-        remainders are not used), and is that for instances without a run; runs of an instance itself leave
-        the unexplained share of it.
+        remainders are not used), and is that for instances without a run; see :func:`after_runs` for others.
         """
         seeds, number = len(pilot.full), len(pilot.instances)
         by_seed = (seeds, number)
@@ -223,7 +222,7 @@ class CalibratedResponse(Response):
         average = response.spread.mean.cpu()[..., pilot.instances]
         residual = changes - scale * average - correction.own_scale[:, None, None] * (own - average)
         missed = discrepancy(self.ft.steps, residual, explained, pilot.instances, pilot.weight)
-        missed = replace(missed, own=missed.own * correction.unexplained[:, None])
+        missed = after_runs(missed, correction.unexplained)
         raw, adjusted = (x.cpu() * scale.square() for x in response.spread.variances())
         return error_bars((raw, adjusted), missed, number, self.dtype)
 
@@ -262,3 +261,22 @@ class CalibratedResponse(Response):
             return found
         late = sum(step >= 0.9 * self.ft.steps[last - 1] for step in self.ft.steps[:last])
         return torch.cat([found, found[last - late :].mean(0).expand(points - last, *found.shape[1:])])
+
+
+def after_runs(missed: Discrepancy, unexplained: Tensor) -> Discrepancy:
+    """Return what scores miss after the remainders of instances with real runs.
+
+    Runs leave the unexplained share of an instance's own part. Remainders are known up to their mean over
+    the instances that were run, which is taken as 0: that mean is missed by each of them, and the mean over
+    all left-out instances stays what it was.
+
+    Args:
+        missed: by predictions alone.
+        unexplained: ``[E, L]``, 1 for instances without a run.
+    """
+    count = missed.own.shape[-1]
+    share = unexplained[:, None]
+    run = (unexplained < 1).any(0)
+    of_run = missed.own[..., run].sum(-1, keepdim=True) / max(int(run.sum()), 1) ** 2
+    own = missed.own * share + of_run * (1 - share).square()
+    return Discrepancy(own, missed.common, missed.own.mean(-1, keepdim=True) / count)
