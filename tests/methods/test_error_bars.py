@@ -124,7 +124,7 @@ def test_bars_hold_the_effects_of_other_seeds(
         (Response(checks=6), [0, 1], "fewer than 4 instances"),
         (Response(), [3], "a single followed seed"),
         (Response(along="final", checks=0), [0, 1], "checks: 0"),
-        (Unrolled(checks=0), [0, 1], "checks: 0"),
+        (Unrolled(seeds=None, checks=0), [0, 1], "checks: 0"),
         (Unrolled(seeds=1), [0, 1], "a single followed seed"),
         (CalibratedResponse(budget=0, checks=0), [0, 1], "checks: 0"),
         (Best(checks=0), [0, 1], "checks: 0"),
