@@ -72,4 +72,4 @@ def test_what_is_shipped_fits_its_own_signatures(name: str, target: Any) -> None
         k for k in target if OmegaConf.is_missing(target, k) or OmegaConf.is_interpolation(target, k)
     }
     values = {k: target._get_node(k) for k in target if k != "recommended" and k not in open_ones}
-    check_arguments(OmegaConf.create(values), name, ["inputs", "outputs"])
+    check_arguments(OmegaConf.create(values), name, ["inputs", "outputs", "classes"])
