@@ -152,17 +152,25 @@ def test_random_numbers_that_no_seed_controls_fail() -> None:
     assert model.gradients(problem(case), Clock.of(SOON)).verdict == Verdict.FAIL
 
 
-def test_a_model_worse_than_a_constant_fails() -> None:
+def test_a_model_worse_than_a_constant_fails_unless_that_is_meant() -> None:
     case = CASES["mlp_regression"]().to(torch.float32)
-    other = dataclasses.replace(case, test=Instances(100 * case.test.inputs, case.test.targets))  # type: ignore[operator]
     assert constant(problem(case), Clock.of(SOON)).verdict == Verdict.PASS
     wrong = mlp(4, (6, 5), 1, nn.Tanh)
     wrong.load_state_dict(case.final_model.network.state_dict())
     wrong[-1].bias.data += 10  # type: ignore[union-attr,operator]
-    shifted = dataclasses.replace(other, final_model=FinalModel(wrong, mean_squared_error))
+    shifted = dataclasses.replace(case, final_model=FinalModel(wrong, mean_squared_error))
     line = constant(problem(shifted), Clock.of(SOON))
     assert line.verdict == Verdict.FAIL
     assert line.value > 1
+    meant = FinalModel(wrong, mean_squared_error, accept_poor=True)
+    accepted = constant(problem(dataclasses.replace(case, final_model=meant)), Clock.of(SOON))
+    assert accepted.verdict == Verdict.WARN
+
+
+def test_a_model_worse_than_a_constant_on_test_instances_alone_is_warned_of() -> None:
+    case = CASES["mlp_regression"]().to(torch.float32)
+    turned = dataclasses.replace(case, test=Instances(case.test.inputs, -case.test.targets))
+    assert constant(problem(turned), Clock.of(SOON)).verdict == Verdict.WARN
 
 
 @pytest.mark.parametrize("name", ["mlp_regression", "mlp_classification"])

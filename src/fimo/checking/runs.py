@@ -216,8 +216,8 @@ def reliability(problem: Problem, pace: Pace, clock: Clock) -> Line:
     cost = (len(units) + 1) * points[0] * pace.step
     tried = int(min(6, clock.left / cost)) // 2 * 2
     if tried < 2:
-        return warns(name, f"not tried: two seeds until the first evaluation point take {as_time(2 * cost)}; "
-                     "begin with further_training.seeds=4")  # fmt: skip
+        return warns(name, "no time was left for two seeds until the first evaluation point, which take "
+                     f"{as_time(2 * cost)}; begin with further_training.seeds=4")  # fmt: skip
     last = max(
         (e for e, step in enumerate(points) if tried * cost * step / points[0] < clock.left), default=0
     )
