@@ -555,12 +555,15 @@ def test_every_key_holds_the_source_that_computes_it_and_the_versions(
 ) -> None:
     model, train, test = regression()
     base = Protocol(epochs=1)
+
+    def training() -> fingerprint.Key:
+        return training_key(model.network, mean_squared_error, {}, train, own.squared, None)
+
     makers: dict[str, Callable[[], fingerprint.Key]] = {
         "fimo.further_training.gold_standard": lambda: runs_key(problem, test, base),
         "fimo.further_training.trajectories": lambda: trajectory_key(problem, base, 0),
-        "fimo.models.training": lambda: training_key(
-            model.network, mean_squared_error, {}, train, own.squared, None
-        ),
+        "fimo.models.training": training,
+        "fimo.models.module": training,
         "fimo.curvature.gradients": lambda: gradients_key(model, train, "loss", {}),
         "fimo.scoring": lambda: scores_key(problem, test, "graddot", GradDot, {}, [0], 0, None),
     }

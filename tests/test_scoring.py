@@ -134,3 +134,36 @@ def test_a_group_scores_the_sum_of_its_members_with_the_root_of_the_sum_of_their
         torch.testing.assert_close(found["scores"], torch.tensor([[4.0 + 2, 8, 1 + 2 + 3]] * 2))
         sem = [2 * (4.0**2 + 2**2) ** 0.5, 2 * 8, 2 * (1 + 2**2 + 3**2) ** 0.5]
         torch.testing.assert_close(found["sem"], torch.tensor([sem] * 2))
+
+
+class Steps(FollowingMethod):
+    """Scores by optimizer steps and the learning rate, which it reads from what it follows."""
+
+    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+        step = self.ft.protocol.lr * torch.tensor(self.ft.steps).float()
+        return step[:, None, None].expand(-1, len(test), len(left_out))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"lr": 0.5}, {"epochs": 3}, {"evaluate_every": 1}], ids=["rule", "horizon", "points"]
+)
+def test_scores_of_another_followed_protocol_or_of_other_evaluation_points_are_not_read_back(
+    changed: dict[str, Any], tmp_path: Path
+) -> None:
+    case = CASES["mlp_regression"]()
+    data: Any = SimpleNamespace(train=case.train, test=case.test)
+    config = OmegaConf.create({"seed": 0, "methods": {"steps": {}}})
+    problem = described(case.final_model, data)
+    n = len(case.train)
+    size = 8
+    first = {"lr": 0.25, "epochs": 2, "batch_size": size}
+    for settings in (first, {**first, **changed}):
+        protocol = Protocol(leave_out="mask", **settings)  # type: ignore[arg-type]
+        plan = Plan(protocol, [0], [1], [1, 2], [0, 2], True, "auto")
+        cost = Cost("steps")
+        found = score("steps", Steps(), case.final_model, data, plan, config, Store(tmp_path), cost, problem)
+        assert cost.reused == 0
+        last = settings["epochs"] * -(-n // size)
+        every = settings.get("evaluate_every", -(-n // size))
+        expected = settings["lr"] * torch.arange(every, last + 1, every)
+        torch.testing.assert_close(found["scores"][:, 0, 0], expected)

@@ -232,3 +232,15 @@ def test_a_low_ceiling_is_called_not_enough_seeds() -> None:
     assert said.startswith("not enough seeds: with 4 the noise ceiling (pearson)")
     assert "about 68 would reach 0.9" in said
     assert "no sign of any signal" in (not_enough_seeds(0.0, 4) or "")
+
+
+def test_a_cosine_that_keeps_the_mean_over_left_out_instances_has_that_mean_s_ceiling() -> None:
+    """What all left-out instances share makes noisy cosines high; subtracted, only their noise is left."""
+    generator = torch.Generator().manual_seed(0)
+    raw = 5.0 + torch.randn(6, 1, 50, 30, generator=generator)
+    others = (5.0 + torch.randn(6, 1, 50, 30, generator=generator)).mean(0)
+    real = torch.nn.functional.cosine_similarity(raw.mean(0), others, dim=-1).mean()  # of means of 6 seeds
+    kept, subtracted = (noise_ceilings(raw, "cosine", mean) for mean in (False, True))
+    assert real > 0.98
+    assert abs(kept.lower[0, -1] - real) < 0.02
+    assert subtracted.upper[0, -1] < 0.5

@@ -375,3 +375,89 @@ def test_too_many_outputs_take_ekfac_and_say_so(
         found = scores(case, protocol, [0, 1, 2])
     assert torch.isfinite(found).all()
     assert "EK-FAC" in caplog.text
+
+
+def test_only_where_the_kernel_is_asked_for_too_many_outputs_make_the_response_inapplicable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fimo.methods.response.MAX_OUTPUTS", 2)
+    case = CASES["mlp_classification"]()
+    outputs = case.final_model.outputs(case.test)[0].numel()
+    assert outputs > 2
+    reasons = {form: Response(form=form).inapplicable(case.final_model, case.train)  # type: ignore[arg-type]
+               for form in ("auto", "kernel", "ekfac")}  # fmt: skip
+    assert reasons["auto"] is None
+    assert reasons["ekfac"] is None
+    assert f"at most 2 outputs of an instance, not {outputs}" in str(reasons["kernel"])
+
+
+def test_where_kernels_cost_more_than_the_runs_seeds_share_one() -> None:
+    case = CASES["mlp_regression"]()
+    protocol = Protocol(lr=0.1, batch_size=4, epochs=3, dtype="float64")
+    found = scores(case, protocol, [0, 5], segments=4)
+    shared, each, apart = (
+        scores(case, protocol, [0, 5], kernels=kernels, segments=segments)
+        for kernels, segments in (("shared", 1), ("shared", 4), ("own", 1))
+    )
+    torch.testing.assert_close(found, shared)
+    for other in (each, apart):
+        assert not torch.allclose(found, other, rtol=1e-4, atol=0)
+
+
+def test_with_fewer_instances_followed_than_there_are_small_steps_are_answered_as_before() -> None:
+    """To first order in the learning rate, only the left-out instances' own forces count."""
+    case = CASES["mlp_regression"]()
+    left_out = [5, 17, 22]
+    protocol = Protocol(lr=1e-6, batch_size=5, epochs=2, dtype="float64", leave_out="mask")
+    found = scores(case, protocol, left_out, max_rows=6)
+    torch.testing.assert_close(found, real_changes(case, protocol, left_out, [0, 1]), rtol=1e-3, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_in_float32_the_response_is_float64_s_rounded(options: str) -> None:
+    case = linear_regression(14)
+    found, expected = (
+        scores(
+            case, Protocol(lr=0.05, batch_size=4, epochs=4, dtype=dtype, **OPTIONS[options]), [0, 3, 7],
+            segments=3,
+        )
+        for dtype in ("float32", "float64")
+    )  # fmt: skip
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_adam_s_response_at_the_final_model_has_the_diagonal_that_its_batches_squares_have() -> None:
+    case = CASES["mlp_regression"]()
+    size, time = 5, 0.02
+    protocol = Protocol(
+        optimizer="adam",
+        lr=time / 10,
+        steps=10,
+        batch_size=size,
+        evaluate_every=10,
+        eps=1e-3,
+        dtype="float64",
+    )
+    found = scores(case, protocol, range(23), along="final", propagate="loss")
+    right = dense.instance_gradients(case.final_model, case.train)
+    left = dense.instance_gradients(case.final_model, case.test)
+    squares = right.mean(0).square() + right.var(0, correction=0) / size  # of a mean of independent draws
+    diagonal = 1 / (squares.sqrt() + protocol.eps)
+    matrix = diagonal[:, None] * dense.gauss_newton(case.final_model, case.train)
+    p = len(matrix)
+    block = torch.zeros(2 * p, 2 * p, dtype=torch.float64)
+    block[:p, :p], block[:p, p:] = -matrix * time, torch.eye(p, dtype=torch.float64) * time
+    phi = torch.linalg.matrix_exp(block)[:p, p:]
+    torch.testing.assert_close(found[0], left @ phi @ (diagonal * right).T / 23, rtol=1e-6, atol=1e-12)
+
+
+def test_adam_s_pace_along_ekfac_is_the_mean_of_the_seeds_diagonals() -> None:
+    """Where eps drowns the second moment, Adam's diagonal is 1 / eps for every seed."""
+    case = linear_regression(outputs=1)
+    eps = 1e4
+    protocol = Protocol(
+        optimizer="adam", lr=1e-3 * eps, eps=eps, batch_size=4, epochs=2, dtype="float64", leave_out="mask"
+    )
+    found = scores(case, protocol, range(22), form="ekfac", propagate="loss")
+    expected = scores(case, protocol, range(22), along="end", propagate="loss")
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()

@@ -92,3 +92,14 @@ def test_removing_a_duplicate_of_a_test_instance_gives_a_positive_score() -> Non
 def test_a_wrong_argument_is_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         Source(**wrong)
+
+
+def test_the_cost_counts_the_full_runs_and_each_instance_s_gradients_at_each_place_once() -> None:
+    case = CASES["mlp_regression"]()  # one output
+    size, epochs = 6, 4
+    ft = following(case, Protocol(lr=0.02, batch_size=size, epochs=epochs, dtype="float64"))
+    method, left_out = Source(segments=2, points=1), torch.tensor([0, 4, 9])
+    method.attribute(case.final_model, case.train, case.test, left_out, ft)
+    n = len(case.train)
+    runs = 2 * epochs * n  # two seeds
+    assert method.gradient_evaluations == runs + len(case.test) + 2 * (n + len(left_out))

@@ -136,3 +136,18 @@ def test_fewer_seeds_are_the_first_ones() -> None:
 def test_a_wrong_argument_is_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         Unrolled(**wrong)
+
+
+def test_the_direction_with_fewer_derivatives_is_taken_unless_told_otherwise() -> None:
+    case, protocol = CASES["mlp_regression"](), protocol_of("sgd")
+    test = case.test[:1]  # of one output
+    ft = following(case, protocol, [3])
+    points = len(ft.steps)
+    costs = {}
+    for left_out in (1, points, points + 1):
+        for mode in ("auto", "forward", "reverse"):
+            method = Unrolled(mode=mode)  # type: ignore[arg-type]
+            method.attribute(case.final_model, case.train, test, torch.arange(left_out), ft)
+            costs[left_out, mode] = method.gradient_evaluations
+        assert costs[left_out, "auto"] == min(costs[left_out, m] for m in ("forward", "reverse"))
+    assert costs[1, "auto"] < costs[points, "auto"] == costs[points + 1, "auto"]
