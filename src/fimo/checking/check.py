@@ -41,7 +41,7 @@ def check(
     methods: Mapping[str, AttributionMethod] | None = None,
     subtract_mean: bool = True,
     device: torch.device | str = "cpu",
-    seconds: float = 50.0,
+    seconds: float = 45.0,
 ) -> Check:
     """Check in about a minute whether what will be measured can be trusted, and how long it will take.
 
