@@ -17,6 +17,7 @@ from torch import nn
 from fimo.arguments import check_arguments, imported
 from fimo.data.datamodule import InstancesModule
 from fimo.door.admission import admit, tried
+from fimo.door.choices import spaced
 from fimo.errors import InputError, reason
 from fimo.evaluation import METRICS
 from fimo.further_training.protocol import Protocol
@@ -263,7 +264,7 @@ def choose(value: Any, total: int, key: str) -> list[Any]:
         return chosen
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= total:
         raise InputError(key, f"expected a number from 1 to {total}, or a list of indices, but got {value!r}")
-    return [k * total // value for k in range(value)]
+    return spaced(value, total)
 
 
 def scaled(number: Any, scale: float, least: int = 1) -> Any:
@@ -271,15 +272,3 @@ def scaled(number: Any, scale: float, least: int = 1) -> Any:
     if scale == 1 or not isinstance(number, int) or isinstance(number, bool):
         return number
     return max(min(least, number), round(number * scale))
-
-
-def choose_seeds(value: Any, key: str) -> list[int]:
-    """Return seeds: ``N`` means 0 to N - 1; a list is taken as it is."""
-    if isinstance(value, ListConfig):
-        seeds = list(value)
-        if not seeds or any(not isinstance(s, int) or s < 0 for s in seeds) or len(set(seeds)) < len(seeds):
-            raise InputError(key, f"expected distinct numbers of at least 0 but got {seeds}")
-        return seeds
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(key, f"expected at least 1 seed but got {value!r}")
-    return list(range(value))

@@ -9,8 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
-from fimo.build import build_protocol, choose, choose_seeds, scaled
+from fimo.build import build_protocol, choose, scaled
 from fimo.data.datamodule import InstancesModule
+from fimo.door import choices
 from fimo.errors import InputError, shortened
 from fimo.further_training.protocol import Protocol
 from fimo.further_training.seeds import other_seeds
@@ -52,7 +53,7 @@ class Plan:
             InputError: naming the key of ``further_training`` at fault.
         """
         node = config.further_training
-        seeds = choose_seeds(scaled(node.seeds, config.scale, least=2), "further_training.seeds")
+        seeds = choices.seeds(scaled(node.seeds, config.scale, least=2), "further_training.seeds")
         followed = followed_seeds(node.followed_seeds, seeds, config.scale)
         left_out = choose(
             scaled(node.left_out, config.scale, least=3), len(data.train), "further_training.left_out"
@@ -93,7 +94,7 @@ def followed_seeds(value: Any, seeds: list[int], scale: float = 1) -> list[int]:
         return seeds
     if isinstance(value, str):
         raise InputError(key, f"expected null, a number, a list or {SAME_SEEDS} but got {value!r}")
-    chosen = choose_seeds(scaled(value, scale, least=2), key)
+    chosen = choices.seeds(scaled(value, scale, least=2), key)
     return chosen if isinstance(value, ListConfig) else other_seeds(seeds, len(chosen))
 
 

@@ -55,7 +55,7 @@ def seeds(value: Any, key: str = "further_training.seeds") -> list[int]:
     if any(not 0 <= s < 2**31 for s in found):
         raise InputError(key, f"expected seeds in [0, 2^31) but got {shortened(found)}")
     if twice := sorted({s for s in found if found.count(s) > 1}):
-        raise InputError(key, f"seeds occur twice: {shortened(twice)}")
+        raise InputError(key, f"expected distinct seeds but some occur twice: {shortened(twice)}")
     return found
 
 
