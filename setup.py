@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithConfiguration(build_py):
-    """Copies ``conf`` beside the package's modules, where :func:`fimo.command.console` finds it."""
+    """Copies ``conf`` beside the package's modules, where :func:`fimo.app.command.console` finds it."""
 
     def run(self) -> None:
         if self.editable_mode:  # reads the repository's own

@@ -30,8 +30,8 @@ from fimo.data.bundled import BundledData
 from fimo.data.concrete import ConcreteData
 from fimo.data.instances import Instances
 from fimo.data.tabular import TabularModule
+from fimo.engine.protocol import Protocol
 from fimo.further_training import evaluation_points, full_runs, further_train
-from fimo.further_training.protocol import Protocol
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.best import Best
 from fimo.methods.calibrated import CalibratedResponse

@@ -44,8 +44,8 @@ import pytest
 
 ROOT = Path(os.environ.get("MUTATION_ROOT", Path(__file__).resolve().parent.parent))
 FOLDER = ROOT / "outputs" / "mutation"
-PACKAGES = ("further_training", "curvature", "dynamics", "methods", "evaluation", "tasks")
-MODULES = ("scoring.py", "store.py", "fingerprint.py")
+PACKAGES = ("engine", "further_training", "curvature", "linear_response", "methods", "evaluation", "tasks")
+MODULES = ("app/scoring.py", "store/files.py", "store/fingerprint.py")
 LOGGING = m.Call(func=m.Attribute(value=m.Name("log")))
 MEMORY = 6 * 2**30
 """Bytes that a mutant may take."""

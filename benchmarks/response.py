@@ -32,9 +32,9 @@ from fimo.data.bundled import BundledData
 from fimo.data.concrete import ConcreteData
 from fimo.data.instances import Instances
 from fimo.data.tabular import Table, TabularModule
+from fimo.engine.protocol import Protocol
 from fimo.evaluation import agreement, noise_ceilings
 from fimo.further_training import full_runs, further_train, other_seeds
-from fimo.further_training.protocol import Protocol
 from fimo.further_training.seeds import relation
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.further_training.trajectory import FurtherTraining

@@ -5,10 +5,10 @@
     python benchmarks/same_numbers.py record . after
     python benchmarks/same_numbers.py compare before after
 
-records a list of small runs that cover both engines, every leave-out rule and optimizer, groups of left-out
-instances, losses with and without closed forms, every method and every way to judge methods. ``compare`` prints,
-for each run, how many tensors are equal to the bit, and the largest difference, relative to the tensor's largest
-entry, of each one that is not; it ends with status 1 if there is any.
+records a list of small runs: both engines, every leave-out rule and optimizer, groups of left-out instances,
+losses with and without closed forms, every method and every way to judge methods. ``compare`` prints, for
+each run, how many tensors are equal to the bit, and of each one that is not the largest difference, relative
+to the tensor's largest entry; it ends with status 1 if there is any.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Normed(nn.Module):
     """No chain of linear layers: normalisation and dropout."""
     def __init__(self, inputs, outputs, width=12):
         super().__init__()
-        self.first, self.norm, self.last = nn.Linear(inputs, width), nn.LayerNorm(width), nn.Linear(width, outputs)
+        self.first, self.norm = nn.Linear(inputs, width), nn.LayerNorm(width)
+        self.last = nn.Linear(width, outputs)
         self.dropout = nn.Dropout(0.1)
     def forward(self, x):
         return self.last(self.dropout(F.gelu(self.norm(self.first(x)))))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fimo.command import main
+from fimo.app.command import main
 
 if __name__ == "__main__":
     main(Path(__file__).parents[1] / "conf")

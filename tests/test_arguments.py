@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from fimo.arguments import check_arguments
+from fimo.app.arguments import check_arguments
 from fimo.errors import InputError
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -44,7 +44,7 @@ def test_nodes_inside_are_checked_too() -> None:
     with pytest.raises(
         InputError, match=r"n\.network\.in_feature: unknown argument; did you mean in_features"
     ):
-        check_arguments(node(_target_="fimo.models.custom.Adapted", network=inner), "n")
+        check_arguments(node(_target_="fimo.models.adapted.Adapted", network=inner), "n")
 
 
 @pytest.mark.parametrize("name", ["no_such_module.Thing", "fimo.models.mlp.mpl", "Thing"])

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 import fimo
 from fimo.checking import check as story
-from fimo.checking import durations, model, runs
+from fimo.checking import durations, model_checks, run_checks
 from fimo.checking.constant import constant, constant_losses
-from fimo.checking.losses import losses
+from fimo.checking.loss_checks import losses
 from fimo.checking.partial import partial_effects
 from fimo.checking.problem import Clock, Problem, effects, float64
 from fimo.checking.verdict import Check, Line, Verdict
 from fimo.data.instances import Instances
+from fimo.engine.pace import Pace
 from fimo.errors import CheckFailedError
 from fimo.evaluation.ceiling import seeds_for
 from fimo.further_training import Protocol
-from fimo.further_training.pace import Pace
 from fimo.methods.exact import ExactInfluence
 from fimo.methods.graddot import GradDot
 from fimo.methods.response import Response
@@ -146,10 +146,10 @@ def test_random_numbers_that_no_seed_controls_fail() -> None:
     first, *_ = losses(case.final_model, case.train, case.test)
     assert first.verdict == Verdict.FAIL
     assert "random numbers" in first.text
-    line = runs.determinism(problem(case), PACE, Clock.of(SOON))
+    line = run_checks.determinism(problem(case), PACE, Clock.of(SOON))
     assert line.verdict == Verdict.FAIL
     assert "draw" in line.text
-    assert model.gradients(problem(case), Clock.of(SOON)).verdict == Verdict.FAIL
+    assert model_checks.gradients(problem(case), Clock.of(SOON)).verdict == Verdict.FAIL
 
 
 def test_a_model_worse_than_a_constant_fails_unless_that_is_meant() -> None:
@@ -196,10 +196,12 @@ def test_a_saturated_model_whose_effects_float32_does_not_resolve_fails() -> Non
     saturated = dataclasses.replace(
         case, final_model=FinalModel(network, cross_entropy), train=Instances(inputs, targets)
     )
-    line = runs.rounding(problem(saturated, tiny), PACE, Clock.of(SOON))
+    line = run_checks.rounding(problem(saturated, tiny), PACE, Clock.of(SOON))
     assert line.verdict == Verdict.FAIL
     assert "further_training.dtype=float64" in line.text
-    assert runs.rounding(problem(saturated, float64(tiny)), PACE, Clock.of(SOON)).verdict == Verdict.PASS
+    assert (
+        run_checks.rounding(problem(saturated, float64(tiny)), PACE, Clock.of(SOON)).verdict == Verdict.PASS
+    )
 
 
 def test_effects_that_are_exactly_zero_are_said_to_be_and_pass_nowhere() -> None:
@@ -209,9 +211,9 @@ def test_effects_that_are_exactly_zero_are_said_to_be_and_pass_nowhere() -> None
     case = with_network("mlp_classification", network)
     sure = Instances(case.train.inputs, torch.zeros_like(case.train.targets))
     whole = problem(dataclasses.replace(case, train=sure))
-    lines = [part(whole, PACE, Clock.of(SOON)) for part in (runs.sign, runs.rounding)]
+    lines = [part(whole, PACE, Clock.of(SOON)) for part in (run_checks.sign, run_checks.rounding)]
     assert [line.verdict for line in lines] == [Verdict.FAIL, Verdict.FAIL]
-    lines = [part(whole, PACE, Clock.of(SOON)) for part in (runs.linearity, runs.reliability)]
+    lines = [part(whole, PACE, Clock.of(SOON)) for part in (run_checks.linearity, run_checks.reliability)]
     assert [line.verdict for line in lines] == [Verdict.WARN, Verdict.WARN]
     assert all("nan" not in line.text for line in lines)
 
@@ -223,13 +225,13 @@ def test_parameters_that_nothing_reaches_are_named() -> None:
     network.add_module("head", nn.Linear(6, 1))
     network.layer.weight.data.zero_()  # type: ignore[union-attr,operator]
     network.layer.bias.data.fill_(-1.0)  # type: ignore[union-attr,operator]
-    line = model.parameters(problem(with_network("mlp_regression", network)), Clock.of(SOON))
+    line = model_checks.parameters(problem(with_network("mlp_regression", network)), Clock.of(SOON))
     assert line.verdict == Verdict.WARN
     assert "layer.weight, layer.bias, head.weight" in line.text
     assert line.value == pytest.approx(1 / 37)
     frozen = FinalModel(network, mean_squared_error, trainable=("layer*",))
     case = dataclasses.replace(with_network("mlp_regression", network), final_model=frozen)
-    assert model.parameters(problem(case), Clock.of(SOON)).verdict == Verdict.FAIL
+    assert model_checks.parameters(problem(case), Clock.of(SOON)).verdict == Verdict.FAIL
 
 
 class Detaching(nn.Module):
@@ -243,7 +245,7 @@ class Detaching(nn.Module):
 
 def test_a_gradient_that_is_not_the_losss_own_fails() -> None:
     case = with_network("mlp_regression", Detaching())
-    assert model.gradients(problem(case), Clock.of(SOON)).verdict == Verdict.FAIL
+    assert model_checks.gradients(problem(case), Clock.of(SOON)).verdict == Verdict.FAIL
 
 
 def test_a_part_that_raises_is_a_line_with_the_reason() -> None:
@@ -276,11 +278,11 @@ def test_effects_are_linear_in_the_weight_for_small_steps_and_their_share_is_cou
     *_, (_, found) = partial_effects(small.setting, 0, small.early(3), small.total_steps, Clock.of(60))
     assert torch.allclose(found[0], 2 * found[1], rtol=1e-4)
     assert torch.allclose(found[0], 4 * found[2], rtol=1e-4)
-    assert runs.linear_share(found) == 1
-    assert runs.derivative_agreement(found) == pytest.approx(1)
+    assert run_checks.linear_share(found) == 1
+    assert run_checks.derivative_agreement(found) == pytest.approx(1)
     full = torch.tensor([[1.0, 1.0]])
-    assert runs.linear_share(torch.stack([full, full / 2, torch.tensor([[0.25, 0.1]])])) == 0.5
-    assert math.isnan(runs.linear_share(torch.zeros(3, 2, 2)))
+    assert run_checks.linear_share(torch.stack([full, full / 2, torch.tensor([[0.25, 0.1]])])) == 0.5
+    assert math.isnan(run_checks.linear_share(torch.zeros(3, 2, 2)))
 
 
 def test_a_quadratic_effects_derivative_is_extrapolated_exactly() -> None:
@@ -288,15 +290,19 @@ def test_a_quadratic_effects_derivative_is_extrapolated_exactly() -> None:
     slope, bend = torch.randn(1, 4, 5), torch.randn(1, 4, 5)
     found = slope * weight + bend * weight**2
     expected = torch.nn.functional.cosine_similarity(found[0].flatten(), slope.flatten(), dim=0)
-    assert runs.derivative_agreement(found) == pytest.approx(float(expected), abs=1e-5)
+    assert run_checks.derivative_agreement(found) == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_the_seeds_for_a_ceiling_are_those_that_reach_it() -> None:
     reached, tried = 0.7, 4
     wanted = seeds_for(reached, tried, 0.9)
     assert wanted is not None
-    assert runs.ceiling_of(reached, tried, wanted) >= 0.9 > runs.ceiling_of(reached, tried, wanted - 1)
-    assert runs.ceiling_of(reached, tried, tried) == pytest.approx(reached)
+    assert (
+        run_checks.ceiling_of(reached, tried, wanted)
+        >= 0.9
+        > run_checks.ceiling_of(reached, tried, wanted - 1)
+    )
+    assert run_checks.ceiling_of(reached, tried, tried) == pytest.approx(reached)
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
@@ -360,12 +366,12 @@ def test_a_run_until_check_writes_the_check_and_its_exit_status_is_the_verdict(
 
 
 def test_a_failed_check_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from fimo.checking import of_run
+    from fimo.app import check_run
+    from fimo.app.plan import Plan
     from fimo.data.datamodule import InstancesModule
-    from fimo.plan import Plan
 
     failed = Check((Line("loss", Verdict.FAIL, "x"),), 1.0)
-    monkeypatch.setattr(of_run, "check", lambda *a, **k: failed)
+    monkeypatch.setattr(check_run, "check", lambda *a, **k: failed)
     case = CASES["mlp_regression"]()
 
     class Data(InstancesModule):
@@ -377,5 +383,5 @@ def test_a_failed_check_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch, 
     data.train, data.test = case.train, case.test
     plan = Plan(PROTOCOL, [0, 1], [2, 3], [0, 1], [0, 1], True, "auto")
     with pytest.raises(CheckFailedError, match="loss"):
-        of_run.check_run(case.final_model, data, plan, {}, torch.device("cpu"), tmp_path)
+        check_run.check_run(case.final_model, data, plan, {}, torch.device("cpu"), tmp_path)
     assert json.loads((tmp_path / "check.json").read_text())["passed"] is False

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from fimo.command import console, main
+from fimo.app.command import console, main
 from fimo.models.mlp import mlp
 
 ROOT = Path(__file__).parents[1]
@@ -188,7 +188,7 @@ def test_an_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys, tm
     def interrupted(*_: object) -> None:
         raise way
 
-    monkeypatch.setattr("fimo.experiment.run_experiment", interrupted)
+    monkeypatch.setattr("fimo.app.experiment.run_experiment", interrupted)
     monkeypatch.setattr(sys, "argv", ["src.run", f"hydra.run.dir={tmp_path}/run"])
     with pytest.raises(SystemExit) as caught:
         main(ROOT / "conf")
@@ -210,7 +210,7 @@ def test_a_folder_that_can_not_be_written_is_one_line(refused, tmp_path: Path) -
 
 def test_the_console_command_imports_modules_of_the_folder_it_runs_in(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "path", ["/elsewhere/bin"])
-    monkeypatch.setattr("fimo.command.main", lambda conf: None)
+    monkeypatch.setattr("fimo.app.command.main", lambda conf: None)
     monkeypatch.chdir(tmp_path)
     console()
     assert sys.path[0] == str(tmp_path)
@@ -224,7 +224,7 @@ def test_a_full_disk_is_one_line_with_the_file(refused, monkeypatch: pytest.Monk
     def full(*_: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("fimo.store.save_file", full)
+    monkeypatch.setattr("fimo.store.files.save_file", full)
     printed = refused("trainer.max_epochs=1 model.network.hidden=[]", training=True)
     assert re.search(r"^error: \S+model\.safetensors: No space left on device$", printed, re.MULTILINE)
     assert "Traceback" not in printed
@@ -233,7 +233,7 @@ def test_a_full_disk_is_one_line_with_the_file(refused, monkeypatch: pytest.Monk
 
 def test_help_explains_the_groups_without_importing_torch() -> None:
     code = (
-        "import sys; from pathlib import Path; from fimo.command import main\n"
+        "import sys; from pathlib import Path; from fimo.app.command import main\n"
         "sys.argv = ['src.run', '--help']\n"
         "try: main(Path('conf'))\n"
         "finally: assert 'torch' not in sys.modules"

@@ -9,11 +9,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from fimo.build import PROTOCOL_FIELDS
-from fimo.command import check_choices
-from fimo.config import FurtherTraining, validated
+from fimo.app.build import PROTOCOL_FIELDS
+from fimo.app.command import check_choices
+from fimo.app.config import FurtherTraining, validated
+from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
-from fimo.further_training.protocol import Protocol
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = ["dataset", "model", "trainer", "further_training", "evaluation", "logger"]

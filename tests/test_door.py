@@ -14,10 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fimo.data.instances import Instances
-from fimo.door import admission
-from fimo.door.poor import constant_outputs, poor
 from fimo.errors import InputError
-from fimo.fingerprint import Problem
 from fimo.further_training import Protocol, full_runs, further_train
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.methods.graddot import GradDot
@@ -29,6 +26,9 @@ from fimo.models.losses import (
     logit_margin,
     mean_squared_error,
 )
+from fimo.store.fingerprint import Problem
+from fimo.validation import admission
+from fimo.validation.poor import constant_outputs, poor
 
 PROTOCOL = Protocol(lr=0.05, batch_size=8, epochs=1)
 

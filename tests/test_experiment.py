@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fimo.app.experiment import check_finite
 from fimo.errors import InputError
 from fimo.evaluation import evaluate
-from fimo.experiment import check_finite
 from fimo.further_training import Sensitivity
 
 ROOT = Path(__file__).parents[1]

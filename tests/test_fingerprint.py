@@ -21,17 +21,17 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fimo import fingerprint
 from fimo.data.instances import Instances
-from fimo.description import Indescribable, describe
-from fimo.fingerprint import Problem, gradients_key, runs_key, scores_key, training_key, trajectory_key
 from fimo.further_training import Protocol, full_runs, further_train
 from fimo.methods.ekfac import Ekfac
 from fimo.methods.graddot import GradDot
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import correct_probability, cross_entropy, logit_margin, mean_squared_error
-from fimo.sources import FOLDER, Sources, origin
-from fimo.store import Store
+from fimo.store import fingerprint
+from fimo.store.description import Indescribable, describe
+from fimo.store.files import Store
+from fimo.store.fingerprint import Problem, gradients_key, runs_key, scores_key, training_key, trajectory_key
+from fimo.store.sources import FOLDER, Sources, origin
 from tests import own_fingerprint as own
 from tests import own_settings
 from tests.cases import CASES
@@ -468,7 +468,7 @@ def test_scores_depend_on_problem_method_settings_code_instances_and_seed(
     monkeypatch.setattr(Mine, "scores", lambda self, test, left_out: None, raising=False)
     keys["own method's code"] = key(method=Mine)
     code = fingerprint.package_code
-    for edited in ("fimo.scoring", "fimo.methods.graddot"):
+    for edited in ("fimo.app.scoring", "fimo.methods.graddot"):
 
         def package_code(*modules: str, edited: str = edited) -> str:
             return code(*modules) + f"{edited} is edited" * (edited in modules)
@@ -561,11 +561,11 @@ def test_every_key_holds_the_source_that_computes_it_and_the_versions(
 
     makers: dict[str, Callable[[], fingerprint.Key]] = {
         "fimo.further_training.gold_standard": lambda: runs_key(problem, test, base),
-        "fimo.further_training.trajectories": lambda: trajectory_key(problem, base, 0),
+        "fimo.further_training.trajectory_recorder": lambda: trajectory_key(problem, base, 0),
         "fimo.models.training": training,
-        "fimo.models.module": training,
+        "fimo.models.lightning_module": training,
         "fimo.curvature.gradients": lambda: gradients_key(model, train, "loss", {}),
-        "fimo.scoring": lambda: scores_key(problem, test, "graddot", GradDot, {}, [0], 0, None),
+        "fimo.app.scoring": lambda: scores_key(problem, test, "graddot", GradDot, {}, [0], 0, None),
     }
     code = fingerprint.package_code
     for edited, make in makers.items():
@@ -609,7 +609,7 @@ def package(tmp_path: Path) -> Callable[[str], Sources]:
     return edited
 
 
-RUNS, SCORES = ("fimo.further_training.gold_standard",), ("fimo.scoring", "fimo.methods.ekfac")
+RUNS, SCORES = ("fimo.further_training.gold_standard",), ("fimo.app.scoring", "fimo.methods.ekfac")
 
 
 @pytest.mark.parametrize(
@@ -618,14 +618,14 @@ RUNS, SCORES = ("fimo.further_training.gold_standard",), ("fimo.scoring", "fimo.
         ("curvature.kronecker", False, True),
         ("methods.gradient", False, True),
         ("models.losses", True, True),
-        ("further_training.driver", True, True),  # imported inside a function
-        ("further_training.optimizers", True, True),
+        ("engine.driver", True, True),  # imported inside a function
+        ("engine.optimizers", True, True),
         ("methods.response", False, False),
         ("reporting.report", False, False),
-        ("command", False, False),
-        ("sweep", False, False),
-        ("experiment", False, False),
-        ("config", False, False),
+        ("app.command", False, False),
+        ("app.sweep", False, False),
+        ("app.experiment", False, False),
+        ("app.config", False, False),
         ("evaluation.metrics", False, False),
     ],
 )

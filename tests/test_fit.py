@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fimo.build import check_fit
+from fimo.app.build import check_fit
 from fimo.data.custom import CustomData
 from fimo.data.instances import Instances
 from fimo.errors import InputError

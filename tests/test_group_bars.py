@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from fimo.app.plan import Plan
+from fimo.app.scoring import described, score, withheld
 from fimo.cost import Cost
 from fimo.evaluation.assessment import judged_bars
 from fimo.further_training import Protocol
 from fimo.methods.error_bars import ErrorBars
 from fimo.methods.following import FollowingMethod
-from fimo.plan import Plan
-from fimo.scoring import described, score, withheld
-from fimo.store import Store
+from fimo.store.files import Store
 from tests.cases import CASES
 
 

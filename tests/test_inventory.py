@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from fimo.command import main as command
+from fimo.app.command import main as command
 from fimo.errors import InputError
-from fimo.fingerprint import VERSION
-from fimo.inventory import entries, main
-from fimo.store import Store
+from fimo.store.files import Store
+from fimo.store.fingerprint import VERSION
+from fimo.store.inventory import entries, main
 
 DAY = 86400
 
@@ -138,5 +138,5 @@ def test_the_command_line_and_a_module_run_it(store: Path, monkeypatch: pytest.M
 
 def test_results_of_an_older_version_are_never_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Store(tmp_path).folder("scores", {"a": 1})
-    monkeypatch.setattr("fimo.store.VERSION", VERSION + 1)
+    monkeypatch.setattr("fimo.store.files.VERSION", VERSION + 1)
     assert Store(tmp_path).folder("scores", {"a": 1}) != folder

@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from fimo.mistakes import in_one_line, nearest_key, readable
+from fimo.app.mistakes import in_one_line, nearest_key, readable
 
 CONF = Path(__file__).parents[1] / "conf"
 

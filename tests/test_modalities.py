@@ -10,7 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
-from fimo.config import validated
+from fimo.app.config import validated
 from tests.models.folders import save_bert
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -61,7 +61,7 @@ SHOWN = {images: "data:image/png;base64,", texts: "the very dull film", passages
 def test_each_modality_runs_from_files_to_a_report_that_shows_its_instances(
     make: object, tmp_path: Path
 ) -> None:
-    from fimo.experiment import run_experiment
+    from fimo.app.experiment import run_experiment
 
     (tmp_path / "data").mkdir()
     overrides = [

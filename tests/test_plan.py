@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
+from fimo.app.plan import Plan
 from fimo.errors import InputError
 from fimo.further_training import other_seeds
 from fimo.further_training.seeds import LARGEST, relation
-from fimo.plan import Plan
 from tests.cases import CASES
 
 CONF = Path(__file__).parents[1] / "conf"

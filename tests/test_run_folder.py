@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fimo.command import main
+from fimo.app.command import main
+from fimo.app.run_folder import RESULTS, RunFolder, clear, results
 from fimo.errors import InputError
-from fimo.run_folder import RESULTS, RunFolder, clear, results
 
 ROOT = Path(__file__).parents[1]
 CONFIG: dict[str, Any] = {
@@ -79,7 +79,7 @@ def test_other_code_or_input_files_are_another_run(done: Path, monkeypatch: pyte
     with pytest.raises(InputError, match="with other input files or code"):
         begun(done, named)
     data.unlink()
-    monkeypatch.setattr("fimo.fingerprint.code_identity", lambda: "edited")
+    monkeypatch.setattr("fimo.store.fingerprint.code_identity", lambda: "edited")
     with pytest.raises(InputError, match="with other input files or code"):
         begun(done, named)
 
@@ -129,7 +129,7 @@ def test_the_command_line_refuses_it_and_shows_its_help_all_the_same(
             return int(ended.code or 0)
         return 0
 
-    monkeypatch.setattr("fimo.experiment.run_experiment", result)
+    monkeypatch.setattr("fimo.app.experiment.run_experiment", result)
     assert run("seed=1") == 0
     assert run("seed=1", "threads=2") == 0
     assert run("seed=2") == 2

@@ -13,7 +13,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from fimo import fingerprint
+from fimo.app.plan import Plan
+from fimo.app.scoring import described, score
 from fimo.cost import Cost, measured
 from fimo.data.instances import Instances
 from fimo.further_training import Protocol
@@ -21,9 +22,8 @@ from fimo.methods.error_bars import ErrorBars
 from fimo.methods.following import FollowingMethod
 from fimo.methods.graddot import GradDot
 from fimo.methods.response import Response
-from fimo.plan import Plan
-from fimo.scoring import described, score
-from fimo.store import Store
+from fimo.store import fingerprint
+from fimo.store.files import Store
 from tests.cases import CASES
 
 

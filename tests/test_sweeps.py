@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from fimo.command import main
+from fimo.app.command import main
+from fimo.app.jobs import JobRecord, job_identity, run_once
+from fimo.app.sweep import Sweep, is_sweep, job_overrides
 from fimo.errors import InputError
-from fimo.fingerprint import code_identity
-from fimo.jobs import JobRecord, job_identity, run_once
-from fimo.sweep import Sweep, is_sweep, job_overrides
+from fimo.store.fingerprint import code_identity
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -42,7 +42,7 @@ def records(sweep: Path) -> list[JobRecord]:
 @pytest.fixture
 def sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
     """Run a sweep in this process with the basic launcher; return its exit status and what it printed."""
-    for module in ("fimo.sweep", "fimo.fingerprint"):  # someone may be at work on the code
+    for module in ("fimo.app.sweep", "fimo.store.fingerprint"):  # someone may be at work on the code
         monkeypatch.setattr(f"{module}.code_identity", lambda: "as it is")
 
     def run(*arguments: str) -> tuple[int, str]:
@@ -281,7 +281,7 @@ def test_a_finished_job_is_skipped_unless_its_settings_files_or_code_changed(
     assert len(runs) == 5
     run({**config, "a": 2})
     assert len(runs) == 6
-    monkeypatch.setattr("fimo.fingerprint.code_identity", lambda: "edited")
+    monkeypatch.setattr("fimo.store.fingerprint.code_identity", lambda: "edited")
     run({**config, "a": 2})
     assert len(runs) == 7
     assert json.loads((tmp_path / "job.json").read_text())["objective"] == 0.5

@@ -47,8 +47,8 @@ def test_the_console_command_explains_itself_from_any_folder(wheel: Path, tmp_pa
     archive = zipfile.ZipFile(wheel)
     archive.extractall(tmp_path / "site")
     entry = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
-    assert "fimo = fimo.command:console" in archive.read(entry).decode()
-    code = "import fimo, sys; from fimo.command import console; print(fimo.__file__); console()"
+    assert "fimo = fimo.app.command:console" in archive.read(entry).decode()
+    code = "import fimo, sys; from fimo.app.command import console; print(fimo.__file__); console()"
     shown = subprocess.run(
         [sys.executable, "-c", code, "--help"],
         cwd=tmp_path,

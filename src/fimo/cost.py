@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from fimo.store import written_aside
+from fimo.store.files import written_aside
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sysconfig
 import traceback
 from collections.abc import Sequence
@@ -34,6 +35,14 @@ def shortened(names: Sequence[object], most: int = 8) -> str:
     """Return names for an error message: the first ``most``, and how many more."""
     shown = ", ".join(map(str, names[:most]))
     return shown if len(names) <= most else f"{shown}, … ({len(names)} in all)"
+
+
+def nearest(name: str, allowed: Sequence[str]) -> str:
+    """Return a hint for a misspelt name: the nearest allowed ones, else all of them (shortened)."""
+    if same := [a for a in allowed if a.lower() == name.lower()]:
+        return f"did you mean {same[0]}?"
+    close = difflib.get_close_matches(name, allowed, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {shortened(list(allowed), 20)}"
 
 
 def reason(error: BaseException) -> str:

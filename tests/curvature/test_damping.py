@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fimo.curvature.damping import Damping, training_time
-from fimo.further_training.protocol import Protocol
+from fimo.engine.protocol import Protocol
 from fimo.further_training.trajectory import FurtherTraining
+from fimo.methods.damping import Damping, training_time
 
 
 def of(protocol: Protocol, *steps: int) -> FurtherTraining:

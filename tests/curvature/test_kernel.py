@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fimo.curvature.gradients import InstanceGradients
-from fimo.curvature.kernel import KernelSpectrum, kernel_dimension
+from fimo.curvature.spectrum import KernelSpectrum, kernel_dimension
 from tests.cases import CASES
 from tests.reference import attribution as dense
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.krylov import BlockLanczos, KrylovSpace
+from fimo.curvature.krylov_spaces import ParameterSpace
 from fimo.curvature.operators import Operator, RowsOperator
 from fimo.curvature.solvers import DivergenceError, lissa, lissa_in_krylov_space
-from fimo.curvature.spaces import ParameterSpace
 from tests.cases import CASES, Case
 from tests.reference import attribution as dense
 

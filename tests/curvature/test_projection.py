@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fimo.curvature.jacobian import DenseRows
 from fimo.curvature.projection import COLUMNS, Projection, project
-from fimo.curvature.rows import DenseRows
 
 KINDS: tuple[Projection, ...] = ("normal", "sign", "sparse")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fimo.curvature.gradients import InstanceGradients
-from fimo.curvature.rows import DenseRows, FactoredRows, Rows, StreamedRows
+from fimo.curvature.jacobian import DenseRows, FactoredRows, Rows, StreamedRows
 from fimo.models.final_model import FinalModel
 from tests.cases import CASES, LINEAR_CASES, Case
 from tests.reference import attribution as dense
@@ -93,7 +93,7 @@ def test_pieces_of_factored_products_change_nothing(name: str, monkeypatch: pyte
     weights = torch.randn(rows.n, rows.r, 3, generator=generator, dtype=torch.float64)
     dense_rows = rows.dense()
     for piece in (1, 100, 10_000):
-        monkeypatch.setattr("fimo.curvature.rows.PIECE", piece)
+        monkeypatch.setattr("fimo.curvature.jacobian.PIECE", piece)
         torch.testing.assert_close(rows.times(vectors), dense_rows @ vectors)
         expected = torch.einsum("nrp,nrk->pk", dense_rows, weights)
         torch.testing.assert_close(rows.transposed_times(weights), expected)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fimo.curvature.gradients import InstanceGradients
-from fimo.curvature.kernel import KernelSpectrum
 from fimo.curvature.kronecker import fit_factors
+from fimo.curvature.krylov_spaces import KernelSpace, ParameterSpace, Space, SpectralSpace
 from fimo.curvature.operators import Hessian, Operator, RowsOperator
 from fimo.curvature.solvers import (
     DivergenceError,
@@ -18,7 +18,7 @@ from fimo.curvature.solvers import (
     lissa,
     lissa_on_spectrum,
 )
-from fimo.curvature.spaces import KernelSpace, ParameterSpace, Space, SpectralSpace
+from fimo.curvature.spectrum import KernelSpectrum
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import mean_squared_error
 from tests.cases import CASES, Case

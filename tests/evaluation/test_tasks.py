@@ -10,9 +10,15 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from fimo.errors import InputError
-from fimo.evaluation.datamodeling import datamodeling_score, group_scores, random_subsets
-from fimo.evaluation.mislabelled import average_precision, chance_precision, detection, flip_labels, suspicion
-from fimo.evaluation.removal import CHANCE, removal_curves
+from fimo.evaluation.counterfactual import CHANCE, removal_curves
+from fimo.evaluation.label_errors import (
+    average_precision,
+    chance_precision,
+    detection,
+    flip_labels,
+    suspicion,
+)
+from fimo.evaluation.lds import datamodeling_score, group_scores, random_subsets
 from fimo.further_training import Protocol, further_train
 from fimo.further_training.sensitivity import Sensitivity
 from tests.cases import CASES

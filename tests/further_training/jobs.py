@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from fimo.fingerprint import Problem, runs_key
 from fimo.further_training import Protocol, Sensitivity, further_train
-from fimo.store import Store
+from fimo.store.files import Store
+from fimo.store.fingerprint import Problem, runs_key
 from tests.cases import CASES
 
 SEEDS = [0, 1]
@@ -26,7 +26,7 @@ def run(
     store: Path | None, name: str = "mlp_regression", save_seconds: float = 0.0, **protocol: Any
 ) -> Sensitivity:
     """Run a small job whose chunks save their state after nearly every step, or more seldom."""
-    from fimo.further_training import driver, records
+    from fimo.engine import driver, records
 
     driver.BLOCK_SECONDS, records.SAVE_SECONDS, driver.POLL_SECONDS = 1e-4, save_seconds, 0.01
     torch.set_num_threads(1)
@@ -46,7 +46,7 @@ def run_and_count(
     protocol: dict[str, Any] | None = None,
 ) -> None:
     """Run a job and write down how many replica-steps this process took, also when it is interrupted."""
-    from fimo.further_training.chunk import Chunk
+    from fimo.engine.chunk import Chunk
 
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
@@ -67,7 +67,7 @@ def run_and_count(
 def process(*arguments: Any) -> multiprocessing.process.BaseProcess:
     """Return a started process that runs :func:`run_and_count`; a server with all imports forks it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.further_training.jobs", "fimo.further_training.driver"])
+    context.set_forkserver_preload(["tests.further_training.jobs", "fimo.engine.driver"])
     started = context.Process(target=run_and_count, args=arguments)
     started.start()
     return started

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fimo.engine.driver import make_trainer
 from fimo.errors import InputError
 from fimo.further_training import Protocol, further_train
-from fimo.further_training.driver import make_trainer
-from fimo.store import Store
+from fimo.store.files import Store
 from tests.cases import CASES
 
 PROTOCOL = Protocol(optimizer="adam", lr=0.01, batch_size=5, epochs=2)

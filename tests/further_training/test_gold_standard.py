@@ -11,9 +11,9 @@ from torch import nn
 
 from fimo.curvature.gradients import InstanceGradients
 from fimo.data.instances import Instances
+from fimo.engine.context import CPU_BYTES, Setting, chunk_size, worker_threads
 from fimo.errors import InputError
 from fimo.further_training import Protocol, further_train
-from fimo.further_training.setting import CPU_BYTES, Setting, chunk_size, worker_threads
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import binary_cross_entropy, cross_entropy, mean_squared_error
 from tests.cases import CASES, LINEAR_CASES, Case, mlp

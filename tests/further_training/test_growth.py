@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fimo.engine.chunk import Chunk
+from fimo.engine.context import Setting
+from fimo.engine.job import Job
+from fimo.engine.records import Records
 from fimo.further_training import Protocol, further_train
-from fimo.further_training.chunk import Chunk
-from fimo.further_training.job import Job
-from fimo.further_training.records import Records
-from fimo.further_training.setting import Setting
 from tests.cases import CASES
 
 PAIRS = list(itertools.combinations(range(23), 2))
@@ -24,7 +24,7 @@ PAIRS = list(itertools.combinations(range(23), 2))
 def test_memory_holds_one_chunk_for_each_worker_however_many_runs_there_are(
     workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fimo.further_training.driver.BLOCK_SECONDS", 600)  # all in one step of the Trainer
+    monkeypatch.setattr("fimo.engine.driver.BLOCK_SECONDS", 600)  # all in one step of the Trainer
     case = CASES["mlp_regression"]().to(torch.float32)
     alive: weakref.WeakSet[Chunk] = weakref.WeakSet()
     most, build = 0, Chunk.__init__

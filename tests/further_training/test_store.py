@@ -18,15 +18,15 @@ import torch
 
 from fimo.cost import Cost, measured
 from fimo.data.instances import Instances
+from fimo.engine.chunk import Chunk
+from fimo.engine.context import Setting, evaluation_batch
+from fimo.engine.records import Records
+from fimo.engine.replicas import Replica
 from fimo.errors import InputError
 from fimo.further_training import Protocol, Sensitivity, full_runs, further_train
-from fimo.further_training.chunk import Chunk
-from fimo.further_training.records import Records
-from fimo.further_training.replicas import Replica
-from fimo.further_training.setting import Setting, evaluation_batch
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import cross_entropy, mean_squared_error
-from fimo.store import Store
+from fimo.store.files import Store
 from tests.cases import CASES, mlp
 from tests.further_training.jobs import process, run
 
@@ -144,7 +144,7 @@ def test_an_interrupt_saves_what_is_under_way_and_no_step_is_taken_twice(
 def test_a_trainer_that_stops_early_is_an_error_and_a_rerun_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted_steps: list[int]
 ) -> None:
-    monkeypatch.setattr("fimo.further_training.driver.BLOCK_SECONDS", 1e-4)
+    monkeypatch.setattr("fimo.engine.driver.BLOCK_SECONDS", 1e-4)
     case = CASES["mlp_classification"]().to(torch.float32)
     protocol = Protocol(lr=0.01, batch_size=5, epochs=3, leave_out="every_batch")
     arguments = (case.final_model, case.train, case.test, protocol, [0], [1, 4, 6])
@@ -244,8 +244,8 @@ class _StopAt(pl.Callback):
 def test_after_an_error_the_claims_are_given_up_and_a_rerun_resumes(
     optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted_steps: list[int]
 ) -> None:
-    monkeypatch.setattr("fimo.further_training.driver.BLOCK_SECONDS", 1e-4)
-    monkeypatch.setattr("fimo.further_training.records.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("fimo.engine.driver.BLOCK_SECONDS", 1e-4)
+    monkeypatch.setattr("fimo.engine.records.SAVE_SECONDS", 0.0)
     case = CASES["mlp_classification"]().to(torch.float32)
     protocol = Protocol(optimizer, lr=0.01, batch_size=5, epochs=3, momentum=0.5)
     arguments = (case.final_model, case.train, case.test, protocol, [0, 1], [1, 4, 6])

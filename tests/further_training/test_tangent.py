@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fimo.data.instances import Instances
 from fimo.further_training import Protocol, tangent_outputs
 from fimo.further_training.adjoint import adjoint
-from fimo.further_training.differentiable_step import FullRun
+from fimo.further_training.unrolled_step import FullRun
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import Loss, binary_cross_entropy, cross_entropy, mean_squared_error
 from tests.cases import CASES, Case, mlp

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fimo.engine.protocol import Protocol
 from fimo.further_training import full_runs
-from fimo.further_training.protocol import Protocol
 from fimo.further_training.trajectory import Trajectory
-from fimo.store import Store
+from fimo.store.files import Store
 from tests.cases import CASES, Case
 from tests.reference.further_training import make_optimizer
 

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fimo.data.instances import Instances
+from fimo.engine.chunk import Chunk, shared_steps
+from fimo.engine.context import Setting, worker_threads
+from fimo.engine.driver import ReplicaProgress
 from fimo.errors import InputError
 from fimo.further_training import BatchStream, Protocol, Replica, full_runs, further_train
-from fimo.further_training.chunk import Chunk, shared_steps
-from fimo.further_training.driver import ReplicaProgress
-from fimo.further_training.setting import Setting, worker_threads
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import cross_entropy
 from fimo.models.train_mode import TrainMode
-from fimo.store import Store
+from fimo.store.files import Store
 from tests.cases import CASES, LINEAR_CASES, Case, mlp
 from tests.reference.further_training import plain_run, plain_sensitivity
 

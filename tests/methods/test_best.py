@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 
+from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
-from fimo.further_training.protocol import Protocol
 from fimo.methods import response
 from fimo.methods.best import Best
 from fimo.methods.calibrated import CalibratedResponse

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fimo.dynamics.real_runs import run_without
+from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
 from fimo.evaluation import agreement
-from fimo.further_training.protocol import Protocol
+from fimo.linear_response.real_runs import run_without
 from fimo.methods.calibrated import CalibratedResponse
 from fimo.methods.response import Response
 from tests.cases import CASES

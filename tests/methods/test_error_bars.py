@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fimo.dynamics.linearity import Discrepancy
+from fimo.engine.protocol import Protocol
 from fimo.further_training import further_train
-from fimo.further_training.protocol import Protocol
+from fimo.linear_response.linearity import Discrepancy
 from fimo.methods.best import Best
 from fimo.methods.calibrated import CalibratedResponse, after_runs
 from fimo.methods.error_bars import SeedSpread, error_bars

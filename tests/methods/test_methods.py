@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fimo.curvature.gradients import InstanceGradients
 from fimo.data.instances import Instances
+from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
-from fimo.further_training.protocol import Protocol
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.base import AttributionMethod
 from fimo.methods.datainf import DataInf

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fimo.dynamics.output_space import OutputSpace
-from fimo.dynamics.points import Segment, segments, spread
-from fimo.dynamics.relaxation import relaxation, times
+from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
 from fimo.evaluation import agreement
 from fimo.further_training import full_runs
-from fimo.further_training.protocol import Protocol
 from fimo.further_training.trajectory import FurtherTraining
+from fimo.linear_response.output_space import OutputSpace
+from fimo.linear_response.path_points import Segment, segments, spread
+from fimo.linear_response.phi import relaxation, times
 from fimo.methods.exact import ExactInfluence
 from fimo.methods.graddot import GradDot
 from fimo.methods.response import Response

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fimo.dynamics.points import segments
-from fimo.further_training.protocol import Protocol
+from fimo.engine.protocol import Protocol
+from fimo.linear_response.path_points import segments
 from fimo.methods.response import Response
 from fimo.models.losses import mean_squared_error
 from tests.cases import Case, trained

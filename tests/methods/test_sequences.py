@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fimo.data.instances import Instances
-from fimo.dynamics.response import outputs_at
+from fimo.engine.protocol import Protocol
 from fimo.evaluation import agreement
-from fimo.further_training.protocol import Protocol
+from fimo.linear_response.recursion import outputs_at
 from fimo.methods.graddot import GradDot
 from fimo.methods.response import Response
 from fimo.methods.unrolled import Unrolled

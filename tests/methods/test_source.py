@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
-from fimo.dynamics.points import mean_of
-from fimo.dynamics.response import with_parameters
+from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
-from fimo.further_training.protocol import Protocol
+from fimo.linear_response.path_points import mean_of
+from fimo.linear_response.recursion import with_parameters
 from fimo.methods.source import Source
 from tests.cases import CASES, LINEAR_CASES
 from tests.methods.test_response import following

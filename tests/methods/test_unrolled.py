@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fimo.data.instances import Instances
-from fimo.dynamics.response import outputs_at
+from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
-from fimo.further_training.protocol import Protocol
+from fimo.linear_response.recursion import outputs_at
 from fimo.methods.unrolled import Unrolled
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import mean_squared_error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fimo.errors import InputError
-from fimo.models.custom import Adapted
+from fimo.models.adapted import Adapted
 from fimo.models.final_model import apply
 
 

@@ -12,14 +12,14 @@ from fimo.cost import Cost
 from fimo.data.bundled import BundledData
 from fimo.data.custom import CustomData
 from fimo.data.instances import Instances
-from fimo.models.best import KeepBest
 from fimo.models.checkpoint import load_checkpoint
 from fimo.models.final_model import FinalModel, fitting_batch
+from fimo.models.keep_best import KeepBest
+from fimo.models.lightning_module import FinalModelModule
 from fimo.models.losses import cross_entropy, language_modelling, mean_squared_error
 from fimo.models.mlp import mlp
-from fimo.models.module import FinalModelModule
 from fimo.models.training import Quality, constant_loss, quality, save_checkpoint, train_final_model
-from fimo.store import Store
+from fimo.store.files import Store
 
 
 def trainer(epochs: int = 2) -> pl.Trainer:

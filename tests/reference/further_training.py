@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fimo.data.instances import Instances
-from fimo.further_training.protocol import DTYPES, Protocol
+from fimo.engine.protocol import DTYPES, Protocol
 from fimo.models.final_model import FinalModel, apply
 
 

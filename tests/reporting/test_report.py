@@ -13,7 +13,6 @@ import torch
 from fimo.errors import InputError
 from fimo.evaluation import seeds_for
 from fimo.reporting import Results, write_report
-from fimo.reporting.display import collect
 from fimo.reporting.explorer import explorer_data
 from fimo.reporting.findings import (
     ABSENT,
@@ -26,6 +25,7 @@ from fimo.reporting.findings import (
     influences,
     number,
 )
+from fimo.reporting.instance_table import collect
 from fimo.reporting.interactive import agreement_figure, cost_figure
 from tests.reporting.example import example, example_tasks, show_row, show_text
 

@@ -12,14 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import nn
 
-from fimo.build import build_data, build_final_model, build_methods, build_module
-from fimo.config import validated
+from fimo.app.build import build_data, build_final_model, build_methods, build_module
+from fimo.app.config import validated
+from fimo.app.experiment import run_experiment
+from fimo.app.plan import Plan
 from fimo.cost import Cost
 from fimo.errors import InputError
-from fimo.experiment import run_experiment
 from fimo.further_training import Protocol
-from fimo.plan import Plan
-from fimo.store import Store
+from fimo.store.files import Store
 from fimo.tasks import Datamodeling, Judged, Mislabelled, build_tasks, retrain
 from fimo.tasks.mislabelled import GOLD_STANDARD
 from fimo.tasks.retraining import check_retraining
@@ -167,7 +167,7 @@ def test_batch_statistics_are_not_trained_from_scratch(
     config = configured(tmp_path, "evaluation=retraining")
     network = nn.Sequential(nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 10))
     data = build_data(config)
-    monkeypatch.setattr("fimo.build.build", lambda node, key, **_: network)
+    monkeypatch.setattr("fimo.app.build.build", lambda node, key, **_: network)
     with pytest.raises(InputError, match="batch normalisation"):
         check_retraining(config, data, "evaluation.tasks.retraining")
 

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-from fimo.checking import durations, model, runs
+from fimo.checking import durations, model_checks, run_checks
 from fimo.checking.constant import constant
-from fimo.checking.losses import NAME, losses
+from fimo.checking.loss_checks import NAME, losses
 from fimo.checking.problem import Clock, Problem
 from fimo.checking.verdict import Check, Line, Verdict, fails, warns
 from fimo.data.instances import Instances
-from fimo.door import choices
+from fimo.engine.pace import Pace
+from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
-from fimo.further_training.pace import Pace
-from fimo.further_training.protocol import Protocol
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
+from fimo.validation import choices
 
 SHARES = {
     "constant predictor": 0.04, "gradients": 0.07, "parameters": 0.04, "time: gold standard": 0.05,
@@ -98,8 +98,8 @@ def _lines(problem: Problem, seconds: float) -> Iterator[Line]:
         return _tried(name, lambda: part(Clock.of(min(SHARES[name] * seconds, max(0.0, whole.left)))))
 
     yield tried("constant predictor", lambda clock: constant(problem, clock))
-    yield tried("gradients", lambda clock: model.gradients(problem, clock))
-    yield tried("parameters", lambda clock: model.parameters(problem, clock))
+    yield tried("gradients", lambda clock: model_checks.gradients(problem, clock))
+    yield tried("parameters", lambda clock: model_checks.parameters(problem, clock))
 
     pace, gold = Pace(1.0, 1.0), float("inf")
 
@@ -109,11 +109,11 @@ def _lines(problem: Problem, seconds: float) -> Iterator[Line]:
         return line
 
     timed = tried("time: gold standard", measure)
-    yield tried("sign", lambda clock: runs.sign(problem, pace, clock))
-    yield tried("determinism", lambda clock: runs.determinism(problem, pace, clock))
-    yield tried("rounding", lambda clock: runs.rounding(problem, pace, clock))
-    yield tried("linearity", lambda clock: runs.linearity(problem, pace, clock))
-    yield tried("seeds", lambda clock: runs.reliability(problem, pace, clock))
+    yield tried("sign", lambda clock: run_checks.sign(problem, pace, clock))
+    yield tried("determinism", lambda clock: run_checks.determinism(problem, pace, clock))
+    yield tried("rounding", lambda clock: run_checks.rounding(problem, pace, clock))
+    yield tried("linearity", lambda clock: run_checks.linearity(problem, pace, clock))
+    yield tried("seeds", lambda clock: run_checks.reliability(problem, pace, clock))
     yield timed
     yield from durations.methods(problem, pace, gold, Clock.of(max(0.0, whole.left)))
 

@@ -7,9 +7,9 @@ import torch
 from fimo.checking.problem import Clock, Problem
 from fimo.checking.verdict import Line, fails, passes, warns
 from fimo.data.instances import Instances
-from fimo.door.poor import poor
 from fimo.further_training.resolution import some
 from fimo.models.final_model import FinalModel
+from fimo.validation.poor import poor
 
 MOST = 512
 """Instances of each part."""

@@ -13,10 +13,10 @@ from torch import Tensor
 from fimo.checking.problem import Clock, Problem
 from fimo.checking.verdict import Line, passes, warns
 from fimo.data.instances import Instances
+from fimo.engine.context import chunk_size
+from fimo.engine.pace import Pace, about, expected_seconds, measure_pace
+from fimo.engine.protocol import Protocol
 from fimo.further_training import evaluation_points, full_runs
-from fimo.further_training.pace import Pace, about, expected_seconds, measure_pace
-from fimo.further_training.protocol import Protocol
-from fimo.further_training.setting import chunk_size
 from fimo.further_training.trajectory import FurtherTraining, Trajectory
 from fimo.methods.base import AttributionMethod
 

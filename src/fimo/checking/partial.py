@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fimo.checking.problem import Clock, aligned_steps
-from fimo.further_training.chunk import Chunk
-from fimo.further_training.replicas import Replica, Unit
-from fimo.further_training.schedule import Batch, BatchStream
-from fimo.further_training.setting import Setting
+from fimo.engine.chunk import Chunk
+from fimo.engine.context import Setting
+from fimo.engine.leave_out import Batch, BatchStream
+from fimo.engine.replicas import Replica, Unit
 
 REMOVED = (1.0, 0.5, 0.25)
 """Shares of an instance's weight."""

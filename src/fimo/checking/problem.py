@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
-from fimo.further_training.chunk import Chunk
-from fimo.further_training.pace import Pace
-from fimo.further_training.protocol import Protocol
-from fimo.further_training.replicas import Replica, Unit
+from fimo.engine.chunk import Chunk
+from fimo.engine.context import Setting
+from fimo.engine.pace import Pace
+from fimo.engine.protocol import Protocol
+from fimo.engine.replicas import Replica, Unit
 from fimo.further_training.resolution import some
-from fimo.further_training.setting import Setting
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fimo.store import written_aside
+from fimo.store.files import written_aside
 
 
 class Verdict(StrEnum):

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fimo.curvature.jacobian import DenseRows, FactoredRows, LayerFactors, Rows, StreamedRows
 from fimo.curvature.outputs import output_gradient, output_hessian_rows, sampled_gradients
-from fimo.curvature.rows import DenseRows, FactoredRows, LayerFactors, Rows, StreamedRows
 from fimo.data.instances import Inputs, Instances
-from fimo.fingerprint import folder_of, gradients_key
-from fimo.further_training.linear import Layer, linear_layers
+from fimo.engine.linear import Layer, linear_layers
 from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.losses import Loss
-from fimo.store import Store, read_tensors, write_tensors
+from fimo.store.files import Store, read_tensors, write_tensors
+from fimo.store.fingerprint import folder_of, gradients_key
 
 log = logging.getLogger(__name__)
 

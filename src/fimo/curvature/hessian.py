@@ -10,7 +10,7 @@ from fimo.curvature.linear_products import LinearHessian
 from fimo.curvature.operators import Hessian
 from fimo.curvature.piecewise import PiecewiseLinearHessian, is_shallow
 from fimo.data.instances import Instances
-from fimo.further_training.linear import linear_layers
+from fimo.engine.linear import linear_layers
 from fimo.models.final_model import FinalModel
 
 

@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fimo.curvature.activity import Moments, layer_moments
+from fimo.curvature.covariances import Moments, layer_moments
 from fimo.curvature.gradients import InstanceGradients
-from fimo.curvature.rows import FactoredRows, Rows, split
+from fimo.curvature.jacobian import FactoredRows, Rows, split
 from fimo.data.instances import Instances
 
 Fisher = Literal["auto", "exact", "sampled", "empirical"]

@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fimo.curvature.jacobian import Rows
+from fimo.curvature.krylov_spaces import ParameterSpace
 from fimo.curvature.operators import Operator
-from fimo.curvature.rows import Rows
-from fimo.curvature.spaces import ParameterSpace
 
 Phi = Callable[[Tensor], Tensor]
 

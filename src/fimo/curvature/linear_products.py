@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
+from fimo.curvature.jacobian import split
 from fimo.curvature.operators import Operator
 from fimo.curvature.outputs import output_gradient
-from fimo.curvature.rows import split
 from fimo.data.instances import Instances
-from fimo.further_training.linear import Layer, linear_layers
+from fimo.engine.linear import Layer, linear_layers
 from fimo.models.final_model import FinalModel
 
 PIECE = 2**20
@@ -35,7 +35,7 @@ class LinearHessian(Operator):
     """The Hessian of the mean training loss of a network of linear layers and activations.
 
     Args:
-        final_model: at whose parameters; see :func:`~fimo.further_training.linear.linear_layers`.
+        final_model: at whose parameters; see :func:`~fimo.engine.linear.linear_layers`.
         instances: over which the loss is averaged.
         count: called with the number of products of one instance and one vector, as they are made.
 

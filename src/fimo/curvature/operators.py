@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fimo.curvature.rows import Rows, Shapes
+from fimo.curvature.jacobian import Rows, Shapes
 from fimo.data.instances import Instances
 from fimo.models.final_model import FinalModel, functional_apply
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from fimo.curvature.gradients import InstanceGradients
+from fimo.curvature.jacobian import split
 from fimo.curvature.linear_products import PIECE, LinearHessian
 from fimo.curvature.operators import RowsOperator
-from fimo.curvature.rows import split
 from fimo.data.instances import Instances
-from fimo.further_training.linear import linear_layers
+from fimo.engine.linear import linear_layers
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import binary_cross_entropy, cross_entropy, mean_squared_error
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fimo.curvature.rows import Rows
+from fimo.curvature.jacobian import Rows
 
 Projection = Literal["auto", "normal", "sign", "sparse"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fimo.curvature.krylov import BlockLanczos, KrylovSpace
-from fimo.curvature.spaces import Space, SpectralSpace
+from fimo.curvature.krylov_spaces import Space, SpectralSpace
 
 log = logging.getLogger(__name__)
 

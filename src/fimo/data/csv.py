@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fimo.config import nearest
 from fimo.data.tabular import Table, TabularModule, pick_target
-from fimo.errors import InputError
+from fimo.errors import InputError, nearest
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fimo.data.datamodule import InstancesModule, Split
 from fimo.data.display import Display
+from fimo.data.hub import require_hub
 from fimo.data.instances import Instances
 from fimo.errors import InputError, shortened
-from fimo.hub import require_hub
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 TEST_NAMES = ("test", "validation", "valid", "val")

@@ -8,7 +8,7 @@ import urllib.request
 from pathlib import Path
 
 from fimo.errors import InputError
-from fimo.store import written_aside
+from fimo.store.files import written_aside
 
 
 def cached_download(url: str, name: str, timeout: float = 15.0) -> Path:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fimo.data.datamodule import InstancesModule, Split, held_out
 from fimo.data.display import Display
+from fimo.data.hub import require_hub
 from fimo.data.instances import Instances
 from fimo.data.tokens import Tokens, make_tokens
 from fimo.errors import InputError, shortened
-from fimo.hub import require_hub
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from fimo.data.hub import model_source
 from fimo.errors import InputError
-from fimo.hub import model_source
 
 KEY = "dataset.tokenizer"
 BYTES = "bytes"
@@ -83,7 +83,7 @@ class ModelTokens(Tokens):
 
 
 def make_tokens(name: str | None) -> Tokens:
-    """Return a configuration's tokenizer: ``bytes``, or a model's path (see :func:`fimo.hub.model_source`).
+    """Return a configuration's tokenizer: ``bytes``, or a model's (:func:`fimo.data.hub.model_source`).
 
     Raises:
         InputError: none is given, or it can't be read.

@@ -18,7 +18,7 @@ from fimo.evaluation.resampling import mean_agreements
 from fimo.evaluation.slope import fitted_slope
 from fimo.further_training.seeds import relation
 from fimo.further_training.sensitivity import Sensitivity, adjust
-from fimo.store import written_aside
+from fimo.store.files import written_aside
 
 COLUMNS = [
     "method", "access", "metric", "step", "epoch", "seeds", "mean", "sem", "ceiling", "ceiling_lower",

@@ -12,19 +12,19 @@ from torch import Tensor
 
 from fimo.cost import Cost
 from fimo.data.instances import Instances
-from fimo.door import choices
-from fimo.door.admission import admit
+from fimo.engine.context import Setting, chunk_size
+from fimo.engine.job import Job
+from fimo.engine.protocol import Protocol
+from fimo.engine.records import Records
+from fimo.engine.replicas import Replica, Unit
 from fimo.errors import InputError
-from fimo.fingerprint import Key, Problem, kept, runs_key
-from fimo.further_training.job import Job
-from fimo.further_training.protocol import Protocol
-from fimo.further_training.records import Records
-from fimo.further_training.replicas import Replica, Unit
 from fimo.further_training.resolution import warn_of_rounding
 from fimo.further_training.sensitivity import Sensitivity
-from fimo.further_training.setting import Setting, chunk_size
 from fimo.models.final_model import FinalModel
-from fimo.store import Store
+from fimo.store.files import Store
+from fimo.store.fingerprint import Key, Problem, kept, runs_key
+from fimo.validation import choices
+from fimo.validation.admission import admit
 
 KEEP_BYTES = 2**30
 """States of finished runs are kept, for adding epochs later, up to this size in all."""
@@ -146,7 +146,7 @@ def evaluation_points(protocol: Protocol, instances: int) -> tuple[list[int], li
 
 
 def _run(make_job: Any, trainer: Mapping[str, Any] | None) -> Job:
-    from fimo.further_training.driver import run_job  # Lightning takes seconds to import
+    from fimo.engine.driver import run_job  # Lightning takes seconds to import
 
     return run_job(make_job, trainer)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
-from fimo.further_training.protocol import DTYPES, Protocol
+from fimo.engine.protocol import DTYPES, Protocol
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.models.final_model import FinalModel, fitting_batch, functional_apply
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fimo.errors import InputError
-from fimo.store import read_tensors, written_aside
+from fimo.store.files import read_tensors, written_aside
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,17 @@ from torch import Tensor
 from torch.func import vmap
 
 from fimo.data.instances import Instances
-from fimo.door import choices
-from fimo.further_training.differentiable_step import (
+from fimo.engine.linear_derivatives import along
+from fimo.engine.protocol import DTYPES, Protocol
+from fimo.engine.replicas import Unit
+from fimo.further_training.unrolled_step import (
     FullRun,
     State,
     Tensors,
     evaluate_outputs,
 )
-from fimo.further_training.linear_derivatives import along
-from fimo.further_training.protocol import DTYPES, Protocol
-from fimo.further_training.replicas import Unit
 from fimo.models.final_model import FinalModel
+from fimo.validation import choices
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def tangent_outputs(
     With the state z_t (parameters and the optimizer's moments) after t steps and z_{t+1} = step_t(z_t, w),
     the tangents dz_t / dw_i follow dz_{t+1} = (d step_t / d z) dz_t + d step_t / d w_i: no difference of runs
     is taken, so nothing cancels. The weights are those of the leave-out rule: see
-    :class:`~fimo.further_training.differentiable_step.FullRun`.
+    :class:`~fimo.further_training.unrolled_step.FullRun`.
 
     Args:
         seed: whose batches (and dropout masks) are followed.

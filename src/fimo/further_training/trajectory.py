@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fimo.further_training.protocol import Protocol
+from fimo.engine.protocol import Protocol
 
 
 @dataclass(frozen=True)

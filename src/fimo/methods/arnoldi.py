@@ -7,15 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fimo.curvature.damping import Damping, DampingValue
 from fimo.curvature.hessian import hessian
-from fimo.curvature.kernel import MAX_DIMENSION
+from fimo.curvature.jacobian import Rows
 from fimo.curvature.operators import GaussNewton, Operator, RowsOperator
-from fimo.curvature.rows import Rows
 from fimo.curvature.solvers import lanczos
+from fimo.curvature.spectrum import MAX_DIMENSION
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.cg import MAX_ROWS, gauss_newton_trace
+from fimo.methods.damping import Damping, DampingValue
 from fimo.methods.gradient import CurvatureMethod
 from fimo.models.final_model import FinalModel
 
@@ -31,7 +31,7 @@ class Arnoldi(CurvatureMethod):
     Args:
         rank: number of eigenvectors kept.
         iterations: dimension of the Krylov space.
-        damping: null for none, as the authors; else see :class:`~fimo.curvature.damping.Damping`; ``auto``
+        damping: null for none, as the authors; else see :class:`~fimo.methods.damping.Damping`; ``auto``
             with the Hessian takes its trace, estimated from 32 random vectors (as does the Gauss-Newton
             matrix's above 1,024 outputs).
         propagate: see :class:`~fimo.methods.gradient.CurvatureMethod`.

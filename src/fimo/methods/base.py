@@ -10,11 +10,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from fimo.data.instances import Instances
-from fimo.door import choices
-from fimo.door.admission import admit
 from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.models.final_model import FinalModel
+from fimo.validation import choices
+from fimo.validation.admission import admit
 
 
 class Access(StrEnum):

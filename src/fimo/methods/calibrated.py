@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
-from fimo.dynamics.linearity import Discrepancy, discrepancy, stratified
-from fimo.dynamics.real_runs import worthwhile
-from fimo.dynamics.remainder import OWN, Correction, correct, correlations
 from fimo.errors import InputError
 from fimo.further_training.trajectory import Trajectory
+from fimo.linear_response.discrepancy import OWN, Correction, correct, correlations
+from fimo.linear_response.linearity import Discrepancy, discrepancy, stratified
+from fimo.linear_response.real_runs import worthwhile
 from fimo.methods.error_bars import ErrorBars, SeedSpread, error_bars
 from fimo.methods.following import CHECKED_SEEDS, relative_size
 from fimo.methods.response import Response
@@ -79,8 +79,8 @@ class CalibratedResponse(Response):
     3. What is left of the budget goes into more real runs, first where most is gained by one.
 
     The scores are a · response + z, fitted to the real runs around each evaluation point
-    (:func:`fimo.dynamics.remainder.correct`): z is what changes slowly along a run, since what real runs
-    differ by from one epoch to the next is noise that says nothing about an instance.
+    (:func:`fimo.linear_response.discrepancy.correct`): z is what changes slowly along a run, since what real
+    runs differ by from one epoch to the next is noise that says nothing about an instance.
 
     Args:
         budget: of everything (full runs, the response, real runs) as a share of what the gold standard takes,

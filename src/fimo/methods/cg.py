@@ -10,16 +10,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fimo.curvature.damping import DampingValue
 from fimo.curvature.gradients import InstanceGradients
-from fimo.curvature.kernel import KernelSpectrum
+from fimo.curvature.jacobian import Rows, StreamedRows
 from fimo.curvature.kronecker import KroneckerFactors, fit_factors
+from fimo.curvature.krylov_spaces import ParameterSpace, Space, SpectralSpace
 from fimo.curvature.operators import GaussNewton, Operator, RowsOperator
-from fimo.curvature.rows import Rows, StreamedRows
 from fimo.curvature.solvers import Solution, conjugate_gradients
-from fimo.curvature.spaces import ParameterSpace, Space, SpectralSpace
+from fimo.curvature.spectrum import KernelSpectrum
 from fimo.data.instances import Instances
 from fimo.errors import InputError
+from fimo.methods.damping import DampingValue
 from fimo.methods.gradient import CurvatureMethod
 from fimo.models.final_model import FinalModel
 

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fimo.curvature.damping import Damping, DampingValue
 from fimo.data.instances import Instances
 from fimo.errors import InputError
+from fimo.methods.damping import Damping, DampingValue
 from fimo.methods.gradient import GradientMethod
 from fimo.models.final_model import FinalModel
 

@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fimo.curvature.damping import DampingValue
+from fimo.curvature.jacobian import Rows
 from fimo.curvature.kronecker import Fisher, fit_factors
-from fimo.curvature.rows import Rows
 from fimo.data.instances import Instances
 from fimo.errors import InputError
+from fimo.methods.damping import DampingValue
 from fimo.methods.gradient import CurvatureMethod
 from fimo.models.final_model import FinalModel
 
@@ -28,7 +28,7 @@ class Ekfac(CurvatureMethod):
 
     Args:
         damping: ``auto``: 0.1 times each module's own mean eigenvalue (Grosse et al.); else see
-            :class:`~fimo.curvature.damping.Damping`, the same for all modules.
+            :class:`~fimo.methods.damping.Damping`, the same for all modules.
         propagate: see :class:`~fimo.methods.gradient.CurvatureMethod`.
         fisher: ``exact`` Gauss-Newton, ``sampled`` targets, ``empirical``; ``auto``: exact up to 16 outputs.
         samples, seed: of sampled targets.

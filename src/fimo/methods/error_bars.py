@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fimo.dynamics.linearity import Discrepancy, heavier_tails
+from fimo.linear_response.linearity import Discrepancy, heavier_tails
 
 PRIOR_FREEDOM = 4.0
 """Degrees of freedom that the pooled variance over seeds counts for in each score's own."""

@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fimo.curvature.damping import DampingValue
-from fimo.curvature.kernel import MAX_DIMENSION, KernelSpectrum, Phi, kernel_dimension
-from fimo.curvature.rows import Rows
+from fimo.curvature.jacobian import Rows
+from fimo.curvature.spectrum import MAX_DIMENSION, KernelSpectrum, Phi, kernel_dimension
 from fimo.data.instances import Instances
 from fimo.errors import InputError
+from fimo.methods.damping import DampingValue
 from fimo.methods.gradient import CurvatureMethod
 from fimo.models.final_model import FinalModel
 

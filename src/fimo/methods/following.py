@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
-from fimo.dynamics.linearity import discrepancy, stratified
-from fimo.dynamics.real_runs import run_without
 from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
+from fimo.linear_response.linearity import discrepancy, stratified
+from fimo.linear_response.real_runs import run_without
 from fimo.methods.base import AttributionMethod
 from fimo.methods.error_bars import ErrorBars, SeedSpread, error_bars
 from fimo.models.final_model import FinalModel
@@ -33,7 +33,7 @@ class FollowingMethod(AttributionMethod):
     Attributes:
         bars: standard errors of the scores after :meth:`attribute`, or why they are withheld. They contain
             the noise of finitely many seeds, and the error that all seeds share, measured by ``checks`` real
-            leave-one-out runs (:mod:`fimo.dynamics.linearity`).
+            leave-one-out runs (:mod:`fimo.linear_response.linearity`).
         score_sem: ``[E, J, L]``, those of the scores as they are; None where withheld.
         score_sem_adjusted: ``[E, J, L]``, those of scores minus their mean over left-out instances.
     """

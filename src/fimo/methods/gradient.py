@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fimo.curvature.damping import Damping, DampingValue
 from fimo.curvature.gradients import InstanceGradients
-from fimo.curvature.rows import Rows
+from fimo.curvature.jacobian import Rows
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.base import AttributionMethod
+from fimo.methods.damping import Damping, DampingValue
 from fimo.models.final_model import FinalModel
 
 STORAGE = {
@@ -65,7 +65,7 @@ class CurvatureMethod(GradientMethod):
     stands in for finitely many.
 
     Args:
-        damping: see :class:`~fimo.curvature.damping.Damping`; ``time_matched``, which needs further training
+        damping: see :class:`~fimo.methods.damping.Damping`; ``time_matched``, which needs further training
             to match, is the default of ``exact``, ``cg`` and ``lissa``, and ``auto`` that of the others.
         propagate: ``loss`` takes the loss as linear in the parameter change; ``outputs`` takes the outputs as
             linear and evaluates the loss at the changed outputs, which keeps its curvature.

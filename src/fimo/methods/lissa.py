@@ -10,13 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fimo.curvature.damping import DampingValue
 from fimo.curvature.hessian import hessian
-from fimo.curvature.kernel import MAX_DIMENSION
+from fimo.curvature.jacobian import Rows
 from fimo.curvature.krylov import KrylovSpace
+from fimo.curvature.krylov_spaces import KernelSpace, ParameterSpace, Space, SpectralSpace
 from fimo.curvature.linear_products import LinearHessian
 from fimo.curvature.operators import GaussNewton, Hessian, RowsOperator
-from fimo.curvature.rows import Rows
 from fimo.curvature.solvers import (
     DivergenceError,
     Solution,
@@ -25,10 +24,11 @@ from fimo.curvature.solvers import (
     lissa_in_krylov_space,
     lissa_on_spectrum,
 )
-from fimo.curvature.spaces import KernelSpace, ParameterSpace, Space, SpectralSpace
+from fimo.curvature.spectrum import MAX_DIMENSION
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.cg import IterativeMethod, gauss_newton_trace
+from fimo.methods.damping import DampingValue
 from fimo.models.final_model import FinalModel
 
 log = logging.getLogger(__name__)

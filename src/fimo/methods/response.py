@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from fimo.curvature.gradients import InstanceGradients
-from fimo.curvature.kernel import MAX_DIMENSION, kernel_dimension
+from fimo.curvature.spectrum import MAX_DIMENSION, kernel_dimension
 from fimo.data.instances import Instances
-from fimo.dynamics.kernel import Kernel
-from fimo.dynamics.mean_batches import MeanBatchResponse
-from fimo.dynamics.output_space import MAX_OUTPUTS, SATURATING, OutputSpace
-from fimo.dynamics.points import Segment, mean_of, midpoint, segments, spread
-from fimo.dynamics.response import Along, loss_changes_by, moved, outputs_along, responses
-from fimo.dynamics.threads import side_by_side
+from fimo.engine.linear import linear_layers
+from fimo.engine.protocol import DTYPES, Protocol
+from fimo.engine.replicas import even_parts
+from fimo.engine.threads import side_by_side
 from fimo.errors import InputError
-from fimo.further_training.linear import linear_layers
-from fimo.further_training.protocol import DTYPES, Protocol
-from fimo.further_training.replicas import even_parts
 from fimo.further_training.trajectory import Trajectory
+from fimo.linear_response.gradient_flow import MeanBatchResponse
+from fimo.linear_response.output_kernel import Kernel
+from fimo.linear_response.output_space import MAX_OUTPUTS, SATURATING, OutputSpace
+from fimo.linear_response.path_points import Segment, mean_of, midpoint, segments, spread
+from fimo.linear_response.recursion import Along, loss_changes_by, moved, outputs_along, responses
 from fimo.methods.following import CHECKED_SEEDS, FollowingMethod
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import mean_squared_error
@@ -45,7 +45,7 @@ class Response(FollowingMethod):
 
     score[t, j, i] = mean over seeds of loss_j(f + J_j d_t) - loss_j(f), where f are j's outputs and J_j their
     Jacobian in the seed's full run after t steps, and d_t is what leaving i out changes in the parameters, to
-    first order (:mod:`fimo.dynamics.response`). In constant curvature G and with mean batches,
+    first order (:mod:`fimo.linear_response.recursion`). In constant curvature G and with mean batches,
     d = phi(G) g_i / N with phi(c) = (1 - exp(-c tau)) / c, tau the sum of learning rates: between one
     gradient step (Grad-Dot, tau -> 0) and the influence function (tau -> infinity).
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from fimo.curvature.gradients import InstanceGradients
-from fimo.curvature.kernel import MAX_DIMENSION, KernelSpectrum, Phi, kernel_dimension
-from fimo.curvature.rows import DenseRows
+from fimo.curvature.jacobian import DenseRows
+from fimo.curvature.spectrum import MAX_DIMENSION, KernelSpectrum, Phi, kernel_dimension
 from fimo.data.instances import Instances
-from fimo.dynamics.optimizer import preconditioner
-from fimo.dynamics.points import mean_of, nearest, spread_from_first
-from fimo.dynamics.relaxation import relaxation, times
-from fimo.dynamics.response import with_parameters
 from fimo.errors import InputError
 from fimo.further_training.trajectory import Trajectory
+from fimo.linear_response.coefficient_optimizer import preconditioner
+from fimo.linear_response.path_points import mean_of, nearest, spread_from_first
+from fimo.linear_response.phi import relaxation, times
+from fimo.linear_response.recursion import with_parameters
 from fimo.methods.following import FollowingMethod
 from fimo.models.final_model import FinalModel
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
-from fimo.dynamics.response import loss_changes_by, outputs_at
+from fimo.engine.protocol import DTYPES, Protocol
 from fimo.errors import InputError
 from fimo.further_training.adjoint import adjoint
-from fimo.further_training.differentiable_step import FullRun
-from fimo.further_training.protocol import DTYPES, Protocol
 from fimo.further_training.tangent import tangent_outputs, tangents
 from fimo.further_training.trajectory import Trajectory
+from fimo.further_training.unrolled_step import FullRun
+from fimo.linear_response.recursion import loss_changes_by, outputs_at
 from fimo.methods.following import FollowingMethod
 from fimo.models.final_model import FinalModel
 

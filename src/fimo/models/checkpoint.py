@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fimo.errors import InputError, shortened
-from fimo.store import read_tensors
+from fimo.store.files import read_tensors
 
 KEY = "model.checkpoint"
 WRITTEN = "a file that torch.save or safetensors wrote"

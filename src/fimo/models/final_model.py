@@ -52,7 +52,7 @@ class FinalModel:
     trainable: tuple[str, ...] = ()
     accept_poor: bool = False
     admitted: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
-    """Instances that it was admitted with; see :func:`fimo.door.admission.admit`."""
+    """Instances that it was admitted with; see :func:`fimo.validation.admission.admit`."""
     _moved: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fimo.data.hub import model_source
 from fimo.errors import InputError, shortened
-from fimo.hub import model_source
 from fimo.models.frozen import remaining
 from fimo.models.lora import add_adapters
 
@@ -145,7 +145,8 @@ def text_classifier(
     """Return a text classifier that starts from a pretrained model.
 
     Args:
-        path: a local folder, ``package:NAME``, or a name on the hub (see :func:`~fimo.hub.model_source`).
+        path: a local folder, ``package:NAME``, or a name on the hub (see
+            :func:`~fimo.data.hub.model_source`).
         inputs: the tokenizer's vocabulary, checked against the model's.
         outputs: classes.
         pooling: of a new head: ``first`` or ``mean``.

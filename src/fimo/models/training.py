@@ -15,11 +15,11 @@ from filelock import FileLock
 from fimo.cost import Cost
 from fimo.data.datamodule import InstancesModule
 from fimo.data.instances import Instances
-from fimo.fingerprint import Key, kept, training_key
-from fimo.models.best import KeepBest
 from fimo.models.final_model import FinalModel
-from fimo.models.module import FinalModelModule
-from fimo.store import Store, could_not_write, read_tensors, write_tensors
+from fimo.models.keep_best import KeepBest
+from fimo.models.lightning_module import FinalModelModule
+from fimo.store.files import Store, could_not_write, read_tensors, write_tensors
+from fimo.store.fingerprint import Key, kept, training_key
 
 
 @dataclass(frozen=True)

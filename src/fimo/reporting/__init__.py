@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fimo.reporting.display import InstanceDisplay, Show, collect
+from fimo.reporting.instance_table import InstanceDisplay, Show, collect
 from fimo.reporting.results import Results
 
 if TYPE_CHECKING:

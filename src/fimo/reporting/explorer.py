@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from fimo.evaluation.metrics import agreement
-from fimo.reporting.display import chosen_tests
 from fimo.reporting.findings import influences, scored_methods
+from fimo.reporting.instance_table import chosen_tests
 from fimo.reporting.results import Results
 
 MOST_NUMBERS = 400_000

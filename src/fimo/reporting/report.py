@@ -11,7 +11,6 @@ from typing import Any
 import jinja2
 import plotly.offline
 
-from fimo.reporting.display import InstanceDisplay
 from fimo.reporting.explorer import explorer_data
 from fimo.reporting.findings import (
     ABSENT,
@@ -30,12 +29,13 @@ from fimo.reporting.findings import (
     same_seeds,
 )
 from fimo.reporting.flat import flat
+from fimo.reporting.instance_table import InstanceDisplay
 from fimo.reporting.interactive import all_figures
 from fimo.reporting.naming import differences
 from fimo.reporting.panels import MOST_POINTS, Palette
 from fimo.reporting.results import Results, plain
 from fimo.reporting.trust import coverage, departures, trusted_methods
-from fimo.store import written_aside
+from fimo.store.files import written_aside
 
 
 def write_report(results: Results | Sequence[Results], path: str | Path) -> Path:

@@ -17,8 +17,8 @@ from torch import Tensor
 from fimo.errors import InputError
 from fimo.evaluation.assessment import adjusted_scores, judged_bars
 from fimo.further_training.sensitivity import Sensitivity, load_sensitivity
-from fimo.reporting.display import InstanceDisplay, Shown
-from fimo.store import read_tensors, write_tensors, written_aside
+from fimo.reporting.instance_table import InstanceDisplay, Shown
+from fimo.store.files import read_tensors, write_tensors, written_aside
 
 JSON_FIELDS = (
     "name",
@@ -54,7 +54,7 @@ class Results:
         config: the composed configuration as plain containers.
         versions: by package.
         dataset: ``name``; where known ``description, task, target, train, test`` (sizes) and ``features``.
-        shown: the instances that the report shows, see :func:`fimo.reporting.display.collect`.
+        shown: the instances that the report shows, see :func:`fimo.reporting.instance_table.collect`.
         descriptions: by method, in one sentence, what it is.
         skipped: by method, why it did not run.
         warnings: what a reader must know.

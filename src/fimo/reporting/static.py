@@ -21,7 +21,6 @@ from fimo.reporting.curves import (
     retraining_table,
     seeds_table,
 )
-from fimo.reporting.display import chosen_tests
 from fimo.reporting.drawing import (
     PANEL,
     Runs,
@@ -35,6 +34,7 @@ from fimo.reporting.drawing import (
     task_figure,
 )
 from fimo.reporting.findings import highlighted
+from fimo.reporting.instance_table import chosen_tests
 from fimo.reporting.results import Results
 from fimo.reporting.style import CEILING, OTHER, PALETTE
 

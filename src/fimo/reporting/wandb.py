@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from fimo.errors import InputError
 from fimo.reporting.curves import agreement_table, distance_table
-from fimo.reporting.display import InstanceDisplay
 from fimo.reporting.findings import at_last_point, influences
 from fimo.reporting.flat import flat
+from fimo.reporting.instance_table import InstanceDisplay
 from fimo.reporting.results import Results, plain
 
 if TYPE_CHECKING:

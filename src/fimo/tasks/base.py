@@ -12,20 +12,20 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig
 
-from fimo.build import build
+from fimo.app.build import build
+from fimo.app.environment import trainer_settings
+from fimo.app.plan import Plan
+from fimo.app.scoring import described, score
 from fimo.cost import Cost
 from fimo.data.datamodule import InstancesModule
-from fimo.environment import trainer_settings
 from fimo.errors import InputError
 from fimo.evaluation.assessment import Scores
 from fimo.further_training import further_train
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
-from fimo.plan import Plan
 from fimo.reporting.results import TASK_TABLES, Results
-from fimo.scoring import described, score
-from fimo.store import Store, written_aside
+from fimo.store.files import Store, written_aside
 
 
 @dataclass(frozen=True)

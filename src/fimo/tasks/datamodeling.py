@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError
-from fimo.evaluation.datamodeling import datamodeling_score
+from fimo.evaluation.lds import datamodeling_score
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.tasks.base import Judged, Task, seeds_of
 from fimo.tasks.retraining import check_retraining, retrain
@@ -16,7 +16,7 @@ KEY = "evaluation.tasks.datamodeling"
 
 
 class Datamodeling(Task):
-    """See :func:`fimo.evaluation.datamodeling.datamodeling_score`.
+    """See :func:`fimo.evaluation.lds.datamodeling_score`.
 
     Args:
         subsets: M, random sets that are left out.

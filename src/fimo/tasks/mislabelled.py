@@ -11,12 +11,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from fimo.build import build_final_model, build_module, build_trainer, training_settings
+from fimo.app.build import build_final_model, build_module, build_trainer, training_settings
 from fimo.cost import Cost
 from fimo.data.datamodule import InstancesModule
 from fimo.data.instances import Instances
 from fimo.errors import InputError
-from fimo.evaluation.mislabelled import detection, flip_labels, suspicion
+from fimo.evaluation.label_errors import detection, flip_labels, suspicion
 from fimo.models.training import train_final_model
 from fimo.tasks.base import Judged, Task, seeds_of
 

@@ -9,14 +9,14 @@ from omegaconf import DictConfig
 
 from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError
-from fimo.evaluation.removal import removal_curves
+from fimo.evaluation.counterfactual import removal_curves
 from fimo.tasks.base import Judged, Task, seeds_of
 
 KEY = "evaluation.tasks.removal"
 
 
 class Removal(Task):
-    """See :func:`fimo.evaluation.removal.removal_curves`.
+    """See :func:`fimo.evaluation.counterfactual.removal_curves`.
 
     Args:
         counts: how many of the most helpful instances are left out together, one point of a curve each.

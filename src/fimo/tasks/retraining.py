@@ -10,10 +10,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fimo.build import build_final_model, build_module
+from fimo.app.build import build_final_model, build_module
+from fimo.app.environment import trainer_settings
 from fimo.cost import Cost
 from fimo.data.datamodule import InstancesModule
-from fimo.environment import trainer_settings
 from fimo.errors import InputError
 from fimo.further_training import Protocol, further_train
 from fimo.further_training.sensitivity import Sensitivity

@@ -1,0 +1,274 @@
+"""From a checked configuration to the objects of a run; every mistake is an error here, before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+from fimo.app.arguments import check_arguments, imported
+from fimo.data.datamodule import InstancesModule
+from fimo.engine.protocol import Protocol
+from fimo.errors import InputError, reason
+from fimo.evaluation import METRICS
+from fimo.methods.base import AttributionMethod
+from fimo.models.checkpoint import load_checkpoint
+from fimo.models.copied import with_dense_gradients
+from fimo.models.final_model import FinalModel
+from fimo.models.keep_best import KeepBest
+from fimo.models.lightning_module import FinalModelModule
+from fimo.models.losses import LOSSES, MEASUREMENTS, Loss, cross_entropy
+from fimo.models.progress import EpochProgress
+from fimo.validation.admission import admit, tried
+from fimo.validation.choices import spaced
+
+PROTOCOL_FIELDS = tuple(f.name for f in dataclasses.fields(Protocol))
+LOSS_OF_TASK = {
+    "regression": "mse",
+    "classification": "cross_entropy",
+    "language_modelling": "language_modelling",
+}
+
+
+def build(config: Any, key: str, **arguments: Any) -> Any:
+    """Instantiate a node with a ``_target_``.
+
+    Raises:
+        InputError: what the constructor refused, or an argument that it does not have, naming ``key``.
+    """
+    check_arguments(config, key, arguments)
+    try:
+        return instantiate(config, **arguments)
+    except HydraException as error:
+        cause = error.__cause__
+        if isinstance(cause, InputError):
+            raise cause from None
+        raise InputError(key, reason(cause or error)) from error
+
+
+def build_data(config: DictConfig) -> InstancesModule:
+    """Build and load the data set."""
+    node = {str(k): v for k, v in config.dataset.items() if k != "recommended"}  # read by model and trainer
+    data = build(OmegaConf.create(node), "dataset")
+    if not isinstance(data, InstancesModule):
+        raise InputError("dataset._target_", f"expected an InstancesModule but got {type(data).__name__}")
+    if data.batch_size < 1:
+        raise InputError("dataset.batch_size", f"expected at least 1 but got {data.batch_size}")
+    data.setup()
+    return data
+
+
+def build_module(config: DictConfig, data: InstancesModule) -> FinalModelModule:
+    """Build the network with its loss; reads ``model.checkpoint`` where given.
+
+    Arguments of the network called ``inputs``, ``outputs`` and ``classes`` that say ``auto`` become the data
+    set's.
+    """
+    model = config.model
+    known = {"inputs": "inputs", "outputs": "outputs", "classes": "class_names"}
+    arguments = {name: getattr(data, k) for name, k in known.items() if model.network.get(name) == "auto"}
+    if "classes" in arguments:
+        arguments["classes"] = list(data.class_names)
+    torch.manual_seed(config.seed)
+    try:
+        network = build(model.network, "model.network", **arguments)
+    except InputError as error:
+        others = [name for name, value in model.network.items() if value == "auto" and name not in arguments]
+        if not others:
+            raise
+        problem = f"auto is known of arguments called inputs, outputs and classes only ({error.problem})"
+        raise InputError(f"model.network.{others[0]}", problem) from error
+    if not isinstance(network, nn.Module):
+        raise InputError("model.network", f"expected a torch.nn.Module but got {type(network).__name__}")
+    if model.checkpoint is not None:
+        load_checkpoint(network, model.checkpoint)
+    description = {"network": OmegaConf.to_container(model.network, resolve=True), **arguments}
+    loss = build_loss(model.loss if model.loss != "auto" else LOSS_OF_TASK[data.task], "model.loss")
+    measurement = build_measurement(model.measurement)
+    check_fit(network, loss, data, measurement)
+    return FinalModelModule(
+        network,
+        loss,
+        data.task,
+        data.outputs,
+        model.optimizer,
+        model.lr,
+        model.momentum,
+        model.weight_decay,
+        description,
+    )
+
+
+def check_fit(network: nn.Module, loss: Loss, data: InstancesModule, measurement: Loss | None = None) -> None:
+    """Try a network and its loss on the data set, whose instances are converted to what the loss takes.
+
+    Raises:
+        InputError: naming ``model.network``, ``model.loss``, ``model.measurement`` or the ``dataset``: a
+            network without parameters to train, inputs or targets that do not fit, too few outputs; see
+            :func:`~fimo.validation.admission.admit`.
+    """
+    if not any(p.requires_grad for p in network.parameters()):
+        raise InputError("model.network", "has no parameter that can be trained")
+    if loss is cross_entropy and data.task == "regression":
+        raise InputError("model.loss", f"cross_entropy needs classes as targets, but this is {data.task}")
+    model = FinalModel(with_dense_gradients(network), loss, measurement, accept_poor=True)  # not trained yet
+    if data.task == "classification":
+        outputs = tried(model, data.train[:1])
+        if outputs.ndim != 2 or outputs.shape[1] < data.outputs:
+            shape = tuple(outputs.shape[1:])
+            raise InputError(
+                "model.network",
+                f"does not fit the data set {data.name}: outputs of shape {shape} for {data.outputs} classes",
+            )
+    data.train, data.test = admit(model, data.train, data.test)
+
+
+def build_loss(name: Any, key: str, known: Mapping[str, Loss] = LOSSES) -> Loss:
+    """Return a per-instance loss by its configured name, dotted path, or ``_target_``."""
+    if OmegaConf.is_config(name):
+        loss: Loss = build(name, key)
+        return loss
+    if name in known:
+        return known[name]
+    if "." in str(name):
+        loss = imported(name, key)
+        if isinstance(loss, type):
+            hint = f"'{key}={{_target_: {name}, reduction: none}}' makes one"
+            raise InputError(key, f"{name} is a class, not a function of outputs and targets; {hint}")
+        return loss
+    raise InputError(key, f"expected one of {', '.join(known)} or a dotted path but got {name!r}")
+
+
+def build_measurement(name: Any) -> Loss | None:
+    """Return what is explained on test instances; None for the loss."""
+    return None if name is None else build_loss(name, "model.measurement", MEASUREMENTS)
+
+
+def training_settings(config: DictConfig) -> dict[str, Any]:
+    """Return the settings that the final model's training depends on."""
+    return {
+        **{name: config.model[name] for name in ("optimizer", "lr", "momentum", "weight_decay")},
+        **{name: config.trainer[name] for name in ("max_epochs", "precision", "gradient_clip_val")},
+    }
+
+
+def build_final_model(module: FinalModelModule, config: DictConfig) -> FinalModel:
+    """Freeze a module as the final model, with the configured measurement and trainable parameters."""
+    return FinalModel(
+        module.network,
+        module.loss,
+        build_measurement(config.model.measurement),
+        tuple(config.model.trainable),
+        config.model.accept_poor,
+    )
+
+
+def build_trainer(config: DictConfig) -> pl.Trainer:
+    """Build the Trainer of the final model's training, on the first of the devices.
+
+    The others serve further training: on several, a final model's batches would be larger.
+    """
+    settings = OmegaConf.to_container(config.trainer, resolve=True)
+    assert isinstance(settings, dict)
+    devices = settings["devices"]
+    if devices not in (1, "1"):
+        settings |= {"devices": devices[:1] if isinstance(devices, list) else 1, "strategy": "auto"}
+    callbacks: list[pl.Callback] = [EpochProgress()] if config.trainer.enable_progress_bar else []
+    if config.trainer.keep == "best":
+        callbacks.append(KeepBest())
+    try:
+        return pl.Trainer(
+            **{str(k): v for k, v in settings.items() if k not in ("enable_progress_bar", "keep")},
+            callbacks=callbacks,
+            num_sanity_val_steps=0,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            logger=False,
+        )
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:  # such as no GPU
+        raise InputError("trainer", f"accelerator={settings['accelerator']}: {reason(error)}") from error
+
+
+def build_protocol(config: DictConfig) -> Protocol:
+    """Build the protocol of further training."""
+    node = config.further_training
+    values: dict[str, Any] = {name: node[name] for name in PROTOCOL_FIELDS}
+    for name in ("epochs", "steps"):
+        values[name] = scaled(values[name], config.scale)
+    values["betas"] = tuple(values["betas"])
+    return Protocol(**values)
+
+
+def build_methods(config: DictConfig) -> dict[str, AttributionMethod]:
+    """Build every configured method by name."""
+    methods = {}
+    for name, node in config.methods.items():
+        method = build(node, f"methods.{name}")
+        if not isinstance(method, AttributionMethod):
+            raise InputError(
+                f"methods.{name}", f"expected an AttributionMethod but got {type(method).__name__}"
+            )
+        methods[str(name)] = method
+    return methods
+
+
+def check_evaluation(config: DictConfig, seeds: int) -> None:
+    """Refuse unknown metrics and numbers of seeds that there are not.
+
+    Raises:
+        InputError: naming the key of ``evaluation`` at fault.
+    """
+    for metric in config.evaluation.metrics:
+        if metric not in METRICS:
+            raise InputError(
+                "evaluation.metrics", f"expected some of {', '.join(METRICS)} but got {metric!r}"
+            )
+    if not config.evaluation.metrics:
+        raise InputError("evaluation.metrics", f"expected some of {', '.join(METRICS)} but got none")
+    for count in config.evaluation.seed_counts or []:
+        if not 1 <= count <= seeds:
+            raise InputError("evaluation.seed_counts", f"expected numbers from 1 to {seeds} but got {count}")
+    if config.evaluation.bootstrap < 0:
+        raise InputError("evaluation.bootstrap", f"expected at least 0 but got {config.evaluation.bootstrap}")
+
+
+def choose(value: Any, total: int, key: str) -> list[Any]:
+    """Return indices: a number of evenly spaced ones, or the list given.
+
+    Args:
+        value: a number, a list (of indices, or of lists of them), or None for all.
+        total: how many there are.
+
+    Raises:
+        InputError: with ``key``.
+    """
+    if value is None:
+        return list(range(total))
+    if isinstance(value, (ListConfig, Sequence)) and not isinstance(value, str):
+        chosen = [list(v) if isinstance(v, (ListConfig, list)) else v for v in value]
+        flat = [i for v in chosen for i in (v if isinstance(v, list) else [v])]
+        if not chosen:
+            raise InputError(key, "expected at least one index but got an empty list")
+        for index in flat:
+            if not isinstance(index, int) or not 0 <= index < total:
+                raise InputError(key, f"expected indices from 0 to {total - 1} but got {index!r}")
+        return chosen
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= total:
+        raise InputError(key, f"expected a number from 1 to {total}, or a list of indices, but got {value!r}")
+    return spaced(value, total)
+
+
+def scaled(number: Any, scale: float, least: int = 1) -> Any:
+    """Return a number times ``scale``, rounded, at least ``least``; lists and None as they are."""
+    if scale == 1 or not isinstance(number, int) or isinstance(number, bool):
+        return number
+    return max(min(least, number), round(number * scale))

@@ -1,0 +1,239 @@
+"""Typed schemas of the configuration, checked after composing and before anything heavy is imported.
+
+Importing this module must stay cheap (no torch), so that a mistake is answered in about a second.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from fimo.app.moved import with_present_paths
+from fimo.app.values import check_values
+from fimo.errors import InputError, nearest, shortened
+
+
+@dataclass
+class Model:
+    """``model``: the network, and how the final model is trained where no checkpoint is given."""
+
+    network: Any = MISSING
+    loss: Any = "auto"
+    measurement: Any = None
+    trainable: list[str] = field(default_factory=list)
+    checkpoint: str | None = None
+    accept_poor: bool = False
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+
+@dataclass
+class Trainer:
+    """``trainer``: arguments of the Lightning Trainer; ``max_epochs`` is of the final model's training."""
+
+    max_epochs: int = 100
+    accelerator: str = "cpu"
+    devices: Any = 1
+    strategy: str = "auto"
+    precision: Any = "32-true"
+    gradient_clip_val: float | None = None
+    keep: str = "last"
+    enable_progress_bar: bool = True
+
+
+@dataclass
+class FurtherTraining:
+    """``further_training``: the protocol, the seeds, and whose loss changes are measured."""
+
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    batch_size: int = 32
+    epochs: int | None = None
+    steps: int | None = None
+    leave_out: str = "shift"
+    evaluate_every: Any = "epoch"
+    momentum: float = 0.0
+    nesterov: bool = False
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    schedule: str = "constant"
+    dtype: str = "float32"
+    evaluation_dtype: str = "float64"
+    autocast: str | None = None
+    seeds: Any = 10
+    followed_seeds: Any = None
+    left_out: Any = 50
+    test: Any = None
+    subtract_mean: bool = True
+    shard: str | None = None
+    chunk: Any = "auto"
+    save_raw: bool = True
+
+
+@dataclass
+class Evaluation:
+    """``evaluation``: how scores are compared with the sensitivity."""
+
+    metrics: list[str] = field(default_factory=lambda: ["cosine", "spearman", "pearson"])
+    seed_counts: list[int] | None = None
+    bootstrap: int = 200
+    shown: int = 30
+    tasks: Any = field(default_factory=dict)
+
+
+@dataclass
+class Logger:
+    """``logger``: Weights & Biases; offline unless asked otherwise."""
+
+    enabled: bool = True
+    mode: str = "offline"
+    project: str = "fimo"
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Config:
+    """The whole configuration; ``dataset`` and each of ``methods`` are arguments of their ``_target_``."""
+
+    dataset: Any = MISSING
+    model: Model = field(default_factory=Model)
+    trainer: Trainer = field(default_factory=Trainer)
+    further_training: FurtherTraining = field(default_factory=FurtherTraining)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    logger: Logger = field(default_factory=Logger)
+    methods: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    threads: int | None = None
+    store: str = "outputs/store"
+    scale: float = 1.0
+    until: str = "report"
+    report: bool = True
+
+
+def validated(config: DictConfig, conf: Path) -> DictConfig:
+    """Return the composed configuration, checked against the schemas.
+
+    Where no method was chosen, all of ``conf/method`` are in it.
+
+    Args:
+        conf: the folder of configuration groups.
+
+    Raises:
+        InputError: naming the first key at fault: unknown (with the nearest known one), of the wrong type,
+            missing, or a file that is not there.
+    """
+    _check_keys(OmegaConf.structured(Config), config, "")
+    with open_dict(config):
+        config.methods = chosen_methods(config.get("methods") or {}, conf)
+        _make_lists(OmegaConf.structured(Config), config)
+        with_present_paths(config)
+    try:
+        checked = OmegaConf.merge(OmegaConf.structured(Config), config)
+        OmegaConf.resolve(checked)
+    except OmegaConfBaseException as error:
+        key, reason = getattr(error, "full_key", None), getattr(error, "msg", None)
+        key = key or _unresolvable(config) or "configuration"
+        reason = re.sub(
+            r"^\w+ raised while resolving interpolation: ", "", str(reason or error).splitlines()[0]
+        )
+        raise InputError(str(key), reason.strip('"')) from None
+    assert isinstance(checked, DictConfig)
+    _check_mandatory(checked)
+    check_values(checked)
+    return checked
+
+
+def chosen_methods(methods: Any, conf: Path) -> DictConfig:
+    """Return the settings of the methods that run: those chosen, or all of ``conf/method``.
+
+    Settings of a method that is not chosen (``methods.exact.damping=10x`` alone) change it among all.
+
+    Raises:
+        InputError: settings of a method that there is not, or that does not run.
+    """
+    chosen = {name: node for name, node in methods.items() if "_target_" in (node or {})}
+    known = chosen or all_methods(conf)
+    for name in methods:
+        if name not in known:
+            there = [p.stem for p in sorted((conf / "method").glob("*.yaml"))]
+            if name in there:
+                running = list(map(str, known))
+                both = f"+method=[{','.join([*running, str(name)])}] runs it too"
+                raise InputError(f"methods.{name}", f"does not run; there are {shortened(running)}; {both}")
+            raise InputError(f"methods.{name}", f"no such method; {nearest(str(name), there)}")
+    merged = OmegaConf.merge(known, methods)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def all_methods(conf: Path) -> DictConfig:
+    """Return the settings of every method that has a file in ``conf/method``, by name."""
+    files = sorted((conf / "method").glob("*.yaml"))
+    merged = OmegaConf.merge({}, *(OmegaConf.load(file) for file in files))
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Return a configuration as plain containers."""
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return {str(k): v for k, v in container.items()}
+
+
+def _check_keys(schema: DictConfig, config: DictConfig, prefix: str) -> None:
+    for key in map(str, config):
+        full = f"{prefix}{key}"
+        if key not in list(schema):  # `in` alone is false for values that must be given
+            raise InputError(full, f"unknown key; {nearest(key, [str(k) for k in schema])}")
+        known, given = schema._get_node(key), config._get_node(key)
+        typed = OmegaConf.is_dict(known) and known._metadata.object_type not in (dict, None)  # type: ignore[union-attr]
+        if typed and isinstance(known, DictConfig):
+            if not isinstance(given, DictConfig):
+                raise InputError(full, f"expected a group of settings but got {given}")
+            _check_keys(known, given, f"{full}.")
+
+
+def _make_lists(schema: DictConfig, config: DictConfig) -> None:
+    """Put single values in lists where lists are expected: ``evaluation.metrics=cosine``."""
+    for key in map(str, config):
+        known = schema._get_node(key)
+        if OmegaConf.is_missing(config, key):
+            continue
+        if isinstance(known, DictConfig) and isinstance(config[key], DictConfig):
+            _make_lists(known, config[key])
+        elif isinstance(known, ListConfig) and isinstance(config[key], str | int | float):
+            config[key] = [config[key]]
+
+
+def _unresolvable(node: Any, prefix: str = "") -> str | None:
+    """Return the key of the first value whose interpolation fails."""
+    if not OmegaConf.is_config(node):
+        return None
+    for name in range(len(node)) if isinstance(node, ListConfig) else list(node.keys()):
+        key = f"{prefix}.{name}" if prefix else str(name)
+        try:
+            inside = None if OmegaConf.is_missing(node, name) else node[name]
+        except OmegaConfBaseException:
+            return key
+        if (found := _unresolvable(inside, key)) is not None:
+            return found
+    return None
+
+
+def _check_mandatory(config: DictConfig) -> None:
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise InputError(missing[0], "must be given")

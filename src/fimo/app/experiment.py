@@ -1,0 +1,227 @@
+"""The story of a run: data, final model, gold standard, methods, their agreement, the report."""
+
+from __future__ import annotations
+
+import logging
+import math
+import traceback
+from pathlib import Path
+
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from fimo.app.build import (
+    build_data,
+    build_final_model,
+    build_methods,
+    build_module,
+    build_trainer,
+    check_evaluation,
+    training_settings,
+)
+from fimo.app.check_run import check_run
+from fimo.app.config import plain
+from fimo.app.environment import quiet_libraries, trainer_settings
+from fimo.app.plan import Plan
+from fimo.app.scoring import applicable, described, score, withheld
+from fimo.app.summary import summarise
+from fimo.cost import Cost, measured, write_costs
+from fimo.curvature.solvers import DivergenceError
+from fimo.errors import InputError, reason
+from fimo.evaluation import assess
+from fimo.evaluation.assessment import judged_bars
+from fimo.further_training import further_train
+from fimo.models.frozen import without_frozen_part
+from fimo.models.training import quality, save_checkpoint, train_final_model
+from fimo.reporting.report import write_report
+from fimo.reporting.wandb import log_run
+from fimo.store.files import Store, write_tensors
+from fimo.store.fingerprint import Problem
+from fimo.tasks import Judged, build_tasks, with_findings
+from fimo.validation.poor import poor
+
+log = logging.getLogger(__name__)
+
+
+def run_experiment(config: DictConfig, run_dir: Path) -> float:
+    """Run what a checked configuration describes, and write the run's folder.
+
+    Returns:
+        The best method's agreement with the sensitivity at the last evaluation point (of the first
+        metric), for sweepers that search; NaN where the run ends before.
+
+    Raises:
+        InputError: bad input, before any training.
+        CheckFailedError: the check that the run ends with (``until=check``) did not pass.
+    """
+    quiet_libraries()
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    store = Store(config.store)
+    costs: list[Cost] = []
+
+    data = build_data(config)
+    plan = Plan.of(config, data)
+    check_evaluation(config, len(plan.seeds))
+    module = build_module(config, data)
+    methods, skipped = applicable(build_methods(config), build_final_model(module, config), data.train)
+    for name, why in skipped.items():
+        log.warning("%s is skipped: %s", name, why)
+    tasks = build_tasks(config, data)
+    trainer = build_trainer(config)
+    device = trainer.strategy.root_device
+
+    with measured("final_model") as cost:
+        if config.model.checkpoint is None:
+            train_final_model(module, data, trainer, store, training_settings(config), config.seed, cost)
+        final_model = build_final_model(module, config)
+        save_checkpoint(module, trainer, run_dir / "final_model.ckpt")
+        final_quality = quality(final_model, data)
+    costs.append(cost)
+    if not math.isfinite(final_quality.train_loss):
+        raise InputError("model", f"the final model's loss is {final_quality.train_loss}; lower model.lr?")
+    log.info("final model: %s", final_quality)
+    trained, seen = without_frozen_part(final_model, data)  # what no run changes is computed once
+
+    if config.until == "check":
+        check_run(trained, seen, plan, methods, device, run_dir)
+        write_costs(costs, run_dir / "cost.csv")
+        return math.nan
+
+    if not config.model.accept_poor and (problem := poor(final_model, data.train, data.test)) is not None:
+        raise InputError("model", f"{problem} model.accept_poor=true explains it all the same")
+    shared = described(trained, seen)
+    with measured("further_training") as cost:
+        sensitivity = further_train(
+            trained,
+            seen.train,
+            seen.test[plan.test],
+            plan.protocol,
+            plan.seeds,
+            plan.left_out,
+            test_index=plan.test,
+            store=store,
+            chunk=plan.chunk,
+            subtract_mean=plan.subtract_mean,
+            trainer=trainer_settings(config),
+            cost=cost,
+            problem=shared if isinstance(shared, Problem) else None,
+        )
+        sensitivity.save(run_dir / "sensitivity.safetensors", with_raw=config.further_training.save_raw)
+    costs.append(cost)
+    check_finite(sensitivity.sensitivity)
+    if config.until == "further_training":
+        write_costs(costs, run_dir / "cost.csv")
+        return math.nan
+
+    placed = trained.to(device)
+    scores: dict[str, tuple[str, Tensor]] = {}
+    errors: dict[str, Tensor] = {}
+    without_bars: dict[str, str] = {}
+    for name, method in methods.items():
+        with measured(name) as cost:
+            try:
+                tensors = score(name, method, placed, seen, plan, config, store, cost, shared)
+            except OSError:  # a full disk fails everything that follows too
+                raise
+            except Exception as error:  # whatever it is, the others' results are not lost with it
+                problem = failure(name, error, run_dir)
+                if len(methods) == 1:
+                    raise InputError(f"methods.{name}", problem) from error
+                log.error("%s failed: %s", name, problem)
+                skipped[name] = f"failed: {problem}"
+                continue
+            scores[name] = (str(method.access), tensors["scores"])
+            if (bars := judged_bars(tensors, plan.subtract_mean)) is not None:
+                errors[name] = bars
+            if why := withheld(tensors):
+                without_bars[name] = why
+            indices = {"left_out": sensitivity.left_out, "test": sensitivity.test}
+            if method.follows_seeds:
+                indices["followed_seeds"] = torch.tensor(plan.followed)
+            write_tensors(run_dir / "scores" / f"{name}.safetensors", {**tensors, **indices})
+        costs.append(cost)
+        log.info("%s: %.1f s", name, cost.seconds)
+
+    methods = {name: method for name, method in methods.items() if name in scores}
+    if not scores:
+        raise InputError("method", "; ".join(f"{name} {why}" for name, why in skipped.items()))
+
+    findings = {}
+    for name, task in tasks.items():
+        with measured(name) as cost:
+            try:
+                findings[name] = task(Judged(config, data, plan, final_model, methods, store, device, cost))
+            except OSError:
+                raise
+            except Exception as error:  # what was measured and scored before is still judged and reported
+                problem = failure(name, error, run_dir)
+                log.error("%s failed: %s", name, problem)
+                skipped[name] = f"failed: {problem}"
+                continue
+        costs.append(cost)
+        log.info("%s: %.1f s", name, cost.seconds)
+
+    with measured("evaluation") as cost:
+        evaluation = assess(
+            scores,
+            sensitivity,
+            list(config.evaluation.metrics),
+            config.evaluation.seed_counts,
+            estimate_loss_change=[n for n, m in methods.items() if m.estimates_loss_change],
+            followed={n: plan.followed for n, m in methods.items() if m.follows_seeds},
+            resamples=config.evaluation.bootstrap,
+        )
+        evaluation.save(run_dir)
+    costs.append(cost)
+
+    with measured("report") as cost:
+        results = summarise(
+            plain(config), data, final_model, final_quality, sensitivity, methods, scores, evaluation,
+            costs, skipped, errors, without_bars,
+        )  # fmt: skip
+        results = with_findings(results, findings, run_dir)
+        results.save(run_dir)
+        write_costs(costs, run_dir / "cost.csv")
+        if config.report:
+            write_report(results, run_dir / "report.html")
+        log_run(results, config.logger, run_dir)
+    write_costs([*costs, cost], run_dir / "cost.csv")
+    for note in evaluation.notes:
+        log.warning("%s", note)
+    log.info("results: %s", run_dir / "report.html" if config.report else run_dir)
+    return best_agreement(evaluation.table, config.evaluation.metrics[0])
+
+
+def failure(name: str, error: Exception, run_dir: Path) -> str:
+    """Return a method's failure in one line; its traceback is in ``failures/`` where it needs one."""
+    if isinstance(error, InputError | DivergenceError):
+        return str(error).splitlines()[0]
+    path = run_dir / "failures" / f"{name}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(traceback.format_exception(error)))
+    return f"{reason(error)}; the traceback is in {path}"
+
+
+def check_finite(sensitivity: Tensor) -> None:
+    """Warn of runs that diverged, and end where nothing is left to compare with.
+
+    Args:
+        sensitivity: ``[E, J, L]``.
+
+    Raises:
+        InputError: none is finite at the last evaluation point.
+    """
+    finite = torch.isfinite(sensitivity)
+    if not finite[-1].any():
+        raise InputError("further_training.lr", "all runs diverged: no loss change is finite; lower it?")
+    if not finite.all():
+        share = 1 - float(finite.float().mean())
+        log.warning("further training diverged in part: %.1f %% of it is not finite", 100 * share)
+
+
+def best_agreement(table: pd.DataFrame, metric: str) -> float:
+    """Return the best method's mean agreement at the last evaluation point, all seeds averaged."""
+    last = table[(table["metric"] == metric) & (table["step"] == table["step"].max())]
+    return float(last[last["seeds"] == last["seeds"].max()]["mean"].max())

@@ -1,0 +1,97 @@
+"""A run's findings as one value, for the report and the loggers."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fimo.app.environment import versions
+from fimo.cost import Cost, cost_table
+from fimo.data.datamodule import InstancesModule, Split
+from fimo.evaluation import Evaluation
+from fimo.further_training.sensitivity import Sensitivity
+from fimo.methods.base import AttributionMethod
+from fimo.models.final_model import FinalModel
+from fimo.models.training import Quality
+from fimo.reporting.instance_table import InstanceDisplay, collect
+from fimo.reporting.results import Results
+
+
+def summarise(
+    config: Mapping[str, Any],
+    data: InstancesModule,
+    final_model: FinalModel,
+    quality: Quality,
+    sensitivity: Sensitivity,
+    methods: Mapping[str, AttributionMethod],
+    scores: Mapping[str, tuple[str, Tensor]],
+    evaluation: Evaluation,
+    costs: Sequence[Cost],
+    skipped: Mapping[str, str],
+    errors: Mapping[str, Tensor],
+    without_bars: Mapping[str, str],
+) -> Results:
+    """Gather what a run found."""
+
+    def show(split: Split, index: int) -> InstanceDisplay:
+        instance = getattr(data, split)[[index]]
+        return InstanceDisplay(
+            **asdict(data.display(split, index)),
+            prediction=data.prediction(final_model.outputs(instance)[0]),
+            loss=float(final_model.losses(instance)),
+        )
+
+    return Results(
+        name=f"{data.name}: {', '.join(methods)}"
+        if len(methods) <= 3
+        else f"{data.name}: {len(methods)} methods",
+        sensitivity=sensitivity,
+        scores={name: values for name, (_, values) in scores.items()},
+        evaluation=evaluation.table,
+        cost=cost_table(costs),
+        final_model={k: v for k, v in asdict(quality).items() if v is not None},
+        config=config,
+        versions=versions(),
+        dataset={
+            "name": data.name,
+            "task": data.task,
+            "train": len(data.train),
+            "test": len(data.test),
+            "classes": list(data.class_names),
+        },
+        shown=collect(sensitivity, show, config["evaluation"]["shown"]),
+        descriptions={name: first_sentence(method) for name, method in methods.items()},
+        skipped=skipped,
+        warnings=evaluation.notes,
+        bootstrap=evaluation.bootstrap,
+        slopes=evaluation.slopes,
+        distance=distance_table(sensitivity, final_model),
+        errors=errors,
+        without_bars=without_bars,
+    )
+
+
+def first_sentence(method: AttributionMethod) -> str:
+    """Return the first line of a method's docstring, without markup."""
+    line = (inspect.getdoc(type(method)) or type(method).__name__).splitlines()[0]
+    return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", line).replace("``", "")
+
+
+def distance_table(sensitivity: Sensitivity, final_model: FinalModel) -> pd.DataFrame | None:
+    """Return how far each seed's full run moved from the final model, at each evaluation point."""
+    if sensitivity.distance_full is None:
+        return None
+    norm = torch.cat([p.double().flatten() for p in final_model.parameters().values()]).norm()
+    rows = [
+        (int(sensitivity.step[e]), int(sensitivity.epoch[e]), int(seed), float(d), float(d / norm))
+        for seed, distances in zip(sensitivity.seeds, sensitivity.distance_full, strict=True)
+        for e, d in enumerate(distances)
+    ]
+    return pd.DataFrame(rows, columns=["step", "epoch", "seed", "distance", "relative"])

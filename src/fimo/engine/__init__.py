@@ -1,0 +1,1 @@
+"""The engine: runs of further training advanced together, as one batched computation."""

@@ -1,0 +1,120 @@
+"""A chunk: replicas advanced together, from the final model or from a saved state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fimo.engine.context import Setting, evaluation_batch
+from fimo.engine.leave_out import Batch, BatchStream
+from fimo.engine.linear import LinearNetwork
+from fimo.engine.optimizers import StackedOptimizer
+from fimo.engine.protocol import Protocol
+from fimo.engine.replicas import Replica
+from fimo.engine.stacked import stack_network
+
+
+class Chunk:
+    """Replicas that take the same optimizer steps, advanced together.
+
+    Args:
+        replicas: R of them; none twice.
+    """
+
+    def __init__(self, setting: Setting, replicas: Sequence[Replica]) -> None:
+        self.setting, self.replicas = setting, tuple(replicas)
+        # libraries treat a single product or convolution otherwise: a single run has a companion, which is
+        # dropped, so that its last digits are those of the same run among others
+        alone = len(replicas) == 1 and setting.engine != "loop"
+        rows = self.replicas * 2 if alone else self.replicas
+        self.network = stack_network(
+            setting.final_model,
+            len(rows),
+            setting.evaluation_model,
+            setting.engine,
+            setting.mode,
+            setting.protocol.autocast_dtype,
+        )
+        self.optimizer = StackedOptimizer(self.network, setting.protocol)
+        self.stream = BatchStream(
+            rows, len(setting.train), setting.protocol, self.network.dtype, setting.device
+        )
+        self.total_steps = setting.protocol.total_steps(len(setting.train))
+        self.step = 0
+        self._batches = self.stream.starting_at(0)
+
+    def follow(self, batches: Iterator[Batch]) -> None:
+        """Take further steps on other batches ``[R, B]`` than the protocol's."""
+        self._batches = batches
+
+    def start_from_full_run(self, steps: int) -> None:
+        """Take the first ``steps``, which all replicas share with their seed's full run, once for all."""
+        full = Chunk(self.setting, [Replica(self.replicas[0].seed)])
+        full.advance(steps)
+        self.restore({name: t[:1] for name, t in full.state().items()}, steps)
+
+    @property
+    def evaluation_steps(self) -> list[int]:
+        """Optimizer steps ``[E]`` of these replicas' evaluation points."""
+        return self.setting.protocol.evaluation_steps(self.stream.kept, len(self.setting.train))
+
+    def advance(self, to_step: int) -> None:
+        """Take optimizer steps until ``to_step``."""
+        setting, network = self.setting, self.network
+        fused = isinstance(network, LinearNetwork) and self.optimizer.fusible
+        with torch.no_grad():
+            while self.step < to_step:
+                batch = next(self._batches)
+                lr = setting.protocol.learning_rate(self.step, self.total_steps)
+                if fused:
+                    assert isinstance(network, LinearNetwork)
+                    network.descend(setting.train, batch, lr, setting.protocol.weight_decay)
+                else:
+                    network.differentiate(setting.train, batch, step_seed(self.stream.seeds[0], self.step))
+                    self.optimizer.step(lr)
+                self.step += 1
+
+    def evaluate(self) -> tuple[Tensor, Tensor]:
+        """Return the test losses ``[R, J]`` and the distances from the final model ``[R]`` (float64)."""
+        r = len(self.replicas)
+        with torch.no_grad():
+            losses = self.network.test_losses(self.setting.test, evaluation_batch(self.setting))
+            return losses[:r].double().cpu(), self.network.distance()[:r].cpu()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return a copy of all that the rest of the runs depends on: by name, ``[R, P']``."""
+        return {name: self.network.rows(flat) for name, flat in self._buffers().items()}
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {"parameters": self.network.flat, **self.optimizer.state}
+
+    def restore(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Continue from a state after ``step`` optimizer steps."""
+        for name, flat in self._buffers().items():
+            rows = state[name].to(flat.device)
+            self.network.load_rows(flat, rows if len(rows) == self.network.replicas else rows[:1])
+        self.step = self.optimizer.steps = step
+        self._batches = self.stream.starting_at(step)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Return the seed of a step's randomness (dropout): the same for all runs of a seed."""
+    return (seed * 1_000_003 + step) * 2
+
+
+def shared_steps(replicas: Sequence[Replica], instances: int, protocol: Protocol) -> int:
+    """Return how many first optimizer steps replicas have in common with their seed's full run.
+
+    Under ``shift`` and ``mask`` a run equals the full one until the batch where its first left-out instance
+    occurs in the first epoch; zero for replicas of several seeds and under ``every_batch``.
+    """
+    if protocol.leave_out == "every_batch" or len({r.seed for r in replicas}) > 1:
+        return 0
+    order = torch.randperm(instances, generator=torch.Generator().manual_seed(replicas[0].seed))
+    position = torch.argsort(order)
+    left_out = [i for r in replicas for i in r.left_out]
+    if not left_out or not all(r.left_out for r in replicas):
+        return 0
+    return int(position[left_out].min()) // protocol.batch_size

@@ -1,0 +1,176 @@
+"""What all runs of a job share, and how much is computed at a time."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fimo.data.instances import Instances
+from fimo.engine.protocol import DTYPES, Protocol
+from fimo.engine.replicas import even_parts
+from fimo.engine.stacked import Engine, choose_engine, without_gradient
+from fimo.errors import shortened
+from fimo.models.final_model import FinalModel
+from fimo.models.train_mode import TrainMode
+
+log = logging.getLogger(__name__)
+
+CPU_BYTES = {"linear": 4 * 2**20, "functional": 64 * 2**20}
+"""Parameters, gradients and activations of a chunk on a CPU: about a core's share of its caches, but for
+networks whose many small operations cost more than memory does."""
+
+FEWEST_TOGETHER = 4
+"""Fewer replicas that fit ``CPU_BYTES`` run one after another, also where they could be vectorised: their
+operations are so large that calling them costs nothing, and caches hold more of a single replica. Measured
+for ResNet-9 of width 4, 8 and 16 at batch 32 (one fits): together 1.0, 0.9 and 0.8 times as fast; for a small
+convolutional net and a small transformer (40 and 23 fit): 1.8 times."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a job share, on one device.
+
+    Args:
+        final_model, train: in the dtype of the runs.
+        evaluation_model, test: in the dtype of the test losses.
+        activations: elements that the network's layers produce for one instance.
+        mode: of the network in training steps.
+        vectorisable: replicas could be advanced together; where they run one after another all the same,
+            that is faster.
+    """
+
+    final_model: FinalModel
+    evaluation_model: FinalModel
+    train: Instances
+    test: Instances
+    protocol: Protocol
+    engine: Engine
+    activations: int = 1
+    mode: TrainMode = field(default_factory=TrainMode)
+    vectorisable: bool = True
+
+    @classmethod
+    def build(
+        cls,
+        final_model: FinalModel,
+        train: Instances,
+        test: Instances,
+        protocol: Protocol,
+        device: torch.device | str = "cpu",
+    ) -> Setting:
+        """Move everything to ``device`` and choose the engine."""
+        dtype, wide = DTYPES[protocol.dtype], DTYPES[protocol.evaluation_dtype]
+        model, train = final_model.to(device, dtype), train.to(device, dtype)
+        mode = TrainMode.of(model, train)
+        engine = choose_engine(model, train, mode, protocol.autocast_dtype)
+        if unused := without_gradient(model, train):
+            log.info("the loss does not depend on %s: further training leaves them alone", shortened(unused))
+        activations = _activations(model, train, engine)
+        vectorisable = engine != "loop"
+        if engine == "functional" and torch.device(device).type == "cpu":
+            one = replica_bytes(model, protocol, activations, engine)
+            if one * FEWEST_TOGETHER > CPU_BYTES["functional"]:
+                engine = "loop"
+                log.info(
+                    "replicas run one after another: a step of this network takes %.0f MB, and together "
+                    "they would be no faster on a CPU",
+                    one / 2**20,
+                )
+        return cls(
+            model,
+            final_model.to(device, wide),
+            train,
+            test.to(device, wide),
+            protocol,
+            engine,
+            activations,
+            mode,
+            vectorisable,
+        )
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether training steps draw random numbers (dropout)."""
+        return self.mode.stochastic
+
+    @property
+    def device(self) -> torch.device:
+        return self.train.targets.device
+
+
+def replica_bytes(final_model: FinalModel, protocol: Protocol, activations: int, engine: Engine) -> int:
+    """Return about how much memory a step of one replica works on."""
+    linear = engine == "linear"
+    # values and their gradients; automatic differentiation keeps about as much again
+    kept = (2 if linear else 4) * activations * protocol.batch_size
+    copies = 2 + 2 * (protocol.optimizer != "sgd") + (protocol.momentum > 0) + (0 if linear else 2)
+    return (8 if protocol.dtype == "float64" else 4) * (kept + copies * final_model.size)
+
+
+def chunk_size(setting: Setting, runs: int) -> int:
+    """Return the number of replicas of a chunk: what caches hold, or half of a GPU's free memory.
+
+    Chunks are as many as workers, or a multiple of that, and about equally large, so that none waits at the
+    end.
+
+    Args:
+        runs: of the job, but for full runs.
+    """
+    workers = worker_threads(setting)
+    if setting.engine == "loop":
+        return even_parts(runs, 8, workers)[0]
+    one = replica_bytes(setting.final_model, setting.protocol, setting.activations, setting.engine)
+    if setting.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(setting.device)
+        return max(2, even_parts(runs, min(4096, int(0.5 * free / one)), workers)[0])
+    return max(2, even_parts(runs, min(128, int(CPU_BYTES[setting.engine] / one)), workers)[0])
+
+
+def worker_threads(setting: Setting) -> int:
+    """Return how many chunks are advanced at a time: one for each thread of a CPU.
+
+    One where a network that can't be vectorised may share state between its copies: in hooks, or in the
+    random numbers of a backward pass that repeats the forward pass (checkpointing).
+    """
+    if setting.device.type != "cpu":
+        return 1
+    shares = not setting.vectorisable and (setting.stochastic or _has_hooks(setting.final_model.network))
+    return 1 if shares else torch.get_num_threads()
+
+
+def _has_hooks(network: nn.Module) -> bool:
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in network.modules()
+    )
+
+
+def evaluation_batch(setting: Setting) -> int:
+    """Return how many test instances are evaluated at a time, for all replicas of a chunk.
+
+    It does not depend on the number of replicas: the last digits of a loss may depend on the batch.
+    """
+    elements = 2**17 if setting.device.type == "cuda" else 2**15
+    return max(16, min(4096, elements // setting.activations // 16 * 16))
+
+
+def _activations(final_model: FinalModel, train: Instances, engine: Engine) -> int:
+    """Count the elements of layers' outputs for one instance (of linear ones where the rest is in place)."""
+    sizes: list[int] = []
+
+    def count(module: nn.Module, inputs: object, outputs: object) -> None:
+        sizes.append(outputs.numel() if isinstance(outputs, Tensor) else 0)
+
+    leaves = [m for m in final_model.network.modules() if not list(m.children())]
+    if engine == "linear":
+        leaves = [m for m in leaves if isinstance(m, nn.Linear)]
+    handles = [m.register_forward_hook(count) for m in leaves]
+    try:
+        final_model.outputs(train[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(1, sum(sizes))

@@ -1,0 +1,295 @@
+"""Stacked networks of linear layers, by batched matrix products written out.
+
+Activations are kept feature-major, ``[R, features, B]``: with weights as torch keeps them, ``[R, out, in]``,
+every product then has an operand layout that the matrix library runs near its peak, also for the one or few
+outputs of the last layer, where the instance-major form is up to ten times slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fimo.data.instances import Inputs, Instances
+from fimo.engine.leave_out import Batch
+from fimo.engine.stacked import ALIGNED, StackedNetwork
+from fimo.models.final_model import FinalModel
+from fimo.models.losses import Loss, binary_cross_entropy, cross_entropy, mean_squared_error
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise activation with its derivative in place.
+
+    Args:
+        forward: ``(before, after)``, writes ``after``; they are the same tensor if ``from_output``.
+        backward: ``(gradient, value)``, multiplies the gradient in place by the derivative at ``value``.
+        from_output: the derivative is a function of the activation's output.
+    """
+
+    forward: Callable[[Tensor, Tensor], object]
+    backward: Callable[[Tensor, Tensor], object]
+    from_output: bool = True
+
+
+RELU = Activation(
+    lambda before, after: torch.clamp_min(before, 0, out=after),
+    lambda g, after: aten.threshold_backward.grad_input(g, after, 0, grad_input=g),
+)
+TANH = Activation(
+    lambda before, after: torch.tanh(before, out=after),
+    lambda g, after: aten.tanh_backward.grad_input(g, after, grad_input=g),
+)
+SIGMOID = Activation(
+    lambda before, after: torch.sigmoid(before, out=after),
+    lambda g, after: aten.sigmoid_backward.grad_input(g, after, grad_input=g),
+)
+SILU = Activation(
+    lambda before, after: aten.silu.out(before, out=after),
+    lambda g, before: aten.silu_backward.grad_input(g, before, grad_input=g),
+    from_output=False,
+)
+
+
+def _gelu(approximate: str) -> Activation:
+    return Activation(
+        lambda before, after: aten.gelu.out(before, approximate=approximate, out=after),
+        lambda g, before: aten.gelu_backward.grad_input(g, before, approximate=approximate, grad_input=g),
+        from_output=False,
+    )
+
+
+def _activation(module: nn.Module) -> Activation | None:
+    if type(module) is nn.GELU:
+        return _gelu(module.approximate)
+    return {nn.ReLU: RELU, nn.Tanh: TANH, nn.Sigmoid: SIGMOID, nn.SiLU: SILU}.get(type(module))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer (names of its parameters) and the activation after it (in place, and as a module)."""
+
+    weight: str
+    bias: str | None
+    activation: Activation | None = None
+    module: nn.Module | None = None
+
+
+def linear_layers(network: nn.Module) -> list[Layer] | None:
+    """Return a network's layers if it is a sequence of linear layers and activations, else None.
+
+    Nested ``nn.Sequential``, a leading ``nn.Flatten``, identities and dropout with rate 0 are seen through.
+    Layers with hooks, tied parameters or a type of the user's own are not.
+    """
+    if not _is_sequence(network):
+        return None
+    layers: list[Layer] = []
+    parameters = 0
+    for name, module in network.named_modules(remove_duplicate=False):
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
+        if _is_sequence(module) or _passes_through(module) or (type(module) is nn.Flatten and not layers):
+            continue
+        if type(module) is nn.Linear:
+            bias = f"{name}.bias" if module.bias is not None else None
+            layers.append(Layer(f"{name}.weight", bias))
+            parameters += 1 + (bias is not None)
+        elif (activation := _activation(module)) and layers and layers[-1].activation is None:
+            layers[-1] = Layer(layers[-1].weight, layers[-1].bias, activation, module)
+        else:
+            return None
+    tied = parameters != len(list(network.parameters()))
+    return None if tied or not layers else layers
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _passes_through(module: nn.Module) -> bool:
+    return type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)
+
+
+class _Workspace:
+    """Buffers of one batch size, so that a step allocates nothing of size."""
+
+    def __init__(self, network: LinearNetwork, instances: int, shared: bool) -> None:
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=network.dtype, device=network.device)
+
+        r = network.replicas
+        rows = [network.parameters[layer.weight].shape[1] for layer in network.layers]
+        self.before = [empty(r, n, instances) for n in rows]
+        self.after = [
+            b if layer.activation is None or layer.activation.from_output else torch.empty_like(b)
+            for layer, b in zip(network.layers, self.before, strict=True)
+        ]
+        self.delta = [empty(r, n, instances) for n in rows]
+        width = network.parameters[network.layers[0].weight].shape[2]
+        self.gathered = empty((1 if shared else r) * instances, width)
+        # instance-major: rows are copied from the data as they lie
+        self.inputs = self.gathered.view(-1, instances, width).expand(r, -1, -1)
+
+
+class LinearNetwork(StackedNetwork):
+    """R copies of a network of linear layers: one batched product per layer and direction.
+
+    Batches are padded to a multiple of 16 with instances of weight zero, which keeps every matrix aligned
+    (see :class:`StackedNetwork`); R is at least 2, since the matrix library treats a single product
+    otherwise.
+    """
+
+    def __init__(self, final_model: FinalModel, replicas: int, evaluation_model: FinalModel) -> None:
+        if replicas < 2:
+            raise ValueError(f"expected at least 2 replicas but got {replicas}")
+        super().__init__(final_model, replicas, evaluation_model)
+        layers = linear_layers(final_model.network)
+        if layers is None:
+            raise ValueError("not a sequence of linear layers and activations")
+        self.layers = layers
+        self._workspaces: dict[tuple[int, bool], _Workspace] = {}
+        self._evaluations: dict[int, list[Tensor]] = {}
+        self._data: tuple[Instances, Tensor] | None = None
+
+    def differentiate(self, train: Instances, batch: Batch, seed: int) -> None:
+        space = self._forward_and_deltas(train, batch)
+        for k in reversed(range(len(self.layers))):
+            layer = self.layers[k]
+            torch.bmm(space.delta[k], self._entering(space, k), out=self.gradients[layer.weight])
+            if layer.bias is not None:
+                torch.sum(space.delta[k], 2, out=self.gradients[layer.bias])
+            self._backward(space, k)
+
+    def descend(self, train: Instances, batch: Batch, lr: float, weight_decay: float) -> None:
+        """Make a step of plain SGD, the update fused into the products (no gradient is stored)."""
+        space = self._forward_and_deltas(train, batch)
+        keep = 1 - lr * weight_decay
+        for k in reversed(range(len(self.layers))):
+            layer = self.layers[k]
+            self._backward(space, k)  # before this layer's weights change
+            self.parameters[layer.weight].baddbmm_(
+                space.delta[k], self._entering(space, k), beta=keep, alpha=-lr
+            )
+            if layer.bias is not None:
+                bias = self.parameters[layer.bias]
+                if weight_decay:
+                    bias.mul_(keep)
+                bias.sub_(space.delta[k].sum(2), alpha=lr)
+
+    def _entering(self, space: _Workspace, k: int) -> Tensor:
+        """Return what enters layer k, ``[R, B, in]``."""
+        return space.after[k - 1].transpose(1, 2) if k else space.inputs
+
+    def _forward_and_deltas(self, train: Instances, batch: Batch) -> _Workspace:
+        """Run the forward pass, and the gradient of the weighted loss in the last layer's sums."""
+        index, weight = _padded(batch)
+        shared = len(index) == 1
+        key = (index.shape[1], shared)
+        if key not in self._workspaces:
+            self._workspaces[key] = _Workspace(self, *key)
+        space = self._workspaces[key]
+        torch.index_select(self._rows(train), 0, index.reshape(-1), out=space.gathered)
+        for k, layer in enumerate(self.layers):
+            w, before = self.parameters[layer.weight], space.before[k]
+            entering = self._entering(space, k).transpose(1, 2)
+            if layer.bias is None:
+                torch.bmm(w, entering, out=before)
+            else:
+                bias = self.parameters[layer.bias][:, :, None].expand_as(before)
+                torch.baddbmm(bias, w, entering, out=before)
+            if layer.activation is not None:
+                layer.activation.forward(before, space.after[k])
+        output_gradient(self.loss, space.after[-1], train.targets[index], weight, space.delta[-1])
+        last = self.layers[-1].activation
+        if last is not None:
+            last.backward(space.delta[-1], space.before[-1])
+        return space
+
+    def _backward(self, space: _Workspace, k: int) -> None:
+        """Carry the gradient in layer k's sums to those of the layer before."""
+        if k:
+            torch.bmm(
+                self.parameters[self.layers[k].weight].transpose(1, 2), space.delta[k], out=space.delta[k - 1]
+            )
+            activation = self.layers[k - 1].activation
+            if activation is not None:
+                activation.backward(space.delta[k - 1], space.before[k - 1])
+
+    def _rows(self, train: Instances) -> Tensor:
+        """Return the training inputs as rows ``[N, in]``."""
+        if self._data is None or self._data[0] is not train:
+            assert isinstance(train.inputs, Tensor)
+            self._data = (train, train.inputs.to(self.dtype).flatten(1).contiguous())
+        return self._data[1]
+
+    def outputs(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
+        """See :class:`StackedNetwork`; valid until the next call with equally many instances."""
+        assert isinstance(inputs, Tensor)
+        rows = inputs.to(self.evaluation_dtype).flatten(1)
+        n = len(rows)
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, -n % ALIGNED))
+        width = len(padded)
+        if width not in self._evaluations:
+            self._evaluations[width] = [
+                padded.new_empty(self.replicas, self.parameters[layer.weight].shape[1], width)
+                for layer in self.layers
+            ]
+        after = padded.expand(self.replicas, -1, -1).transpose(1, 2)
+        for layer, sums in zip(self.layers, self._evaluations[width], strict=True):
+            if layer.bias is None:
+                torch.bmm(parameters[layer.weight], after, out=sums)
+            else:
+                bias = parameters[layer.bias][:, :, None].expand_as(sums)
+                torch.baddbmm(bias, parameters[layer.weight], after, out=sums)
+            if layer.activation is not None:
+                layer.activation.forward(sums, sums)
+            after = sums
+        return after.transpose(1, 2)[:, :n]
+
+
+def _padded(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return index ``[R or 1, B']`` and weight ``[R, B']`` with extra instances, B' a multiple of 16."""
+    index, weight = batch.index, batch.weight
+    if batch.extra is not None and batch.extra_weight is not None:
+        index = torch.cat([index.expand(len(batch.extra), -1), batch.extra], 1)
+        weight = torch.cat([weight, batch.extra_weight], 1)
+    missing = -index.shape[1] % ALIGNED
+    if missing:
+        index = torch.cat([index, index[:, :1].expand(-1, missing)], 1)
+        weight = torch.nn.functional.pad(weight, (0, missing))
+    return index, weight
+
+
+def output_gradient(loss: Loss, outputs: Tensor, targets: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write the gradient of sum_b weight_b * loss_b in the outputs.
+
+    Args:
+        outputs: ``[R, D, B]``.
+        targets: ``[R or 1, B]`` class indices or ``[R or 1, B, D]`` values.
+        weight: ``[R, B]``.
+        out: ``[R, D, B]``.
+    """
+    r, d, b = outputs.shape
+    if loss is mean_squared_error:
+        torch.sub(outputs, targets.transpose(1, 2), out=out)
+        out.mul_((weight * (2 / d))[:, None])
+    elif loss is cross_entropy:
+        torch.softmax(outputs, 1, out=out)
+        hot = targets[:, None].expand(r, 1, b)
+        out.scatter_add_(1, hot, torch.full((), -1.0, dtype=out.dtype, device=out.device).expand(r, 1, b))
+        out.mul_(weight[:, None])
+    elif loss is binary_cross_entropy:
+        torch.sigmoid(outputs, out=out)
+        out.sub_(targets.transpose(1, 2)).mul_((weight / d)[:, None])
+    else:
+        with torch.enable_grad():
+            rows = outputs.transpose(1, 2).reshape(r * b, d).requires_grad_()
+            flat_targets = targets.expand(r, *targets.shape[1:]).flatten(0, 1)
+            value = (loss(rows, flat_targets) * weight.reshape(-1)).sum()
+            (gradient,) = torch.autograd.grad(value, rows)
+        out.copy_(gradient.view(r, b, d).transpose(1, 2))

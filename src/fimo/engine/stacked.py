@@ -1,0 +1,299 @@
+"""Stacked networks: R copies of a network, evaluated and differentiated together."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fimo.data.instances import Inputs, Instances
+from fimo.engine.leave_out import Batch
+from fimo.models.final_model import FinalModel, functional_apply
+from fimo.models.train_mode import TrainMode, seeded
+
+log = logging.getLogger(__name__)
+
+ALIGNED = 16
+"""Elements that fill cache lines of 64 bytes: the alignment that matrix libraries ask for."""
+
+
+class StackedNetwork(ABC):
+    """R copies of the final model's network, started from the same parameters.
+
+    Each parameter's R copies lie one after another, each at a multiple of 64 bytes, and all parameters in one
+    buffer: optimizers work on one tensor, and a copy's results depend neither on its place nor on R, since
+    the matrix library chooses its kernels by the operands' shapes and alignment.
+
+    Args:
+        final_model: on the device and in the dtype of the runs.
+        replicas: R.
+        evaluation_model: the same in the dtype of the test losses.
+
+    Attributes:
+        flat, flat_gradient: all parameters and gradients, in one dimension, with zeros between them.
+        parameters, gradients: views of them by name, ``[R, ...]``; gradients are filled by
+            :meth:`differentiate`.
+    """
+
+    def __init__(self, final_model: FinalModel, replicas: int, evaluation_model: FinalModel) -> None:
+        self.replicas, self.loss = replicas, final_model.loss
+        self.measurement = final_model.measurement or final_model.loss
+        self.evaluation_model = evaluation_model
+        self.initial = final_model.parameters()
+        first = next(iter(self.initial.values()))
+        self.dtype, self.device = first.dtype, first.device
+        self.evaluation_dtype = next(iter(evaluation_model.parameters().values())).dtype
+        self._blocks: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name, p in self.initial.items():
+            width = p.numel() + -p.numel() % ALIGNED
+            self._blocks[name] = (end, width)
+            end += replicas * width
+        self.flat = torch.zeros(end, dtype=self.dtype, device=self.device)
+        self.flat_gradient = torch.zeros_like(self.flat)
+        self.parameters = self.views(self.flat)
+        self.gradients = self.views(self.flat_gradient)
+        for name, p in self.initial.items():
+            self.parameters[name].copy_(p.expand_as(self.parameters[name]))
+        self._wide = torch.zeros(end, dtype=torch.float64, device=self.device)
+        self._wide_start = [block[:1].to(torch.float64, copy=True) for block in self.blocks(self.flat)]
+
+    def blocks(self, flat: Tensor) -> list[Tensor]:
+        """Return a buffer of :attr:`flat`'s shape as ``[R, P_k]`` for each parameter k, sharing memory."""
+        return [flat[a : a + self.replicas * w].view(-1, w) for a, w in self._blocks.values()]
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return a buffer of :attr:`flat`'s shape by parameter, ``[R, ...]``, sharing memory."""
+        blocks = zip(self.initial.items(), self.blocks(flat), strict=True)
+        return {
+            name: block[:, : p.numel()].unflatten(1, p.shape) if p.ndim else block[:, 0]
+            for (name, p), block in blocks
+        }
+
+    def norms(self, flat: Tensor) -> Tensor:
+        """Return each copy's Euclidean norm ``[R]`` of a buffer of :attr:`flat`'s shape."""
+        squares = [torch.linalg.vector_norm(block, dim=1).square() for block in self.blocks(flat)]
+        return torch.stack(squares).sum(0).sqrt()
+
+    def rows(self, flat: Tensor) -> Tensor:
+        """Return a copy of a buffer of :attr:`flat`'s shape as ``[R, P']``: what is saved."""
+        return torch.cat(self.blocks(flat), 1)
+
+    def load_rows(self, flat: Tensor, rows: Tensor) -> None:
+        """Fill a buffer of :attr:`flat`'s shape from ``rows [R or 1, P']``."""
+        blocks = self.blocks(flat)
+        for block, part in zip(blocks, rows.split([b.shape[1] for b in blocks], 1), strict=True):
+            block.copy_(part.expand_as(block))
+
+    @abstractmethod
+    def differentiate(self, train: Instances, batch: Batch, seed: int) -> None:
+        """Fill the gradients of each replica's weighted loss on its batch.
+
+        Args:
+            train: all training instances, which the batch indexes.
+            seed: of the step's randomness (dropout), the same for all replicas.
+        """
+
+    @abstractmethod
+    def outputs(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
+        """Return the outputs ``[R, n, ...]`` in eval mode and in the evaluation model's dtype.
+
+        Args:
+            parameters: :attr:`parameters` in that dtype.
+        """
+
+    def test_losses(self, test: Instances, batch_size: int = 1024) -> Tensor:
+        """Return the losses ``[R, J]`` of test instances (in the evaluation dtype), in eval mode."""
+        parameters = self.parameters
+        if self.evaluation_dtype != self.dtype:
+            parameters = self.views(self._wide.to(self.evaluation_dtype).copy_(self.flat))
+        losses = []
+        for batch in test.batches(batch_size):
+            outputs = self.outputs(parameters, batch.inputs)
+            targets = batch.targets.expand(self.replicas, *batch.targets.shape).flatten(0, 1)
+            losses.append(self.measurement(outputs.flatten(0, 1), targets).view(self.replicas, -1))
+        return torch.cat(losses, 1)
+
+    def distance(self) -> Tensor:
+        """Return the Euclidean distance ``[R]`` (float64) of the parameters from the final model's."""
+        self._wide.copy_(self.flat)
+        for block, start in zip(self.blocks(self._wide), self._wide_start, strict=True):
+            block.sub_(start)
+        return self.norms(self._wide)
+
+
+class FunctionalNetwork(StackedNetwork):
+    """Any network, by ``torch.func``: vectorised over replicas, or one replica after another.
+
+    Args:
+        mode: of the network in training steps.
+        vectorise: False where a layer, loss or in-place operation can't be vectorised: same results, slower.
+    """
+
+    def __init__(
+        self,
+        final_model: FinalModel,
+        replicas: int,
+        evaluation_model: FinalModel,
+        mode: TrainMode,
+        vectorise: bool = True,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        # copies: the final model's own network stays in eval mode, and chunks may run in threads
+        super().__init__(final_model, replicas, evaluation_model.to())
+        self.vectorise, self.autocast = vectorise, autocast
+        self.mode = mode
+        self.network = mode.set(FinalModel(final_model.network, final_model.loss).network)
+        self.buffers = final_model.buffers()
+        self.evaluation_buffers = self.evaluation_model.buffers()
+        if vectorise:
+            self.buffers = self._for_each_replica(self.buffers)
+            self.evaluation_buffers = self._for_each_replica(self.evaluation_buffers)
+
+    def _for_each_replica(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return buffers as stacked tensors ``[R, ...]``, of one copy's memory.
+
+        Vectorised, a product of stacked parameters with a single vector (in spectral normalisation) would be
+        one product of another size for each R, with other last digits.
+        """
+        r = self.replicas
+        return {n: b.expand(r, *b.shape) if b.is_floating_point() else b for n, b in buffers.items()}
+
+    @staticmethod
+    def _axes(tensors: dict[str, Tensor]) -> dict[str, int | None]:
+        """Return which tensors are stacked: parameters and those of :meth:`_for_each_replica`."""
+        return {n: 0 if t.is_floating_point() else None for n, t in tensors.items()}
+
+    def differentiate(self, train: Instances, batch: Batch, seed: int) -> None:
+        shared = len(batch.index) == 1
+        instances = train[batch.index[0]] if shared else train[batch.index]
+        gradients = self._weighted(instances, batch.weight, shared, seed)
+        if batch.extra is not None and batch.extra_weight is not None:
+            # a forward of its own: were it appended, the batch's dropout masks would depend on it
+            extra = self._weighted(train[batch.extra], batch.extra_weight, False, seed + 1)
+            gradients = {n: g + extra[n] for n, g in gradients.items()}
+        for name, g in gradients.items():
+            self.gradients[name].copy_(g)
+
+    def _weighted(self, instances: Instances, weight: Tensor, shared: bool, seed: int) -> dict[str, Tensor]:
+        def loss(tensors: dict[str, Tensor], inputs: Inputs, targets: Tensor, weight: Tensor) -> Tensor:
+            outputs = functional_apply(self.network, tensors, inputs)
+            outputs = outputs.to(weight.dtype)
+            return (self.loss(outputs, targets) * weight).sum()
+
+        inputs, targets = instances.inputs, instances.targets
+        axis = None if shared else 0
+        if self.vectorise:
+            # the gradient of the replicas' sum is each one's own; a backward pass over stacked tensors takes
+            # about a tenth less of a step than vmap(grad) does
+            free = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+            with self._training_step(seed), torch.enable_grad():
+                tensors = {**self.buffers, **free}
+                mapped = vmap(loss, in_dims=(self._axes(tensors), axis, axis, 0), randomness="same")
+                total = mapped(tensors, inputs, targets, weight).sum()
+            gradients = torch.autograd.grad(total, list(free.values()), materialize_grads=True)
+            return dict(zip(free, gradients, strict=True))
+        found = {n: torch.empty_like(p) for n, p in self.parameters.items()}
+        for r in range(self.replicas):
+            own = instances if shared else Instances(_row(inputs, r), targets[r])
+            parameters = {n: p[r].detach().requires_grad_() for n, p in self.parameters.items()}
+            with self._training_step(seed), torch.enable_grad():
+                value = loss({**self.buffers, **parameters}, own.inputs, own.targets, weight[r])
+            own_gradients = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
+            for name, g in zip(parameters, own_gradients, strict=True):
+                found[name][r] = g
+        return found
+
+    @contextlib.contextmanager
+    def _training_step(self, seed: int) -> Iterator[None]:
+        """Set a step's random state, precision, and an attention kernel that can be vectorised."""
+        lower = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+        with lower, sdpa_kernel(SDPBackend.MATH), seeded(seed if self.mode.stochastic else None, self.device):
+            yield
+
+    def outputs(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
+        network, buffers = self.evaluation_model.network, self.evaluation_buffers
+        with sdpa_kernel(SDPBackend.MATH):
+            if self.vectorise:
+                tensors = {**buffers, **parameters}
+                mapped = vmap(lambda t: functional_apply(network, t, inputs), in_dims=(self._axes(tensors),))
+                return mapped(tensors)
+            each = [{n: p[r] for n, p in parameters.items()} for r in range(self.replicas)]
+            return torch.stack([functional_apply(network, {**buffers, **own}, inputs) for own in each])
+
+
+def without_gradient(final_model: FinalModel, train: Instances) -> list[str]:
+    """Return the names of trainable parameters that the loss does not depend on (an unused pooler)."""
+    network = final_model.network
+    free = {n: p.clone().requires_grad_() for n, p in final_model.parameters().items()}
+    two = train[:2]
+    with torch.enable_grad():
+        outputs = functional_apply(network, {**final_model.buffers(), **free}, two.inputs)
+        loss = final_model.loss(outputs, two.targets).sum()
+        found = torch.autograd.grad(loss, list(free.values()), allow_unused=True)
+    return [name for name, g in zip(free, found, strict=True) if g is None]
+
+
+def _row(inputs: Inputs, r: int) -> Inputs:
+    return {k: v[r] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[r]
+
+
+Engine = Literal["linear", "functional", "loop"]
+
+
+def stack_network(
+    final_model: FinalModel,
+    replicas: int,
+    evaluation_model: FinalModel,
+    engine: Engine,
+    mode: TrainMode,
+    autocast: torch.dtype | None = None,
+) -> StackedNetwork:
+    """Return the stacked network of an engine."""
+    from fimo.engine.linear import LinearNetwork
+
+    if engine == "linear":
+        return LinearNetwork(final_model, replicas, evaluation_model)
+    return FunctionalNetwork(final_model, replicas, evaluation_model, mode, engine == "functional", autocast)
+
+
+def choose_engine(
+    final_model: FinalModel, train: Instances, mode: TrainMode, autocast: torch.dtype | None = None
+) -> Engine:
+    """Return the fastest engine that can run a network: ``linear``, else ``functional``, else ``loop``.
+
+    Whether ``torch.func`` can vectorise it is tried on two replicas and two instances.
+    """
+    if autocast is None and _is_linear(final_model, train):
+        return "linear"
+    dtype, device = next(iter(final_model.parameters().values())).dtype, train.targets.device
+    weight = torch.ones(2, 2, dtype=dtype, device=device)
+    index = torch.arange(2, device=device).clamp(max=len(train) - 1).expand(2, 2)
+    probe = FunctionalNetwork(final_model, 2, final_model, mode, autocast=autocast)
+    try:
+        probe.differentiate(train, Batch(index, weight), 0)
+        probe.test_losses(train[:2])
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        log.warning("replicas run one by one: torch.func can't vectorise this network (%s)", reason)
+        return "loop"
+    return "functional"
+
+
+def _is_linear(final_model: FinalModel, train: Instances) -> bool:
+    from fimo.engine.linear import linear_layers
+
+    layers, inputs = linear_layers(final_model.network), train.inputs
+    if layers is None or not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        return False
+    if len(final_model.parameters()) < len(list(final_model.network.parameters())):
+        return False  # some are frozen
+    # without a leading nn.Flatten, linear layers map the last axis of inputs with more than two
+    return inputs.ndim == 2 or final_model.outputs(train[:1]).ndim == 2

@@ -1,0 +1,206 @@
+"""One optimizer step of the full run as a pure function, for derivatives along its trajectory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fimo.data.instances import Inputs, Instances
+from fimo.engine.chunk import step_seed
+from fimo.engine.leave_out import BatchStream
+from fimo.engine.linear import linear_layers
+from fimo.engine.linear_derivatives import along, gradient_and_tangents
+from fimo.engine.protocol import DTYPES, Protocol
+from fimo.engine.replicas import Replica, Unit
+from fimo.engine.stacked import choose_engine
+from fimo.models.final_model import FinalModel, functional_apply
+from fimo.models.train_mode import TrainMode, seeded
+
+Tensors = dict[str, Tensor]
+State = dict[str, Tensors]
+"""What a step starts from: ``parameters`` and the optimizer's moments, each by parameter name."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The instances of one step.
+
+    Args:
+        index: ``[B]`` into the training set.
+        extra: ``[G]``, instances whose losses count besides (rule ``every_batch``).
+        weight: ``[B + G]``, what each loss is multiplied with: 1 / B, and 0.
+    """
+
+    step: int
+    index: Tensor
+    extra: Tensor
+    weight: Tensor
+
+
+class FullRun:
+    """A seed's full run, step by step, as pure functions of the state and of instances' weights.
+
+    The weight w_i of instance i is 1; leaving i out makes it 0. Under ``mask`` (and ``shift``, which is
+    linearised as ``mask``: its later batches are others altogether) it multiplies the instance's loss where
+    it occurs; under ``every_batch`` (w_i - 1) l_i / N is added to every batch's mean loss.
+
+    Args:
+        units: whose weights derivatives are taken for; all N instances when None.
+        dtype: of the run; the protocol's when None.
+    """
+
+    def __init__(
+        self,
+        final_model: FinalModel,
+        train: Instances,
+        protocol: Protocol,
+        seed: int,
+        units: Sequence[Unit] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.dtype = DTYPES[protocol.dtype] if dtype is None else dtype
+        self.model, self.train = final_model.to(device, self.dtype), train.to(device, self.dtype)
+        self.protocol, self.seed, self.device = protocol, seed, torch.device(device)
+        mode = TrainMode.of(self.model, self.train)
+        self.network = mode.set(FinalModel(self.model.network, self.model.loss).network)
+        self.buffers = self.model.buffers()
+        self.stochastic = mode.stochastic
+        linear = choose_engine(self.model, self.train, mode) == "linear"
+        self.layers = linear_layers(self.network) if linear else None
+        self.total = protocol.total_steps(len(train))
+        self.points = protocol.evaluation_steps(len(train), len(train))
+        members = (
+            sorted({i for unit in units or () for i in unit}) if units is not None else range(len(train))
+        )
+        self.extra = torch.tensor(
+            list(members) if protocol.leave_out == "every_batch" else [], dtype=torch.int64
+        )
+        self.extra = self.extra.to(self.device)
+
+    def start(self) -> State:
+        """Return the final model's parameters, and an optimizer's fresh state."""
+        parameters = self.model.parameters()
+        names = ["momentum"] if self.protocol.optimizer == "sgd" and self.protocol.momentum else []
+        if self.protocol.optimizer != "sgd":
+            names = ["first_moment", "second_moment"]
+        zeros = {k: {n: torch.zeros_like(p) for n, p in parameters.items()} for k in names}
+        return {"parameters": parameters, **zeros}
+
+    def batches(self, first: int = 0) -> Iterator[StepBatch]:
+        """Yield the batches of the seed's steps from step ``first`` on."""
+        stream = BatchStream([Replica(self.seed)], len(self.train), self.protocol, self.dtype, self.device)
+        none = torch.zeros(len(self.extra), dtype=self.dtype, device=self.device)
+        for step, batch in enumerate(stream.starting_at(first), first):
+            yield StepBatch(step, batch.index[0], self.extra, torch.cat([batch.weight[0], none]))
+
+    def weight_derivative(self, batch: StepBatch, units: Sequence[Unit]) -> Tensor:
+        """Return the derivative ``[L, B + G]`` of a batch's weights in the weight of each unit."""
+        width = max(len(u) for u in units)
+        padded = torch.tensor([[*u, *[-1] * (width - len(u))] for u in units], device=self.device)
+        if self.protocol.leave_out == "every_batch":
+            each = torch.full((len(batch.extra),), 1 / len(self.train), dtype=self.dtype, device=self.device)
+            instances = torch.cat([torch.full_like(batch.index, -2), batch.extra])
+        else:
+            each, instances = batch.weight[: len(batch.index)], torch.cat([batch.index, batch.extra])
+        found = (instances[None, :, None] == padded[:, None, :]).any(-1).to(self.dtype)
+        return found * torch.cat([batch.weight[: len(instances) - len(each)], each])
+
+    def losses(self, parameters: Tensors, batch: StepBatch) -> Tensor:
+        """Return the losses ``[B + G]`` of a batch's instances, in train mode."""
+
+        def of(index: Tensor) -> Tensor:
+            instances = self.train[index]
+            outputs = functional_apply(self.network, {**self.buffers, **parameters}, instances.inputs)
+            return self.model.loss(outputs, instances.targets)
+
+        return torch.cat([of(batch.index), of(batch.extra)]) if len(batch.extra) else of(batch.index)
+
+    def gradient(self, parameters: Tensors, batch: StepBatch) -> Tensors:
+        """Return the gradient of sum_b weight_b loss_b."""
+        total: Tensors = grad(lambda p: (self.losses(p, batch) * batch.weight).sum())(parameters)
+        return total
+
+    def gradient_and_tangents(
+        self, parameters: Tensors, directions: Tensors, batch: StepBatch, weight_directions: Tensor
+    ) -> tuple[Tensors, Tensors, Tensor]:
+        """Return the batch's gradient, its directional derivatives, and those of the losses.
+
+        Args:
+            directions: of the parameters, ``[M, ...]`` by name.
+            weight_directions: ``[M, B + G]``.
+
+        Returns:
+            Gradient by name, its derivatives ``[M, ...]`` by name, and derivatives of losses ``[M, B + G]``.
+        """
+        if self.layers is not None:
+            instances = self.train[torch.cat([batch.index, batch.extra])]
+            assert isinstance(instances.inputs, Tensor)
+            return gradient_and_tangents(
+                self.layers, self.model.loss, parameters, directions, instances.inputs, instances.targets,
+                batch.weight, weight_directions,
+            )  # fmt: skip
+
+        def weighted(p: Tensors, weight: Tensor) -> tuple[Tensor, Tensor]:
+            losses = self.losses(p, batch)
+            return (losses * weight).sum(), losses
+
+        def one(direction: Tensors, weight_direction: Tensor) -> tuple[Tensors, Tensors, Tensor]:
+            (gradient, _), (d_gradient, d_losses) = along(
+                grad(weighted, has_aux=True), (parameters, batch.weight), (direction, weight_direction)
+            )
+            return gradient, d_gradient, d_losses
+
+        mapped = vmap(one, out_dims=(None, 0, 0), randomness="same")  # type: ignore[arg-type]
+        return mapped(directions, weight_directions)
+
+    def update(self, state: State, gradient: Tensors, step: int) -> State:
+        """Return the state after the optimizer's step along a gradient, as torch.optim defines it."""
+        p, lr = self.protocol, self.protocol.learning_rate(step, self.total)
+        names, parameters = list(gradient), state["parameters"]
+        if p.clip_norm is not None:
+            norm = _safe_sqrt(torch.stack([g.square().sum() for g in gradient.values()]).sum())
+            scale = (p.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            gradient = {n: g * scale for n, g in gradient.items()}
+        if p.weight_decay and p.optimizer != "adamw":
+            gradient = {n: gradient[n] + p.weight_decay * parameters[n] for n in names}
+        if p.optimizer == "sgd":
+            if not p.momentum:
+                return {"parameters": {n: parameters[n] - lr * gradient[n] for n in names}}
+            momentum = {n: p.momentum * state["momentum"][n] + gradient[n] for n in names}
+            along = {n: gradient[n] + p.momentum * momentum[n] for n in names} if p.nesterov else momentum
+            return {"parameters": {n: parameters[n] - lr * along[n] for n in names}, "momentum": momentum}
+        beta1, beta2 = p.betas
+        first = {n: beta1 * state["first_moment"][n] + (1 - beta1) * gradient[n] for n in names}
+        second = {n: beta2 * state["second_moment"][n] + (1 - beta2) * gradient[n].square() for n in names}
+        rate, correction = lr / (1 - beta1 ** (step + 1)), (1 - beta2 ** (step + 1)) ** 0.5
+        keep = 1 - lr * p.weight_decay if p.optimizer == "adamw" else 1.0
+        moved = {
+            n: keep * parameters[n] - rate * first[n] / (_safe_sqrt(second[n]) / correction + p.eps)
+            for n in names
+        }
+        return {"parameters": moved, "first_moment": first, "second_moment": second}
+
+    @contextlib.contextmanager
+    def randomness(self, step: int) -> Iterator[None]:
+        """Set the step's random state (dropout), and attention kernels that have derivatives."""
+        seed = step_seed(self.seed, step) if self.stochastic else None
+        with seeded(seed, self.device), sdpa_kernel(SDPBackend.MATH):
+            yield
+
+
+def evaluate_outputs(model: FinalModel, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    """Return outputs ``[n, ...]`` in eval mode."""
+    return functional_apply(model.network, {**model.buffers(), **parameters}, inputs)
+
+
+def _safe_sqrt(x: Tensor) -> Tensor:
+    """Square root whose derivative at zero is taken as zero (a parameter that never had a gradient)."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)

@@ -1,0 +1,260 @@
+"""What a few real leave-one-out runs add to predicted effects, smoothed over further training.
+
+After long further training a real run differs from its prediction by three things: what the prediction misses
+for every seed, which changes slowly (over times comparable to the amount of further training itself); what is
+this seed's own; and noise that another epoch has already forgotten. So a single real run says much more about
+its instance through its whole course than through the loss at one evaluation point.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fimo.engine.threads import one_thread
+from fimo.linear_response.path_points import spread
+
+SLOW = (0.3, 1.0, 3.0)
+"""Candidates for the correlation time of what is wanted, relative to the amount of further training."""
+
+FAST = (0.01, 0.03, 0.1, 0.3)
+"""Candidates for the correlation time of what passes."""
+
+PASSING = (0.0, 0.1, 0.3, 1.0, 3.0)
+"""Candidates for its variance, relative to that of what is wanted."""
+
+NOISE = (0.01, 0.1, 0.3, 1.0, 3.0)
+"""Candidates for the variance of noise without memory, in the same unit."""
+
+USUAL = (1.0, 0.1, 0.3, 0.3)
+"""Slow, fast, passing and noise where there are too few evaluation points to choose."""
+
+OWN = 1.0
+"""Lasting part of a remainder that is one seed's own, relative to what seeds share, where no instance has
+runs of several seeds. On concrete with SGD and Adam it is 0.3 to 0.5, on smaller data more."""
+
+PAIRS = 4
+"""Pairs of runs of one instance that count as much as this prior."""
+
+WINDOW = 96
+"""Most evaluation points that bear on one."""
+
+CHOOSING = 40
+"""Most evaluation points by which the candidates are compared."""
+
+ANCHORS = 12
+"""Evaluation points at which the candidates are compared; others take the nearest one's."""
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What real runs say about predicted effects.
+
+    Args:
+        scale: ``[E]``, what predictions are multiplied with.
+        own_scale: ``[E]``, what a seed's predictions minus the average over seeds are multiplied with.
+        remainder: ``[E, J, L]``, the rest of each instance's effect that the runs support; 0 without a run.
+        variance: ``[E, J, L]``, of the effect's error.
+        correlation: ``[E]``, see :func:`correlations`.
+        unexplained: ``[E, L]``, share of what predictions miss that the runs leave unknown; 1 without one.
+    """
+
+    scale: Tensor
+    own_scale: Tensor
+    remainder: Tensor
+    variance: Tensor
+    correlation: Tensor
+    unexplained: Tensor
+
+
+def correct(
+    steps: Sequence[int],
+    real: Tensor,
+    predicted: Tensor,
+    average: Tensor,
+    instance: Tensor,
+    seed: Tensor,
+    left_out: int,
+) -> Correction:
+    """Fit real effects around each evaluation point:
+
+        real = a · average + b · (predicted - average) + z_i + c_seed + z_{i,seed} + passing + noise.
+
+    The score of an instance is a · average + z_i; b takes what the prediction knows of a seed alone out of
+    its real runs. z_i is a Gaussian process over further training with a long correlation time, and what
+    passes one with a short one, both in units of the amount of further training at the evaluation point;
+    their parameters have the largest marginal likelihood. z_{i,seed} lasts as long as z_i, and only instances
+    with runs of several seeds tell the two apart. An offset that a seed's runs share is that of its full run
+    and says nothing about an instance. Effects are in units of their size for each test instance, and matter
+    up to a constant over instances.
+
+    Args:
+        steps: ``[E]``, at the evaluation points.
+        real: ``[K, E, J]``, changes of test losses in K runs without an instance.
+        predicted: ``[K, E, J]``, their predictions.
+        average: ``[K, E, J]``, means over all seeds of predictions for the same instance.
+        instance: ``[K]``, its position among the L left-out ones.
+        seed: ``[K]``.
+        left_out: L.
+    """
+    time = torch.tensor(steps, dtype=torch.float64)
+    real, predicted, average = (x.double().transpose(0, 1) for x in (real, predicted, average))  # [E, K, J]
+    unit, products = _products(time, [real, average, predicted - average], seed)
+    # as if one more run had said 1
+    prior = (products[:, 0, 0, None, None] / len(instance)).clamp(min=1e-30) * torch.eye(2).double()
+    right = products[:, 1:, 0] + prior.sum(2)
+    scale, own_scale = torch.linalg.solve(products[:, 1:, 1:] + prior, right).clamp(0, 1.5).T[..., None, None]
+
+    rest = (real - scale * average - own_scale * (predicted - average)) / unit
+    which, row = instance.unique(return_inverse=True)
+    column = seed.unique(return_inverse=True)[1]
+    to_instances, to_seeds = _two_way(row, column)
+    z = to_instances @ rest  # [E, L', J]
+    with one_thread():  # many small solves
+        found, variance, share = _smooth(time, z, rest - (to_seeds @ rest)[:, column], row)
+    remainder = torch.zeros(len(time), z.shape[2], left_out, dtype=torch.float64)
+    unknown = z.square().mean((1, 2))[:, None, None].expand_as(remainder).clone()  # of those without a run
+    remainder[:, :, which] = found.transpose(1, 2)
+    unknown[:, :, which] = variance[:, None, :].expand(-1, z.shape[2], -1)
+    unexplained = torch.ones(len(time), left_out, dtype=torch.float64)
+    unexplained[:, which] = share
+    unit = unit.transpose(1, 2)
+    correlation = correlations(steps, real.transpose(0, 1), predicted.transpose(0, 1), seed)
+    return Correction(
+        scale[:, 0, 0],
+        own_scale[:, 0, 0],
+        remainder * unit,
+        unknown * unit.square(),
+        correlation,
+        unexplained,
+    )
+
+
+def correlations(steps: Sequence[int], real: Tensor, predicted: Tensor, seed: Tensor) -> Tensor:
+    """Return the correlation ``[E]`` of predicted with real effects around each evaluation point.
+
+    Args:
+        steps, real, predicted, seed: see :func:`correct`.
+    """
+    time = torch.tensor(steps, dtype=torch.float64)
+    _, found = _products(time, [x.double().transpose(0, 1) for x in (real, predicted)], seed)
+    return found[:, 0, 1] / (found[:, 0, 0] * found[:, 1, 1]).sqrt().clamp(min=1e-300)
+
+
+def _products(time: Tensor, effects: Sequence[Tensor], seed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the effects' sizes ``[E, 1, J]``, and in that unit all inner products ``[E, M, M]``.
+
+    Products are of differences within seeds, summed over runs and test instances, and averaged over a tenth
+    of the amount of further training.
+
+    Args:
+        effects: M of ``[E, K, J]``.
+    """
+    same = (seed[:, None] == seed).double()
+    within = torch.eye(len(seed), dtype=torch.float64) - same / same.sum(1, keepdim=True)
+    differences = [within @ x for x in effects]
+    # also where real effects vanish and predicted ones don't, as losses of sure classes do
+    unit = torch.stack([x.square().mean(1, keepdim=True) for x in differences]).mean(0).sqrt()
+    unit = unit.maximum(1e-9 * unit.amax(2, keepdim=True)).clamp(min=1e-150)
+    stacked = torch.stack([x / unit for x in differences], 1).flatten(2)  # [E, M, K·J]
+    near = torch.exp(-(time[:, None] - time).abs() / (0.1 * time[:, None]))
+    return unit, torch.einsum("ef,fmn->emn", near, stacked @ stacked.transpose(1, 2))
+
+
+def _smooth(time: Tensor, z: Tensor, runs: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is wanted of the remainders ``[E, L', J]``, its error's variance ``[E, L']`` and share.
+
+    Args:
+        z: ``[E, L', J]``, of instances.
+        runs: ``[E, K, J]``, of their runs.
+        row: ``[K]``, the runs' instances among the L'.
+    """
+    found, variance = torch.zeros_like(z), torch.zeros(z.shape[:2], dtype=z.dtype)
+    left = torch.ones_like(variance)
+    counts = torch.bincount(row)
+    groups = [(int(n), (counts == n).nonzero()[:, 0]) for n in counts.unique()]
+    # of all pairs of runs of the same instance
+    pairs = float((counts * (counts - 1)).sum()) / 2
+    together = torch.zeros_like(z).index_add_(1, row, runs).square().sum((1, 2))
+    shared = (together - runs.square().sum((1, 2))) / 2 / z.shape[2]
+    anchors = spread(time.tolist(), ANCHORS)
+    chosen: dict[int, tuple[float, ...]] = {}
+    squares = runs.square().mean((1, 2))
+    weights = torch.zeros(len(groups), len(time), len(time), dtype=z.dtype)
+    for e in range(len(time)):
+        points = _window(time, e, WINDOW)
+        lag = (time[points, None] - time[points]).abs() / time[e]
+        anchor = min(anchors, key=lambda a: abs(float((time[a - 1] / time[e]).log())))
+        if anchor not in chosen:
+            chosen[anchor] = _likeliest(time, z, groups, anchor - 1)
+        slow, fast, passing, noise = chosen[anchor]
+        wanted = torch.exp(-lag / slow)
+        other = passing * torch.exp(-lag / fast) + noise * torch.eye(len(points), dtype=z.dtype)
+        at = int((points == e).nonzero())
+        size = squares[points].mean() / (1 + passing + noise)
+        share = float(shared[points].mean() / size) if size > 0 else 0.0  # sum over pairs
+        share = min(max((share + PAIRS / (1 + OWN)) / (pairs + PAIRS), 0.05), 0.95)
+        for (n, members), smoothing in zip(groups, weights, strict=True):
+            own = n * share / (1 + (n - 1) * share) * torch.linalg.solve(wanted + other / n, wanted[at])
+            smoothing[e, points] = own
+            left[e, members] = (1 - own @ wanted[at]).clamp(min=0)
+            variance[e, members] = size * left[e, members]
+    for (_, members), smoothing in zip(groups, weights, strict=True):
+        found[:, members] = (smoothing @ z[:, members].flatten(1)).view(len(time), len(members), -1)
+    return found, variance, left
+
+
+def _window(time: Tensor, e: int, most: int) -> Tensor:
+    """Return the evaluation points between half and one and a half times an amount, the nearest densest."""
+    inside = ((time >= 0.5 * time[e]) & (time <= 1.5 * time[e])).nonzero()[:, 0]
+    if len(inside) <= most:
+        return inside
+    close = inside[(inside - e).abs() <= most // 6]
+    thin = torch.linspace(0, len(inside) - 1, most - len(close), dtype=torch.float64).round().long()
+    window: Tensor = torch.cat([close, inside[thin]]).unique()
+    return window
+
+
+def _likeliest(
+    time: Tensor, z: Tensor, groups: list[tuple[int, Tensor]], e: int
+) -> tuple[float, float, float, float]:
+    """Return slow, fast, passing and noise of the largest marginal likelihood around an evaluation point."""
+    points = _window(time, e, CHOOSING)
+    if len(points) < 8:
+        return USUAL
+    candidates = [
+        c
+        for c in itertools.product(SLOW, FAST, PASSING, NOISE)
+        if c[1] < c[0] and (c[2] > 0 or c[1] == FAST[0])
+    ]
+    slow, fast, passing, noise = torch.tensor(candidates, dtype=z.dtype).T[:, :, None, None]
+    lag = (time[points, None] - time[points]).abs() / time[e]
+    wanted = torch.exp(-lag / slow)
+    other = passing * torch.exp(-lag / fast) + noise * torch.eye(len(points), dtype=z.dtype)
+    square = torch.zeros(len(candidates), dtype=z.dtype)
+    volume = torch.zeros(len(candidates), dtype=z.dtype)
+    number = 0
+    for n, members in groups:
+        values = z[points][:, members].flatten(1)
+        factor = torch.linalg.cholesky(wanted + other / n)
+        moments = values @ values.T
+        square += torch.cholesky_solve(moments.expand_as(factor), factor).diagonal(dim1=1, dim2=2).sum(1)
+        volume += values.shape[1] * factor.diagonal(dim1=1, dim2=2).log().sum(1)
+        number += values.numel()
+    return candidates[int((-volume - 0.5 * number * square.log()).argmax())]
+
+
+def _two_way(row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Return least-squares maps ``[L', K]`` and ``[S', K]`` of the layout value = z_row + c_column.
+
+    z is of mean zero.
+    """
+    rows = int(row.max()) + 1
+    layout = torch.cat([torch.eye(rows)[row], torch.eye(int(column.max()) + 1)[column]], 1).double()
+    values, offsets = torch.linalg.pinv(layout).split([rows, layout.shape[1] - rows])
+    middle = values.mean(0, keepdim=True)
+    return values - middle, offsets + middle

@@ -1,0 +1,346 @@
+"""What a final model, its training and its test instances must be, wherever they come from."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fimo.data.instances import Instances
+from fimo.errors import InputError, reason, shortened
+from fimo.models.final_model import FinalModel, apply, functional_apply
+from fimo.models.losses import Loss, loss_name
+from fimo.models.train_mode import TrainMode, seeded
+from fimo.validation.independence import MIXING_NETWORK, Evaluate, WithoutDropout, couples, problem
+from fimo.validation.poor import poor
+from fimo.validation.targets import KNOWN, OF_CLASSES, Conversion, candidates, known_targets
+
+log = logging.getLogger(__name__)
+
+PROBE = 4
+"""Instances on which a network and its losses are tried."""
+
+REMEMBERED = 8
+"""Sets of instances that a final model remembers to have been admitted with."""
+
+
+def admit(final_model: FinalModel, train: Any, test: Any = None) -> tuple[Instances, Instances]:
+    """Check a final model with its instances, and return the instances as the loss takes them.
+
+    The result is remembered with the final model, while the instances' tensors are the same.
+
+    Args:
+        train: training instances, or a data set of them (see :func:`fimo.data.custom.to_instances`).
+        test: test instances; ``train`` when None.
+
+    Returns:
+        The training and test instances: inputs in the network's dtype, labels int64 ``[n]``, values in the
+        shape of the outputs.
+
+    Raises:
+        InputError: naming ``model.network``, ``model.loss``, ``model.measurement``, ``dataset.train`` or
+            ``dataset.test``.
+    """
+    if not isinstance(final_model, FinalModel):
+        kind = type(final_model).__name__
+        raise InputError("model", f"expected a FinalModel(network, loss) but got {kind}")
+    train = as_instances(train, "dataset.train")
+    test = None if test is None else as_instances(test, "dataset.test")
+    memory: list[_Admitted] = final_model.admitted
+    for known in memory:
+        if known.is_for(train, test):
+            return known.train or train, known.test or test or known.train or train
+    found, tested = _checked(final_model, train, test)
+    entry = _Admitted(
+        _identity(train), None if test is None else _identity(test),
+        None if found is train else found, None if tested is test or tested is found else tested,
+    )  # fmt: skip
+    memory[:] = [entry, *(known for known in memory if known.alive)][:REMEMBERED]
+    return found, tested
+
+
+def as_instances(source: Any, key: str) -> Instances:
+    """Return instances as they are, and any data set's elements as instances in memory."""
+    found: Instances = source
+    if not isinstance(source, Instances):
+        from fimo.data.custom import to_instances  # pandas and Lightning take seconds to import
+
+        found = to_instances(source, key=key)
+    if not len(found):
+        raise InputError(key, "has no instances")
+    return found
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A tensor that was seen: the object as it was then, or its content where that is small."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    content: str | None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Known:
+        small = tensor.numel() * tensor.element_size() <= SMALL
+        return cls(weakref.ref(tensor), tensor._version, _digest(tensor) if small else None)
+
+    def is_like(self, tensor: Tensor) -> bool:
+        if self.tensor() is tensor and tensor._version == self.version:
+            return True
+        return self.content is not None and self.content == _Known.of(tensor).content
+
+    @property
+    def alive(self) -> bool:
+        return self.content is not None or self.tensor() is not None
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    content = flat.view(torch.uint8).numpy() if len(flat) else b""
+    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + bytes(content)).hexdigest()
+
+
+SMALL = 2**22
+"""Bytes of a tensor whose content is hashed in milliseconds."""
+
+Identity = dict[str, _Known]
+
+
+@dataclass(frozen=True)
+class _Admitted:
+    """Instances that were checked, and what they were converted to (None: nothing to convert)."""
+
+    train_was: Identity
+    test_was: Identity | None
+    train: Instances | None
+    test: Instances | None
+
+    def is_for(self, train: Instances, test: Instances | None) -> bool:
+        if (test is None) != (self.test_was is None):
+            return False
+        return _is(self.train_was, train) and (test is None or _is(self.test_was or {}, test))
+
+    @property
+    def alive(self) -> bool:
+        return all(t.alive for t in (*self.train_was.values(), *(self.test_was or {}).values()))
+
+
+def _identity(instances: Instances) -> Identity:
+    return {name: _Known.of(tensor) for name, tensor in instances.tensors().items()}
+
+
+def _is(identity: Identity, instances: Instances) -> bool:
+    now = instances.tensors()
+    return now.keys() == identity.keys() and all(identity[name].is_like(t) for name, t in now.items())
+
+
+def _checked(model: FinalModel, train: Instances, test: Instances | None) -> tuple[Instances, Instances]:
+    sets = {"dataset.train": train} | ({} if test is None else {"dataset.test": test})
+    for key, instances in sets.items():
+        _check_numbers(instances, key)
+    sets = {key: _in_dtype_of(model, instances) for key, instances in sets.items()}
+    outputs = {key: tried(model, _probe(instances)) for key, instances in sets.items()}
+    mode = TrainMode.of(model, sets["dataset.train"])
+    convert = _conversion(model, sets["dataset.train"], outputs["dataset.train"])
+    if convert is not None:
+        sets = {key: _with_targets(part, convert(part.targets)) for key, part in sets.items()}
+    else:
+        sets = {
+            key: _with_targets(part, known_targets(model.loss, outputs[key], part.targets, key))
+            for key, part in sets.items()
+        }
+    train, last = sets["dataset.train"], list(sets.values())[-1]
+    _refuse(model, model.loss, train, "model.loss")
+    _refuse(model, model.loss, train, "model.loss", mode)
+    if model.measurement is not None:
+        if model.measurement in OF_CLASSES and last.targets.is_floating_point():
+            raise InputError(
+                "model.measurement",
+                f"{loss_name(model.measurement)} needs classes as targets but they are {last.targets.dtype}",
+            )
+        _refuse(model, model.measurement, last, "model.measurement")
+    elif last is not train:
+        _refuse(model, model.loss, last, "dataset.test")
+    for key, loss in (("model.loss", model.loss), ("model.measurement", model.measurement)):
+        if loss is not None:
+            _check_differentiable(loss, tried(model, _probe(last)), _probe(last).targets, key)
+    if not model.accept_poor and last is not train and (why := poor(model, train, last)) is not None:
+        log.warning("%s (FinalModel(..., accept_poor=True) says that it is meant)", why)
+    return train, last
+
+
+def _check_numbers(instances: Instances, key: str) -> None:
+    for name, tensor in instances.tensors().items():
+        if not tensor.is_floating_point():
+            continue
+        bad = torch.isnan(tensor) if name != "targets" else ~torch.isfinite(tensor)
+        if bad.any():
+            row = int(bad.flatten(1).any(1).nonzero()[0]) if tensor.ndim > 1 else int(bad.nonzero()[0])
+            what = "NaN among its" if name != "targets" else "NaN or infinite"
+            raise InputError(key, f"instance {row} has {what} {name}")
+
+
+def _in_dtype_of(model: FinalModel, instances: Instances) -> Instances:
+    """Return instances with floating-point tensors in the network's dtype, where it has one."""
+    dtypes = {p.dtype for p in model.network.parameters() if p.is_floating_point()}
+    floating = {t.dtype for t in instances.tensors().values() if t.is_floating_point()}
+    if len(dtypes) != 1 or not floating - dtypes:
+        return instances
+    return instances.to(dtype=dtypes.pop())
+
+
+def _probe(instances: Instances) -> Instances:
+    n = min(PROBE, len(instances))
+    rows = torch.tensor([k * len(instances) // n for k in range(n)], device=instances.targets.device)
+    return instances[rows]
+
+
+@torch.no_grad()
+def tried(model: FinalModel, probe: Instances) -> Tensor:
+    """Return a network's outputs ``[n, ...]`` of a few instances.
+
+    Raises:
+        InputError: it fails, or returns something else.
+    """
+    try:
+        outputs: Any = apply(model.network, probe.inputs)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a network makes of inputs that are not for it
+        shapes = ", ".join(
+            f"{name} {tuple(t.shape[1:])} {str(t.dtype).removeprefix('torch.')}"
+            for name, t in probe.tensors().items()
+            if name != "targets"
+        )
+        raise InputError(
+            "model.network", f"does not fit the data ({shapes} each): {reason(error)}"
+        ) from error
+    if not isinstance(outputs, Tensor):
+        parts = list(outputs) if hasattr(outputs, "keys") else []
+        part = f"'{'logits' if 'logits' in parts else parts[0]}'" if parts else "0"
+        raise InputError(
+            "model.network",
+            f"returns {type(outputs).__name__}, expected a tensor [n, ...]; name the part to use: "
+            f"fimo.models.adapted.Adapted(network, output={part})",
+        )
+    if outputs.ndim == 0 or len(outputs) != len(probe):
+        raise InputError(
+            "model.network",
+            f"returns shape {tuple(outputs.shape)} for {len(probe)} instances, expected [n, ...]",
+        )
+    if outputs.ndim == 1:
+        raise InputError(
+            "model.network", "returns outputs [n], expected [n, 1] or more: leave out the squeeze"
+        )
+    return outputs
+
+
+def _conversion(model: FinalModel, train: Instances, outputs: Tensor) -> Conversion | None:
+    """Return what becomes of the targets for a user's loss; None for a known one, which says so itself.
+
+    Raises:
+        InputError: no form of the targets gives one value for each instance, which depends on it alone.
+    """
+    if model.loss in KNOWN:
+        return None
+    first: str | None = None
+    for convert in candidates(outputs, train.targets):
+        probe = _probe(train)
+        tried = _with_targets(probe, convert(probe.targets))
+        wrong = _wrong(model, model.loss, tried)
+        if wrong is None:
+            return convert
+        first = first or wrong
+        if wrong.startswith(MIXING_NETWORK):
+            break
+    key = "model.network" if (first or "").startswith(MIXING_NETWORK) else "model.loss"
+    raise InputError(key, _explained(model, first or "", train, outputs))
+
+
+def _refuse(
+    model: FinalModel, loss: Loss, instances: Instances, key: str, mode: TrainMode | None = None
+) -> None:
+    """Refuse a loss whose values aren't one per instance, depending on it alone."""
+    probe = _probe(instances)
+    if (wrong := _wrong(model, loss, probe, mode)) is not None:
+        outputs = tried(model, probe)
+        key = "model.network" if wrong.startswith(MIXING_NETWORK) else key
+        raise InputError(key, _explained(model, wrong, instances, outputs, mode))
+
+
+def _wrong(model: FinalModel, loss: Loss, probe: Instances, mode: TrainMode | None = None) -> str | None:
+    """Return what is wrong; where that may be rounding, tried once more in float64."""
+
+    def found(model: FinalModel, probe: Instances) -> str | None:
+        try:
+            return problem(_evaluation(model, loss, mode), probe, alone=mode is None)
+        except InputError as error:
+            return error.problem
+        except Exception as error:  # a user's loss may fail in any way
+            return reason(error)
+
+    wrong = found(model, probe)
+    if wrong is None or not wrong.startswith(("an instance's",)):
+        return wrong
+    if next(iter(model.parameters().values())).dtype == torch.float64:
+        return wrong
+    return found(model.to(dtype=torch.float64), probe.to(dtype=torch.float64))
+
+
+def _evaluation(model: FinalModel, loss: Loss, mode: TrainMode | None) -> Evaluate:
+    if mode is None:
+
+        def evaluate(instances: Instances) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                outputs = apply(model.network, instances.inputs)
+                return outputs, loss(outputs, instances.targets)
+
+        return evaluate
+    network = mode.set(copy.deepcopy(model.network))
+
+    def in_steps(instances: Instances) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), seeded(0, instances.targets.device), WithoutDropout():
+            buffers = {name: b.clone() for name, b in network.named_buffers()}
+            outputs = functional_apply(network, buffers, instances.inputs)
+            return outputs, loss(outputs, instances.targets)
+
+    return in_steps
+
+
+def _explained(
+    model: FinalModel, wrong: str, instances: Instances, outputs: Tensor, mode: TrainMode | None = None
+) -> str:
+    if wrong.startswith(MIXING_NETWORK):
+        where = " in train mode, as in further training's steps" if mode is not None else ""
+        if names := couples(model.network):
+            return (
+                f"{wrong}{where}: batch normalisation without running statistics ({shortened(names)}); use "
+                "track_running_stats=True, or GroupNorm or LayerNorm"
+            )
+        return f"{wrong}{where}; expected layers that treat each instance alone"
+    if wrong.startswith("an instance's"):
+        ours, theirs = tuple(outputs.shape[1:]), tuple(instances.targets.shape[1:])
+        return (
+            f"{wrong}: outputs of shape {ours} and targets of shape {theirs} for each instance may be "
+            "broadcast, or the loss averages over the batch"
+        )
+    return wrong
+
+
+def _check_differentiable(loss: Loss, outputs: Tensor, targets: Tensor, key: str) -> None:
+    with torch.enable_grad():
+        values = loss(outputs.detach().requires_grad_(), targets)
+    if not values.requires_grad:
+        raise InputError(
+            key, "has no derivative in the network's outputs; expected differentiable operations"
+        )
+
+
+def _with_targets(instances: Instances, targets: Tensor) -> Instances:
+    return instances if targets is instances.targets else replace(instances, targets=targets)

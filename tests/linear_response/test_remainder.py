@@ -1,0 +1,157 @@
+"""What is concluded from few real runs, on synthetic effects whose truth is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from fimo.linear_response.discrepancy import OWN, correct, correlations
+
+STEPS = list(range(1, 101))
+TESTS, LEFT_OUT = 6, 40
+
+
+def walk(seed: int, rows: int, memory: float) -> Tensor:
+    """[rows, E]: stationary processes of unit variance, correlated as exp(-lag / (memory * steps))."""
+    time = torch.tensor(STEPS, dtype=torch.float64)
+    # constant relative memory is constant memory in log time
+    lag = (time[:, None].log() - time.log()).abs() / memory
+    factor = torch.linalg.cholesky(torch.exp(-lag) + 1e-9 * torch.eye(len(time), dtype=torch.float64))
+    noise = torch.randn(rows, len(time), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return noise @ factor.T
+
+
+def effects(seed: int = 0) -> Tensor:
+    """[E, J, L], slowly changing."""
+    return walk(seed, TESTS * LEFT_OUT, 3.0).view(TESTS, LEFT_OUT, -1).permute(2, 0, 1)
+
+
+def layout(draws: int) -> tuple[Tensor, Tensor]:
+    """Every instance, with as many seeds."""
+    instance = torch.arange(LEFT_OUT).repeat(draws)
+    return instance, torch.arange(draws).repeat_interleave(LEFT_OUT)
+
+
+def runs(truth: Tensor, instance: Tensor, seed: Tensor, noise: float) -> Tensor:
+    """[K, E, J]: effects, an offset of each seed, and noise without memory."""
+    generator = torch.Generator().manual_seed(5)
+    found = truth[:, :, instance].permute(2, 0, 1)
+    offset = torch.randn(int(seed.max()) + 1, len(truth), TESTS, generator=generator, dtype=torch.float64)
+    return (
+        found + 3 * offset[seed] + noise * torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    )
+
+
+def agreement(found: Tensor, truth: Tensor) -> float:
+    a, b = (x - x.mean(-1, keepdim=True) for x in (found, truth))
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=-1).mean())
+
+
+def test_a_right_prediction_is_left_as_it_is_whatever_a_seed_s_runs_share() -> None:
+    truth = effects()
+    instance, seed = layout(2)
+    real = runs(truth, instance, seed, noise=0.0)
+    predicted = truth[:, :, instance].permute(2, 0, 1)
+    found = correct(STEPS, real, predicted, predicted, instance, seed, LEFT_OUT)
+    torch.testing.assert_close(found.scale, torch.ones(100, dtype=torch.float64))
+    torch.testing.assert_close(found.correlation, torch.ones(100, dtype=torch.float64))
+    assert found.remainder.abs().max() < 1e-8
+    halved = correct(STEPS, real, 0.8 * predicted, 0.8 * predicted, instance, seed, LEFT_OUT)
+    # the prior counts as one run of 80
+    expected = (1.25 * 0.64 + 1 / 80) / (0.64 + 1 / 80)
+    torch.testing.assert_close(halved.scale, torch.full((100,), expected, dtype=torch.float64))
+    opposite = correlations(STEPS, real, -predicted, seed)
+    torch.testing.assert_close(opposite, -torch.ones(100, dtype=torch.float64))
+
+
+def test_noise_that_passes_is_averaged_over_further_training() -> None:
+    truth = effects()
+    instance, seed = layout(1)
+    real = runs(truth, instance, seed, noise=1.0)
+    found = correct(STEPS, real, torch.zeros_like(real), torch.zeros_like(real), instance, seed, LEFT_OUT)
+    alone = agreement(real.permute(1, 2, 0), truth)
+    assert alone < 0.75
+    assert agreement(found.remainder, truth) > 0.9
+
+
+def test_changes_are_followed_where_there_is_no_noise() -> None:
+    truth = walk(2, TESTS * LEFT_OUT, 1.0).view(TESTS, LEFT_OUT, -1).permute(2, 0, 1)
+    instance, seed = layout(1)
+    real = runs(truth, instance, seed, noise=0.0)
+    found = correct(STEPS, real, torch.zeros_like(real), torch.zeros_like(real), instance, seed, LEFT_OUT)
+    constant = truth.mean(0, keepdim=True).expand_as(truth)
+    assert 1 - agreement(found.remainder, truth) < 0.4 * (1 - agreement(constant, truth))
+
+
+def test_more_runs_of_an_instance_are_worth_more_and_their_error_bars_say_so() -> None:
+    shared, own = effects(), [effects(seed) for seed in (11, 12, 13, 14)]
+    few, many = layout(1), layout(4)
+    found = []
+    for instance, seed in (few, many):
+        real = torch.zeros(len(instance), len(STEPS), TESTS, dtype=torch.float64)
+        for k, (i, s) in enumerate(zip(instance.tolist(), seed.tolist(), strict=True)):
+            real[k] = shared[:, :, i] + OWN**0.5 * own[s][:, :, i]
+        found.append(
+            correct(STEPS, real, torch.zeros_like(real), torch.zeros_like(real), instance, seed, LEFT_OUT)
+        )
+    assert agreement(found[1].remainder, shared) > agreement(found[0].remainder, shared) + 0.05
+    centred = shared - shared.mean(-1, keepdim=True)
+    for one in found:
+        z = ((one.remainder - centred) / one.variance.sqrt()).square().mean().sqrt()
+        assert 0.6 < z < 1.5
+
+
+@pytest.mark.parametrize("steps", [[7], [1, 2], [3, 10, 40, 200]])
+def test_instances_without_a_run_keep_their_prediction_and_few_points_will_do(steps: Sequence[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(5, len(steps), TESTS, generator=generator, dtype=torch.float64)
+    instance, seed = torch.tensor([4, 7, 9, 4, 1]), torch.tensor([0, 0, 0, 1, 0])
+    found = correct(steps, real, torch.zeros_like(real), torch.zeros_like(real), instance, seed, LEFT_OUT)
+    others = [i for i in range(LEFT_OUT) if i not in (1, 4, 7, 9)]
+    assert not found.remainder[:, :, others].any()
+    assert found.remainder[:, :, [1, 4, 7, 9]].all()
+    assert (found.variance[:, :, others] > found.variance[:, :, [7]]).all()
+
+
+def test_one_seed_s_offset_is_found_though_it_runs_without_few_instances() -> None:
+    truth = effects()
+    instance = torch.cat([torch.arange(LEFT_OUT), torch.tensor([3, 8])])
+    seed = torch.tensor([0] * LEFT_OUT + [1, 1])
+    real = runs(truth, instance, seed, noise=0.0)
+    moved = real.clone()
+    moved[-2:] += 100.0
+    found = [
+        correct(STEPS, r, torch.zeros_like(r), torch.zeros_like(r), instance, seed, LEFT_OUT).remainder
+        for r in (real, moved)
+    ]
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_test_instances_without_any_real_effect_change_nothing_for_the_others() -> None:
+    truth = effects()
+    instance, seed = layout(2)
+    real = runs(truth, instance, seed, noise=0.3)
+    predicted = 0.5 * truth[:, :, instance].permute(2, 0, 1)
+    found = correct(STEPS, real, predicted, predicted, instance, seed, LEFT_OUT)
+    still = [torch.cat([x, 0 * x[:, :, :1], 1e-170 * x[:, :, 1:2]], 2) for x in (real, predicted)]
+    still[1][:, :, -2] = 1e-9 * predicted[:, :, 0]
+    other = correct(STEPS, still[0], still[1], still[1], instance, seed, LEFT_OUT)
+    assert other.remainder.isfinite().all()
+    assert other.remainder[:, -2:].abs().max() < 1e-8
+    assert agreement(other.remainder[:, :-2], found.remainder) > 0.98
+    nothing = torch.zeros_like(real)
+    assert not correct(STEPS, nothing, nothing, nothing, instance, seed, LEFT_OUT).remainder.any()
+
+
+def test_runs_that_agree_are_believed_nearly_whole() -> None:
+    """Of four runs of each instance that agree exactly, next to nothing is put down to their seeds."""
+    truth = effects()
+    instance, seed = layout(4)
+    real = truth[:, :, instance].permute(2, 0, 1)
+    found = correct(STEPS, real, torch.zeros_like(real), torch.zeros_like(real), instance, seed, LEFT_OUT)
+    centred = truth - truth.mean(-1, keepdim=True)
+    share = (found.remainder * centred).sum() / centred.square().sum()
+    assert 0.9 < share < 1.05
