@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fimo.curvature.outputs import output_gradient, output_hessian_rows, sampled_gradients
+from fimo.data.instances import IGNORED
 from fimo.models.losses import (
-    IGNORED,
     LOSSES,
     MEASUREMENTS,
     correct_probability,

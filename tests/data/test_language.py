@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fimo.data.instances import IGNORED
 from fimo.data.language import LanguageData, pieces
 from fimo.data.tokens import ByteTokens
 from fimo.errors import InputError
-from fimo.models.losses import IGNORED
 
 END, PAD = ByteTokens.end, ByteTokens.padding
 

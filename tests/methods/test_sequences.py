@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fimo.data.instances import Instances
+from fimo.data.instances import IGNORED, Instances
 from fimo.engine.protocol import Protocol
 from fimo.evaluation import agreement
 from fimo.linear_response.recursion import outputs_at
@@ -16,7 +16,7 @@ from fimo.methods.graddot import GradDot
 from fimo.methods.response import Response
 from fimo.methods.unrolled import Unrolled
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import IGNORED, binary_cross_entropy, language_modelling, mean_squared_error
+from fimo.models.losses import binary_cross_entropy, language_modelling, mean_squared_error
 from tests.cases import Case
 from tests.methods.test_response import following, real_changes
 from tests.reference.further_training import plain_run

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from fimo.data.instances import IGNORED
 from fimo.models.losses import (
-    IGNORED,
     Loss,
     binary_cross_entropy,
     cross_entropy,

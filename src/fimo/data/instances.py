@@ -10,6 +10,9 @@ from torch import Tensor
 
 Inputs = Tensor | dict[str, Tensor]
 
+IGNORED = -100
+"""Target of a position without a loss."""
+
 
 @dataclass(frozen=True)
 class Instances:

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from fimo.data.datamodule import InstancesModule, Split, held_out
 from fimo.data.display import Display
-from fimo.data.instances import Instances
+from fimo.data.instances import IGNORED, Instances
 from fimo.data.text import read_table
 from fimo.data.tokens import BYTES, make_tokens
 from fimo.errors import InputError
-from fimo.models.losses import IGNORED
 
 
 class LanguageData(InstancesModule):

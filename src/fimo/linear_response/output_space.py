@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fimo.curvature.outputs import output_gradient
+from fimo.data.instances import IGNORED
 from fimo.errors import InputError
 from fimo.models.losses import (
-    IGNORED,
     Loss,
     binary_cross_entropy,
     cross_entropy,

@@ -7,11 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fimo.data.instances import Instances
+from fimo.data.instances import IGNORED, Instances
 from fimo.errors import InputError
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel, apply
-from fimo.models.losses import IGNORED
 
 
 class EmbeddingSimilarity(AttributionMethod):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fimo.data.instances import IGNORED
 from fimo.errors import InputError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -93,9 +94,6 @@ def _over_tokens(value: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     values = value(outputs, targets.clamp(min=0))
     return torch.where(kept, values, 0).sum(1) / kept.sum(1).clamp(min=1)
 
-
-IGNORED = -100
-"""Target of a position without a loss."""
 
 LOSSES: dict[str, Loss] = {
     "mse": mean_squared_error,

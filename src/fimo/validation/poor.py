@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fimo.data.instances import Instances
+from fimo.data.instances import IGNORED, Instances
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import (
-    IGNORED,
     Loss,
     binary_cross_entropy,
     cross_entropy,

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from fimo.data.instances import IGNORED
 from fimo.errors import InputError
 from fimo.models.losses import (
-    IGNORED,
     Loss,
     binary_cross_entropy,
     correct_probability,
