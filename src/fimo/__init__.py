@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from fimo.checking.check import check as check
     from fimo.checking.verdict import Check as Check
 
+__version__ = "0.1.0"
+
 _HOMES = {"check": "fimo.checking.check", "Check": "fimo.checking.verdict"}
 
 

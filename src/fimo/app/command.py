@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fimo import __version__
 from fimo.app.config import plain, validated
 from fimo.app.jobs import run_once
 from fimo.app.mistakes import in_one_line, readable
@@ -41,6 +42,9 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 
 def main(conf: Path) -> None:
     """Run the command line given in ``sys.argv``, with configuration groups from the folder ``conf``."""
+    if "--version" in sys.argv[1:]:
+        print(f"fimo {__version__}")
+        return
     if sys.argv[1:2] == ["store"]:
         inventory.console(sys.argv[2:])
     conf = conf.resolve()  # Hydra would take a relative folder as relative to this file
@@ -122,7 +126,7 @@ def _open_output() -> Iterator[None]:
 
 
 def console() -> None:
-    """Run the command line with the packaged configuration: the console command ``fimo``."""
+    """Run the command line with the packaged configuration: ``fimo``, or ``python -m fimo``."""
     sys.path.insert(0, str(Path.cwd()))  # a user's own modules, as with `python -m`
     packaged = Path(__file__).parents[1] / "conf"  # in an installed wheel; else the repository's
     main(packaged if packaged.is_dir() else Path(__file__).parents[3] / "conf")
