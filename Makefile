@@ -6,22 +6,27 @@ READY  := $(VENV)/.ready
 # torch's own threads and one test process per core would compete
 TEST_WORKERS ?= 2
 
-.PHONY: help setup run test lint mutants clean
+# one version of everything, tried together; built by the locked setuptools
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
+
+.PHONY: help setup run test lint mutants lock clean
 
 help:
 	@echo 'make run    set up, then attribute the embedded default and write a report'
 	@echo 'make test   set up, then all tests'
 	@echo 'make lint   formatting, lint and types'
 	@echo 'make mutants  wrong edits that the tests would not notice: hours'
-	@echo 'make setup  the virtual environment in $(VENV)'
+	@echo 'make setup  the virtual environment in $(VENV), from requirements.lock'
+	@echo 'make lock   requirements.lock, from the newest versions'
 
 setup: $(READY)
 
-$(READY): pyproject.toml Makefile
+$(READY): pyproject.toml requirements.lock Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo 'fimo needs Python 3.11, 3.12 or 3.13; set PYTHON=/path/to/python3.11'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation --editable '.[dev]'
 	@# compiled now: where PYTHONDONTWRITEBYTECODE is set, every import would take twice as long
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null 2>&1 || true
 	@touch $@
@@ -44,10 +49,19 @@ lint: setup
 
 # wrong edits of the numerical core, by random sample, each against the tests that run the edited line
 mutants: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,mutation]'
+	$(INSTALL) --no-build-isolation --editable '.[dev,mutation]'
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutation.py cover
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutation.py run
 	$(BIN)/python benchmarks/mutation.py report
+
+# what belongs to one platform is left out; then run the tests, and commit it
+lock:
+	$(PYTHON) -m venv --clear build/lock
+	build/lock/bin/python -m pip install --quiet --editable '.[all,dev,docs,mutation]'
+	grep '^#' requirements.lock > build/requirements.lock
+	build/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable \
+		| sed -E 's/\+[a-z0-9.]+$$//' | tr '_A-Z' '-a-z' | LC_ALL=C sort -t= -k1,1 >> build/requirements.lock
+	mv build/requirements.lock requirements.lock
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

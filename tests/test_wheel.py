@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import os
 import shutil
 import subprocess
@@ -10,6 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+import fimo
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,7 +23,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel from a copy, so that nothing is left in the repository; needs no network."""
     copy = tmp_path_factory.mktemp("wheel") / "copy"
     copy.mkdir()
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("src", "conf"):
@@ -38,9 +42,24 @@ def test_it_holds_the_package_its_configuration_and_the_reports_page_and_nothing
     modules = {
         f"fimo/{p.relative_to(ROOT / 'src' / 'fimo')}"
         for p in (ROOT / "src" / "fimo").rglob("*")
-        if p.suffix in (".py", ".html", ".css", ".js")
+        if p.suffix in (".py", ".html", ".css", ".js", ".typed")
     }
+    assert "fimo/py.typed" in names
     assert set(names) == conf | modules
+
+
+def test_it_says_its_version_its_licence_and_what_the_core_needs(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+    said = email.message_from_bytes(archive.read(metadata))
+    assert said["Version"] == fimo.__version__
+    assert said["License-Expression"] == "Apache-2.0"
+    (licence,) = [n for n in archive.namelist() if n.endswith("LICENSE")]
+    assert archive.read(licence).decode() == (ROOT / "LICENSE").read_text()
+    core = [Requirement(line) for line in said.get_all("Requires-Dist")]
+    core = [r for r in core if r.marker is None]
+    assert {"torch", "datasets"} <= {r.name for r in core}
+    assert not {"plotly", "wandb", "matplotlib", "openpyxl", "transformers"} & {r.name for r in core}
 
 
 def test_the_console_command_explains_itself_from_any_folder(wheel: Path, tmp_path: Path) -> None:

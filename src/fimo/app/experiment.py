@@ -35,7 +35,6 @@ from fimo.evaluation.assessment import judged_bars
 from fimo.further_training import further_train
 from fimo.models.frozen import without_frozen_part
 from fimo.models.training import quality, save_checkpoint, train_final_model
-from fimo.reporting.report import write_report
 from fimo.reporting.wandb import log_run
 from fimo.store.files import Store, write_tensors
 from fimo.store.fingerprint import Problem
@@ -185,6 +184,8 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
         results.save(run_dir)
         write_costs(costs, run_dir / "cost.csv")
         if config.report:
+            from fimo.reporting import write_report  # with packages that nothing else needs
+
             write_report(results, run_dir / "report.html")
         log_run(results, config.logger, run_dir)
     write_costs([*costs, cost], run_dir / "cost.csv")

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fimo.errors import InputError
+from fimo.extras import FIGURES, WANDB, available, require
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "until": ("check", "further_training", "report"),
@@ -71,6 +72,22 @@ def check_values(config: DictConfig) -> None:
     if config.further_training.shard is not None and config.until != "further_training":
         raise InputError("further_training.shard", "is for runs with until=further_training")
     _check_devices(config.trainer.devices)
+    _check_packages(config)
+
+
+def _check_packages(config: DictConfig) -> None:
+    """Refuse a report or a logger whose packages are not installed, both in one line."""
+    if config.until != "report":
+        return
+    needed: dict[str, tuple[str, ...]] = {}
+    without = []
+    if config.report and not available(FIGURES):
+        needed |= FIGURES
+        without.append("report=false")
+    if config.logger.enabled and config.logger.mode != "disabled" and not available(WANDB):
+        needed |= WANDB
+        without.append("logger=none")
+    require("report" if "figures" in needed else "logger", needed, f"or without: {' '.join(without)}")
 
 
 def _check_files(config: DictConfig) -> None:

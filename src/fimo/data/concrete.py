@@ -11,6 +11,7 @@ from fimo.data.csv import read_frame
 from fimo.data.remote import cached_download
 from fimo.data.tabular import Table, TabularModule, pick_target
 from fimo.errors import InputError
+from fimo.extras import XLS, require
 
 HOME = "https://archive.ics.uci.edu/static/public/165/concrete+compressive+strength.zip"
 COLUMNS = (
@@ -45,6 +46,7 @@ class ConcreteData(TabularModule):
         return Table(*pick_target(frame, -1), unit="MPa")
 
     def _from_home(self) -> pd.DataFrame:
+        require("dataset.path", XLS, "or give a text table")
         archive = zipfile.ZipFile(cached_download(HOME, "concrete.zip"))
         member = next(n for n in archive.namelist() if n.lower().endswith(".xls"))
         return pd.read_excel(archive.open(member))

@@ -12,6 +12,7 @@ from fimo.data.csv import read_frame
 from fimo.data.remote import cached_download
 from fimo.data.tabular import Table, TabularModule
 from fimo.errors import InputError
+from fimo.extras import XLS, XLSX, require
 
 HOME = "https://archive.ics.uci.edu/static/public/242/energy+efficiency.zip"
 FEATURES = (
@@ -19,6 +20,7 @@ FEATURES = (
     "glazing area", "glazing area distribution",
 )  # fmt: skip
 TARGETS = ("heating", "cooling")
+AS_TEXT = "or give a text table"
 
 
 class EnergyData(TabularModule):
@@ -62,6 +64,7 @@ class EnergyData(TabularModule):
         return Table(frame[list(FEATURES)], frame[self.target].rename(f"{self.target} load"), unit="kWh/m²")
 
     def _from_home(self) -> pd.DataFrame:
+        require("dataset.path", XLSX, AS_TEXT)
         archive = zipfile.ZipFile(cached_download(HOME, "energy.zip"))
         member = next(n for n in archive.namelist() if n.lower().endswith((".xlsx", ".csv")))
         return _excel(archive.open(member)) if member.endswith("x") else pd.read_csv(archive.open(member))
@@ -70,6 +73,7 @@ class EnergyData(TabularModule):
 def read_sheet(path: Path) -> pd.DataFrame:
     """Read an Excel sheet by its suffix, else a text table."""
     if path.suffix.lower() in (".xls", ".xlsx") and path.is_file():
+        require("dataset.path", XLS if path.suffix.lower() == ".xls" else XLSX, AS_TEXT)
         return _excel(path)
     return read_frame(path, None, "auto")
 
@@ -77,7 +81,5 @@ def read_sheet(path: Path) -> pd.DataFrame:
 def _excel(source: Path | IO[bytes]) -> pd.DataFrame:
     try:
         return pd.read_excel(source)
-    except ImportError as error:
-        raise InputError("dataset.path", f"an Excel sheet needs another package ({error})") from None
     except Exception as error:  # a damaged sheet fails in many ways inside its readers
         raise InputError("dataset.path", f"not an Excel sheet ({type(error).__name__})") from None

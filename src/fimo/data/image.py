@@ -19,6 +19,7 @@ from fimo.data.display import Display
 from fimo.data.hub import require_hub
 from fimo.data.instances import Instances
 from fimo.errors import InputError, shortened
+from fimo.extras import IMAGES, require
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 TEST_NAMES = ("test", "validation", "valid", "val")
@@ -90,6 +91,7 @@ class ImageData(InstancesModule):
         self._given_names = tuple(class_names) if class_names is not None else None
 
     def load(self) -> None:
+        require("dataset", IMAGES)
         train, test = self._read()
         found = sorted(set(train.labels))
         self.class_names = self._given_names or tuple(found)
@@ -222,10 +224,8 @@ def decode(content: Path | bytes, channels: int, size: int | None) -> np.ndarray
     Raises:
         InputError: naming the file that is no image.
     """
-    try:
-        from PIL import Image
-    except ImportError:
-        raise InputError("dataset", "images need the package pillow (pip install 'fimo[image]')") from None
+    from PIL import Image
+
     source: Any = io.BytesIO(content) if isinstance(content, bytes) else content
     try:
         with Image.open(source) as opened:

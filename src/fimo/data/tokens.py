@@ -8,6 +8,7 @@ from typing import Any
 
 from fimo.data.hub import model_source
 from fimo.errors import InputError
+from fimo.extras import TEXT, require
 
 KEY = "dataset.tokenizer"
 BYTES = "bytes"
@@ -51,14 +52,13 @@ class ModelTokens(Tokens):
     """The tokenizer that a Hugging Face model folder, package or hub name comes with."""
 
     def __init__(self, path: str) -> None:
+        require(KEY, TEXT)
         source = model_source(path, KEY)
         try:
             from transformers import AutoConfig, AutoTokenizer
 
             self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
             config: Any = AutoConfig.from_pretrained(source)
-        except ImportError:
-            raise InputError(KEY, "needs the package transformers (pip install 'fimo[text]')") from None
         except Exception as error:  # a folder without a tokenizer fails in many ways
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(KEY, f"{path} has no tokenizer that can be read: {reason}") from None

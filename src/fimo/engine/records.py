@@ -96,7 +96,7 @@ class Records:
     @contextlib.contextmanager
     def planning(self) -> Iterator[None]:
         """Keep other processes from claiming replicas."""
-        with FileLock(self.folder / ".planning.lock", poll_interval=0.005):
+        with FileLock(self.folder / ".planning.lock").acquire(poll_interval=0.005):
             yield
 
     def claimed(self, known: Set[str] = frozenset()) -> set[Replica]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fimo.data.hub import model_source
 from fimo.errors import InputError, shortened
+from fimo.extras import TEXT, require
 from fimo.models.frozen import remaining
 from fimo.models.lora import add_adapters
 
@@ -161,6 +162,7 @@ def text_classifier(
     """
     if head not in ("new", "own"):
         raise InputError("model.network.head", f"expected new or own but got {head!r}")
+    require("model.network", TEXT)
     from transformers import AutoModel, AutoModelForSequenceClassification
 
     network: nn.Module
@@ -249,6 +251,7 @@ def causal_lm(
     Raises:
         InputError: a bad size, or a model that can't be read.
     """
+    require("model.network", TEXT)
     if path is not None:
         from transformers import AutoModelForCausalLM
 

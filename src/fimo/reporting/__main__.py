@@ -59,10 +59,10 @@ def write(chosen: argparse.Namespace) -> list[Path]:
         runs = [dataclasses.replace(run, name=n) for run, n in zip(runs, chosen.names, strict=True)]
     output = chosen.output or (chosen.run_dir[0] if len(chosen.run_dir) == 1 else Path()) / "report.html"
     if chosen.figures is not None:
-        from fimo.reporting.static import write_figures
+        from fimo.reporting import write_figures
 
         return write_figures(runs, chosen.folder or output.parent / "figures", chosen.figures or FIGURES)
-    from fimo.reporting.report import write_report
+    from fimo.reporting import write_report
 
     return [write_report(runs, output)]
 

@@ -63,7 +63,7 @@ def sweep_report(folder: Path) -> Path | None:
         its path; None with fewer than two finished jobs, or more than :data:`MOST_RUNS` that differ in more
         than their methods.
     """
-    from fimo.reporting.report import write_report
+    from fimo.reporting import write_report
 
     try:
         folders = run_folders(folder)
