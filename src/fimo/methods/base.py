@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from enum import StrEnum
 from typing import ClassVar
 
 from torch import Tensor
@@ -13,16 +12,9 @@ from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.models.final_model import FinalModel
+from fimo.scores import Access
 from fimo.validation import choices
 from fimo.validation.admission import admit
-
-
-class Access(StrEnum):
-    """What a method needs to see (paper, section 2)."""
-
-    FINAL_MODEL = "FiMO"
-    CHECKPOINTS = "CPA"
-    TRAINING_ALGORITHM = "TAA"
 
 
 class AttributionMethod(ABC):

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fimo.data.instances import Instances
 from fimo.errors import InputError
-from fimo.methods.base import Access
 from fimo.methods.gradient import GradientMethod
 from fimo.models.checkpoint import load_checkpoint
 from fimo.models.final_model import FinalModel
+from fimo.scores import Access
 
 
 class TracIn(GradientMethod):

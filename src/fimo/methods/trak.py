@@ -12,12 +12,12 @@ from fimo.curvature.outputs import output_gradient
 from fimo.curvature.projection import Projection, project
 from fimo.data.instances import Instances
 from fimo.errors import InputError
-from fimo.methods.base import Access
 from fimo.methods.damping import Damping, DampingValue
 from fimo.methods.gradient import GradientMethod
 from fimo.methods.tracin import at_checkpoint
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import Loss, cross_entropy, logit_margin, mean_squared_error
+from fimo.scores import Access
 
 
 class Trak(GradientMethod):
