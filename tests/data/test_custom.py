@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-from fimo.data.custom import CustomData, to_instances
+from fimo.data.conversion import to_instances
+from fimo.data.custom import CustomData
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 
@@ -86,7 +87,7 @@ def test_instances_are_taken_as_they_are() -> None:
     ("source", "arguments", "said"),
     [
         ([], {}, "the data set is empty"),
-        (iter([1]), {}, "expected a data set with a length"),
+        (iter([1]), {}, "a data set with a length"),
         ([1, 2], {}, "expected elements (inputs, target) or mappings but got int"),
         (ROWS, {"target": "class"}, "no column 'class'; there are x, mask, label, note"),
         (ROWS, {}, "note of an element is str, not numbers"),

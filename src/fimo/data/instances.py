@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fimo.errors import InputError
+
 Inputs = Tensor | dict[str, Tensor]
 
 IGNORED = -100
@@ -21,15 +23,26 @@ class Instances:
     Args:
         inputs: ``[n, ...]``, or a dict of such tensors (a tokenizer's output) passed to the network by name.
         targets: class indices ``[n]`` (int64), or values ``[n, D]`` (floating point).
+
+    Raises:
+        InputError: something else than tensors, or numbers of instances that differ.
     """
 
     inputs: Inputs
     targets: Tensor
 
     def __post_init__(self) -> None:
+        for name, part in self.tensors().items():
+            if not isinstance(part, Tensor) or part.ndim == 0:
+                kind = "a single number" if isinstance(part, Tensor) else type(part).__name__
+                raise InputError(
+                    "dataset",
+                    f"{name}: expected a tensor [n, ...] but got {kind}; to_instances((X, y)) takes arrays",
+                )
         sizes = {len(part) for part in self.tensors().values()}
         if len(sizes) != 1:
-            raise ValueError(f"inputs and targets differ in their number of instances: {sorted(sizes)}")
+            shown = ", ".join(f"{name} {len(part)}" for name, part in self.tensors().items())
+            raise InputError("dataset", f"inputs and targets differ in their number of instances: {shown}")
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -36,7 +36,7 @@ def admit(final_model: FinalModel, train: Any, test: Any = None) -> tuple[Instan
     The result is remembered with the final model, while the instances' tensors are the same.
 
     Args:
-        train: training instances, or a data set of them (see :func:`fimo.data.custom.to_instances`).
+        train: training instances, or a data set of them (see :func:`fimo.data.conversion.to_instances`).
         test: test instances; ``train`` when None.
 
     Returns:
@@ -69,7 +69,7 @@ def as_instances(source: Any, key: str) -> Instances:
     """Return instances as they are, and any data set's elements as instances in memory."""
     found: Instances = source
     if not isinstance(source, Instances):
-        from fimo.data.custom import to_instances  # pandas and Lightning take seconds to import
+        from fimo.data.conversion import to_instances  # pandas and Lightning take seconds to import
 
         found = to_instances(source, key=key)
     if not len(found):

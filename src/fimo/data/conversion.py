@@ -1,0 +1,272 @@
+"""Whatever a user holds training or test instances in, as instances in memory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
+
+from fimo.data.instances import Inputs, Instances
+from fimo.errors import InputError, shortened
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TARGETS = ("label", "labels", "target")
+"""Columns that are taken for the target where none is named."""
+
+
+def to_instances(
+    source: Any,
+    inputs: str | Sequence[str] | None = None,
+    target: str | None = None,
+    key: str = "dataset",
+    text: str | None = None,
+) -> Instances:
+    """Return what holds instances as instances in memory, in the same order.
+
+    Args:
+        source: one of
+
+            - :class:`~fimo.data.instances.Instances`, taken as they are;
+            - ``(X, y)``: inputs and targets with one leading axis, each a tensor, an array, or (of numbers) a
+              pandas DataFrame or Series; X may be a mapping of them, passed to the network by name;
+            - a pandas DataFrame with a column ``target``: one vector of the other columns for each row;
+            - a ``torch.utils.data.DataLoader`` that does not shuffle;
+            - anything with a length whose elements are ``(inputs, target)`` or mappings from column names: a
+              ``torch.utils.data.Dataset``, a ``datasets.Dataset``, a list.
+        inputs: of mappings and DataFrames: the column that is the network's one argument, or a list of
+            columns: of mappings passed by name, of a DataFrame one vector ``[D]`` in this order; None takes
+            every column but ``target``.
+        target: their target's column; ``label``, ``labels`` or ``target`` when None.
+        key: for errors.
+        text: a column that is no input.
+
+    Returns:
+        Floating-point arrays and Python floats in torch's default dtype, tensors in their own, whole numbers
+        and truth values as int64 (a DataFrame's inputs in the default dtype).
+
+    Raises:
+        InputError: with ``key``: no instances, elements of another form, inputs that differ in shape, NaN, a
+            loader that shuffles or drops instances.
+    """
+    if isinstance(source, Instances):
+        return source
+    if isinstance(source, DataLoader):
+        instances = _of_loader(source, inputs, target, key, text)
+    elif _is_frame(source):
+        instances = _of_frame(source, inputs, target, key, text)
+    elif _is_pair(source):
+        instances = _of_pair(source, key)
+    else:
+        instances = _of_elements(source, inputs, target, key, text)
+    for name, tensor in instances.tensors().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            row = int((~torch.isfinite(tensor)).nonzero()[0, 0])
+            raise InputError(key, f"element {row} has NaN or infinite {name}")
+    return instances
+
+
+def is_array(value: Any) -> bool:
+    """Return whether a value is a tensor, an array, or a pandas Series or DataFrame."""
+    return isinstance(value, Tensor | np.ndarray) or _is_frame(value) or _is_series(value)
+
+
+def _of_elements(
+    source: Any, inputs: str | Sequence[str] | None, target: str | None, key: str, text: str | None
+) -> Instances:
+    try:
+        elements = [source[i] for i in range(len(source))]
+    except (TypeError, KeyError, IndexError) as error:
+        raise InputError(
+            key,
+            "expected Instances, arrays (X, y), a DataFrame, a DataLoader, or a data set with a length and "
+            f"elements but got {type(source).__name__} ({error!r})",
+        ) from error
+    if not elements:
+        raise InputError(key, "the data set is empty")
+    if isinstance(elements[0], Mapping):
+        there = list(elements[0])
+        wanted, target = _columns(there, inputs, target, key, text)
+        stacked = {str(c): _stack([e[c] for e in elements], key, str(c)) for c in wanted}
+        found: Inputs = next(iter(stacked.values())) if isinstance(inputs, str) else stacked
+        return Instances(found, _stack([e[target] for e in elements], key, target))
+    if not isinstance(elements[0], Sequence | tuple) or len(elements[0]) != 2:
+        raise InputError(
+            key, f"expected elements (inputs, target) or mappings but got {type(elements[0]).__name__}"
+        )
+    values = [x for x, _ in elements]
+    if isinstance(values[0], Mapping):
+        found = {str(c): _stack([x[c] for x in values], key, str(c)) for c in values[0]}
+    else:
+        found = _stack(values, key, "inputs")
+    return Instances(found, _stack([y for _, y in elements], key, "target"))
+
+
+def _of_loader(
+    loader: DataLoader[Any],
+    inputs: str | Sequence[str] | None,
+    target: str | None,
+    key: str,
+    text: str | None,
+) -> Instances:
+    if not isinstance(loader.sampler, SequentialSampler):
+        raise InputError(
+            key,
+            f"a DataLoader with a {type(loader.sampler).__name__} does not say which instance is which; pass "
+            "its data set, or shuffle=False",
+        )
+    if loader.drop_last and loader.batch_size and len(loader.dataset) % loader.batch_size:  # type: ignore[arg-type]
+        raise InputError(
+            key, "the DataLoader drops its last instances; pass its data set, or drop_last=False"
+        )
+    batches = list(loader)
+    if not batches:
+        raise InputError(key, "the data set is empty")
+    first = batches[0]
+    if isinstance(first, Mapping):
+        wanted, target = _columns(list(first), inputs, target, key, text)
+        joined = {str(c): _joined([b[c] for b in batches], key, str(c)) for c in wanted}
+        found: Inputs = next(iter(joined.values())) if isinstance(inputs, str) else joined
+        return Instances(found, _joined([b[target] for b in batches], key, target))
+    if not isinstance(first, Sequence) or len(first) != 2:
+        raise InputError(
+            key, f"expected batches (inputs, targets) or mappings but got {type(first).__name__}"
+        )
+    if isinstance(first[0], Mapping):
+        found = {str(c): _joined([x[c] for x, _ in batches], key, str(c)) for c in first[0]}
+    else:
+        found = _joined([x for x, _ in batches], key, "inputs")
+    return Instances(found, _joined([y for _, y in batches], key, "targets"))
+
+
+def _of_frame(
+    frame: pd.DataFrame, inputs: str | Sequence[str] | None, target: str | None, key: str, text: str | None
+) -> Instances:
+    if not len(frame):
+        raise InputError(key, "the data set is empty")
+    wanted, target = _columns(list(frame.columns), inputs, target, key, text)
+    found = _array(frame[inputs] if isinstance(inputs, str) else frame[wanted], key, "inputs")
+    return Instances(found, _array(frame[target], key, target))
+
+
+def _of_pair(source: tuple[Any, Any], key: str) -> Instances:
+    x, y = source
+    found: Inputs
+    if isinstance(x, Mapping):
+        found = {str(name): _array(part, key, str(name)) for name, part in x.items()}
+    else:
+        found = _array(x, key, "inputs")
+    targets = _array(y, key, "targets")
+    parts = found if isinstance(found, dict) else {"inputs": found}
+    for name, part in {**parts, "targets": targets}.items():
+        if part.ndim == 0 or len(part) != len(targets):
+            raise InputError(
+                key, f"{name} of shape {tuple(part.shape)} for {len(targets)} targets; expected one each"
+            )
+    return Instances(found, targets)
+
+
+def _is_pair(source: Any) -> bool:
+    if not isinstance(source, tuple) or len(source) != 2:
+        return False
+    x, y = source
+    return is_array(y) and (is_array(x) or (isinstance(x, Mapping) and all(map(is_array, x.values()))))
+
+
+def _is_frame(value: Any) -> bool:
+    pandas = sys.modules.get("pandas")  # whoever holds one has imported it
+    return pandas is not None and isinstance(value, pandas.DataFrame)
+
+
+def _is_series(value: Any) -> bool:
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(value, pandas.Series)
+
+
+def _columns(
+    there: list[Any], inputs: str | Sequence[str] | None, target: str | None, key: str, text: str | None
+) -> tuple[list[Any], str]:
+    """Return the columns of inputs, and the target's.
+
+    Raises:
+        InputError: with ``key``: there is no such column, or none is named and none has a usual name.
+    """
+    if target is None:
+        usual = [name for name in TARGETS if name in there]
+        if not usual:
+            raise InputError(
+                key, f"say which column is the target (target=...); there are {shortened(there)}"
+            )
+        target = usual[0]
+    wanted = [inputs] if isinstance(inputs, str) else list(inputs or [])
+    wanted = wanted or [c for c in there if c not in (target, text)]
+    for column in (*wanted, target):
+        if column not in there:
+            raise InputError(key, f"elements have no column {column!r}; there are {shortened(there)}")
+    return wanted, target
+
+
+def _array(value: Any, key: str, name: str) -> Tensor:
+    """Return an array, Series or DataFrame as a tensor."""
+    if isinstance(value, Tensor):
+        return _typed(value, from_tensor=True)
+    if _is_frame(value) or _is_series(value):
+        frame = value.to_frame() if _is_series(value) else value
+        for column in frame.columns:
+            if not (_numeric(frame[column])):
+                raise InputError(
+                    key, f"column {column!r} is of {frame[column].dtype}, not numbers; encode it first"
+                )
+            if missing := frame[column].isna().to_numpy().nonzero()[0].tolist():
+                raise InputError(key, f"column {column!r} has no value in row {missing[0]}")
+        if _is_frame(value) and name == "inputs":
+            return torch.tensor(value.to_numpy(dtype=np.float64)).to(torch.get_default_dtype())
+        value = value.to_numpy()
+    try:
+        tensor = torch.tensor(np.ascontiguousarray(value))
+    except TypeError:
+        raise InputError(key, f"{name} are an array of {value.dtype}, not numbers") from None
+    return _typed(tensor)
+
+
+def _numeric(column: Any) -> bool:
+    from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
+    return bool(is_numeric_dtype(column) or is_bool_dtype(column))
+
+
+def _typed(tensor: Tensor, from_tensor: bool = False) -> Tensor:
+    if tensor.is_floating_point():
+        return tensor if from_tensor else tensor.to(torch.get_default_dtype())
+    return tensor.to(torch.int64)
+
+
+def _stack(items: list[Any], key: str, name: str) -> Tensor:
+    """Return elements' parts as one tensor ``[n, ...]``."""
+    try:
+        tensors = [x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x)) for x in items]
+    except TypeError:
+        raise InputError(key, f"{name} of an element is {type(items[0]).__name__}, not numbers") from None
+    _same_shapes([tuple(t.shape) for t in tensors], key, name)
+    return _typed(torch.stack(tensors), isinstance(items[0], Tensor))
+
+
+def _joined(items: list[Any], key: str, name: str) -> Tensor:
+    """Return batches' parts as one tensor ``[n, ...]``."""
+    tensors = [_array(x, key, name) if is_array(x) else _stack(list(x), key, name) for x in items]
+    _same_shapes([tuple(t.shape[1:]) for t in tensors], key, name)
+    return torch.cat(tensors)
+
+
+def _same_shapes(shapes: Sequence[tuple[int, ...]], key: str, name: str) -> None:
+    if len(different := sorted(set(shapes))) > 1:
+        first, second = different[:2]
+        raise InputError(
+            key, f"{name} differ in shape between elements ({first} and {second}); pad or resize them"
+        )
