@@ -17,16 +17,18 @@ def copied(network: nn.Module) -> nn.Module:
     - Tensors that modules have computed from parameters (hooks of ``torch.nn.utils.weight_norm``), which
       Python's copy refuses, are copied by value.
     - Gradients of embeddings are dense: the same numbers, which can be stacked and multiplied.
+    - A LightningModule's Trainer stays behind.
     - Weight normalisation is written out: torch's fused operation has no forward derivative, and its second
       derivatives take the norm as constant, which makes them wrong (a Hessian that is not symmetric).
     """
-    computed = {
+    computed: dict[int, Any] = {
         id(value): value.detach().clone()
         for module in network.modules()
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    found = copy.deepcopy(network, computed)
+    trainers = {id(t): None for m in network.modules() if (t := vars(m).get("_trainer")) is not None}
+    found = copy.deepcopy(network, computed | trainers)
     for module in with_dense_gradients(found).modules():
         if type(module) is parametrizations._WeightNorm:
             module.__class__ = _PlainWeightNorm

@@ -6,15 +6,16 @@ import copy
 import fnmatch
 import glob
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fimo.data.instances import Inputs, Instances
 from fimo.errors import InputError, shortened
+from fimo.models.accepted import accepted
 from fimo.models.copied import copied
 from fimo.models.losses import LOSSES, MEASUREMENTS, Loss
 from fimo.models.own_tensors import following_outputs
@@ -31,9 +32,12 @@ class FinalModel:
     in train mode, in copies of their own; see :class:`~fimo.models.train_mode.TrainMode`.
 
     Args:
-        network: maps a batch of inputs to outputs ``[n, ...]``.
+        network: maps a batch of inputs to outputs ``[n, ...]``. Of a Hugging Face network the outputs are its
+            ``logits`` (and its attention the plain one, which has all derivatives); of a LightningModule what
+            ``forward`` returns.
         loss: per-instance loss ``(outputs, targets) -> [n]``, or the name of a known one (``mse``).
             Floating-point tensors that it holds, such as class weights, follow the dtype of the outputs.
+            None where a Hugging Face network's head says which.
         measurement: what is explained on test instances, of the same form as ``loss``; the loss itself
             when None.
         trainable: name patterns (``fnmatch``) of the parameters that further training moves and that
@@ -43,11 +47,17 @@ class FinalModel:
             first used (the command line refuses it).
 
     Raises:
-        InputError: no parameter's name matches a pattern of ``trainable``, or no such loss.
+        InputError: no parameter's name matches a pattern of ``trainable``, no such loss, or none given where
+            the network does not say which.
+
+    Example:
+        >>> network = torch.nn.Linear(2, 1)
+        >>> FinalModel(network, "mse").size
+        3
     """
 
     network: nn.Module
-    loss: Loss
+    loss: Loss = None  # type: ignore[assignment]  # as given; filled by __post_init__
     measurement: Loss | None = None
     trainable: tuple[str, ...] = ()
     accept_poor: bool = False
@@ -55,19 +65,36 @@ class FinalModel:
     """Instances that it was admitted with; see :func:`fimo.validation.admission.admit`."""
     _moved: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
 
+    if TYPE_CHECKING:  # what may be given; the fields say what it becomes
+
+        def __init__(
+            self,
+            network: nn.Module,
+            loss: Loss | str | None = None,
+            measurement: Loss | str | None = None,
+            trainable: str | Sequence[str] = (),
+            accept_poor: bool = False,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         if not isinstance(self.network, nn.Module):
             kind = type(self.network).__name__
             raise InputError("model.network", f"expected a torch.nn.Module but got {kind}")
-        network = copied(self.network).eval()
+        set_attribute = object.__setattr__  # as frozen dataclasses are filled
+        network, loss = accepted(self.network, self.loss)
+        wrapped = network is not self.network
+        set_attribute(self, "loss", loss)
+        network = copied(network).eval()
+        if wrapped:
+            network.network.set_attn_implementation("eager")  # type: ignore[union-attr,operator]
         names = [name for name, _ in network.named_parameters()]
         if not names:
             raise InputError("model.network", "has no parameter that can be trained")
         frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
         network.requires_grad_(False)
-        set_attribute = object.__setattr__  # as frozen dataclasses are filled
         set_attribute(self, "network", network)
-        set_attribute(self, "trainable", patterns(self.trainable))
+        inside = "network." if wrapped else ""  # patterns are of the user's own names
+        set_attribute(self, "trainable", tuple(inside + pattern for pattern in patterns(self.trainable)))
         for pattern in self.trainable:
             if not fnmatch.filter(names, pattern):
                 raise InputError(
