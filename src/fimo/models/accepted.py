@@ -57,8 +57,8 @@ def _loss_of_head(network: nn.Module) -> str:
     if name.endswith("ForCausalLM"):
         raise InputError(
             "model.loss",
-            f"{name} computes its own loss of shifted labels; pass loss='language_modelling' and targets [n, T] "
-            "that are shifted already: targets[:, t] is the token that follows input t, -100 where none counts",
+            f"{name} computes its own loss of shifted labels; pass loss='language_modelling' and targets "
+            "[n, T] that are shifted already: targets[:, t] follows input t, -100 where none counts",
         )
     raise InputError("model.loss", f"can't be told from {name}; pass loss=(outputs.logits, targets) -> [n]")
 

@@ -85,7 +85,7 @@ class FinalModel:
         wrapped = network is not self.network
         set_attribute(self, "loss", loss)
         network = copied(network).eval()
-        if wrapped:
+        if wrapped and hasattr(network.network, "set_attn_implementation"):
             network.network.set_attn_implementation("eager")  # type: ignore[union-attr,operator]
         names = [name for name, _ in network.named_parameters()]
         if not names:

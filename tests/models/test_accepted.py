@@ -1,0 +1,114 @@
+"""Networks of other libraries are taken as they are, or refused with what to pass."""
+
+from __future__ import annotations
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fimo.data.conversion import to_instances
+from fimo.errors import InputError
+from fimo.further_training import Protocol, further_train
+from fimo.models.final_model import FinalModel
+from fimo.models.losses import binary_cross_entropy, cross_entropy, mean_squared_error
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+def bert(**settings: object) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=8, **settings,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+MASKS = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+ROWS = [
+    {"input_ids": torch.randint(1, 20, (5,)), "attention_mask": MASKS[k % 2], "labels": k % 2}
+    for k in range(12)
+]
+
+
+def test_a_hugging_face_classifier_is_taken_as_it_is() -> None:
+    network = bert()
+    implementation = network.config._attn_implementation  # type: ignore[union-attr]
+    model, data = FinalModel(network), to_instances(ROWS)
+    assert model.loss is cross_entropy
+    with torch.no_grad():
+        logits = network.eval()(**data.inputs).logits  # type: ignore[arg-type]
+    torch.testing.assert_close(model.outputs(data), logits)
+    assert network.config._attn_implementation == implementation  # type: ignore[union-attr]
+    head = FinalModel(network, trainable=("classifier.*",))
+    assert list(head.parameters()) == ["network.classifier.weight", "network.classifier.bias"]
+    assert FinalModel(network, trainable="classifier.*").to(dtype=torch.float64).size == head.size
+    found = further_train(head, data, data[:3], Protocol(lr=0.1, batch_size=4, epochs=1), 1, [0, 5])
+    assert found.raw.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss"),
+    [
+        ({"num_labels": 1}, mean_squared_error),
+        ({"num_labels": 3}, cross_entropy),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, binary_cross_entropy),
+        ({"num_labels": 2, "problem_type": "regression"}, mean_squared_error),
+    ],
+)
+def test_the_head_of_a_hugging_face_network_says_its_loss(settings: dict, loss: object) -> None:
+    assert FinalModel(bert(**settings)).loss is loss
+
+
+def test_a_causal_language_model_is_asked_for_shifted_targets() -> None:
+    config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8)
+    network = transformers.GPT2LMHeadModel(config)
+    with pytest.raises(InputError, match=r"model\.loss: .* shifted already"):
+        FinalModel(transformers.OPTForCausalLM(transformers.OPTConfig(
+            vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8,
+            max_position_embeddings=8, word_embed_proj_dim=8,
+        )))  # fmt: skip
+    with pytest.raises(InputError, match=r"model\.loss: can't be told from GPT2LMHeadModel"):
+        FinalModel(network)
+    ids = torch.randint(0, 20, (6, 5))
+    model = FinalModel(network, "language_modelling")
+    data = to_instances(({"input_ids": ids[:, :-1]}, ids[:, 1:]))
+    with torch.no_grad():
+        logits = network.eval()(ids).logits
+        own = torch.stack([F.cross_entropy(z[:-1], i[1:]) for z, i in zip(logits, ids, strict=True)])
+    torch.testing.assert_close(model.losses(data), own)
+
+
+class Lit(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.criterion = nn.Linear(3, 1), nn.MSELoss()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        return self.criterion(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_lightning_module_needs_a_loss_for_each_instance_and_is_told_which() -> None:
+    with pytest.raises(InputError, match=r"Lit\.training_step .* criterion=MSELoss\(\) that is loss='mse'"):
+        FinalModel(Lit())
+
+
+def test_a_trained_lightning_module_leaves_its_trainer_behind() -> None:
+    module, x = Lit(), torch.randn(8, 3)
+    trainer = pl.Trainer(
+        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x[:, :1]), 4))
+    model = FinalModel(module, "mse")
+    assert model.network._trainer is None  # type: ignore[union-attr]
+    assert module.trainer is trainer
+    torch.testing.assert_close(model.outputs(to_instances((x, x[:, :1]))), module.eval()(x).detach())
