@@ -86,7 +86,7 @@ class FinalModel:
         set_attribute(self, "loss", loss)
         network = copied(network).eval()
         if wrapped and hasattr(network.network, "set_attn_implementation"):
-            network.network.set_attn_implementation("eager")  # type: ignore[union-attr,operator]
+            network.network.set_attn_implementation("eager")  # type: ignore[operator]
         names = [name for name, _ in network.named_parameters()]
         if not names:
             raise InputError("model.network", "has no parameter that can be trained")
