@@ -252,8 +252,9 @@ def test_a_part_that_raises_is_a_line_with_the_reason() -> None:
     def broken() -> Line:
         raise ValueError("no such thing\nsecond line")
 
+    at = broken.__code__.co_firstlineno + 1
     line = story._tried("part", broken)
-    assert line == Line("part", Verdict.FAIL, "ValueError: no such thing", line.value)
+    assert line == Line("part", Verdict.FAIL, f"no such thing ({Path(__file__).name}, line {at})", line.value)
 
 
 # what the lines are made of

@@ -51,6 +51,8 @@ def table(folder: Path, rows: str) -> str:
         ("+method=trasin", "error: method: no choice 'trasin'; did you mean tracin"),
         ("dataset=diabetis", "error: dataset: no choice 'diabetis'; did you mean diabetes"),
         ("further_training.left_out=[0,397]", "further_training.left_out: expected indices from 0 to 396"),
+        ("further_training.left_out=[3,5,3]", "further_training.left_out: left out twice: 3"),
+        ("further_training.left_out=[[3,3]]", "further_training.left_out: a group has an index twice: 3, 3"),
         ("further_training.left_out=398", "further_training.left_out: expected a number from 1 to 397"),
         ("further_training.test=[-1]", "further_training.test: expected indices from 0 to 44 but got -1"),
         ("further_training.seeds=0", "further_training.seeds: expected at least 1 seed but got 0"),

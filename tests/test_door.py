@@ -70,8 +70,8 @@ def test_left_out_instances_are_a_number_or_any_list_of_them(left_out: Any) -> N
 @pytest.mark.parametrize(
     ("left_out", "said"),
     [
-        ([16], "expected indices in [0, 16) but got 16"),
-        (torch.tensor([-1]), "expected indices in [0, 16) but got -1"),
+        ([16], "expected indices from 0 to 15 but got 16"),
+        (torch.tensor([-1]), "expected indices from 0 to 15 but got -1"),
         (17, "expected a number from 1 to 16, or a list of indices, but got 17"),
         ([0.5], "expected whole numbers but got 0.5"),
         (np.ones(16, bool), "expected whole numbers but got True"),

@@ -117,7 +117,7 @@ def test_a_result_that_is_used_again_counts_as_used_now(store: Path) -> None:
             ["prune", "--older-than", "30"],
             "--older-than: expected a time such as 12h, 30d or 4w but got '30'",
         ),
-        (["--store", "/nowhere"], "--store: no such folder: /nowhere"),
+        (["--store", "/nowhere"], "--store: no such folder: /nowhere; --store FOLDER names"),
     ],
 )
 def test_a_mistake_is_one_line(store: Path, arguments: list[str], said: str) -> None:

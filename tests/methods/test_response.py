@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,9 +15,11 @@ from fimo.errors import InputError
 from fimo.evaluation import agreement
 from fimo.further_training import full_runs
 from fimo.further_training.trajectory import FurtherTraining
+from fimo.linear_response.leave_out_weights import Step, steps
 from fimo.linear_response.output_space import OutputSpace
 from fimo.linear_response.path_points import Segment, segments, spread
 from fimo.linear_response.phi import relaxation, times
+from fimo.linear_response.recursion import _followed
 from fimo.methods.exact import ExactInfluence
 from fimo.methods.graddot import GradDot
 from fimo.methods.response import Response
@@ -323,6 +325,46 @@ def test_relaxation_is_a_gradient_step_for_little_time_and_an_inverse_for_much()
     torch.testing.assert_close(relaxation(1e-9)(curvature), torch.full((4,), 1e-9, dtype=torch.float64))
     torch.testing.assert_close(relaxation(1e9, 0.5)(curvature), 1 / (curvature + 0.5))
     assert times(Protocol(lr=0.1, steps=4, momentum=0.5), [2, 4]) == pytest.approx([0.4, 0.8])
+
+
+def test_relaxation_has_no_step_where_its_series_takes_over() -> None:
+    """Of (1 - exp(-x)) / x, below 1e-8 its series 1 - x / 2; at 1e-8 too."""
+    x = torch.tensor([0.5e-8, 1e-8, 2e-8], dtype=torch.float64)
+    torch.testing.assert_close(relaxation(1.0)(x), 1 - x / 2, rtol=1e-15, atol=0)
+
+
+def test_directions_and_batches_lie_where_the_outputs_do() -> None:
+    """On a device without storage, so that what stays on the CPU would not fit."""
+    like = torch.empty(0, dtype=torch.float64, device="meta")
+    targets = torch.zeros(20, dtype=torch.int64, device="meta")
+    # all directions, the one of two classes, leading ones
+    for loss, d in ((mean_squared_error, 1), (cross_entropy, 2), (cross_entropy, 4)):
+        for most in (60, 40):
+            outputs = torch.empty(3, 20, d, dtype=torch.float64, device="meta")
+            space = OutputSpace.choose(loss, outputs, targets, torch.tensor([2]), most)
+            assert space.kept.is_meta
+            assert space.directions.is_meta
+    whole = steps([3], torch.tensor([2]), 20, Protocol(batch_size=6, epochs=1), like.dtype)
+    for step in _followed(whole, space, 20, like):
+        assert all(tensor.is_meta for tensor in (step.index, step.full, step.without))
+
+
+def test_of_a_batch_the_instances_that_are_not_followed_weigh_nothing() -> None:
+    kept, one = torch.tensor([1, 4, 8]), torch.ones(3, 1, 1, dtype=torch.float64)
+
+    def batches() -> Iterator[Step]:
+        return steps([3, 5], torch.tensor([4]), 9, Protocol(batch_size=4, epochs=2), torch.float64)
+
+    for step, whole in zip(_followed(batches(), OutputSpace(kept, one), 9, one), batches(), strict=True):
+        for seed in range(2):
+            found, expected = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(9, 2, dtype=torch.float64)
+            weights, weights_of_all = (
+                torch.cat([s.full.expand(s.index.shape)[seed][:, None], s.without[seed]], 1)
+                for s in (step, whole)
+            )
+            found.index_add_(0, step.index[seed], weights)
+            expected.index_add_(0, whole.index[seed], weights_of_all)
+            torch.testing.assert_close(found, expected[kept])
 
 
 @pytest.mark.parametrize(

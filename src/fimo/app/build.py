@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,7 +11,7 @@ import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fimo.app.arguments import check_arguments, imported
@@ -28,7 +28,6 @@ from fimo.models.lightning_module import FinalModelModule
 from fimo.models.losses import LOSSES, MEASUREMENTS, Loss, cross_entropy
 from fimo.models.progress import EpochProgress
 from fimo.validation.admission import admit, tried
-from fimo.validation.choices import spaced
 
 PROTOCOL_FIELDS = tuple(f.name for f in dataclasses.fields(Protocol))
 LOSS_OF_TASK = {
@@ -239,32 +238,6 @@ def check_evaluation(config: DictConfig, seeds: int) -> None:
             raise InputError("evaluation.seed_counts", f"expected numbers from 1 to {seeds} but got {count}")
     if config.evaluation.bootstrap < 0:
         raise InputError("evaluation.bootstrap", f"expected at least 0 but got {config.evaluation.bootstrap}")
-
-
-def choose(value: Any, total: int, key: str) -> list[Any]:
-    """Return indices: a number of evenly spaced ones, or the list given.
-
-    Args:
-        value: a number, a list (of indices, or of lists of them), or None for all.
-        total: how many there are.
-
-    Raises:
-        InputError: with ``key``.
-    """
-    if value is None:
-        return list(range(total))
-    if isinstance(value, (ListConfig, Sequence)) and not isinstance(value, str):
-        chosen = [list(v) if isinstance(v, (ListConfig, list)) else v for v in value]
-        flat = [i for v in chosen for i in (v if isinstance(v, list) else [v])]
-        if not chosen:
-            raise InputError(key, "expected at least one index but got an empty list")
-        for index in flat:
-            if not isinstance(index, int) or not 0 <= index < total:
-                raise InputError(key, f"expected indices from 0 to {total - 1} but got {index!r}")
-        return chosen
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= total:
-        raise InputError(key, f"expected a number from 1 to {total}, or a list of indices, but got {value!r}")
-    return spaced(value, total)
 
 
 def scaled(number: Any, scale: float, least: int = 1) -> Any:

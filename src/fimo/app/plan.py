@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
-from fimo.app.build import build_protocol, choose, scaled
+from fimo.app.build import build_protocol, scaled
 from fimo.data.datamodule import InstancesModule
 from fimo.engine.protocol import Protocol
 from fimo.errors import InputError, shortened
@@ -55,14 +55,13 @@ class Plan:
         node = config.further_training
         seeds = choices.seeds(scaled(node.seeds, config.scale, least=2), "further_training.seeds")
         followed = followed_seeds(node.followed_seeds, seeds, config.scale)
-        left_out = choose(
-            scaled(node.left_out, config.scale, least=3), len(data.train), "further_training.left_out"
-        )
+        left_out = choices.units(scaled(node.left_out, config.scale, least=3), len(data.train))
         if node.shard is not None:
             seeds, left_out = shard(node.shard, seeds, left_out)
-        test = choose(scaled(node.test, config.scale, least=3), len(data.test), "further_training.test")
+        key = "further_training.test"
+        test = choices.indices(scaled(node.test, config.scale, least=3), len(data.test), key).tolist()
         if twice := sorted({j for j in test if test.count(j) > 1}):
-            raise InputError("further_training.test", f"measured twice: {shortened(twice)}")
+            raise InputError(key, f"measured twice: {shortened(twice)}")
         protocol = build_protocol(config)
         for remark in remarks(protocol, len(data.train)):
             log.warning("%s", remark)

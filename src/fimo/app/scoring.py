@@ -21,6 +21,7 @@ from fimo.methods.following import FollowingMethod
 from fimo.store.description import Indescribable
 from fimo.store.files import Store, read_tensors, write_tensors
 from fimo.store.fingerprint import Key, Problem, kept, scores_key
+from fimo.validation import choices
 
 if TYPE_CHECKING:  # no code of these is in the scores, whose key holds the source of what is imported here
     from fimo.app.plan import Plan
@@ -89,7 +90,8 @@ def score(
             }
         named = {str(k): v for k, v in settings.items()}
         test = data.test[plan.test]
-        return scores_key(problem, test, name, type(method), named, plan.left_out, config.seed, followed)
+        units = choices.units(plan.left_out, len(data.train))
+        return scores_key(problem, test, name, type(method), named, units, config.seed, followed)
 
     with kept(store, "scores", key) as folder, FileLock(folder / "lock"):
         path = folder / "scores.safetensors"
@@ -124,7 +126,7 @@ def _compute(
 ) -> dict[str, Tensor]:
     device = next(iter(final_model.parameters().values())).device
     train, test = data.train.to(device), data.test[plan.test].to(device)
-    groups = [list(u) if isinstance(u, list) else [u] for u in plan.left_out]
+    groups = choices.units(plan.left_out, len(train))
     members = sorted({i for group in groups for i in group})
     position = {i: k for k, i in enumerate(members)}
     with torch.random.fork_rng():

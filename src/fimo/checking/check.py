@@ -18,7 +18,7 @@ from fimo.checking.verdict import Check, Line, Verdict, fails, warns
 from fimo.data.instances import Instances
 from fimo.engine.pace import Pace
 from fimo.engine.protocol import Protocol
-from fimo.errors import InputError
+from fimo.errors import reason
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
 from fimo.validation import choices
@@ -88,7 +88,7 @@ def _admitted(final_model: FinalModel, train: Any, test: Any) -> tuple[Line, Ins
     try:
         return losses(final_model, train, test)
     except Exception as error:  # whatever a user's model raises
-        return fails(NAME, _in_one_line(error)), train, test
+        return fails(NAME, reason(error)), train, test
 
 
 def _lines(problem: Problem, seconds: float) -> Iterator[Line]:
@@ -123,12 +123,7 @@ def _tried(name: str, part: Callable[[], Line]) -> Line:
     try:
         return part()
     except Exception as error:  # whatever a user's model raises
-        return fails(name, _in_one_line(error))
-
-
-def _in_one_line(error: Exception) -> str:
-    text = (str(error).strip() or "no message").splitlines()[0]
-    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+        return fails(name, reason(error))
 
 
 @contextlib.contextmanager

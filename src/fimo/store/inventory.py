@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
     root, now = Path(options.store), time.time()
     if not root.is_dir():
-        raise InputError("--store", f"no such folder: {root}")
+        raise InputError("--store", f"no such folder: {root}; --store FOLDER names the store of a run")
     found = entries(root)
     if options.action == "list":
         print("\n".join(listing(root, found, now)))

@@ -87,7 +87,7 @@ def units(value: Any, total: int, key: str = "further_training.left_out") -> lis
         if not members:
             raise InputError(key, "a group is empty")
         if bad := [i for i in members if not 0 <= i < total]:
-            raise InputError(key, f"expected indices in [0, {total}) but got {shortened(bad)}")
+            raise InputError(key, f"expected indices from 0 to {total - 1} but got {shortened(bad)}")
         if len(set(members)) < len(members):
             raise InputError(key, f"a group has an index twice: {shortened(members)}")
         found.append(tuple(sorted(members)))
@@ -115,7 +115,7 @@ def indices(value: Any, total: int, key: str) -> Tensor:
     if not found:
         raise InputError(key, "expected at least one index but got none")
     if bad := [i for i in found if not 0 <= i < total]:
-        raise InputError(key, f"expected indices in [0, {total}) but got {shortened(bad)}")
+        raise InputError(key, f"expected indices from 0 to {total - 1} but got {shortened(bad)}")
     return torch.tensor(found)
 
 
