@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fimo
 from fimo.checking import check as story
 from fimo.checking import durations, model_checks, run_checks
-from fimo.checking.constant import constant, constant_losses
+from fimo.checking.constant import constant
 from fimo.checking.loss_checks import losses
 from fimo.checking.partial import partial_effects
 from fimo.checking.problem import Clock, Problem, effects, float64
@@ -32,6 +32,7 @@ from fimo.methods.graddot import GradDot
 from fimo.methods.response import Response
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import cross_entropy, mean_squared_error
+from fimo.validation.poor import Comparison, compared
 from tests.cases import CASES, Case, mlp
 
 PROTOCOL = Protocol(lr=0.01, batch_size=5, epochs=2)
@@ -176,7 +177,9 @@ def test_a_model_worse_than_a_constant_on_test_instances_alone_is_warned_of() ->
 @pytest.mark.parametrize("name", ["mlp_regression", "mlp_classification"])
 def test_the_best_constant_is_the_mean_or_the_classes_shares(name: str) -> None:
     case = CASES[name]()
-    found = constant_losses(case.final_model, case.train, case.test)
+    compare = compared(case.final_model, case.train, case.test)
+    assert isinstance(compare, Comparison)
+    found = compare.constant_test
     if name == "mlp_regression":
         expected = mean_squared_error(
             case.train.targets.mean(0).expand(len(case.test), -1), case.test.targets

@@ -28,7 +28,7 @@ from fimo.models.losses import (
 )
 from fimo.store.fingerprint import Problem
 from fimo.validation import admission
-from fimo.validation.poor import constant_outputs, poor
+from fimo.validation.poor import Comparison, best_mixture, compared, constant_outputs, poor
 
 PROTOCOL = Protocol(lr=0.05, batch_size=8, epochs=1)
 
@@ -463,3 +463,112 @@ def test_an_overfitted_model_is_not_mixed_up() -> None:
     other = Instances(DATA.inputs, -9 * model.outputs(DATA))
     assert poor(model, fitting, other) is None
     assert poor(model, other, other) is not None
+
+
+def poor(model: FinalModel, train: Instances, test: Instances) -> str | None:
+    found = compared(model, train, test)
+    assert isinstance(found, Comparison), found
+    return found.poor
+
+
+def of_probabilities(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Of outputs that are probabilities: beyond 1 it would be 0 for any class."""
+    return -outputs.clamp(1e-7, 1).log().gather(1, targets[:, None])[:, 0]
+
+
+def log_density(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Of a normal distribution, whose mean and log variance are the outputs; negative where it is narrow."""
+    mean, log_variance = outputs[:, :1], outputs[:, 1:]
+    return 0.5 * ((targets - mean).square() / log_variance.exp() + log_variance)[:, 0]
+
+
+def own_huber(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.huber_loss(outputs, targets, reduction="none").flatten(1).mean(1)
+
+
+def masked(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Of sequences of classes, where a target below 0 says that there is none."""
+    kept = (targets >= 0).to(outputs.dtype)
+    losses = nn.functional.cross_entropy(outputs.transpose(1, 2), targets.clamp(min=0), reduction="none")
+    return (losses * kept).sum(1) / kept.sum(1).clamp(min=1)
+
+
+class Fixed(nn.Module):
+    """Gives its inputs as outputs, so that a test can say what a model predicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+
+def judged_examples() -> dict[str, tuple[Any, Tensor, Tensor, Tensor]]:
+    """A loss, targets, and outputs of a good and of a poor model."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(120, 1, generator=generator)
+    noise = torch.randn(120, 1, generator=generator)
+    classes = torch.randint(3, (120,), generator=generator)
+    logits = 2.0 * nn.functional.one_hot(classes, 3) + 0.5 * torch.randn(120, 3, generator=generator)
+    tokens = torch.randint(3, (120, 4), generator=generator)
+    sequence = 2.0 * nn.functional.one_hot(tokens, 3)
+    tokens[:, 3] = -1
+    narrow = torch.full_like(y, -6.0)
+    return {
+        "scaled targets": (own_huber, y + 100, y + 100 + 0.3 * noise, y),
+        "other order of labels": (of_probabilities, classes, logits.softmax(1), logits.roll(1, 1).softmax(1)),
+        "density": (log_density, 0.1 * y, torch.cat([0.1 * y + 0.03 * noise, narrow], 1),
+                    torch.cat([0.1 * y + noise, narrow], 1)),
+        "sequences": (masked, tokens, sequence, sequence.roll(1, 2)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", judged_examples())
+def test_under_a_loss_of_ones_own_a_poor_model_is_found_and_a_good_one_is_not(name: str) -> None:
+    loss, targets, good, bad = judged_examples()[name]
+    model = FinalModel(Fixed(), loss)
+    for outputs, expected in ((good, False), (bad, True)):
+        data = Instances(outputs, targets)
+        assert (poor(model, data[:80], data[80:]) is not None) == expected
+
+
+def test_a_loss_of_ones_own_that_is_a_known_one_has_the_known_ones_best_constant() -> None:
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.randint(3, (300,), generator=generator).clamp(max=1) * 2  # of three one does not occur
+    logits = 6 * torch.randn(300, 3, generator=generator)
+    own = FinalModel(Fixed(), lambda o, t: nn.functional.cross_entropy(o, t, reduction="none"))
+    found = compared(own, Instances(logits, classes), Instances(logits, classes))
+    expected = compared(
+        FinalModel(Fixed(), cross_entropy), Instances(logits, classes), Instances(logits, classes)
+    )
+    assert isinstance(found, Comparison)
+    assert isinstance(expected, Comparison)
+    assert found.constant.mean().item() == pytest.approx(expected.constant.mean().item(), rel=1e-2)
+    y = torch.rand(90, 2, generator=generator).double() + 7
+    data = Instances(y.new_zeros(90, 2), y)
+    mixture = best_mixture(FinalModel(Fixed().double(), own_square), data)
+    assert isinstance(mixture, Tensor)
+    torch.testing.assert_close(mixture, y.mean(0), rtol=1e-4, atol=0)
+
+
+def own_square(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().sum(1)
+
+
+def test_where_no_best_constant_is_known_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    def fails_on_constants(outputs: Tensor, targets: Tensor) -> Tensor:
+        if len(outputs) > 4 and (outputs == outputs[:1]).all():
+            raise ValueError("no variance")
+        return own_huber(outputs, targets)
+
+    model, data = FinalModel(network(), fails_on_constants), DATA
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            GradDot().attribute(model, data[:16], data[16:])
+    said = "can't be told: the loss of constant outputs fails: no variance"
+    assert caplog.text.count(said) == 1
+    wide = Instances(torch.zeros(20, 2**17), torch.zeros(20, 2**17))
+    assert "131,072 outputs for each instance are too many" in str(
+        best_mixture(FinalModel(Fixed(), own_huber), wide)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import traceback
@@ -29,17 +30,19 @@ from fimo.app.scoring import applicable, described, score, withheld
 from fimo.app.summary import summarise
 from fimo.cost import Cost, measured, write_costs
 from fimo.curvature.solvers import DivergenceError
+from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError, reason
 from fimo.evaluation import assess
 from fimo.evaluation.assessment import judged_bars
 from fimo.further_training import further_train
+from fimo.models.final_model import FinalModel
 from fimo.models.frozen import without_frozen_part
 from fimo.models.training import quality, save_checkpoint, train_final_model
 from fimo.reporting.wandb import log_run
 from fimo.store.files import Store, write_tensors
 from fimo.store.fingerprint import Problem
 from fimo.tasks import Judged, build_tasks, with_findings
-from fimo.validation.poor import poor
+from fimo.validation.poor import Comparison, compared, untold
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +91,9 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
         write_costs(costs, run_dir / "cost.csv")
         return math.nan
 
-    if not config.model.accept_poor and (problem := poor(final_model, data.train, data.test)) is not None:
-        raise InputError("model", f"{problem} model.accept_poor=true explains it all the same")
+    if not config.model.accept_poor:
+        refuse_poor(final_model, data)
+        trained = dataclasses.replace(trained, accept_poor=True)  # not to be judged again with every part
     shared = described(trained, seen)
     with measured("further_training") as cost:
         sensitivity = further_train(
@@ -193,6 +197,19 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
         log.warning("%s", note)
     log.info("results: %s", run_dir / "report.html" if config.report else run_dir)
     return best_agreement(evaluation.table, config.evaluation.metrics[0])
+
+
+def refuse_poor(final_model: FinalModel, data: InstancesModule) -> None:
+    """Refuse a final model that predicts worse than a constant; say so where that can't be told.
+
+    Raises:
+        InputError: naming the likely causes.
+    """
+    found = compared(final_model, data.train, data.test)
+    if not isinstance(found, Comparison):
+        log.info("%s", untold(found))
+    elif found.poor is not None:
+        raise InputError("model", f"{found.poor} model.accept_poor=true explains it all the same")
 
 
 def failure(name: str, error: Exception, run_dir: Path) -> str:

@@ -18,7 +18,7 @@ from fimo.models.final_model import FinalModel, apply, functional_apply
 from fimo.models.losses import Loss, loss_name
 from fimo.models.train_mode import TrainMode, seeded
 from fimo.validation.independence import MIXING_NETWORK, Evaluate, WithoutDropout, couples, problem
-from fimo.validation.poor import poor
+from fimo.validation.poor import Comparison, compared, untold
 from fimo.validation.targets import KNOWN, OF_CLASSES, Conversion, candidates, known_targets
 
 log = logging.getLogger(__name__)
@@ -170,9 +170,18 @@ def _checked(model: FinalModel, train: Instances, test: Instances | None) -> tup
     for key, loss in (("model.loss", model.loss), ("model.measurement", model.measurement)):
         if loss is not None:
             _check_differentiable(loss, tried(model, _probe(last)), _probe(last).targets, key)
-    if not model.accept_poor and last is not train and (why := poor(model, train, last)) is not None:
-        log.warning("%s (FinalModel(..., accept_poor=True) says that it is meant)", why)
+    if not model.accept_poor and last is not train:
+        _judge(model, train, last)
     return train, last
+
+
+def _judge(model: FinalModel, train: Instances, test: Instances) -> None:
+    """Say in the log that the model predicts worse than a constant, or that this can't be told."""
+    found = compared(model, train, test)
+    if not isinstance(found, Comparison):
+        log.info("%s", untold(found))
+    elif found.poor is not None:
+        log.warning("%s (FinalModel(..., accept_poor=True) says that it is meant)", found.poor)
 
 
 def _check_numbers(instances: Instances, key: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from fimo.data.instances import IGNORED, Instances
+from fimo.errors import reason
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import (
     Loss,
@@ -18,37 +21,79 @@ from fimo.models.losses import (
 MOST = 512
 """Instances of each part, evenly spaced."""
 
-MARGIN = 1.01
-"""Losses above the constant's by this factor are worse."""
+MARGIN = 0.01
+"""Losses above the constant's by this share of it are worse."""
+
+MOST_NUMBERS = 2**20
+"""Outputs of one part among which a constant is looked for under a loss of the user's own."""
+
+FEWEST = 16
+"""Instances that must fit into that."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A final model's losses and those of the best constant outputs, the same for all instances.
+
+    Args:
+        own, constant: ``[n]`` each, float64, of the training part.
+        own_test, constant_test: the same of the test part.
+    """
+
+    own: Tensor
+    constant: Tensor
+    own_test: Tensor
+    constant_test: Tensor
+
+    @property
+    def poor(self) -> str | None:
+        """That the model is worse in one line, and why that may be; None where it is not.
+
+        It must be worse on both parts: a model that predicts its training instances well and others badly is
+        overfitted, but it is the model that was trained.
+        """
+        own, constant, own_test, constant_test = (
+            float(losses.mean()) for losses in (self.own, self.constant, self.own_test, self.constant_test)
+        )
+        for ours, best in ((own, constant), (own_test, constant_test)):
+            if ours <= best + MARGIN * abs(best):
+                return None
+        return (
+            f"the final model predicts worse than constant outputs: mean loss {own:.4g} against "
+            f"{constant:.4g} on training instances, {own_test:.4g} against {constant_test:.4g} on test "
+            "instances; are features or targets prepared otherwise than when it was trained (scaling, order "
+            "of columns), is the split or the order of labels another, or did training diverge or hardly "
+            "begin?"
+        )
+
+
+def untold(why: str) -> str:
+    """Return in one line that a model was not compared with constant outputs."""
+    return f"whether the final model predicts better than constant outputs can't be told: {why}"
 
 
 @torch.no_grad()
-def poor(model: FinalModel, train: Instances, test: Instances) -> str | None:
-    """Return in one line that a model is worse than a constant, and why that may be; None where it is not.
+def compared(model: FinalModel, train: Instances, test: Instances) -> Comparison | str:
+    """Compare a final model with the constant outputs that are best on the training part.
 
-    It must be worse on both parts, each with the constant outputs that are best on the training part: a model
-    that predicts its training instances well and others badly is overfitted, but it is the model that was
-    trained. A loss of the user's own is not judged, as no best constant is known for it.
+    Returns:
+        The losses; in one line why it can't be told where the best constant under a loss of the user's own
+        is not known: outputs too many, or losses of constants that are not finite.
     """
-    parts = [_some(part) for part in (train, test)]
-    outputs = constant_outputs(model.loss, parts[0].targets, model.outputs(parts[0][:1]).shape[-1])
-    if outputs is None:
-        return None
-    found = []
-    for part in parts:
-        shape = (*part.targets.shape, len(outputs)) if _classes(model.loss) else part.targets.shape
-        constant = outputs.to(part.targets.device).expand(shape)
-        targets = part.targets.to(constant.dtype) if not _classes(model.loss) else part.targets
-        found.append((_mean(model.losses(part)), _mean(model.loss(constant, targets))))
-    if any(own <= MARGIN * constant for own, constant in found):
-        return None
-    (train_loss, train_constant), (test_loss, test_constant) = found
-    return (
-        f"the final model predicts worse than constant outputs: mean loss {train_loss:.4g} against "
-        f"{train_constant:.4g} on training instances, {test_loss:.4g} against {test_constant:.4g} on test "
-        "instances; are features or targets prepared otherwise than when it was trained (scaling, order of "
-        "columns), is the split or the order of labels another, or did training diverge or hardly begin?"
-    )
+    train, test = _some(train, MOST), _some(test, MOST)
+    shape = model.outputs(train[:1]).shape[1:]
+    constant: Tensor | str | None = constant_outputs(model.loss, train.targets, shape[-1])
+    if constant is None:
+        constant = best_mixture(model, train)
+    if isinstance(constant, str):
+        return constant
+    if constant.ndim < len(shape):  # the same at each position
+        constant = constant.expand(shape)
+    losses = [_losses_of(model.loss, constant, part) for part in (train, test)]
+    if not all(bool(found.isfinite().all()) for found in losses):
+        return "losses of constant outputs are not finite"
+    own, own_test = (model.losses(part).double().cpu() for part in (train, test))
+    return Comparison(own, losses[0], own_test, losses[1])
 
 
 def constant_outputs(loss: Loss, targets: Tensor, width: int) -> Tensor | None:
@@ -58,7 +103,7 @@ def constant_outputs(loss: Loss, targets: Tensor, width: int) -> Tensor | None:
         targets: ``[n, ...]`` in the loss's form.
         width: of the outputs' last axis.
     """
-    if _classes(loss):
+    if loss is cross_entropy or loss is language_modelling:
         shown = targets[targets != IGNORED]
         share = torch.bincount(shown, minlength=width).double() + 1e-12
         return (share / share.sum()).log()
@@ -68,16 +113,59 @@ def constant_outputs(loss: Loss, targets: Tensor, width: int) -> Tensor | None:
     return torch.logit(mean, eps=1e-6) if loss is binary_cross_entropy else None
 
 
-def _classes(loss: Loss) -> bool:
-    return loss is cross_entropy or loss is language_modelling
+def best_mixture(model: FinalModel, instances: Instances) -> Tensor | str:
+    """Return the constant outputs of least mean loss among mixtures of those that there are, by L-BFGS.
+
+    Mixtures of the model's own outputs, and of targets that have their shape, stay within the range of its
+    last layer: under a loss of probabilities, say, outputs beyond 1 have a smaller loss than any that a
+    network can give, and would make every model a poor one. Any mixture that is found is a constant, so a
+    model that is worse than it is worse than the best one too.
+
+    Returns:
+        Outputs ``[...]`` of one instance, float64 on the CPU; in one line why they are not known.
+    """
+    numbers = model.outputs(instances[:1]).numel()
+    most = MOST_NUMBERS // numbers
+    if most < min(FEWEST, len(instances)):
+        return f"{numbers:,} outputs for each instance are too many to look for the best constant among them"
+    instances = _some(instances, most)
+    points = model.outputs(instances).double().cpu()
+    targets = instances.targets.cpu()
+    if targets.is_floating_point() and targets.shape == points.shape:
+        points = torch.cat([points, targets.double()])
+    if not points.isfinite().all():
+        return "outputs are not finite"
+    weights = torch.zeros(len(points), dtype=torch.float64, requires_grad=True)
+    best, least = points.mean(0), torch.inf
+    optimizer = torch.optim.LBFGS([weights], max_iter=40, max_eval=60, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        nonlocal best, least
+        optimizer.zero_grad()
+        constant = torch.einsum("k,k...->...", weights.softmax(0), points)
+        value = _losses_of(model.loss, constant, instances).mean()
+        if (found := float(value.detach())) < least:
+            best, least = constant.detach(), found
+        value.backward()
+        return value
+
+    try:
+        with torch.enable_grad():
+            optimizer.step(closure)
+    except Exception as error:  # whatever a loss of the user's own raises
+        return f"the loss of constant outputs fails: {reason(error)}"
+    return best
 
 
-def _some(instances: Instances) -> Instances:
-    n = min(MOST, len(instances))
+def _losses_of(loss: Loss, constant: Tensor, part: Instances) -> Tensor:
+    """Return the losses ``[n]`` of constant outputs ``[...]``, float64 on the CPU."""
+    targets = part.targets.cpu()
+    targets = targets.double() if targets.is_floating_point() else targets
+    return loss(constant.cpu().expand(len(part), *constant.shape), targets)
+
+
+def _some(instances: Instances, most: int) -> Instances:
+    n = min(most, len(instances))
     return instances[
         torch.tensor([k * len(instances) // n for k in range(n)], device=instances.targets.device)
     ]
-
-
-def _mean(losses: Tensor) -> float:
-    return float(losses.double().mean())
