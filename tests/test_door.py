@@ -28,7 +28,7 @@ from fimo.models.losses import (
 )
 from fimo.store.fingerprint import Problem
 from fimo.validation import admission
-from fimo.validation.poor import Comparison, best_mixture, compared, constant_outputs, poor
+from fimo.validation.poor import Comparison, best_mixture, compared, constant_outputs
 
 PROTOCOL = Protocol(lr=0.05, batch_size=8, epochs=1)
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from fimo.checking.problem import Clock, Problem
 from fimo.checking.verdict import Line, fails, passes, warns
-
-MOST = 512
-"""Instances of each part."""
 from fimo.validation.poor import Comparison, compared, untold
 
 

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fimo.curvature.jacobian import DenseRows, FactoredRows, LayerFactors, Rows, StreamedRows
 from fimo.curvature.outputs import output_gradient, output_hessian_rows, sampled_gradients
 from fimo.data.instances import Inputs, Instances
-from fimo.engine.linear import Layer, linear_layers
+from fimo.engine.linear import Layer, layers_on
 from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.losses import Loss
 from fimo.store.files import Store, read_tensors, write_tensors
@@ -68,8 +68,6 @@ class InstanceGradients:
         self.evaluations = 0
         self.vectorise = True
         self._told = False
-        layers = linear_layers(final_model.network)
-        self.layers: list[Layer] | None = layers
 
     def count(self, evaluations: int) -> None:
         """Add to the number of evaluations, for products that don't go through rows."""
@@ -124,11 +122,9 @@ class InstanceGradients:
             name: of the kind of rows, part of a cached block's key.
             before: called before each pass over the instances (to seed a generator).
         """
-        if self.layers is not None and isinstance(instances.inputs, Tensor):
-            width = self.final_model.network.get_parameter(self.layers[0].weight).shape[1]
-            if instances.inputs.dim() >= 2 and instances.inputs[:1].flatten(1).shape[1] == width:
-                before()
-                return self._factored(instances, self.layers, cotangents)
+        if (layers := layers_on(self.final_model, instances)) is not None:
+            before()
+            return self._factored(instances, layers, cotangents)
         probe = self.final_model.outputs(instances[:1])
         before()
         r = cotangents(probe, instances.targets[:1]).shape[1]

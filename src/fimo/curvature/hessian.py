@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
-
 from fimo.curvature.linear_products import LinearHessian
 from fimo.curvature.operators import Hessian
 from fimo.curvature.piecewise import PiecewiseLinearHessian, is_shallow
 from fimo.data.instances import Instances
-from fimo.engine.linear import linear_layers
+from fimo.engine.linear import layers_on
 from fimo.models.final_model import FinalModel
 
 
@@ -27,11 +25,7 @@ def hessian(
         instances: over which the loss is averaged.
         count: called with the number of products of one instance and one vector, as they are made.
     """
-    inputs = instances.inputs
-    layers = linear_layers(final_model.network)
-    if layers is not None and isinstance(inputs, Tensor) and inputs.dim() >= 2:
-        width = final_model.network.get_parameter(layers[0].weight).shape[1]
-        if inputs[:1].flatten(1).shape[1] == width:
-            kind = PiecewiseLinearHessian if is_shallow(final_model, instances) else LinearHessian
-            return kind(final_model, instances, count)
+    if layers_on(final_model, instances) is not None:
+        kind = PiecewiseLinearHessian if is_shallow(final_model, instances) else LinearHessian
+        return kind(final_model, instances, count)
     return Hessian(final_model, instances, count=count)

@@ -19,12 +19,18 @@ from torch import Tensor
 from fimo.curvature.covariances import Moments, layer_moments
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import FactoredRows, Rows, split
+from fimo.curvature.outputs import DRAWN
 from fimo.data.instances import Instances
+from fimo.errors import InputError
+from fimo.models.final_model import FinalModel
 
 Fisher = Literal["auto", "exact", "sampled", "empirical"]
 
 MAX_EXACT_OUTPUTS = 16
 """Number of outputs up to which ``auto`` takes the Gauss-Newton rows exactly instead of sampling targets."""
+
+MAX_EXACT_OUTPUTS_OF_OWN = 64
+"""The same under a loss of the user's own, from whose predictions no targets can be drawn."""
 
 MAX_DENSE = 2048
 """Largest number of parameters of a module outside Kronecker form that gets a dense block of its own."""
@@ -127,15 +133,19 @@ def fit_factors(
         gradients: of the final model.
         corrected: EK-FAC's second moments along the eigenvectors, else K-FAC's products of eigenvalues.
         fisher: whose factors: the exact Gauss-Newton matrix, targets ``sampled`` from the model,
-            the ``empirical`` Fisher of the training targets; ``auto`` is exact for up to 16 outputs.
+            the ``empirical`` Fisher of the training targets; ``auto`` is exact for up to 16 outputs (64 under
+            a loss of the user's own), else sampled.
         samples, seed: of sampled targets.
 
     Raises:
-        InputError: a gradient is not finite.
+        InputError: a gradient is not finite, or there are no such factors, see :func:`no_factors`.
     """
+    if reason := no_factors(gradients.final_model, train, fisher):
+        raise InputError("fisher", reason)
     if fisher == "auto":
         outputs = gradients.final_model.outputs(train[:1])[0].numel()
-        fisher = "exact" if outputs <= MAX_EXACT_OUTPUTS else "sampled"
+        drawn = outputs > MAX_EXACT_OUTPUTS and gradients.final_model.loss in DRAWN
+        fisher = "sampled" if drawn else "exact"
     if fisher == "exact":
         rows = gradients.gauss_newton(train)
     elif fisher == "sampled":
@@ -149,6 +159,20 @@ def fit_factors(
     if needs_rows:
         _second_moments(rows, needs_rows, len(train))
     return KroneckerFactors(blocks, gradients.shapes)
+
+
+def no_factors(final_model: FinalModel, train: Instances, fisher: Fisher) -> str | None:
+    """Return why there are no such factors, or None: targets can be drawn under known losses only."""
+    if final_model.loss in DRAWN or fisher in ("exact", "empirical"):
+        return None
+    outputs = final_model.outputs(train[:1])[0].numel()
+    if fisher == "auto" and outputs <= MAX_EXACT_OUTPUTS_OF_OWN:
+        return None
+    others = "exact or " if outputs <= MAX_EXACT_OUTPUTS_OF_OWN else ""
+    return (
+        "no targets can be drawn from the model's prediction under a loss of one's own, and its Gauss-Newton "
+        f"matrix has {outputs} rows for each instance; fisher={others}empirical does without"
+    )
 
 
 def _kronecker_block(moments: Moments, shapes: dict[str, torch.Size]) -> Block:

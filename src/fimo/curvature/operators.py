@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +22,17 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimo.curvature.jacobian import Rows, Shapes
+from fimo.curvature.outputs import output_hessian_rows
 from fimo.data.instances import Instances
 from fimo.models.final_model import FinalModel, functional_apply
+from fimo.models.losses import CONVEX, output_hessian
 
 log = logging.getLogger(__name__)
 
 Parameters = dict[str, Tensor]
+
+MAX_PROJECTED = 512
+"""Outputs up to which a loss of the user's own is looked at for negative curvature in them."""
 
 SIGNS = 32
 """Random vectors of a trace's estimate."""
@@ -145,9 +151,34 @@ class AutogradOperator(Operator):
 
 
 class GaussNewton(AutogradOperator):
-    """``(1/N) sum_i J_i^T H_i J_i`` with H_i the loss's Hessian in the outputs (Schraudolph, 2002)."""
+    """``(1/N) sum_i J_i^T H_i J_i`` with H_i the loss's Hessian in the outputs (Schraudolph, 2002).
+
+    Of a loss that is not convex in its outputs, the part of positive curvature of each H_i, as by rows; that
+    is looked for up to ``MAX_PROJECTED`` outputs, beyond which a loss is taken as convex.
+    """
+
+    def __init__(self, final_model: FinalModel, instances: Instances, *args: Any, **kwargs: Any) -> None:
+        super().__init__(final_model, instances, *args, **kwargs)
+        self.convex = final_model.loss in CONVEX
+        d = 0 if self.convex else final_model.outputs(instances[:1])[0].numel()
+        if not self.convex and d > MAX_PROJECTED:
+            log.info("with %d outputs, the loss is taken to be convex in them", d)
+            self.convex = True
+        if not self.convex:
+            self.batch_size = max(1, min(self.batch_size, 2**24 // d**2))
+            self.convex = all(self._is_convex(b) for b in instances.batches(self.batch_size))
+
+    def _is_convex(self, batch: Instances) -> bool:
+        at = self.final_model.outputs(batch)
+        values = torch.linalg.eigvalsh(output_hessian(self.final_model.loss, at, batch.targets).double())
+        return bool((values[:, 0] >= -1e-7 * values.abs().amax(1)).all())
 
     def _product(self, batch: Instances) -> Callable[[Tensor], Tensor]:
+        roots: Tensor | None = None
+        if not self.convex:
+            at = self.final_model.outputs(batch)
+            roots = output_hessian_rows(self.final_model.loss, at, batch.targets).flatten(2)  # [n, R, D]
+
         def outputs(parameters: Parameters) -> Tensor:
             return self._outputs(parameters, batch)
 
@@ -156,7 +187,11 @@ class GaussNewton(AutogradOperator):
 
         def product(vector: Tensor) -> Tensor:
             at, pushed = jvp(outputs, (self.parameters,), (self._unflatten(vector),))[:2]
-            curved = jvp(grad(loss), (at,), (pushed,))[1]
+            if roots is None:
+                curved = jvp(grad(loss), (at,), (pushed,))[1]
+            else:
+                along = torch.einsum("nrd,nd->nr", roots, pushed.flatten(1))
+                curved = torch.einsum("nrd,nr->nd", roots, along).view_as(at)
             pullback = vjp(outputs, self.parameters)[1]
             return self._flatten(pullback(curved)[0])
 

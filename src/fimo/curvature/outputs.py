@@ -60,6 +60,10 @@ def output_hessian_rows(loss: Loss, outputs: Tensor, targets: Tensor, tolerance:
     return rows.to(outputs.dtype).reshape(n, keep, *shape)
 
 
+DRAWN = (mean_squared_error, cross_entropy, binary_cross_entropy, language_modelling)
+"""Losses under which targets can be drawn from the model's own prediction."""
+
+
 def sampled_gradients(
     loss: Loss, outputs: Tensor, targets: Tensor, samples: int, generator: torch.Generator
 ) -> Tensor:

@@ -28,10 +28,7 @@ from fimo.curvature.operators import RowsOperator
 from fimo.data.instances import Instances
 from fimo.engine.linear import linear_layers
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import binary_cross_entropy, cross_entropy, mean_squared_error
-
-CONVEX = (mean_squared_error, cross_entropy, binary_cross_entropy)
-"""Losses whose Hessian in the outputs has no negative part, which Gauss-Newton's rows would leave out."""
+from fimo.models.losses import CONVEX
 
 LARGEST = 32
 """The sums may have this many times P numbers: making them then costs a few of the products they replace."""

@@ -107,6 +107,21 @@ def linear_layers(network: nn.Module) -> list[Layer] | None:
     return None if tied or not layers else layers
 
 
+def layers_on(final_model: FinalModel, instances: Instances) -> list[Layer] | None:
+    """Return the layers of a network that maps flattened instances to outputs ``[n, D]``, else None.
+
+    Without a leading ``nn.Flatten``, linear layers map the last axis of inputs with more than two: the
+    outputs then have as many axes, also where all but the last are of size one.
+    """
+    layers, inputs = linear_layers(final_model.network), instances.inputs
+    if layers is None or not isinstance(inputs, Tensor) or inputs.ndim < 2:
+        return None
+    width = final_model.network.get_parameter(layers[0].weight).shape[1]
+    if inputs[:1].flatten(1).shape[1] != width:
+        return None
+    return layers if inputs.ndim == 2 or final_model.outputs(instances[:1]).ndim == 2 else None
+
+
 def _is_sequence(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 

@@ -288,12 +288,11 @@ def choose_engine(
 
 
 def _is_linear(final_model: FinalModel, train: Instances) -> bool:
-    from fimo.engine.linear import linear_layers
+    from fimo.engine.linear import layers_on
 
-    layers, inputs = linear_layers(final_model.network), train.inputs
-    if layers is None or not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-        return False
     if len(final_model.parameters()) < len(list(final_model.network.parameters())):
         return False  # some are frozen
-    # without a leading nn.Flatten, linear layers map the last axis of inputs with more than two
-    return inputs.ndim == 2 or final_model.outputs(train[:1]).ndim == 2
+    inputs = train.inputs
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        return False
+    return layers_on(final_model, train) is not None

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
-from fimo.engine.linear import linear_layers
+from fimo.engine.linear import layers_on
 from fimo.engine.protocol import Protocol
 from fimo.linear_response.coefficient_optimizer import CoefficientOptimizer
 from fimo.linear_response.displacement import Carried, KnownParameters
@@ -226,14 +226,12 @@ def outputs_along(
     final_model: FinalModel, points: Sequence[Mapping[str, Tensor]], instances: Instances
 ) -> Tensor:
     """Return the outputs ``[K, n, ...]`` at K values of the trainable parameters, in eval mode."""
-    layers, inputs = linear_layers(final_model.network), instances.inputs
+    layers, inputs = layers_on(final_model, instances), instances.inputs
     with torch.no_grad():
         fixed = dict(final_model.network.named_parameters())
-        if layers is None or not isinstance(inputs, Tensor) or inputs.dim() < 2:
+        if layers is None or not isinstance(inputs, Tensor):
             return torch.stack([_outputs(final_model, p, instances) for p in points])
         inputs = inputs.flatten(1)
-        if inputs.shape[1] != fixed[layers[0].weight].shape[1]:  # a layer is applied along other axes
-            return torch.stack([_outputs(final_model, p, instances) for p in points])
         width = max(fixed[layer.weight].shape[0] for layer in layers)
         block = max(1, AT_ONCE // (len(inputs) * width))
         found = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fimo.curvature.jacobian import Rows
-from fimo.curvature.kronecker import Fisher, fit_factors
+from fimo.curvature.kronecker import Fisher, fit_factors, no_factors
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.damping import DampingValue
@@ -30,7 +30,8 @@ class Ekfac(CurvatureMethod):
         damping: ``auto``: 0.1 times each module's own mean eigenvalue (Grosse et al.); else see
             :class:`~fimo.methods.damping.Damping`, the same for all modules.
         propagate: see :class:`~fimo.methods.gradient.CurvatureMethod`.
-        fisher: ``exact`` Gauss-Newton, ``sampled`` targets, ``empirical``; ``auto``: exact up to 16 outputs.
+        fisher: ``exact`` Gauss-Newton, ``sampled`` targets, ``empirical``; ``auto``: exact up to 16 outputs
+            (64 under a loss of one's own, whose targets can't be drawn), else sampled.
         samples, seed: of sampled targets.
 
     Attributes:
@@ -57,6 +58,9 @@ class Ekfac(CurvatureMethod):
         if samples < 1:
             raise InputError("samples", f"expected at least 1 but got {samples}")
         self.fisher, self.samples, self.seed = fisher, samples, seed
+
+    def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
+        return no_factors(final_model, train, self.fisher)
 
     def fit(self, final_model: FinalModel, train: Instances) -> None:
         super().fit(final_model, train)

@@ -93,6 +93,8 @@ def representations(
         for batch in instances.batches(batch_size):
             seen.clear()
             apply(network, batch.inputs)
+            if not seen:
+                raise InputError("layer", "the network does not use its last linear layer; name another")
             found.append(_pooled(seen[-1], batch))  # the last use, where there are several
     finally:
         handle.remove()
@@ -105,7 +107,8 @@ def _pooled(hidden: Tensor, batch: Instances) -> Tensor:
         return hidden
     counts = torch.ones(hidden.shape[:-1], dtype=hidden.dtype, device=hidden.device)
     mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
-    for kept in (mask, batch.targets != IGNORED):
+    targets = None if batch.targets.is_floating_point() else batch.targets != IGNORED
+    for kept in (mask, targets):
         # longer where the network cut off what is padding in the whole batch
         if kept is not None and kept.dim() == 2 == counts.dim() and kept.shape[1] >= counts.shape[1]:
             counts = counts * kept[:, : counts.shape[1]].to(hidden.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fimo.curvature.outputs import output_gradient
@@ -12,6 +13,8 @@ from fimo.errors import InputError
 from fimo.methods.base import AttributionMethod
 from fimo.methods.embedding import representations
 from fimo.models.final_model import FinalModel
+
+NOT_LINEAR = "the outputs are not those of a last linear layer"
 
 
 class Representer(AttributionMethod):
@@ -42,8 +45,15 @@ class Representer(AttributionMethod):
         linear = [m for m in final_model.network.modules() if isinstance(m, nn.Linear)]
         outputs = final_model.outputs(train[:1])
         if not linear or outputs.dim() != 2 or linear[-1].out_features != outputs.shape[1]:
-            return "the outputs are not those of a last linear layer"
-        return None
+            return NOT_LINEAR
+        probe = train[:4]
+        try:
+            hidden = representations(final_model, probe)
+        except InputError:  # the network does not use it
+            return NOT_LINEAR
+        with torch.no_grad():
+            outputs, own = final_model.outputs(probe), linear[-1](hidden)
+        return None if torch.allclose(own, outputs, 1e-3, 1e-4 * float(outputs.abs().max())) else NOT_LINEAR
 
     def scores(self, test: Instances, left_out: Instances) -> Tensor:
         if reason := self.inapplicable(self.final_model, self.train):

@@ -102,6 +102,9 @@ LOSSES: dict[str, Loss] = {
     "language_modelling": language_modelling,
 }
 
+CONVEX = (mean_squared_error, cross_entropy, binary_cross_entropy, language_modelling)
+"""Losses whose Hessian in the outputs has no negative part, which Gauss-Newton's rows would leave out."""
+
 MEASUREMENTS: dict[str, Loss] = {
     **LOSSES,
     "logit_margin": logit_margin,
@@ -138,10 +141,15 @@ def output_hessian(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
         p = outputs.softmax(-1)
         return torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
 
-    def one(output: Tensor, target: Tensor) -> Tensor:
-        return loss(output.view(1, *shape), target[None])[0]
-
-    # not torch.func.hessian: the levels of forward mode are the process's, and other threads may be in them
-    twice = torch.func.jacrev(torch.func.jacrev(one))
-    second: Tensor = torch.func.vmap(twice)(outputs.flatten(1), targets)
-    return second
+    # value i depends on outputs i alone, so a derivative of the sum is each one's; not by torch.func, whose
+    # vmap refuses losses that choose by a mask
+    with torch.enable_grad():
+        leaf = outputs.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf, targets).sum(), leaf, create_graph=True)
+        if not gradient.requires_grad:  # linear in the outputs
+            return outputs.new_zeros(n, shape.numel(), shape.numel())
+        rows = [
+            torch.autograd.grad(column.sum(), leaf, retain_graph=True, materialize_grads=True)[0].flatten(1)
+            for column in gradient.flatten(1).unbind(1)
+        ]
+    return torch.stack(rows, 1)
