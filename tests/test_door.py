@@ -568,6 +568,9 @@ def test_where_no_best_constant_is_known_it_is_said_once(caplog: pytest.LogCaptu
             GradDot().attribute(model, data[:16], data[16:])
     said = "can't be told: the loss of constant outputs fails: no variance"
     assert caplog.text.count(said) == 1
+    loss, tokens, sequences, _ = judged_examples()["sequences"]
+    whole, part = Instances(sequences, tokens), Instances(sequences[:, :3], tokens[:, :3])
+    assert "another shape" in str(compared(FinalModel(Fixed(), loss), whole, part))
     wide = Instances(torch.zeros(20, 2**17), torch.zeros(20, 2**17))
     assert "131,072 outputs for each instance are too many" in str(
         best_mixture(FinalModel(Fixed(), own_huber), wide)

@@ -8,16 +8,21 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from fimo.app.experiment import check_finite
+from fimo.app.experiment import check_finite, refuse_poor
+from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.evaluation import evaluate
 from fimo.further_training import Sensitivity
+from fimo.models.final_model import FinalModel
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -254,3 +259,23 @@ def test_further_training_that_diverges_is_said() -> None:
     sensitivity[1] = torch.inf
     with pytest.raises(InputError, match="all runs diverged"):
         check_finite(sensitivity)
+
+
+def own_huber(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.huber_loss(outputs, targets, reduction="none").flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("loss", ["mse", own_huber])
+def test_a_run_refuses_a_model_worse_than_a_constant_also_under_a_loss_of_ones_own(loss: Any) -> None:
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    model = FinalModel(nn.Linear(3, 1), loss)
+    for targets, refused in ((x[:, :1] + 50, True), (model.outputs(Instances(x, x)), False)):
+        whole = Instances(x, targets)
+        data: Any = SimpleNamespace(train=whole[:40], test=whole[40:])
+        if refused:
+            with pytest.raises(
+                InputError, match=r"worse than constant .* model.accept_poor=true explains it"
+            ):
+                refuse_poor(model, data)
+        else:
+            refuse_poor(model, data)

@@ -75,6 +75,9 @@ def case_of(name: str) -> Case:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_scores_awkward_networks(method: str, name: str) -> None:
     case = case_of(name)
+    if (method, name) == ("representer", "scalar parameter"):  # its outputs are tanh of a linear layer's
+        assert "last linear layer" in str(build(method).inapplicable(case.final_model, case.train))
+        return
     changes = {"damping": "auto"} if method == "lissa_h" else {}
     scores = build(method, **changes).attribute(case.final_model, case.train, case.test)
     assert scores.isfinite().all()
@@ -159,6 +162,9 @@ def without_curvature(kind: str) -> tuple[FinalModel, Instances]:
 @pytest.mark.parametrize("kind", ["perfect fit", "one class", "one class, any network"])
 def test_without_gradients_scores_are_zero_whatever_the_curvature(kind: str, method: str) -> None:
     model, data = without_curvature(kind)
+    if (method, kind) == ("representer", "one class, any network"):  # an activation follows its last layer
+        assert "last linear layer" in str(build(method).inapplicable(model, data))
+        return
     for changes in ({}, {"damping": "auto"}) if "lissa" in method else ({},):
         scores = build(method, **changes).attribute(model, data[:18], data[18:])
         assert torch.equal(scores, torch.zeros(6, 18))

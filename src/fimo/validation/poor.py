@@ -11,6 +11,7 @@ from fimo.data.instances import IGNORED, Instances
 from fimo.errors import reason
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import (
+    LOSSES,
     Loss,
     binary_cross_entropy,
     cross_entropy,
@@ -25,7 +26,10 @@ MARGIN = 0.01
 """Losses above the constant's by this share of it are worse."""
 
 MOST_NUMBERS = 2**20
-"""Outputs of one part among which a constant is looked for under a loss of the user's own."""
+"""Outputs of the training part among which a constant is looked for under a loss of the user's own."""
+
+AT_ONCE = 2**22
+"""Outputs that a loss is evaluated on at a time."""
 
 FEWEST = 16
 """Instances that must fit into that."""
@@ -81,19 +85,24 @@ def compared(model: FinalModel, train: Instances, test: Instances) -> Comparison
         is not known: outputs too many, or losses of constants that are not finite.
     """
     train, test = _some(train, MOST), _some(test, MOST)
-    shape = model.outputs(train[:1]).shape[1:]
-    constant: Tensor | str | None = constant_outputs(model.loss, train.targets, shape[-1])
-    if constant is None:
-        constant = best_mixture(model, train)
-    if isinstance(constant, str):
-        return constant
-    if constant.ndim < len(shape):  # the same at each position
-        constant = constant.expand(shape)
-    losses = [_losses_of(model.loss, constant, part) for part in (train, test)]
-    if not all(bool(found.isfinite().all()) for found in losses):
+    shape, theirs = (model.outputs(part[:1]).shape[1:] for part in (train, test))
+    best: Tensor | str | None = constant_outputs(model.loss, train.targets, shape[-1])
+    if best is None:
+        best = (
+            best_mixture(model, train) if shape == theirs else "test instances have outputs of another shape"
+        )
+    if isinstance(best, str):
+        return best
+    try:
+        constant, constant_test = (_losses(model.loss, best, part) for part in (train, test))
+    except Exception as error:  # whatever a loss of the user's own raises
+        if model.loss in LOSSES.values():
+            raise
+        return f"the loss of constant outputs fails: {reason(error)}"
+    if not (constant.isfinite().all() and constant_test.isfinite().all()):
         return "losses of constant outputs are not finite"
     own, own_test = (model.losses(part).double().cpu() for part in (train, test))
-    return Comparison(own, losses[0], own_test, losses[1])
+    return Comparison(own, constant, own_test, constant_test)
 
 
 def constant_outputs(loss: Loss, targets: Tensor, width: int) -> Tensor | None:
@@ -129,10 +138,10 @@ def best_mixture(model: FinalModel, instances: Instances) -> Tensor | str:
     if most < min(FEWEST, len(instances)):
         return f"{numbers:,} outputs for each instance are too many to look for the best constant among them"
     instances = _some(instances, most)
-    points = model.outputs(instances).double().cpu()
-    targets = instances.targets.cpu()
+    outputs, targets = model.outputs(instances).double().cpu(), _wide(instances.targets)
+    points = outputs
     if targets.is_floating_point() and targets.shape == points.shape:
-        points = torch.cat([points, targets.double()])
+        points = torch.cat([points, targets])
     if not points.isfinite().all():
         return "outputs are not finite"
     weights = torch.zeros(len(points), dtype=torch.float64, requires_grad=True)
@@ -143,7 +152,7 @@ def best_mixture(model: FinalModel, instances: Instances) -> Tensor | str:
         nonlocal best, least
         optimizer.zero_grad()
         constant = torch.einsum("k,k...->...", weights.softmax(0), points)
-        value = _losses_of(model.loss, constant, instances).mean()
+        value = model.loss(constant.expand_as(outputs), targets).mean()
         if (found := float(value.detach())) < least:
             best, least = constant.detach(), found
         value.backward()
@@ -157,11 +166,16 @@ def best_mixture(model: FinalModel, instances: Instances) -> Tensor | str:
     return best
 
 
-def _losses_of(loss: Loss, constant: Tensor, part: Instances) -> Tensor:
-    """Return the losses ``[n]`` of constant outputs ``[...]``, float64 on the CPU."""
-    targets = part.targets.cpu()
-    targets = targets.double() if targets.is_floating_point() else targets
-    return loss(constant.cpu().expand(len(part), *constant.shape), targets)
+def _losses(loss: Loss, constant: Tensor, part: Instances) -> Tensor:
+    """Return the losses ``[n]`` of constant outputs ``[...]``; a language model's ``[V]`` everywhere."""
+    positions = part.targets.shape[1:] if loss is language_modelling else ()  # each part has its own
+    shape = (*positions, *constant.shape)
+    at_once = max(1, AT_ONCE // max(1, torch.Size(shape).numel()))
+    return torch.cat([loss(constant.expand(len(b), *shape), _wide(b.targets)) for b in part.batches(at_once)])
+
+
+def _wide(targets: Tensor) -> Tensor:
+    return targets.cpu().double() if targets.is_floating_point() else targets.cpu()
 
 
 def _some(instances: Instances, most: int) -> Instances:
