@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fimo.curvature.jacobian import DenseRows
 from fimo.curvature.projection import project
-from fimo.data.instances import Instances
+from fimo.data.instances import IGNORED, Instances
 from fimo.further_training import Protocol, further_train
 from fimo.methods.arnoldi import Arnoldi
 from fimo.methods.cg import ConjugateGradients
@@ -35,7 +35,7 @@ from fimo.methods.tracin import TracIn
 from fimo.methods.trak import Trak
 from fimo.methods.unrolled import Unrolled
 from fimo.models.final_model import FinalModel, functional_apply
-from fimo.models.losses import IGNORED, language_modelling
+from fimo.models.losses import language_modelling
 from tests.cases import Case
 from tests.methods.test_response import following
 from tests.reference.further_training import plain_sensitivity
