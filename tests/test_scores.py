@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from fimo.errors import InputError
-from fimo.scores import Scores
+from fimo.scores import Access, Scores
+from fimo.store.files import write_tensors
 
 VALUES, LEFT_OUT = torch.arange(24.0).view(2, 3, 4), torch.tensor([0, 3, 5, 9])
 
@@ -49,3 +51,25 @@ def test_bars_are_those_of_values_as_they_are_judged() -> None:
     assert scores.bars(subtract_mean=False) is scores.sem
     assert dataclasses.replace(scores, sem_adjusted=None).bars(subtract_mean=True) is scores.sem
     assert Scores(VALUES, LEFT_OUT).bars(subtract_mean=True) is None
+
+
+def test_a_file_of_scores_is_read_back_whole(tmp_path: Path) -> None:
+    full = Scores(
+        VALUES.double(), LEFT_OUT, "best", Access.TRAINING_ALGORITHM, True, VALUES + 1, VALUES + 2, "half",
+        torch.tensor([5, 9]), torch.tensor([1, 2]), (3, 4), 17, ("a", "b"), LEFT_OUT[:, None],
+        torch.arange(3),
+    )  # fmt: skip
+    for scores in (full, Scores(VALUES[0], LEFT_OUT)):
+        scores.save(tmp_path / "scores.safetensors")
+        found = Scores.load(tmp_path / "scores.safetensors")
+        for field in dataclasses.fields(Scores):
+            before, after = getattr(scores, field.name), getattr(found, field.name)
+            assert type(before) is type(after)
+            assert torch.equal(before, after) if isinstance(before, torch.Tensor) else before == after
+
+
+def test_a_file_of_earlier_versions_is_read(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "old.safetensors", {"scores": VALUES, "left_out": LEFT_OUT})
+    found = Scores.load(tmp_path / "old.safetensors")
+    assert torch.equal(found.values, VALUES)
+    assert found.access == Access.FINAL_MODEL

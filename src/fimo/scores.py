@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from fimo.errors import InputError
+from fimo.store.files import read_tensors, write_tensors
 
 
 class Access(StrEnum):
@@ -42,6 +46,7 @@ class Scores:
             cost, without that of full runs which are handed over.
         notes: what a reader must know of this computation: choices made and why, convergence, trust.
         groups: ``[L, G]`` int64, members of left-out groups, padded with -1; None for single instances.
+        test: ``[J]`` int64, which instances of a larger test set these are, where that is known.
 
     Raises:
         InputError: shapes that don't fit.
@@ -61,6 +66,7 @@ class Scores:
     gradient_evaluations: int = 0
     notes: tuple[str, ...] = ()
     groups: Tensor | None = None
+    test: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.values.shape)
@@ -98,3 +104,32 @@ class Scores:
         """Return the same with all tensors on a device."""
         tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
+
+    def save(self, path: Path | str) -> None:
+        """Write a safetensors file: ``scores``, ``left_out`` and what else is known, the rest as metadata."""
+        tensors = {name: getattr(self, field) for name, field in TENSORS.items()}
+        tensors["followed_seeds"] = torch.tensor(self.followed) if self.followed else None
+        rest = {name: json.dumps(getattr(self, name)) for name in METADATA}
+        write_tensors(Path(path), {k: v for k, v in tensors.items() if v is not None}, rest)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Scores:
+        """Read what :meth:`save` wrote, or a file with ``scores`` and ``left_out`` alone."""
+        with safe_open(path, "pt") as file:
+            rest = {k: json.loads(v) for k, v in (file.metadata() or {}).items() if k in METADATA}
+        tensors = read_tensors(Path(path))
+        fields: dict[str, Any] = {field: tensors.get(name) for name, field in TENSORS.items()}
+        followed = tensors.get("followed_seeds", torch.tensor([])).long()
+        rest["notes"] = tuple(rest.get("notes", ()))
+        rest["access"] = Access(rest.get("access", Access.FINAL_MODEL))
+        return cls(**fields, followed=tuple(followed.tolist()), **rest)
+
+
+TENSORS = {
+    "scores": "values",
+    **{name: name for name in ("left_out", "test", "sem", "sem_adjusted", "step", "epoch", "groups")},
+}
+"""Of a file of scores: the field that each of its tensors holds."""
+
+METADATA = ("method", "access", "predicts_loss_change", "withheld", "gradient_evaluations", "notes")
+"""Fields that are kept beside them, as JSON."""
