@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimo.checking.problem import Clock, Problem
 from fimo.checking.verdict import Line, fails, passes, warns
@@ -12,6 +11,7 @@ from fimo.curvature.gradients import InstanceGradients
 from fimo.data.instances import Instances
 from fimo.errors import shortened
 from fimo.further_training.resolution import some, unit_in_last_place
+from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, fitting_batch, functional_apply
 from fimo.models.losses import Loss
 
@@ -82,7 +82,7 @@ def central_difference(
 
     def at(h: float) -> Tensor:
         moved = {name: p + h * direction[name] for name, p in model.parameters().items()}
-        with sdpa_kernel(SDPBackend.MATH):
+        with plain_attention():
             outputs = functional_apply(model.network, {**model.buffers(), **moved}, instances.inputs)
         return value(outputs, instances.targets)
 

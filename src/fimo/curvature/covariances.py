@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import FactoredRows, Rows
 from fimo.curvature.outputs import output_gradient, output_hessian_rows, sampled_gradients
 from fimo.data.instances import Instances
 from fimo.errors import InputError
+from fimo.models.attention import plain_attention
 from fimo.models.final_model import apply
 
 
@@ -76,7 +76,7 @@ def _by_hooks(
     positions: dict[nn.Module, int] = {}
     for batch in train.batches(64):
         mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
-        with _recorded(list(modules)) as calls, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        with _recorded(list(modules)) as calls, plain_attention(), torch.enable_grad():
             outputs = apply(network, batch.inputs)
         at = outputs.detach()
         if fisher == "exact":

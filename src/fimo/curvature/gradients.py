@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimo.curvature.jacobian import DenseRows, FactoredRows, LayerFactors, Rows, StreamedRows
 from fimo.curvature.outputs import output_gradient, output_hessian_rows, sampled_gradients
 from fimo.data.instances import Inputs, Instances
 from fimo.engine.linear import Layer, layers_on
+from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.losses import Loss
 from fimo.store.files import Store, read_tensors, write_tensors
@@ -222,7 +222,7 @@ class InstanceGradients:
         self.evaluations += vectors.shape[0] * vectors.shape[1]
         if self.vectorise:
             try:
-                with sdpa_kernel(SDPBackend.MATH):
+                with plain_attention():
                     return vmap(self._one)(instances.inputs, vectors)
             except (RuntimeError, ValueError) as error:
                 if "out of memory" in str(error).lower():
@@ -230,7 +230,7 @@ class InstanceGradients:
                 reason = str(error).strip().split("\n")[0]
                 log.warning("gradients are computed one by one: torch.func can't vectorise them (%s)", reason)
                 self.vectorise = False
-        with sdpa_kernel(SDPBackend.MATH):
+        with plain_attention():
             return torch.stack(
                 [self._single(instances[i : i + 1], vectors[i]) for i in range(len(instances))]
             )

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimo.curvature.jacobian import Rows, Shapes
 from fimo.curvature.outputs import output_hessian_rows
 from fimo.data.instances import Instances
+from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.losses import CONVEX, output_hessian
 
@@ -127,7 +127,7 @@ class AutogradOperator(Operator):
         total = torch.zeros_like(vectors)
         if self.count is not None:
             self.count(len(self.instances) * vectors.shape[1])
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        with plain_attention():  # the fused kernels have no second derivative
             for batch in self.instances.batches(self.batch_size):
                 product = self._product(batch)
                 for start in range(0, vectors.shape[1], self.vectors_at_once):

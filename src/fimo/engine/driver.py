@@ -26,7 +26,6 @@ import torch
 from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 from pytorch_lightning.utilities.exceptions import SIGTERMException
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import IterableDataset
 
 from fimo.engine import records
@@ -34,6 +33,7 @@ from fimo.engine.context import worker_threads
 from fimo.engine.job import Job, Work
 from fimo.engine.pace import LEAST_SECONDS, about, expected_seconds, least_seconds, measure_pace
 from fimo.errors import InputError
+from fimo.models.attention import plain_attention
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class FurtherTrainingModule(pl.LightningModule):
         self.stop = threading.Event()
         # attention's kernel is a global setting: it must not change while any worker is under way
         self.kernel = contextlib.ExitStack()
-        self.kernel.enter_context(sdpa_kernel(SDPBackend.MATH))
+        self.kernel.enter_context(plain_attention())
         if self.global_rank == 0:
             self._announce(self.job)
 

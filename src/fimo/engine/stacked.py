@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimo.data.instances import Inputs, Instances
 from fimo.engine.leave_out import Batch
+from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.train_mode import TrainMode, seeded
 
@@ -215,12 +215,12 @@ class FunctionalNetwork(StackedNetwork):
     def _training_step(self, seed: int) -> Iterator[None]:
         """Set a step's random state, precision, and an attention kernel that can be vectorised."""
         lower = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
-        with lower, sdpa_kernel(SDPBackend.MATH), seeded(seed if self.mode.stochastic else None, self.device):
+        with lower, plain_attention(), seeded(seed if self.mode.stochastic else None, self.device):
             yield
 
     def outputs(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
         network, buffers = self.evaluation_model.network, self.evaluation_buffers
-        with sdpa_kernel(SDPBackend.MATH):
+        with plain_attention():
             if self.vectorise:
                 tensors = {**buffers, **parameters}
                 mapped = vmap(lambda t: functional_apply(network, t, inputs), in_dims=(self._axes(tensors),))

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fimo.models.attention import plain_attention
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -35,7 +36,7 @@ def side_by_side(function: Callable[[Item], Found], items: Sequence[Item], worke
     # attention's kernel is a global setting, which threads must not change under each other
     with (
         one_thread(),
-        sdpa_kernel(SDPBackend.MATH),
+        plain_attention(),
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         return list(pool.map(function, items))

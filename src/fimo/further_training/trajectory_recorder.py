@@ -7,6 +7,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fimo.engine.chunk import Chunk
 from fimo.engine.context import Setting, chunk_size, worker_threads
 from fimo.engine.protocol import Protocol
 from fimo.engine.replicas import Replica
+from fimo.engine.threads import one_thread
 from fimo.further_training.gold_standard import evaluation_points
 from fimo.further_training.trajectory import Trajectory
 from fimo.models.final_model import FinalModel
@@ -130,21 +132,15 @@ def _points(
     """Yield (step, each seed's tensors by kind and name) at θ^f and at each evaluation point."""
     chunk = Chunk(setting, [Replica(seed) for seed in seeds])
     for step in [0, *evaluation_points(setting.protocol, len(setting.train))[0]]:
-        with _one_thread(setting):
+        with _threads(setting):
             chunk.advance(step)
         yield step, [_tensors(chunk, row) for row in range(len(seeds))]
 
 
-@contextlib.contextmanager
-def _one_thread(setting: Setting) -> Iterator[None]:
+def _threads(setting: Setting) -> AbstractContextManager[None]:
     """Keep the small products of a linear network on one CPU thread, which is faster than sharing them."""
-    before = torch.get_num_threads()
-    if setting.engine == "linear" and setting.device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    small = setting.engine == "linear" and setting.device.type == "cpu"
+    return one_thread() if small else contextlib.nullcontext()
 
 
 def _tensors(chunk: Chunk, row: int) -> dict[str, dict[str, Tensor]]:

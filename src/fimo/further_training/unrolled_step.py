@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimo.data.instances import Inputs, Instances
 from fimo.engine.chunk import step_seed
@@ -19,6 +18,7 @@ from fimo.engine.linear_derivatives import along, gradient_and_tangents
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import Replica, Unit
 from fimo.engine.stacked import choose_engine
+from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.train_mode import TrainMode, seeded
 
@@ -191,7 +191,7 @@ class FullRun:
     def randomness(self, step: int) -> Iterator[None]:
         """Set the step's random state (dropout), and attention kernels that have derivatives."""
         seed = step_seed(self.seed, step) if self.stochastic else None
-        with seeded(seed, self.device), sdpa_kernel(SDPBackend.MATH):
+        with seeded(seed, self.device), plain_attention():
             yield
 
 
