@@ -90,10 +90,12 @@ def test_repeated_and_zero_right_hand_sides_and_an_exhausted_space_are_exact() -
     g = torch.randn(6, 2, dtype=torch.float64)
     right = torch.cat([g, g, 1e-9 * g[:, :1], torch.zeros_like(g[:, :1])], 1)
     krylov = BlockLanczos(lambda v: matrix @ v, right)
+    widths = [krylov.width]
     while not krylov.exhausted:
         krylov.grow()
+        widths.append(krylov.width)
     assert krylov.size == 6
-    assert [b.shape[1] for b in krylov.blocks] == [2, 2, 2]
+    assert widths == [2, 2, 2]
     found = krylov.combine(krylov.coefficients(lambda c: 1 / (c + 0.1)))
     expected = torch.linalg.solve(matrix + 0.1 * torch.eye(6).double(), right)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-16)
@@ -128,9 +130,28 @@ def test_a_basis_is_orthonormal_in_single_precision() -> None:
     for _ in range(20):
         if not krylov.exhausted:
             krylov.grow()
-    basis = torch.cat(krylov.blocks, 1)
+    basis = torch.cat(krylov.basis.parts(), 1)
+    assert basis.shape == (300, 147)
     assert (basis.T @ basis - torch.eye(basis.shape[1])).abs().max() < 1e-5
     assert krylov.values[-1].item() == pytest.approx(100, rel=1e-4)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 5, 17])
+def test_blocks_of_any_width_span_the_krylov_space(columns: int) -> None:
+    """Narrow blocks share matrices: the span is that of powers, the projection that of the whole basis."""
+    torch.manual_seed(0)
+    matrix = torch.randn(90, 90, dtype=torch.float64)
+    matrix = (matrix + matrix.T) / 90**0.5
+    right = torch.randn(90, columns, dtype=torch.float64)
+    krylov = BlockLanczos(lambda v: matrix @ v, right)
+    for _ in range(3):
+        krylov.grow()
+    basis = torch.cat(krylov.basis.parts(), 1)
+    powers = torch.cat([torch.linalg.matrix_power(matrix, k) @ right for k in range(4)], 1)
+    torch.testing.assert_close(basis @ (basis.T @ powers), powers)
+    torch.testing.assert_close(basis.T @ matrix @ basis, krylov.projected)
+    ritz = krylov.ritz_vectors()
+    torch.testing.assert_close(ritz.T @ matrix @ ritz, torch.diag(krylov.values))
 
 
 def test_what_lissa_s_iterate_leaves_is_said() -> None:

@@ -3,7 +3,7 @@
 With Q an orthonormal basis of span(G, C G, ..., C^(m-1) G), T = Q^T C Q and E = Q^T G, a function is
 φ(C) G ≈ Q φ(T) E, exactly so for polynomials of degree below m (Golub and Underwood, 1977; Saad, 1992).
 All right-hand sides share the space, so that a few products serve them all; and one space serves all
-functions, as those of a sweep over damping.
+functions, as those of a sweep over damping. With one right-hand side it is Lanczos's method.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class BlockLanczos:
         right: ``[P, K]``, the right-hand sides.
 
     Attributes:
-        values: ``[m]`` float64, the Ritz values, ascending.
+        values, vectors: ``[m]``, ``[m, m]`` float64, the Ritz values, ascending, and the projected matrix's
+            eigenvectors; see :meth:`ritz_vectors`.
     """
 
     def __init__(self, times: Callable[[Tensor], Tensor], right: Tensor) -> None:
@@ -44,9 +45,8 @@ class BlockLanczos:
         first, _ = _orthonormal(first, 0.5)
         self.start: Tensor = (first.T @ scaled).double()
         self.projected = torch.zeros(0, 0, dtype=torch.float64, device=right.device)
-        self.blocks: list[Tensor] = []
-        self.values: Tensor
-        self.vectors: Tensor
+        self.basis = _Basis(right)
+        self.largest = 0.0  # a bound of the matrix's norm from below
         self.outside: Tensor
         self._add(first)
 
@@ -55,14 +55,32 @@ class BlockLanczos:
         """Number of vectors in the basis."""
         return len(self.projected)
 
+    @property
+    def width(self) -> int:
+        """Number of vectors in the last block, and the most that the next one has."""
+        return self.basis.last[-1].shape[1]
+
+    @property
+    def values(self) -> Tensor:
+        return self._eigen[0]
+
+    @property
+    def vectors(self) -> Tensor:
+        return self._eigen[1]
+
+    @functools.cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self.projected)
+        return values, vectors
+
     @functools.cached_property
     def _next(self) -> Tensor:
         if not self.outside.shape[1]:
             return self.outside
-        rounding = 10 * torch.finfo(self.outside.dtype).eps * self.values.abs().max().item()
+        rounding = 10 * torch.finfo(self.outside.dtype).eps * self.largest
         found, rank = _orthonormal(self.outside, rounding)
         if rank:
-            found, _ = _orthonormal(found - _projection(found, self.blocks)[0], 0.5)
+            found, _ = _orthonormal(found - _projection(found, self.basis.parts())[0], 0.5)
         return found
 
     @property
@@ -80,20 +98,24 @@ class BlockLanczos:
             raise ValueError("the Krylov space is exhausted")
         new = self._next
         del self._next
+        self.__dict__.pop("_eigen", None)
         self._add(new)
 
     def _add(self, new: Tensor) -> None:
-        self.blocks.append(new)
+        self.basis.append(new)
         image = self.times(new) if new.shape[1] else new  # all right-hand sides are zero
-        near = self.blocks[-2:]
-        projection, coordinates = _projection(image, near)
+        projection, coordinates = _projection(image, self.basis.last)
         self.outside = image - projection
+        if k := new.shape[1]:
+            norm = coordinates.norm() if k == 1 else torch.linalg.matrix_norm(coordinates, 2)
+            self.largest = max(self.largest, norm.item())
         before, start = self.size, self.size + new.shape[1] - len(coordinates)
         projected = torch.nn.functional.pad(self.projected, (0, new.shape[1], 0, new.shape[1]))
         projected[start:, before:] = coordinates
         projected[before:, start:] = coordinates.T
-        self.projected = (projected + projected.T) / 2
-        self.values, self.vectors = torch.linalg.eigh(self.projected)
+        block = projected[before:, before:]
+        block.copy_((block + block.T) / 2)
+        self.projected = projected
 
     def coefficients(self, phi: Phi) -> Tensor:
         """Return φ(T) E ``[m, K]`` (float64), for right-hand sides of length 1.
@@ -112,12 +134,56 @@ class BlockLanczos:
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """Return ``Q c`` ``[P, K]``, times the lengths of the right-hand sides."""
-        coefficients = coefficients.to(self.norms.dtype)
-        total, start = self.norms.new_zeros(len(self.outside), len(self.norms)), 0
-        for block in self.blocks:
-            total.addmm_(block, coefficients[start : start + block.shape[1]])
-            start += block.shape[1]
-        return total * self.norms
+        return self._combined(coefficients.to(self.norms.dtype)) * self.norms
+
+    def ritz_vectors(self) -> Tensor:
+        """Return the orthonormal vectors ``[P, m]`` that belong to the Ritz values."""
+        return self._combined(self.vectors.to(self.norms.dtype))
+
+    def _combined(self, coefficients: Tensor) -> Tensor:
+        """Return ``Q c``, ``[P, k]``."""
+        total, start = self.norms.new_zeros(len(self.outside), coefficients.shape[1]), 0
+        for part in self.basis.parts():
+            total.addmm_(part, coefficients[start : start + part.shape[1]])
+            start += part.shape[1]
+        return total
+
+
+class _Basis:
+    """Orthonormal columns, added in blocks; narrow ones share a matrix, so that products are of few parts.
+
+    Args:
+        like: ``[P, k]``.
+
+    Attributes:
+        last: up to two last blocks as they were added.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.last: list[Tensor] = []
+        self._matrices: list[Tensor] = []
+        self._used: list[int] = []
+
+    def append(self, block: Tensor) -> None:
+        self.last = [*self.last[-1:], block]
+        k = block.shape[1]
+        if not self._matrices or self._used[-1] + k > self._matrices[-1].shape[1]:
+            narrow = 2 * k <= SHARED
+            self._matrices.append(self.like.new_empty(len(block), SHARED) if narrow else block)
+            self._used.append(0 if narrow else k)
+            if not narrow:
+                return
+        self._matrices[-1][:, self._used[-1] : self._used[-1] + k] = block
+        self._used[-1] += k
+
+    def parts(self) -> list[Tensor]:
+        """Return matrices ``[P, m_k]`` that are the basis side by side."""
+        return [matrix[:, :used] for matrix, used in zip(self._matrices, self._used, strict=True)]
+
+
+SHARED = 32
+"""Columns of a matrix that holds several narrow blocks."""
 
 
 class KrylovSpace(ParameterSpace):
@@ -157,6 +223,9 @@ def _orthonormal(vectors: Tensor, smallest: float) -> tuple[Tensor, int]:
     then leaves a vector orthogonal up to eps / its share of the largest singular value, and a second call on
     the basis up to eps.
     """
+    if vectors.shape[1] == 1:
+        length = vectors.norm()
+        return (vectors / length, 1) if length > smallest else (vectors[:, :0], 0)
     if vectors.dtype == torch.float64:
         q, r = torch.linalg.qr(vectors)
         u, singular, _ = torch.linalg.svd(r)

@@ -186,7 +186,7 @@ def lissa_in_krylov_space(
         residuals = krylov.residuals(coefficients)
         if bool((residuals <= tolerance).all()) or krylov.exhausted:
             break
-        if krylov.size + krylov.blocks[-1].shape[1] > space.max_vectors:
+        if krylov.size + krylov.width > space.max_vectors:
             return None
         krylov.grow()
     truncated = krylov.coefficients(lambda c: (1 - (c + damping) / scale) ** (depth + 1)).norm(dim=0)
@@ -270,9 +270,6 @@ def extreme_eigenvalues(
 def lanczos(times: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """Return Ritz values and vectors of a symmetric matrix (Lanczos, 1950; Arnoldi for a symmetric matrix).
 
-    Every new vector is orthogonalised twice against all before, so that rounding brings no copies of
-    converged eigenvalues.
-
     Args:
         times: product with vectors ``[dimension, 1]``.
         start: ``[dimension]``.
@@ -281,29 +278,7 @@ def lanczos(times: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -
     Returns:
         values ``[m]`` ascending and orthonormal vectors ``[dimension, m]``; none where ``start`` is zero.
     """
-    if not start.any():
-        return start[:0], start[:, None][:, :0]
-    vector = start / start.norm()
-    basis = torch.zeros(len(start), min(iterations, len(start)), dtype=start.dtype, device=start.device)
-    diagonal: list[Tensor] = []
-    off: list[Tensor] = []
-    for k in range(basis.shape[1]):
-        basis[:, k] = vector
-        image = times(vector[:, None])[:, 0]
-        diagonal.append(vector @ image)
-        known = basis[:, : k + 1]
-        scale = image.norm()
-        for _ in range(2):
-            image = image - known @ (known.T @ image)
-        length = image.norm()
-        if length <= 100 * torch.finfo(start.dtype).eps * scale.clamp(min=diagonal[0].abs()):
-            break
-        off.append(length)
-        vector = image / length
-    m = len(diagonal)
-    tridiagonal = torch.diag(torch.stack(diagonal).double())
-    if m > 1:
-        upper = torch.diag(torch.stack(off[: m - 1]).double(), 1)
-        tridiagonal = tridiagonal + upper + upper.T
-    values, vectors = torch.linalg.eigh(tridiagonal)
-    return values.to(start.dtype), basis[:, :m] @ vectors.to(start.dtype)
+    krylov = BlockLanczos(times, start[:, None])
+    while krylov.size < min(iterations, len(start)) and not krylov.exhausted:
+        krylov.grow()
+    return krylov.values.to(start.dtype), krylov.ritz_vectors()
