@@ -7,13 +7,14 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from fimo.engine.settings import OPTIMIZERS, check_range
 from fimo.errors import InputError
 from fimo.extras import FIGURES, WANDB, available, require
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "until": ("check", "further_training", "report"),
     "logger.mode": ("offline", "online", "disabled"),
-    "model.optimizer": ("sgd", "adam", "adamw"),
+    "model.optimizer": OPTIMIZERS,
     "trainer.keep": ("last", "best"),
     "trainer.accelerator": ("cpu", "gpu", "cuda", "mps", "auto"),
     "trainer.strategy": ("auto", "ddp", "ddp_spawn"),
@@ -27,7 +28,6 @@ SMALLEST = {
     "seed": 0,
     "evaluation.bootstrap": 0,
     "evaluation.shown": 1,
-    "model.weight_decay": 0,
     "trainer.gradient_clip_val": 0,
 }
 """By key; null is allowed where the schema allows it."""
@@ -57,8 +57,8 @@ def check_values(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and not value >= least:
             raise InputError(key, f"expected at least {least} but got {value}")
-    if not 0 <= config.model.momentum < 1:
-        raise InputError("model.momentum", f"expected a number in [0, 1) but got {config.model.momentum}")
+    for name in ("momentum", "weight_decay"):
+        check_range(f"model.{name}", config.model[name])
     if not 0 < config.scale <= 1:
         raise InputError("scale", f"expected a share in (0, 1] but got {config.scale}")
     _check_files(config)

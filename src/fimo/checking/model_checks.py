@@ -135,6 +135,6 @@ def _stuck(problem: Problem, model: FinalModel, size: dict[str, Tensor]) -> floa
     """Return the share of parameters that a typical step moves by less than half a unit in the last place."""
     stuck = 0
     for n, p in model.parameters().items():
-        step = problem.protocol.lr * (size[n] if problem.protocol.optimizer == "sgd" else torch.ones_like(p))
+        step = problem.protocol.update_rule.first_step(size[n], problem.protocol.lr)
         stuck += int(((step < unit_in_last_place(p.float()) / 2) & (size[n] > 0)).sum())
     return stuck / model.size

@@ -10,10 +10,42 @@ from torch import Tensor
 from fimo.engine.context import Setting, evaluation_batch
 from fimo.engine.leave_out import Batch, BatchStream
 from fimo.engine.linear import LinearNetwork
-from fimo.engine.optimizers import StackedOptimizer
 from fimo.engine.protocol import Protocol
 from fimo.engine.replicas import Replica
-from fimo.engine.stacked import stack_network
+from fimo.engine.stacked import StackedNetwork, stack_network
+
+
+class StackedOptimizer:
+    """Moves a stacked network's R copies, each by its own gradient.
+
+    Args:
+        network: whose ``flat`` parameters are moved along its ``flat_gradient``.
+        protocol: optimizer and clipping.
+
+    Attributes:
+        state: the optimizer's tensors by name, of the shape of ``flat``.
+        steps: made so far.
+    """
+
+    def __init__(self, network: StackedNetwork, protocol: Protocol) -> None:
+        self.network, self.rule, self.clip_norm = network, protocol.update_rule, protocol.clip_norm
+        self.state = {name: torch.zeros_like(network.flat) for name in self.rule.state}
+        self.steps = 0
+
+    @property
+    def fusible(self) -> bool:
+        """Whether a step is parameters - lr * (gradient + decay * parameters), with no state."""
+        return self.rule.is_plain and self.clip_norm is None
+
+    def step(self, lr: float) -> None:
+        """Make one step along the network's gradient, which is overwritten."""
+        gradient = self.network.flat_gradient
+        self.steps += 1
+        if self.clip_norm is not None:
+            scale = (self.clip_norm / (self.network.norms(gradient) + 1e-6)).clamp_(max=1.0)
+            for block in self.network.blocks(gradient):
+                block.mul_(scale[:, None])
+        self.rule.step_(self.network.flat, gradient, self.state, lr, self.steps)
 
 
 class Chunk:
@@ -70,7 +102,7 @@ class Chunk:
                 lr = setting.protocol.learning_rate(self.step, self.total_steps)
                 if fused:
                     assert isinstance(network, LinearNetwork)
-                    network.descend(setting.train, batch, lr, setting.protocol.weight_decay)
+                    network.descend(setting.train, batch, lr, self.optimizer.rule.weight_decay)
                 else:
                     network.differentiate(setting.train, batch, step_seed(self.stream.seeds[0], self.step))
                     self.optimizer.step(lr)

@@ -106,7 +106,7 @@ def replica_bytes(final_model: FinalModel, protocol: Protocol, activations: int,
     linear = engine == "linear"
     # values and their gradients; automatic differentiation keeps about as much again
     kept = (2 if linear else 4) * activations * protocol.batch_size
-    copies = 2 + 2 * (protocol.optimizer != "sgd") + (protocol.momentum > 0) + (0 if linear else 2)
+    copies = 2 + len(protocol.update_rule.state) + (0 if linear else 2)
     return (8 if protocol.dtype == "float64" else 4) * (kept + copies * final_model.size)
 
 

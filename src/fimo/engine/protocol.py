@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
 
+from fimo.engine.optimizers import Optimizer, make_optimizer
+from fimo.engine.settings import (
+    LEAVE_OUT_RULES,
+    OPTIMIZERS,
+    SCHEDULES,
+    LeaveOutRule,
+    OptimizerName,
+    ScheduleName,
+    check_range,
+)
 from fimo.errors import InputError
-
-OptimizerName = Literal["sgd", "adam", "adamw"]
-LeaveOutRule = Literal["shift", "mask", "every_batch"]
-ScheduleName = Literal["constant", "linear", "cosine"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -72,9 +79,9 @@ class Protocol:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        _one_of("optimizer", self.optimizer, ("sgd", "adam", "adamw"))
-        _one_of("leave_out", self.leave_out, ("shift", "mask", "every_batch"))
-        _one_of("schedule", self.schedule, ("constant", "linear", "cosine"))
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("leave_out", self.leave_out, LEAVE_OUT_RULES)
+        _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("dtype", self.dtype, tuple(DTYPES))
         _require(
             "autocast",
@@ -97,22 +104,10 @@ class Protocol:
             number = isinstance(value, Real) and not isinstance(value, bool)
             _require(key, number, f"expected a number but got {value!r}")
             object.__setattr__(self, key, value if isinstance(value, int) else float(value))
-        _require("lr", 0 < self.lr < math.inf, f"expected a positive number but got {self.lr}")
-        _require("momentum", 0 <= self.momentum < 1, f"expected a number in [0, 1) but got {self.momentum}")
+        for key in ("lr", "momentum", "weight_decay", "betas", "eps", "clip_norm"):
+            check_range(f"further_training.{key}", getattr(self, key))
         _require(
             "nesterov", not self.nesterov or self.momentum > 0, "expected momentum > 0 where nesterov is true"
-        )
-        _require("weight_decay", self.weight_decay >= 0, f"expected at least 0 but got {self.weight_decay}")
-        _require(
-            "betas",
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            f"expected two numbers in [0, 1) but got {list(self.betas)}",
-        )
-        _require("eps", self.eps >= 0, f"expected at least 0 but got {self.eps}")
-        _require(
-            "clip_norm",
-            self.clip_norm is None or self.clip_norm > 0,
-            f"expected a positive number or null but got {self.clip_norm}",
         )
         _require(
             "evaluate_every",
@@ -135,6 +130,11 @@ class Protocol:
         if self.schedule == "constant":
             del key["epochs"], key["steps"]
         return key
+
+    @cached_property
+    def update_rule(self) -> Optimizer:
+        """The optimizer: what it keeps, and how it makes a step."""
+        return make_optimizer(self.optimizer, vars(self))
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

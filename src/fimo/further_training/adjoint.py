@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.func import jacrev, vjp, vmap
 
 from fimo.data.instances import Instances
+from fimo.engine.optimizers import State, Tensors
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.errors import InputError
-from fimo.further_training.unrolled_step import FullRun, State, StepBatch, Tensors, evaluate_outputs
+from fimo.further_training.unrolled_step import FullRun, StepBatch, evaluate_outputs
 from fimo.models.final_model import FinalModel
 
 

@@ -152,7 +152,7 @@ def _run(make_job: Any, trainer: Mapping[str, Any] | None) -> Job:
 
 
 def _state_bytes(final_model: FinalModel, protocol: Protocol) -> int:
-    copies = 1 + (protocol.momentum > 0) + 2 * (protocol.optimizer != "sgd")
+    copies = 1 + len(protocol.update_rule.state)
     return copies * final_model.size * (8 if protocol.dtype == "float64" else 4)
 
 

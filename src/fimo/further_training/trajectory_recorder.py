@@ -31,8 +31,6 @@ from fimo.store.fingerprint import Key, Problem, folder_of, trajectory_key
 from fimo.validation import choices
 from fimo.validation.admission import admit
 
-TENSORS = ("parameters", "second_moment")
-
 
 class _StoredTensors(Mapping[str, Tensor]):
     """Parameters at one evaluation point, read from the store when asked for."""
@@ -111,7 +109,7 @@ def _at_once(setting: Setting, seeds: int) -> int:
     """Return how many seeds' full runs are advanced together."""
     if setting.stochastic:  # a chunk's replicas share their dropout masks
         return 1
-    states = 1 + (setting.protocol.optimizer != "sgd")
+    states = 1 + len(setting.protocol.update_rule.recorded)
     points = 1 + len(evaluation_points(setting.protocol, len(setting.train))[0])
     one = 8 * states * points * setting.final_model.size
     return max(1, min(seeds, chunk_size(setting, seeds * worker_threads(setting)), MEMORY // one))
@@ -146,11 +144,9 @@ def _threads(setting: Setting) -> AbstractContextManager[None]:
 def _tensors(chunk: Chunk, row: int) -> dict[str, dict[str, Tensor]]:
     network, optimizer = chunk.network, chunk.optimizer
     found = {"parameters": {n: p[row].clone() for n, p in network.parameters.items()}}
-    if "second_moment" in optimizer.state:
-        beta2 = chunk.setting.protocol.betas[1]
-        correction = 1 - beta2**optimizer.steps if optimizer.steps else 1.0
-        moments = network.views(optimizer.state["second_moment"])
-        found["second_moment"] = {n: m[row] / correction for n, m in moments.items()}
+    for kind in optimizer.rule.recorded:
+        moments = network.views(optimizer.state[kind])
+        found[kind] = {n: optimizer.rule.unbiased(m[row], optimizer.steps) for n, m in moments.items()}
     return found
 
 
@@ -169,7 +165,7 @@ def _stored(
     setting: Setting, seeds: Sequence[int], folders: Sequence[Path], cost: Cost | None
 ) -> Iterator[Trajectory]:
     names = list(setting.final_model.parameters())
-    kinds = TENSORS if setting.protocol.optimizer != "sgd" else TENSORS[:1]
+    kinds = ("parameters", *setting.protocol.update_rule.recorded)
     steps = [0, *evaluation_points(setting.protocol, len(setting.train))[0]]
     paths = {
         seed: [folder / f"step-{s:09d}.safetensors" for s in steps]

@@ -15,16 +15,13 @@ from fimo.engine.chunk import step_seed
 from fimo.engine.leave_out import BatchStream
 from fimo.engine.linear import linear_layers
 from fimo.engine.linear_derivatives import along, gradient_and_tangents
+from fimo.engine.optimizers import State, Tensors, safe_sqrt
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import Replica, Unit
 from fimo.engine.stacked import choose_engine
 from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.train_mode import TrainMode, seeded
-
-Tensors = dict[str, Tensor]
-State = dict[str, Tensors]
-"""What a step starts from: ``parameters`` and the optimizer's moments, each by parameter name."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +84,7 @@ class FullRun:
     def start(self) -> State:
         """Return the final model's parameters, and an optimizer's fresh state."""
         parameters = self.model.parameters()
-        names = ["momentum"] if self.protocol.optimizer == "sgd" and self.protocol.momentum else []
-        if self.protocol.optimizer != "sgd":
-            names = ["first_moment", "second_moment"]
+        names = self.protocol.update_rule.state
         zeros = {k: {n: torch.zeros_like(p) for n, p in parameters.items()} for k in names}
         return {"parameters": parameters, **zeros}
 
@@ -162,30 +157,12 @@ class FullRun:
 
     def update(self, state: State, gradient: Tensors, step: int) -> State:
         """Return the state after the optimizer's step along a gradient, as torch.optim defines it."""
-        p, lr = self.protocol, self.protocol.learning_rate(step, self.total)
-        names, parameters = list(gradient), state["parameters"]
-        if p.clip_norm is not None:
-            norm = _safe_sqrt(torch.stack([g.square().sum() for g in gradient.values()]).sum())
-            scale = (p.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        lr, clip_norm = self.protocol.learning_rate(step, self.total), self.protocol.clip_norm
+        if clip_norm is not None:
+            norm = safe_sqrt(torch.stack([g.square().sum() for g in gradient.values()]).sum())
+            scale = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
             gradient = {n: g * scale for n, g in gradient.items()}
-        if p.weight_decay and p.optimizer != "adamw":
-            gradient = {n: gradient[n] + p.weight_decay * parameters[n] for n in names}
-        if p.optimizer == "sgd":
-            if not p.momentum:
-                return {"parameters": {n: parameters[n] - lr * gradient[n] for n in names}}
-            momentum = {n: p.momentum * state["momentum"][n] + gradient[n] for n in names}
-            along = {n: gradient[n] + p.momentum * momentum[n] for n in names} if p.nesterov else momentum
-            return {"parameters": {n: parameters[n] - lr * along[n] for n in names}, "momentum": momentum}
-        beta1, beta2 = p.betas
-        first = {n: beta1 * state["first_moment"][n] + (1 - beta1) * gradient[n] for n in names}
-        second = {n: beta2 * state["second_moment"][n] + (1 - beta2) * gradient[n].square() for n in names}
-        rate, correction = lr / (1 - beta1 ** (step + 1)), (1 - beta2 ** (step + 1)) ** 0.5
-        keep = 1 - lr * p.weight_decay if p.optimizer == "adamw" else 1.0
-        moved = {
-            n: keep * parameters[n] - rate * first[n] / (_safe_sqrt(second[n]) / correction + p.eps)
-            for n in names
-        }
-        return {"parameters": moved, "first_moment": first, "second_moment": second}
+        return self.protocol.update_rule.updated(state, gradient, lr, step + 1)
 
     @contextlib.contextmanager
     def randomness(self, step: int) -> Iterator[None]:
@@ -198,9 +175,3 @@ class FullRun:
 def evaluate_outputs(model: FinalModel, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
     """Return outputs ``[n, ...]`` in eval mode."""
     return functional_apply(model.network, {**model.buffers(), **parameters}, inputs)
-
-
-def _safe_sqrt(x: Tensor) -> Tensor:
-    """Square root whose derivative at zero is taken as zero (a parameter that never had a gradient)."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)

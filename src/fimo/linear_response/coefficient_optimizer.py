@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from fimo.curvature.jacobian import FactoredRows, LayerFactors, Rows
-from fimo.engine.protocol import Protocol
+from fimo.engine.optimizers import Optimizer
 
 
 class CoefficientOptimizer:
     """Moves coefficients c of a parameter change ``P A^T c`` as the optimizer moves the parameters.
 
     The last column is a full run's own movement, the others what runs without an instance differ from it.
-    Every optimizer here is linear in the gradient but for Adam's division by the root of its second moment,
-    which is the fixed diagonal P (of the full run); a change of the second moment itself is left out. L2
-    regularisation is exact for SGD and left out for Adam; clipping is left out.
+    Optimizers move them linearly (:meth:`fimo.engine.optimizers.Optimizer.advance_`): what isn't linear in
+    the gradient is held fixed, as Adam's second moment, which makes the diagonal P (of the full run).
+    Clipping is left out.
 
     Where the two kinds of runs don't make the same step (``shift`` can make epochs shorter, see
     :mod:`fimo.linear_response.leave_out_weights`), a difference d = x' - x moves, with the optimizer's
@@ -27,25 +27,24 @@ class CoefficientOptimizer:
         A'(x + d, g + dg) - A(x, g) = A'(d, dg) + [A'(x, g) - A(x, g)].
 
     Args:
+        rule: of further training.
         shape: of the coefficients, their rows first.
 
     Attributes:
         coefficients: of the changes.
-        average: of the momentum (SGD) or the first moment (Adam), in units of gradients; None without.
+        average: of the optimizer's average of gradients, in their units; None without.
     """
 
-    def __init__(self, protocol: Protocol, shape: tuple[int, int], like: Tensor) -> None:
-        self.protocol = protocol
-        self.taken = [0, 0]  # steps of runs without an instance, and of full runs: Adam counts them
+    def __init__(self, rule: Optimizer, shape: tuple[int, int], like: Tensor) -> None:
+        self.rule = rule
+        self.taken = [0, 0]  # steps of runs without an instance, and of full runs: some optimizers count
         self.coefficients = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        adaptive = protocol.optimizer != "sgd"
-        stateful = adaptive or protocol.momentum > 0
-        self.average = torch.zeros_like(self.coefficients) if stateful else None
+        self.average = torch.zeros_like(self.coefficients) if rule.averages else None
 
     @property
     def resting(self) -> bool:
         """Whether nothing moves without a gradient."""
-        return self.average is None and not decays(self.protocol)
+        return self.average is None and not self.rule.decays
 
     def step(self, index: Tensor, gradient: Tensor, lr: float | None, lr_without: float | None) -> None:
         """Take a step along a batch's gradient (last column) and along the changes of it.
@@ -56,7 +55,7 @@ class CoefficientOptimizer:
             lr: of the full runs; None where they make no step.
             lr_without: of the runs without an instance.
         """
-        same = lr == lr_without and (self.protocol.optimizer == "sgd" or self.taken[0] == self.taken[1])
+        same = lr == lr_without and (not self.rule.counts_steps or self.taken[0] == self.taken[1])
         self.taken[0] += lr_without is not None
         self.taken[1] += lr is not None
         state = _State(self.coefficients, self.average)
@@ -72,28 +71,8 @@ class CoefficientOptimizer:
 
     def _advance(self, state: _State, index: Tensor, gradient: Tensor, lr: float | None, taken: int) -> None:
         """Take one step, where one is made, which is the run's ``taken``-th."""
-        if lr is None:
-            return
-        p, c, average = self.protocol, state.coefficients, state.average
-        if p.optimizer == "sgd":
-            if average is None:
-                if p.weight_decay:
-                    c.mul_(1 - lr * p.weight_decay)
-                c.index_add_(0, index, gradient, alpha=-lr)
-                return
-            average.mul_(p.momentum).add_(c, alpha=p.weight_decay).index_add_(0, index, gradient)
-            if p.nesterov:
-                c.mul_(1 - lr * p.weight_decay).index_add_(0, index, gradient, alpha=-lr)
-                c.sub_(average, alpha=lr * p.momentum)
-            else:
-                c.sub_(average, alpha=lr)
-            return
-        assert average is not None
-        beta1 = p.betas[0]
-        average.mul_(beta1).index_add_(0, index, gradient, alpha=1 - beta1)
-        if p.optimizer == "adamw" and p.weight_decay:
-            c.mul_(1 - lr * p.weight_decay)
-        c.sub_(average, alpha=lr / (1 - beta1**taken))
+        if lr is not None:
+            self.rule.advance_(state.coefficients, state.average, index, gradient, lr, taken)
 
 
 @dataclass(frozen=True)
@@ -116,20 +95,15 @@ class _State:
             self.average.add_(plus.average - minus.average)
 
 
-def decays(protocol: Protocol) -> bool:
-    """Whether parameters shrink by themselves; Adam's L2 term is left out."""
-    return protocol.weight_decay > 0 and protocol.optimizer != "adam"
-
-
-def preconditioner(protocol: Protocol, second_moment: dict[str, Tensor] | None) -> Tensor | None:
-    """Return Adam's diagonal ``[P]``, 1 / (sqrt(second moment) + eps); None for SGD."""
-    if protocol.optimizer == "sgd" or second_moment is None:
+def preconditioner(rule: Optimizer, second_moment: dict[str, Tensor] | None) -> Tensor | None:
+    """Return the optimizer's diagonal ``[P]`` (Adam's is 1 / (sqrt(second moment) + eps)); None without."""
+    if not rule.preconditions or second_moment is None:
         return None
     flat = torch.cat([v.flatten() for v in second_moment.values()])
-    return 1 / (flat.sqrt() + protocol.eps)
+    return 1 / rule.denominator(flat)
 
 
-def scaled(rows: Rows, second_moment: dict[str, Tensor], protocol: Protocol) -> Rows | None:
+def scaled(rows: Rows, second_moment: dict[str, Tensor], rule: Optimizer) -> Rows | None:
     """Return factored rows times the square root of a preconditioner that keeps them factored.
 
     Each weight's diagonal D [out, in] is replaced by a b^T with the same energy in every row and column,
@@ -142,11 +116,11 @@ def scaled(rows: Rows, second_moment: dict[str, Tensor], protocol: Protocol) -> 
     for layer in rows.layers:
         if layer.weight:
             v = second_moment[layer.weight].double()
-            left, right = _proportional_fit(v, v / (v.sqrt() + protocol.eps))
+            left, right = _proportional_fit(v, v / rule.denominator(v))
             left, right = left.sqrt().to(rows.dtype), right.sqrt().to(rows.dtype)
             layers.append(LayerFactors(layer.weight, None, layer.entering * right, layer.delta * left))
         if layer.bias:
-            diagonal = 1 / (second_moment[layer.bias].sqrt() + protocol.eps)
+            diagonal = 1 / rule.denominator(second_moment[layer.bias])
             layers.append(LayerFactors(None, layer.bias, layer.entering, layer.delta * diagonal.sqrt()))
     return FactoredRows(tuple(layers), rows.shapes)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fimo.engine.protocol import Protocol
-from fimo.linear_response.coefficient_optimizer import CoefficientOptimizer, decays
+from fimo.linear_response.coefficient_optimizer import CoefficientOptimizer
 from fimo.linear_response.output_kernel import Kernel
 
 KnownParameters = Callable[[int], Sequence[Tensor]]
@@ -63,7 +63,7 @@ class Carried:
         """
         if before is not None:
             self._collect(before, optimizer)
-        self._points = list(points) if decays(self.protocol) else []
+        self._points = list(points) if self.protocol.update_rule.decays else []
         at = [self.known(point) for point in self._points]
         self._parameters = [torch.stack([p[s] for p in at], 1) for s in range(self.seeds)] if at else []
         self._shares = self._fresh_shares(len(at), optimizer.taken)
@@ -120,7 +120,7 @@ class Carried:
     def _fresh_shares(self, points: int, taken: Sequence[int]) -> CoefficientOptimizer:
         """Return the shares at the start of a segment."""
         like = torch.zeros(1, dtype=torch.float64)
-        found = CoefficientOptimizer(self.protocol, (KNOWN + points, 2), like)
+        found = CoefficientOptimizer(self.protocol.update_rule, (KNOWN + points, 2), like)
         found.taken = list(taken)
         found.coefficients[CHANGE, 0] = 1.0
         if found.average is not None:

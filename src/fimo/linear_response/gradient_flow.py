@@ -12,7 +12,6 @@ from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.kronecker import MAX_EXACT_OUTPUTS, fit_factors
 from fimo.curvature.spectrum import KernelSpectrum
 from fimo.data.instances import Instances
-from fimo.engine.protocol import Protocol
 from fimo.further_training.trajectory import FurtherTraining, Trajectory
 from fimo.linear_response.coefficient_optimizer import preconditioner
 from fimo.linear_response.kronecker_response import kronecker_response
@@ -50,14 +49,13 @@ class MeanBatchResponse:
         self.segments, self.propagate, self.memory_mb = segments, propagate, memory_mb
         self.loss_changes = loss_changes_by(propagate)
         protocol = further_training.protocol
-        self.adaptive = protocol.optimizer != "sgd"
-        self.decay = 0.0 if self.adaptive else protocol.weight_decay
+        self.rule = protocol.update_rule
         self.time = times(protocol, further_training.steps)
         self.gradient_evaluations = 0
 
     def at_final_model(self, test: Instances, left_out: Instances) -> Tensor:
         """Return the scores ``[E, J, L]`` with everything taken at the final model."""
-        weight = self._estimated_preconditioner() if self.adaptive else None
+        weight = self._estimated_preconditioner() if self.rule.preconditions else None
         changes = self._relaxed(self.final_model, test, left_out, self.time, weight)
         outputs = outputs_at(self.final_model, self.final_model.parameters(), test)
         return torch.stack([self.loss_changes(self.final_model, outputs, test.targets, c) for c in changes])
@@ -69,7 +67,7 @@ class MeanBatchResponse:
             model = with_parameters(self.final_model, trajectory.parameters[k])
             weight = None
             if trajectory.second_moment is not None:
-                weight = preconditioner(self.ft.protocol, dict(trajectory.second_moment[k]))
+                weight = preconditioner(self.rule, dict(trajectory.second_moment[k]))
             changes = self._relaxed(model, test, left_out, [self.time[e] for e in mine], weight)
             for e, change in zip(mine, changes, strict=True):
                 outputs = outputs_at(self.final_model, trajectory.parameters[e + 1], test)
@@ -84,12 +82,12 @@ class MeanBatchResponse:
         """
         if at_final_model:
             pace = 1.0
-            if self.adaptive:
-                pace = _mean_step(self._estimated_preconditioner(), self.ft.protocol)
+            if self.rule.preconditions:
+                pace = self.rule.mean_pace(self._estimated_preconditioner())
             return self._by_factors_at(self.final_model, test, left_out, [pace * t for t in self.time])
         shares, runs = self._shares(), len(self.ft.seeds)
         means: dict[int, dict[str, Tensor]] = {}
-        paces = dict.fromkeys((k for k, _ in shares), 0.0 if self.adaptive else 1.0)
+        paces = dict.fromkeys((k for k, _ in shares), 0.0 if self.rule.preconditions else 1.0)
         for trajectory in self.ft.full_runs():
             for k, _ in shares:
                 mean = means.setdefault(
@@ -98,9 +96,9 @@ class MeanBatchResponse:
                 for name, own in trajectory.parameters[k].items():
                     mean[name] += own / runs
                 if trajectory.second_moment is not None:
-                    diagonal = preconditioner(self.ft.protocol, dict(trajectory.second_moment[k]))
+                    diagonal = preconditioner(self.rule, dict(trajectory.second_moment[k]))
                     assert diagonal is not None
-                    paces[k] += _mean_step(diagonal, self.ft.protocol) / runs
+                    paces[k] += self.rule.mean_pace(diagonal) / runs
         found = []
         for k, mine in shares:
             model, time = with_parameters(self.final_model, means[k]), [paces[k] * self.time[e] for e in mine]
@@ -132,7 +130,7 @@ class MeanBatchResponse:
         pair = spectrum.pair(gradients.outputs(test), gradients.losses(left_out))
         self.gradient_evaluations += gradients.evaluations
         n = len(self.train)
-        return [pair.apply(relaxation(t, self.decay))[..., 0].flatten(0, 1) / n for t in time]
+        return [pair.apply(relaxation(t, self.rule.flow_decay))[..., 0].flatten(0, 1) / n for t in time]
 
     def _by_factors_at(
         self, model: FinalModel, test: Instances, left_out: Instances, time: Sequence[float]
@@ -142,7 +140,7 @@ class MeanBatchResponse:
         outputs = model.outputs(test)
         by_outputs = self.propagate == "outputs" and outputs[0].numel() <= MAX_EXACT_OUTPUTS
         rows = gradients.outputs(test) if by_outputs else gradients.measurements(test)
-        phis = [relaxation(t, self.decay) for t in time]
+        phis = [relaxation(t, self.rule.flow_decay) for t in time]
         changes = kronecker_response(factors, rows, gradients.losses(left_out), phis, self.memory_mb)
         self.gradient_evaluations += gradients.evaluations
         flat = changes.flatten(1, 2) / len(self.train)
@@ -161,10 +159,4 @@ class MeanBatchResponse:
         variance = (square / n - mean.square()).clamp(min=0)
         self.gradient_evaluations += gradients.evaluations
         size = min(self.ft.protocol.batch_size, n)
-        return 1 / ((mean.square() + variance / size).sqrt() + self.ft.protocol.eps)
-
-
-def _mean_step(diagonal: Tensor, protocol: Protocol) -> float:
-    """Return the mean of Adam's diagonal, weighted with squared gradients."""
-    energy = (1 / diagonal.double() - protocol.eps).square()
-    return float((energy * diagonal).sum() / energy.sum().clamp(min=1e-300))
+        return 1 / self.rule.denominator(mean.square() + variance / size)

@@ -68,10 +68,10 @@ class Kernel:
         rows = gradients.rows(followed, cotangents, "directions")
         outputs = gradients.outputs(test)
         m, r, _ = space.directions.shape
-        weight = preconditioner(protocol, second_moment)
+        weight = preconditioner(protocol.update_rule, second_moment)
         jacobians = Jacobians(rows, outputs, weight)
         if weight is not None and second_moment is not None:
-            left, right = (scaled(x, second_moment, protocol) for x in (outputs, rows))
+            left, right = (scaled(x, second_moment, protocol.update_rule) for x in (outputs, rows))
             if left is not None and right is not None:
                 outputs, rows, weight = left, right, None
         inner = rows.gram(rows, weight).reshape(m, r, m * r)

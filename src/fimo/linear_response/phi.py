@@ -29,8 +29,8 @@ def relaxation(time: float, decay: float = 0.0) -> Phi:
 
 
 def times(protocol: Protocol, steps: list[int] | tuple[int, ...]) -> list[float]:
-    """Return the sum of learning rates after each number of steps, over 1 - momentum for SGD."""
+    """Return the time of gradient flow after each number of steps: the optimizer's, of sums of rates."""
     total = steps[-1]
     rates = torch.tensor([protocol.learning_rate(t, total) for t in range(total)], dtype=torch.float64)
     sums = rates.cumsum(0)[torch.tensor(steps) - 1]
-    return (sums / (1 - protocol.momentum) if protocol.optimizer == "sgd" else sums).tolist()
+    return protocol.update_rule.time(sums).tolist()

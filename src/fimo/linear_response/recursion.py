@@ -105,7 +105,7 @@ def responses(
             is carried over as changes of parameters.
     """
     (m, r, _), s, like = space.directions.shape, len(seeds), along.gradient
-    optimizer = CoefficientOptimizer(protocol, (s * m * r, len(left_out) + 1), like)
+    optimizer = CoefficientOptimizer(protocol.update_rule, (s * m * r, len(left_out) + 1), like)
     coefficients = optimizer.coefficients.view(s, m * r, -1)
     forces, carried = _Forces(space, along), Carried(protocol, s, along.parameters)
     stream = _followed(steps(seeds, left_out, instances, protocol, like.dtype), space, instances, like)

@@ -69,8 +69,8 @@ class Best(FollowingMethod):
             ), f"the kernel is too large: {why}"
         protocol = further_training.protocol
         epochs = further_training.steps[-1] / protocol.batches_per_epoch(len(train))
-        if protocol.optimizer != "sgd":
-            return self.corrected, f"{protocol.optimizer}'s second moment depends on the left-out instance"
+        if fixed := protocol.update_rule.held_fixed:
+            return self.corrected, f"{protocol.optimizer}'s {fixed} depends on the left-out instance"
         if epochs <= self.short:
             return Response(
                 memory_mb=self.memory_mb, checks=self.checks

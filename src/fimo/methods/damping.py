@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
+from fimo.linear_response.phi import times
 
 DampingValue = float | int | str | dict[str, float]
 """A number; ``auto``; ``time_matched``; ``"10x"`` or ``{"relative": 10}``: of the mean squared gradient."""
@@ -99,10 +100,6 @@ def training_time(further_training: FurtherTraining, mean_squared_gradient: floa
     second moment, taken as the mean squared gradient of a batch near a minimum, which is that of an instance
     divided by the batch size.
     """
-    protocol, steps = further_training.protocol, further_training.steps
-    total = steps[-1]
-    rates = torch.tensor([protocol.learning_rate(t, total) for t in range(total)], dtype=torch.float64)
-    times = rates.cumsum(0)[torch.tensor(steps) - 1]
-    if protocol.optimizer == "sgd":
-        return times / (1 - protocol.momentum)
-    return times / (math.sqrt(mean_squared_gradient / protocol.batch_size) + protocol.eps)
+    protocol = further_training.protocol
+    time = torch.tensor(times(protocol, further_training.steps), dtype=torch.float64)
+    return time / protocol.update_rule.pace(mean_squared_gradient / protocol.batch_size)

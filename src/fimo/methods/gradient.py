@@ -110,8 +110,9 @@ class CurvatureMethod(GradientMethod):
     def dampings(self) -> Tensor:
         """Return the configured dampings ``[E]``, E = 1 unless they follow further training."""
         kind = self.damping.kind
-        adaptive = self.further_training is not None and self.further_training.protocol.optimizer != "sgd"
-        gradient = self.mean_squared_gradient() if kind == "relative" or adaptive else 0.0
+        ft = self.further_training
+        divides = ft is not None and ft.protocol.update_rule.preconditions
+        gradient = self.mean_squared_gradient() if kind == "relative" or divides else 0.0
         eigenvalue = self.mean_eigenvalue() if kind == "auto" else 0.0
         if kind == "auto" and eigenvalue <= 0 and self.mean_squared_gradient() > 0:
             raise InputError(

@@ -181,7 +181,8 @@ class Response(FollowingMethod):
         outputs = self.final_model.outputs(self.train[:1])[0].numel()
         rows = min(self.max_rows, n * outputs)
         # a factored inner product costs about the layers' widths, twice sqrt(P) each; a weighted one costs P
-        factored = self.ft.protocol.optimizer == "sgd" or linear_layers(self.final_model.network) is not None
+        weighted = self.ft.protocol.update_rule.preconditions
+        factored = not weighted or linear_layers(self.final_model.network) is not None
         width = 4 * p**0.5 if factored else p
         one = 2.0 * rows * (rows + len(test) * outputs) * width
         runs = len(self.ft.seeds) * len(self.left_out) * self.ft.steps[-1]
@@ -276,8 +277,8 @@ def ignored_parts(final_model: FinalModel, protocol: Protocol) -> list[str]:
     found = []
     if protocol.clip_norm is not None:
         found.append("the clipping of gradients")
-    if protocol.optimizer == "adam" and protocol.weight_decay:
-        found.append("Adam's L2 term")
+    if unanswered := protocol.update_rule.unanswered:
+        found.append(unanswered)
     if any(isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p for m in final_model.network.modules()):
         found.append("dropout during further training")
     return found

@@ -79,7 +79,7 @@ class Source(FollowingMethod):
                 for r in runs
                 if r.second_moment is not None
             ]
-            weight = preconditioner(self.ft.protocol, mean_of(moments) if moments else None)
+            weight = preconditioner(self.ft.protocol.update_rule, mean_of(moments) if moments else None)
             scale = None if weight is None else weight.double().sqrt()
             spectrum = KernelSpectrum(model, self.train, gradients, column_scale=scale)
             tau = time[last] - time[first]

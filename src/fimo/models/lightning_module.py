@@ -12,11 +12,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from fimo.data.datamodule import Task
 from fimo.data.instances import Instances
+from fimo.engine.optimizers import make_optimizer
+from fimo.engine.settings import OPTIMIZERS, check_range
 from fimo.errors import InputError
 from fimo.models.final_model import apply
 from fimo.models.losses import Loss
-
-OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
 class FinalModelModule(pl.LightningModule):
@@ -27,8 +27,8 @@ class FinalModelModule(pl.LightningModule):
         loss: per-instance loss.
         task: accuracy is recorded for a classification.
         outputs: classes.
-        optimizer: ``sgd``, ``adam`` or ``adamw``.
-        lr, momentum, weight_decay: of the optimizer (momentum of SGD only).
+        optimizer: one of :data:`~fimo.engine.settings.OPTIMIZERS`.
+        lr, momentum, weight_decay: of the optimizer (momentum where it has one).
         description: what built the network, kept in the checkpoint; plain containers only, so that it
             loads without executing code.
     """
@@ -50,12 +50,13 @@ class FinalModelModule(pl.LightningModule):
             raise InputError(
                 "model.optimizer", f"expected one of {', '.join(OPTIMIZERS)} but got {optimizer!r}"
             )
-        if not lr > 0:
-            raise InputError("model.lr", f"expected a positive number but got {lr}")
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            check_range(f"model.{name}", value)
         self.save_hyperparameters({"description": description or {}})
         self.network, self.loss = network, loss
-        self.optimizer_name, self.lr = optimizer, lr
-        self.momentum, self.weight_decay = momentum, weight_decay
+        self.lr = lr
+        settings = {"momentum": momentum, "weight_decay": weight_decay}
+        self.update_rule = make_optimizer(optimizer, settings)
         self.accuracy = MulticlassAccuracy(outputs, average="micro") if task == "classification" else None
         self.mean_loss = MeanMetric()
 
@@ -79,7 +80,4 @@ class FinalModelModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         moved = [p for p in self.network.parameters() if p.requires_grad]
-        if self.optimizer_name == "sgd":
-            return torch.optim.SGD(moved, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        kind = torch.optim.Adam if self.optimizer_name == "adam" else torch.optim.AdamW
-        return kind(moved, self.lr, weight_decay=self.weight_decay)
+        return self.update_rule.torch_optimizer(moved, self.lr)
