@@ -33,6 +33,7 @@ from fimo.data.concrete import ConcreteData
 from fimo.data.instances import Instances
 from fimo.data.tabular import Table, TabularModule
 from fimo.engine.protocol import Protocol
+from fimo.engine.settings import LEAVE_OUT_RULES, OPTIMIZERS
 from fimo.evaluation import agreement, noise_ceilings
 from fimo.further_training import full_runs, further_train, other_seeds
 from fimo.further_training.seeds import relation
@@ -222,11 +223,11 @@ def arguments(words: list[str]) -> argparse.Namespace:
     p.add_argument("--path", help="concrete's file")
     p.add_argument("--final-epochs", type=int, default=100)
     p.add_argument("--final-lr", type=float, default=0.1)
-    p.add_argument("--optimizer", default="sgd", choices=["sgd", "adam", "adamw"])
+    p.add_argument("--optimizer", default="sgd", choices=OPTIMIZERS)
     p.add_argument("--lr", type=float, default=0.01)
     p.add_argument("--momentum", type=float, default=0.0)
     p.add_argument("--batch-size", type=int, help="the data set's when not given")
-    p.add_argument("--leave-out", default="shift", choices=["shift", "mask", "every_batch"])
+    p.add_argument("--leave-out", default="shift", choices=LEAVE_OUT_RULES)
     p.add_argument("--epochs", type=int, default=20)
     p.add_argument("--seeds", type=int, default=10)
     p.add_argument(

@@ -27,6 +27,7 @@ OPTIMIZERS: dict[str, dict] = {
     "nesterov": {"lr": 0.02, "momentum": 0.8, "nesterov": True},
     "adam": {"optimizer": "adam", "lr": 0.01, "weight_decay": 0.05},
     "adamw": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95)},
+    "lion": {"optimizer": "lion", "lr": 0.003, "weight_decay": 0.1, "betas": (0.9, 0.99)},
     "clipped": {"lr": 0.05, "clip_norm": 0.5},
     "clipped_adam": {"optimizer": "adam", "lr": 0.01, "clip_norm": 0.2},
     "linear_schedule": {"lr": 0.05, "schedule": "linear"},

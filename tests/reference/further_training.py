@@ -106,10 +106,30 @@ def make_optimizer(parameters: list[nn.Parameter], protocol: Protocol) -> torch.
             nesterov=protocol.nesterov,
             weight_decay=protocol.weight_decay,
         )
+    if protocol.optimizer == "lion":
+        return PlainLion(parameters, protocol.lr, protocol.betas, protocol.weight_decay)
     kind = torch.optim.Adam if protocol.optimizer == "adam" else torch.optim.AdamW
     return kind(
         parameters, protocol.lr, betas=protocol.betas, eps=protocol.eps, weight_decay=protocol.weight_decay
     )
+
+
+class PlainLion(torch.optim.Optimizer):
+    """Algorithm 2 of Chen et al. (2023), line by line."""
+
+    def __init__(self, parameters, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
+            for theta in group["params"]:
+                g = torch.zeros_like(theta) if theta.grad is None else theta.grad
+                m = self.state[theta].get("m", torch.zeros_like(theta))
+                c = beta1 * m + (1 - beta1) * g
+                theta.copy_(theta - lr * (torch.sign(c) + decay * theta))
+                self.state[theta]["m"] = beta2 * m + (1 - beta2) * g
 
 
 @torch.no_grad()

@@ -67,7 +67,9 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     plan = Plan.of(config, data)
     check_evaluation(config, len(plan.seeds))
     module = build_module(config, data)
-    methods, skipped = applicable(build_methods(config), build_final_model(module, config), data.train)
+    methods, skipped = applicable(
+        build_methods(config), build_final_model(module, config), data.train, plan.protocol
+    )
     for name, why in skipped.items():
         log.warning("%s is skipped: %s", name, why)
     tasks = build_tasks(config, data)

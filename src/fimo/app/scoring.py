@@ -16,6 +16,7 @@ from fimo.cost import Cost
 from fimo.errors import InputError
 from fimo.further_training import evaluation_points, full_runs
 from fimo.further_training.trajectory import FurtherTraining
+from fimo.methods.applicability import why_not
 from fimo.methods.base import AttributionMethod
 from fimo.methods.following import FollowingMethod
 from fimo.store.description import Indescribable
@@ -27,18 +28,20 @@ if TYPE_CHECKING:  # no code of these is in the scores, whose key holds the sour
     from fimo.app.plan import Plan
     from fimo.data.datamodule import InstancesModule
     from fimo.data.instances import Instances
+    from fimo.engine.protocol import Protocol
     from fimo.models.final_model import FinalModel
 
 log = logging.getLogger(__name__)
 
 
 def applicable(
-    methods: Mapping[str, AttributionMethod], final_model: FinalModel, train: Instances
+    methods: Mapping[str, AttributionMethod], final_model: FinalModel, train: Instances, protocol: Protocol
 ) -> tuple[dict[str, AttributionMethod], dict[str, str]]:
     """Split methods into those that can run here, and the reasons of those that can't.
 
     Args:
         final_model: trained or not; only its structure matters.
+        protocol: of further training.
 
     Raises:
         InputError: none can.
@@ -46,7 +49,7 @@ def applicable(
     skipped = {
         name: reason
         for name, method in methods.items()
-        if (reason := method.inapplicable(final_model, train)) is not None
+        if (reason := why_not(method, final_model, train, protocol)) is not None
     }
     kept = {name: method for name, method in methods.items() if name not in skipped}
     if not kept:

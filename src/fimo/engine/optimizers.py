@@ -312,7 +312,39 @@ class AdamW(Adam):
     decoupled = True
 
 
-KINDS: dict[str, type[Optimizer]] = {kind.name: kind for kind in (SGD, Adam, AdamW)}
+@dataclass(frozen=True, kw_only=True)
+class Lion(Optimizer):
+    """Lion (Chen et al., 2023, algorithm 2): the sign of an interpolated momentum; decoupled weight decay.
+
+    c_t = beta1 m_t-1 + (1 - beta1) g_t, then theta -= lr (sign(c_t) + weight_decay theta), then
+    m_t = beta2 m_t-1 + (1 - beta2) g_t.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    name = "lion"
+    underivable = "a step of lion is as long whatever the gradient's size: its derivative is zero or infinite"
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        return ("momentum",)
+
+    def step_(
+        self, parameters: Tensor, gradient: Tensor, state: Mapping[str, Tensor], lr: float, taken: int
+    ) -> None:
+        beta1, beta2 = self.betas
+        momentum = state["momentum"]
+        direction = torch.lerp(gradient, momentum, beta1).sign_()
+        if self.weight_decay:
+            parameters.mul_(1 - lr * self.weight_decay)
+        parameters.sub_(direction, alpha=lr)
+        momentum.lerp_(gradient, 1 - beta2)
+
+    def first_step(self, gradient: Tensor, lr: float) -> Tensor:
+        return lr * gradient.sign()
+
+
+KINDS: dict[str, type[Optimizer]] = {kind.name: kind for kind in (SGD, Adam, AdamW, Lion)}
 """By name; the names are those of :data:`fimo.engine.settings.OPTIMIZERS`."""
 
 

@@ -34,7 +34,7 @@ class Protocol:
     them would couple instances and change the model without a gradient step.
 
     Args:
-        optimizer: ``sgd``, ``adam`` or ``adamw``, as torch.optim implements them.
+        optimizer: ``sgd``, ``adam`` or ``adamw``, as torch.optim implements them, or ``lion``.
         lr: learning rate.
         batch_size: instances per optimizer step.
         epochs: passes over the training set; exactly one of ``epochs`` and ``steps`` is given.
@@ -45,8 +45,8 @@ class Protocol:
             loss.
         evaluate_every: ``epoch``, or a number of optimizer steps.
         momentum, nesterov: of SGD.
-        betas, eps: of Adam and AdamW.
-        weight_decay: as the optimizer defines it (L2 for SGD and Adam, decoupled for AdamW).
+        betas, eps: of Adam and AdamW; betas of Lion, whose authors take (0.9, 0.99).
+        weight_decay: as the optimizer defines it (L2 for SGD and Adam, decoupled for AdamW and Lion).
         clip_norm: largest norm of a step's gradient; None for no clipping.
         schedule: learning rate over the whole of further training: ``constant``, or ``linear`` or
             ``cosine`` decay to zero.

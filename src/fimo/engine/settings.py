@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from fimo.errors import InputError
 
-OptimizerName = Literal["sgd", "adam", "adamw"]
+OptimizerName = Literal["sgd", "adam", "adamw", "lion"]
 LeaveOutRule = Literal["shift", "mask", "every_batch"]
 ScheduleName = Literal["constant", "linear", "cosine"]
 

@@ -19,6 +19,7 @@ from fimo.engine.optimizers import State, Tensors, safe_sqrt
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import Replica, Unit
 from fimo.engine.stacked import choose_engine
+from fimo.errors import InputError
 from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.train_mode import TrainMode, seeded
@@ -50,6 +51,9 @@ class FullRun:
     Args:
         units: whose weights derivatives are taken for; all N instances when None.
         dtype: of the run; the protocol's when None.
+
+    Raises:
+        InputError: the optimizer's step has no derivative to follow.
     """
 
     def __init__(
@@ -62,6 +66,8 @@ class FullRun:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
+        if reason := protocol.update_rule.underivable:
+            raise InputError("further_training.optimizer", reason)
         self.dtype = DTYPES[protocol.dtype] if dtype is None else dtype
         self.model, self.train = final_model.to(device, self.dtype), train.to(device, self.dtype)
         self.protocol, self.seed, self.device = protocol, seed, torch.device(device)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
+from fimo.methods.applicability import unfollowable
 from fimo.models.final_model import FinalModel
 from fimo.scores import Access
 from fimo.validation import choices
@@ -95,6 +96,8 @@ class AttributionMethod(ABC):
                 "further_training",
                 f"{type(self).__name__} follows it, but none was given{self.without_further_training}",
             )
+        if further_training is not None and (why := unfollowable(self, further_training.protocol)):
+            raise InputError("further_training.optimizer", f"{type(self).__name__} does not apply: {why}")
         train, test = admit(final_model, train, test)
         self.further_training = further_training
         self.left_out = choices.indices(left_out, len(train), "left_out")
