@@ -9,12 +9,13 @@ TEST_WORKERS ?= 2
 # one version of everything, tried together; built by the locked setuptools
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
 
-.PHONY: help setup run test lint mutants lock clean
+.PHONY: help setup run test lint docs mutants lock clean
 
 help:
 	@echo 'make run    set up, then attribute the embedded default and write a report'
 	@echo 'make test   set up, then all tests'
 	@echo 'make lint   formatting, lint and types'
+	@echo 'make docs   the documentation as a site, in docs/_build/html'
 	@echo 'make mutants  wrong edits that the tests would not notice: hours'
 	@echo 'make setup  the virtual environment in $(VENV), from requirements.lock'
 	@echo 'make lock   requirements.lock, from the newest versions'
@@ -47,6 +48,17 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Sphinx and its theme, where they are not installed yet
+$(VENV)/.docs: $(READY)
+	$(INSTALL) --no-build-isolation --editable '.[docs]'
+	@touch $@
+
+# every warning is an error, every link within the site is resolved, every tutorial is run; nothing is fetched
+docs: setup $(VENV)/.docs
+	$(BIN)/python docs/draw_architecture.py
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -b html -W --keep-going -n -q docs docs/_build/html
+	@echo 'docs/_build/html/index.html'
+
 # wrong edits of the numerical core, by random sample, each against the tests that run the edited line
 mutants: setup
 	$(INSTALL) --no-build-isolation --editable '.[dev,mutation]'
@@ -64,4 +76,4 @@ lock:
 	mv build/requirements.lock requirements.lock
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache

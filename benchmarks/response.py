@@ -11,7 +11,7 @@ whose noise both then know, and the table says so.
 
     python benchmarks/response.py --suite
 
-does so for a list of data sets, optimizers and amounts of further training (docs/attribution.md); add
+does so for a list of data sets, optimizers and amounts of further training (docs/measurements.md); add
 ``--path FILE`` for concrete's, which is left out otherwise.
 """
 

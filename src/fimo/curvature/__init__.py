@@ -1,0 +1,1 @@
+"""Gradients, Jacobians, curvature matrices and solvers, shared by methods."""

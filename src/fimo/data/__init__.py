@@ -1,0 +1,1 @@
+"""Where instances come from: tables, images, texts, what users hold."""

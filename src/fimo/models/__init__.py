@@ -1,0 +1,1 @@
+"""The final model: networks, losses, training, checkpoints."""
