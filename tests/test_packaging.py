@@ -83,6 +83,9 @@ def test_the_lock_holds_all_that_the_locked_versions_ask_for() -> None:
 def test_every_lower_bound_is_a_version_that_was_tried(requirement: Requirement) -> None:
     (bound,) = requirement.specifier
     assert bound.operator == ">="
+    if requirement.name == "huggingface-hub":  # newer in that set because of transformers; tried without, too
+        assert Version(bound.version) == Version("0.34")
+        return
     assert Version(bound.version) == pins("requirements-oldest.txt")[canonicalize_name(requirement.name)]
 
 

@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 from fimo.data.bundled import BundledData
 from fimo.data.concrete import ConcreteData
-from fimo.data.csv import CsvData
+from fimo.data.csv import CsvData, read_frame
 from fimo.errors import InputError
 
 FIMO_DATA = os.environ.get("FIMO_DATA")
@@ -143,6 +143,14 @@ def test_choices_for_a_table_that_do_not_fit_are_named(
         CsvData(write(tmp_path, f"a,b,label\n{ROWS}"), task="classification", **arguments).setup()
     assert caught.value.key == key
     assert said in caught.value.problem
+
+
+def test_numbers_are_read_as_the_nearest_float(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    written = generator.normal(size=(500, 2)) * 10.0 ** generator.integers(-12, 3, (500, 2))
+    rows = "\n".join(f"{a!r},{b!r}" for a, b in written.tolist())
+    (tmp_path / "table.csv").write_text(f"a,b\n{rows}\n")
+    assert (read_frame(tmp_path / "table.csv", True, "comma").to_numpy() == written).all()
 
 
 def test_other_encodings_are_read_when_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,11 @@ from fimo.data.tabular import Table, TabularModule, pick_target
 from fimo.errors import InputError, nearest
 
 log = logging.getLogger(__name__)
+
+EXACT: dict[str, Any] = (
+    {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
+)
+"""For ``pandas.read_csv``: numbers become the nearest float, as they do by default from pandas 3.1 on."""
 
 SEPARATORS = {"auto": None, "comma": ",", "semicolon": ";", "tab": "\t", "whitespace": r"\s+"}
 
@@ -123,8 +129,8 @@ def read_frame(path: Path, header: bool | None, separator: str, encoding: str = 
         if twice := sorted({name for name in names if name and names.count(name) > 1}):
             raise InputError("dataset.path", f"{path} has several columns named {twice[0]!r}; rename them")
     try:
-        frame = pd.read_csv(
-            path, sep=found, header=0 if header else None, encoding=encoding, skipinitialspace=True
+        frame: pd.DataFrame = pd.read_csv(
+            path, sep=found, header=0 if header else None, encoding=encoding, skipinitialspace=True, **EXACT
         )
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -8,7 +8,7 @@ from typing import IO
 
 import pandas as pd
 
-from fimo.data.csv import read_frame
+from fimo.data.csv import EXACT, read_frame
 from fimo.data.remote import cached_download
 from fimo.data.tabular import Table, TabularModule
 from fimo.errors import InputError
@@ -67,7 +67,11 @@ class EnergyData(TabularModule):
         require("dataset.path", XLSX, AS_TEXT)
         archive = zipfile.ZipFile(cached_download(HOME, "energy.zip"))
         member = next(n for n in archive.namelist() if n.lower().endswith((".xlsx", ".csv")))
-        return _excel(archive.open(member)) if member.endswith("x") else pd.read_csv(archive.open(member))
+        return (
+            _excel(archive.open(member))
+            if member.endswith("x")
+            else pd.read_csv(archive.open(member), **EXACT)
+        )
 
 
 def read_sheet(path: Path) -> pd.DataFrame:

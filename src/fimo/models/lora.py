@@ -68,7 +68,9 @@ def add_adapters(
         if fnmatch.fnmatch(name, freeze):
             parameter.requires_grad_(False)
     for name in chosen:
-        network.set_submodule(name, LowRankAdapter(network.get_submodule(name), rank, alpha))
+        parent, _, attribute = name.rpartition(".")
+        adapted = LowRankAdapter(network.get_submodule(name), rank, alpha)
+        setattr(network.get_submodule(parent), attribute, adapted)
     return chosen
 
 

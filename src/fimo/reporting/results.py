@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from fimo.data.csv import EXACT
 from fimo.errors import InputError
 from fimo.evaluation.assessment import adjusted_scores, judged_bars
 from fimo.further_training.sensitivity import Sensitivity, load_sensitivity
@@ -172,7 +173,7 @@ class Results:
         content = json.loads((folder / "report.json").read_text())
         sensitivity, has_raw = load_sensitivity(folder / "sensitivity.safetensors")
         # runs that were written before these columns were
-        evaluation = pd.read_csv(folder / "evaluation.csv")
+        evaluation = pd.read_csv(folder / "evaluation.csv", **EXACT)
         evaluation = pd.DataFrame(
             {"ceiling_lower": math.nan, "followed_seeds": "unknown"} | dict(evaluation)
         )[[*evaluation, *(c for c in ("ceiling_lower", "followed_seeds") if c not in evaluation)]]
@@ -185,7 +186,7 @@ class Results:
         }
         distance = content.pop("distance", None)
         optional: dict[str, Any] = {
-            key: pd.read_csv(folder / file)
+            key: pd.read_csv(folder / file, **EXACT)
             for key, file in OPTIONAL_TABLES.items()
             if (folder / file).exists()
         }
@@ -195,12 +196,14 @@ class Results:
             sensitivity=sensitivity,
             scores={name: scores[name] for name in order if name in scores},
             evaluation=evaluation,
-            cost=pd.read_csv(folder / "cost.csv"),
+            cost=pd.read_csv(folder / "cost.csv", **EXACT),
             config=_read_config(folder / ".hydra" / "config.yaml"),
             shown=shown,
             distance=pd.DataFrame(distance) if distance else None,
             retraining=load_sensitivity(again)[0] if again.exists() else None,
-            tasks={t: pd.read_csv(folder / f) for t, f in TASK_TABLES.items() if (folder / f).exists()},
+            tasks={
+                t: pd.read_csv(folder / f, **EXACT) for t, f in TASK_TABLES.items() if (folder / f).exists()
+            },
             has_raw=has_raw,
             errors={
                 name: bars
