@@ -20,7 +20,7 @@ from fimo.checking import durations, model_checks, run_checks
 from fimo.checking.constant import constant
 from fimo.checking.loss_checks import losses
 from fimo.checking.partial import partial_effects
-from fimo.checking.problem import Clock, Problem, effects, float64
+from fimo.checking.problem import Clock, Problem, effects
 from fimo.checking.verdict import Check, Line, Verdict
 from fimo.data.instances import Instances
 from fimo.engine.pace import Pace
@@ -203,7 +203,8 @@ def test_a_saturated_model_whose_effects_float32_does_not_resolve_fails() -> Non
     assert line.verdict == Verdict.FAIL
     assert "further_training.dtype=float64" in line.text
     assert (
-        run_checks.rounding(problem(saturated, float64(tiny)), PACE, Clock.of(SOON)).verdict == Verdict.PASS
+        run_checks.rounding(problem(saturated, tiny.in_float64()), PACE, Clock.of(SOON)).verdict
+        == Verdict.PASS
     )
 
 
@@ -267,7 +268,7 @@ def test_a_part_that_raises_is_a_line_with_the_reason() -> None:
 @pytest.mark.parametrize("name", ["mlp_regression", "conv_net"])
 def test_removing_the_whole_of_an_instance_is_leaving_it_out(name: str, leave_out: str) -> None:
     case = CASES[name]()
-    protocol = float64(dataclasses.replace(PROTOCOL, leave_out=leave_out))  # type: ignore[arg-type]
+    protocol = dataclasses.replace(PROTOCOL, leave_out=leave_out).in_float64()  # type: ignore[arg-type]
     whole = problem(case, protocol)
     setting, units, clock = whole.setting, whole.early(3), Clock.of(60)
     *_, (step, found) = partial_effects(setting, 0, units, whole.total_steps, clock)
@@ -278,7 +279,7 @@ def test_removing_the_whole_of_an_instance_is_leaving_it_out(name: str, leave_ou
 
 def test_effects_are_linear_in_the_weight_for_small_steps_and_their_share_is_counted() -> None:
     case = CASES["mlp_regression"]()
-    small = problem(case, float64(Protocol(lr=1e-6, batch_size=5, epochs=1, leave_out="mask")))
+    small = problem(case, Protocol(lr=1e-6, batch_size=5, epochs=1, leave_out="mask").in_float64())
     *_, (_, found) = partial_effects(small.setting, 0, small.early(3), small.total_steps, Clock.of(60))
     assert torch.allclose(found[0], 2 * found[1], rtol=1e-4)
     assert torch.allclose(found[0], 4 * found[2], rtol=1e-4)

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from fimo.data.instances import Instances
+from fimo.engine.context import Setting
 from fimo.further_training import Protocol, further_train
-from fimo.further_training.resolution import NEAR, rounding_noise, rounding_share
+from fimo.further_training.resolution import (
+    NEAR,
+    measured_noise,
+    repeats,
+    rounding_noise,
+    rounding_share,
+)
 from fimo.models.final_model import FinalModel
-from tests.cases import CASES
+from fimo.models.losses import cross_entropy
+from fimo.store.files import Store
+from tests.cases import CASES, mlp
 
 
 @pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 1e-2), ("sgd", 1e-4), ("adam", 1e-5)])
@@ -49,6 +62,66 @@ def test_small_effects_in_float32_are_warned_of_and_float64_is_not(caplog: pytes
         further_train(*data, dataclasses.replace(protocol, dtype="float64"), [0], left_out)
         further_train(*data, dataclasses.replace(protocol, lr=0.01), [0], left_out)
     assert "rounding" not in caplog.text
+
+
+def amplifying() -> tuple[FinalModel, Instances, Instances]:
+    """A network that Adam at a large learning rate moves about, with 24 training and 6 test instances."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x, y = torch.randn(30, 4), torch.randint(3, (30,))
+        model = FinalModel(mlp(4, (16, 16, 16), 3, nn.ReLU), cross_entropy, accept_poor=True)
+    whole = Instances(x, y)
+    return model, whole[:24], whole[24:]
+
+
+def test_what_training_amplifies_is_measured_on_runs_repeated_in_float64(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    data = amplifying()
+    protocol = Protocol(optimizer="adam", lr=0.1, batch_size=5, steps=200, evaluate_every=100)
+    store, seeds = Store(tmp_path), 4
+    single = further_train(*data, protocol, seeds, 24, store=store)
+    double = further_train(*data, protocol.in_float64(), seeds, 24)
+    noise = (single.raw - double.raw).double().square().mean((0, 2, 3)).sqrt()
+    truth = noise / seeds**0.5 / single.sensitivity.double().square().mean((1, 2)).sqrt()
+    assert (rounding_share(single, data[0], data[2], protocol) < 1e-6).all()  # what is foretold
+    assert truth.max() > NEAR
+    said = [r.getMessage() for r in caplog.records if "rounding makes up" in r.getMessage()]
+    assert len(said) == 1
+    assert "measured on some runs" in said[0]
+    share = float(re.search(r"about (\d+)%", said[0])[1]) / 100  # type: ignore[index]
+    assert 0.3 * truth.max() < share < 3 * truth.max()
+    caplog.clear()
+    again = further_train(*data, protocol, seeds, 24, store=store)
+    assert torch.equal(again.raw, single.raw)
+    assert said[0] in caplog.text  # though nothing is run again
+
+
+def test_on_all_runs_the_measured_noise_is_the_noise() -> None:
+    data = amplifying()
+    for rule in ("shift", "mask"):
+        protocol = Protocol(optimizer="adam", lr=0.1, batch_size=23, epochs=40, leave_out=rule)  # type: ignore[arg-type]
+        units, points = [(i,) for i in range(24)], protocol.evaluation_steps(24, 24)
+        single = further_train(*data, protocol, [0], units)
+        double = further_train(*data, protocol.in_float64(), [0], units)
+        wide = Setting.build(*data, protocol.in_float64())
+        found = measured_noise(single, wide, units, points, 24)
+        expected = (single.raw - double.raw).double().square().mean((0, 2, 3)).sqrt()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(("runs", "repeated"), [(6, 0), (79, 0), (80, 1), (510, 11), (5100, 16)])
+def test_repeated_runs_cost_a_twentieth_at_most(runs: int, repeated: int) -> None:
+    assert repeats(runs) == repeated
+    assert not repeated or 2 * (repeated + 1) <= 0.05 * runs
+
+
+def test_with_few_runs_what_is_foretold_is_said_to_be_a_lower_bound(caplog: pytest.LogCaptureFixture) -> None:
+    case = CASES["conv_net"]().to(torch.float32)
+    further_train(
+        case.final_model, case.train, case.test, Protocol(lr=1e-7, batch_size=5, epochs=1), [0], [0, 3]
+    )
+    assert "at least: foretold, without what training amplifies" in caplog.text
 
 
 def test_losses_in_float32_are_part_of_the_noise() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -75,7 +75,7 @@ class Problem:
     def wide(self) -> Setting:
         """The same with runs and losses in float64."""
         return Setting.build(
-            self.final_model, self.train, self.few_tests, float64(self.protocol), self.device
+            self.final_model, self.train, self.few_tests, self.protocol.in_float64(), self.device
         )
 
     def affordable(
@@ -121,11 +121,6 @@ class Clock:
     @property
     def left(self) -> float:
         return self.until - time.monotonic()
-
-
-def float64(protocol: Protocol) -> Protocol:
-    """Return the same protocol with runs and losses in float64."""
-    return replace(protocol, dtype="float64", evaluation_dtype="float64", autocast=None)
 
 
 def effects(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -140,6 +140,10 @@ class Protocol:
     def autocast_dtype(self) -> torch.dtype | None:
         """The dtype of autocast, or None."""
         return torch.bfloat16 if self.autocast == "bfloat16" else None
+
+    def in_float64(self) -> Protocol:
+        """Return the same protocol with runs and losses in float64."""
+        return replace(self, dtype="float64", evaluation_dtype="float64", autocast=None)
 
     def batches_per_epoch(self, instances: int) -> int:
         """Return the number of optimizer steps of one epoch over ``instances``; the last may be short."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,10 +20,10 @@ from fimo.engine.protocol import Protocol
 from fimo.engine.records import Records
 from fimo.engine.replicas import Replica, Unit
 from fimo.errors import InputError
-from fimo.further_training.resolution import warn_of_rounding
+from fimo.further_training.resolution import measured_noise, repeats, warn_of_rounding
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.models.final_model import FinalModel
-from fimo.store.files import Store
+from fimo.store.files import Store, written_aside
 from fimo.store.fingerprint import Key, Problem, kept, runs_key
 from fimo.validation import choices
 from fimo.validation.admission import admit
@@ -104,8 +106,38 @@ def further_train(
             cost.seconds += job.found_seconds
             cost.peak_memory_mb = max(cost.peak_memory_mb, job.found_memory_mb)
         sensitivity = _assemble(job, seeds, units, points, epochs, index, subtract_mean)
-    warn_of_rounding(sensitivity, final_model, test, protocol)
+        noise = _rounding(folder, job, sensitivity, units, trainer)
+    warn_of_rounding(sensitivity, final_model, test, protocol, noise)
     return sensitivity
+
+
+def _rounding(
+    folder: Path, job: Job, sensitivity: Sensitivity, units: Sequence[Unit], trainer: Mapping[str, Any] | None
+) -> Tensor | None:
+    """Return the measured rounding noise ``[E]``, kept with the runs; None where it is not measured.
+
+    That is where few runs are asked for, in float64 anyway, with random numbers of the network's own
+    (dropout), which another dtype draws otherwise, on several devices, or on one without float64; and where
+    all runs were there already.
+    """
+    setting, path, points = job.setting, folder / "rounding.json", sensitivity.step.tolist()
+    if path.exists():
+        known = {int(step): noise for step, noise in json.loads(path.read_text()).items()}
+        if known.keys() >= set(points):
+            return torch.tensor([known[step] for step in points], dtype=torch.float64)
+    most, made = repeats(job.replicas), job.replicas - job.found
+    if not (most and made) or setting.protocol.dtype == "float64" or setting.stochastic:
+        return None
+    from fimo.further_training.trajectory_recorder import trainer_device  # which imports this module
+
+    if (kind := trainer_device(trainer).type) != setting.device.type or kind not in ("cpu", "cuda"):
+        return None
+    protocol = setting.protocol.in_float64()
+    wide = Setting.build(setting.final_model, setting.train, setting.test, protocol, setting.device)
+    noise = measured_noise(sensitivity, wide, units, points, most)
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(dict(zip(points, noise.tolist(), strict=True))))
+    return noise
 
 
 @dataclass(frozen=True)
