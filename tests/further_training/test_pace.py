@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fimo.data.instances import Instances
+from fimo.engine import driver
 from fimo.engine.context import Setting
 from fimo.engine.pace import Pace, as_time, expected_seconds, measure_pace, saved_steps
-from fimo.further_training import Protocol, driver, further_train
+from fimo.further_training import Protocol, further_train
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import mean_squared_error
 from fimo.store.files import Store
