@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import json
 import os
 import shutil
 import subprocess
@@ -60,6 +61,38 @@ def test_it_says_its_version_its_licence_and_what_the_core_needs(wheel: Path) ->
     core = [r for r in core if r.marker is None]
     assert {"torch", "datasets"} <= {r.name for r in core}
     assert not {"plotly", "wandb", "matplotlib", "openpyxl", "transformers"} & {r.name for r in core}
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        {"torch": "2.4.1", "numpy": "2.1.0", "pandas": "2.2.3", "scikit-learn": "1.5.2"},
+        {"torch": "3.0.0", "numpy": "3.1.0", "pandas": "4.0.0", "scikit-learn": "2.0.0"},
+    ],
+    ids=["older", "newer"],
+)
+def test_other_versions_that_are_there_stay_as_they_are(
+    there: dict[str, str], wheel: Path, tmp_path: Path
+) -> None:
+    for name, version in there.items():
+        folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); from pip._internal.cli.main import main;"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    wanted = ["install", "--dry-run", "--no-index", "--quiet", "--report", "-", str(wheel)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), *wanted],
+        cwd=tmp_path,
+        env={**environment, "PIP_CONFIG_FILE": os.devnull},  # no constraints of this machine
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [package["metadata"]["name"] for package in json.loads(done.stdout)["install"]] == ["fimo"]
 
 
 def test_the_console_command_explains_itself_from_any_folder(wheel: Path, tmp_path: Path) -> None:
