@@ -187,7 +187,31 @@ def test_the_best_constant_is_the_mean_or_the_classes_shares(name: str) -> None:
     else:
         shares = torch.bincount(case.train.targets, minlength=3).double() / len(case.train)
         expected = cross_entropy(shares.log().expand(len(case.test), -1), case.test.targets)
-    assert torch.allclose(found, expected, rtol=1e-3)
+    torch.testing.assert_close(found, expected)
+
+
+def test_under_a_loss_of_ones_own_a_poor_model_fails_and_one_that_cannot_be_told_is_warned_of() -> None:
+    case = CASES["mlp_regression"]()
+
+    def narrow(outputs: Tensor, targets: Tensor) -> Tensor:
+        """A log density, below zero where errors are small."""
+        return ((outputs - targets).square() / 0.02 - 4).mean(1)
+
+    def without_constants(outputs: Tensor, targets: Tensor) -> Tensor:
+        if len(outputs) > 4 and (outputs == outputs[:1]).all():
+            raise ValueError("no variance")
+        return (outputs - targets).abs().mean(1)
+
+    right = FinalModel(case.final_model.network, narrow)
+    fitted = Instances(case.train.inputs, right.outputs(case.train))
+    for targets, verdict in ((fitted.targets, Verdict.PASS), (fitted.targets + 30, Verdict.FAIL)):
+        data = Instances(case.train.inputs, targets)
+        own = dataclasses.replace(case, final_model=right, train=data, test=data)
+        assert constant(problem(own), Clock.of(SOON)).verdict == verdict
+    untold = dataclasses.replace(case, final_model=FinalModel(right.network, without_constants))
+    line = constant(problem(untold), Clock.of(SOON))
+    assert line.verdict == Verdict.WARN
+    assert "can't be told: the loss of constant outputs fails: no variance" in line.text
 
 
 def test_a_saturated_model_whose_effects_float32_does_not_resolve_fails() -> None:
