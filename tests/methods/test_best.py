@@ -62,3 +62,33 @@ def test_a_wrong_argument_is_refused_by_name() -> None:
         Best(short=-1)
     with pytest.raises(InputError, match="budget"):
         Best(budget=2)
+
+
+def test_the_choice_is_by_epochs_and_the_chosen_method_has_the_arguments_bars_and_cost() -> None:
+    def chosen(**arguments: float) -> tuple[object, str]:
+        ft = following(CASE, Protocol(lr=0.02, batch_size=6, epochs=2, dtype="float64"))
+        return Best(**arguments).choose(CASE.final_model, CASE.train, ft)  # type: ignore[arg-type]
+
+    linear, why = chosen(short=2, memory_mb=7, checks=3)  # up to so many
+    assert isinstance(linear, Response)
+    assert not isinstance(linear, CalibratedResponse)
+    assert why.startswith("2 epochs of SGD")
+    assert (linear.memory_mb, linear.checks) == (7, 3)
+    corrected, why = chosen(short=1.9, budget=0.3, memory_mb=7, checks=3)
+    assert isinstance(corrected, CalibratedResponse)
+    assert why.startswith("after 2 epochs")
+    assert (corrected.budget, corrected.memory_mb, corrected.checks) == (0.3, 7, 3)
+    assert isinstance(chosen(short=0)[0], CalibratedResponse)
+    adam = following(CASE, Protocol(optimizer="adam", lr=1e-3, batch_size=6, epochs=1, dtype="float64"))
+    assert Best().choose(CASE.final_model, CASE.train, adam)[1].startswith("adam's")
+
+
+def test_the_cost_and_the_error_bars_are_the_chosen_method_s() -> None:
+    ft = following(CASE, Protocol(lr=0.02, batch_size=6, epochs=2, dtype="float64"))
+    method = Best()
+    assert (method.chosen, method.reason) == (None, "")
+    method.attribute(*RUN, ft)
+    assert method.chosen is not None
+    assert method.bars is method.chosen.bars
+    assert method.gradient_evaluations == method.chosen.gradient_evaluations
+    assert method.reason.startswith("2 epochs")

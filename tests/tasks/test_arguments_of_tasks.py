@@ -1,0 +1,270 @@
+"""What tasks do with their arguments and with a run, without training anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from fimo.app.plan import Plan
+from fimo.cost import Cost
+from fimo.data.instances import Instances
+from fimo.engine.protocol import Protocol
+from fimo.errors import InputError
+from fimo.further_training.sensitivity import Sensitivity
+from fimo.tasks import Datamodeling, Judged, Mislabelled, Removal, Retraining, base, datamodeling, mislabelled
+from fimo.tasks.base import seeds_of, with_findings
+from fimo.tasks.mislabelled import GOLD_STANDARD, own
+
+PLAN = Plan(Protocol(epochs=1), [7, 8, 9], [1, 2], [(0,), (3,)], [1, 0], True, 3)
+
+
+def judged(**changes: Any) -> Judged:
+    """A run whose parts only stand for what they are."""
+    whole = Instances(torch.randn(30, 2), torch.arange(30) % 3)
+    data = SimpleNamespace(train=whole[:20], test=whole[20:], outputs=3, task="classification")
+    methods = {
+        "following": SimpleNamespace(follows_seeds=True, access="FiMO"),
+        "plain": SimpleNamespace(follows_seeds=False, access="CPA"),
+    }
+    model = SimpleNamespace(to=lambda device: f"model on {device}")
+    given: dict[str, Any] = {
+        "config": SimpleNamespace(trainer={}), "data": data, "plan": PLAN, "final_model": model,
+        "methods": methods, "store": "store", "device": torch.device("cpu"), "cost": Cost("task"), **changes,
+    }  # fmt: skip
+    return Judged(**given)
+
+
+# what a task is handed
+
+
+def test_scores_are_asked_for_each_method_and_their_cost_is_the_tasks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def score(name: str, method: Any, model: Any, data: Any, plan: Plan, *rest: Any) -> dict[str, Tensor]:
+        asked.append((name, model, plan.left_out))
+        rest[2].gradient_evaluations = 10
+        return {"scores": torch.full((1, 1), float(len(name)))}
+
+    monkeypatch.setattr(base, "score", score)
+    monkeypatch.setattr(base, "described", lambda model, data: ("described", model))
+    run = judged()
+    found = run.scores([2, 5])
+    assert {name: (access, x.item()) for name, (access, x) in found.items()} == {
+        "following": ("FiMO", 9.0), "plain": ("CPA", 5.0),
+    }  # fmt: skip
+    assert asked == [("following", "model on cpu", [2, 5]), ("plain", "model on cpu", [2, 5])]
+    assert run.cost.gradient_evaluations == 20
+    run.scores()
+    assert asked[-1][2] == list(range(20))
+    assert run.cost.gradient_evaluations == 40
+    assert run.plan is PLAN
+    assert run.followed() == {"following": [1, 2]}
+
+
+def test_leaving_out_takes_the_runs_protocol_seeds_and_test_instances(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[Any] = []
+
+    def further_train(*arguments: Any, cost: Cost, **named: Any) -> str:
+        cost.gradient_evaluations = 5
+        calls.append((arguments, named))
+        return "sensitivity"
+
+    monkeypatch.setattr(base, "further_train", further_train)
+    monkeypatch.setattr(base, "trainer_settings", lambda config: {"accelerator": "cpu"})
+    run = judged()
+    for seeds, expected in ((None, [7, 8, 9]), ([4], [4])):
+        assert run.leave_out([[1, 2]], seeds) == "sensitivity"
+        (model, train, test, protocol, used, groups), named = calls[-1]
+        assert (model, train, protocol, used, groups) == (
+            run.final_model, run.data.train, PLAN.protocol, expected, [[1, 2]]
+        )  # fmt: skip
+        assert torch.equal(test.targets, run.data.test.targets[[1, 0]])
+        assert named == {
+            "test_index": [1, 0], "store": "store", "chunk": 3, "subtract_mean": True,
+            "trainer": {"accelerator": "cpu"},
+        }  # fmt: skip
+    assert run.cost.gradient_evaluations == 10
+
+
+def test_the_first_so_many_seeds_of_the_run_are_taken() -> None:
+    assert seeds_of(None, PLAN, "key") == [7, 8, 9]
+    assert [seeds_of(k, PLAN, "key") for k in (1, 3)] == [[7], [7, 8, 9]]
+    for wrong in (0, 4):
+        with pytest.raises(InputError, match=r"key: expected 1 to 3 \(further_training.seeds\)") as refused:
+            seeds_of(wrong, PLAN, "key")
+        assert refused.value.problem.endswith(f"got {wrong}")
+
+
+def test_findings_are_added_to_the_results_or_written(tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Found:
+        tasks: Any = None
+        retraining: Any = None
+
+    table = pd.DataFrame({"method": ["a"], "mean": [0.5]})
+    again = Sensitivity(
+        torch.zeros(1, 1, 1, 2), torch.tensor([1]), torch.tensor([1]), torch.tensor([0, 1]),
+        torch.tensor([0]), torch.tensor([0]),
+    )  # fmt: skip
+    findings = {"removal": table, "mine": 2 * table, "retraining": again}
+    found: Any = with_findings(Found(), findings, tmp_path)  # type: ignore[arg-type]
+    assert list(found.tasks) == ["removal"]
+    assert found.retraining is again
+    assert [p.name for p in tmp_path.iterdir()] == ["evaluation_mine.csv"]
+    assert (tmp_path / "evaluation_mine.csv").read_text() == "method,mean\naa,1.0\n"
+    assert with_findings(Found(), {"removal": table}, tmp_path).retraining is None  # type: ignore[arg-type]
+
+
+# arguments
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "right", "wrong"),
+    [
+        (Datamodeling, "datamodeling.subsets", [3], [2]),
+        (Datamodeling, "datamodeling.share", [1e-9, 0.999], [0, 1]),
+        (Datamodeling, "datamodeling.start", ["random", "final_model"], ["final"]),
+        (Mislabelled, "mislabelled.share", [1e-9, 0.999], [0, 1]),
+        (Mislabelled, "mislabelled.candidates", [2, None], [1]),
+        (Mislabelled, "mislabelled.repeats", [1], [0]),
+        (Mislabelled, "mislabelled.order_by", ["self", "test"], ["own"]),
+        (Removal, "removal.counts", [[1]], [[], [0, 2]]),
+        (Removal, "removal.random_sets", [1], [0]),
+    ],
+)
+def test_an_argument_is_refused_from_where_it_means_nothing(
+    make: Any, key: str, right: Sequence[Any], wrong: Sequence[Any]
+) -> None:
+    name = key.rpartition(".")[2]
+    for value in right:
+        assert getattr(make(**{name: value}), name) == value
+    for value in wrong:
+        with pytest.raises(InputError) as refused:
+            make(**{name: value})
+        assert refused.value.key == f"evaluation.tasks.{key}"
+
+
+def test_as_many_as_all_training_instances_are_not_removed_together() -> None:
+    data: Any = judged().data
+    Removal(counts=[19, 3, 3]).check({}, data)  # type: ignore[arg-type]
+    assert Removal(counts=[19, 3, 3]).counts == [3, 19]
+    with pytest.raises(InputError, match="expected fewer than all 20 but got 20"):
+        Removal(counts=[20, 3]).check({}, data)  # type: ignore[arg-type]
+
+
+def test_candidates_are_evenly_spaced_and_at_most_all() -> None:
+    assert Mislabelled(candidates=4)._candidates(10) == [0, 2, 5, 7]
+    assert Mislabelled(candidates=None)._candidates(3) == [0, 1, 2]
+    assert Mislabelled(candidates=100)._candidates(3) == [0, 1, 2]
+
+
+def test_a_self_influence_is_on_the_diagonal_of_the_last_evaluation_point() -> None:
+    scores = torch.arange(8.0).view(2, 2, 2)
+    assert own(scores).tolist() == [4.0, 7.0]
+    assert own(scores[0]).tolist() == [0.0, 3.0]
+    assert own(scores).dtype == torch.float64
+
+
+# what is judged
+
+
+def test_every_repeat_and_seed_flips_other_labels_and_candidates_alone_are_judged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def flips(**arguments: Any) -> list[list[int]]:
+        targets: list[Tensor] = []
+        judged_on: list[Any] = []
+        monkeypatch.setattr(Mislabelled, "_flipped", lambda self, run, t: targets.append(t) or run)
+        monkeypatch.setattr(Mislabelled, "_found", lambda self, run, c: {"m": torch.zeros(len(c))})
+        monkeypatch.setattr(mislabelled, "detection", lambda repeats: judged_on.extend(repeats))
+        run = judged()
+        Mislabelled(share=0.2, candidates=10, **arguments)(run)
+        for target, (_, flipped) in zip(targets, judged_on, strict=True):
+            changed = target != run.data.train.targets
+            assert changed.sum() == 4
+            assert flipped.tolist() == changed[::2].tolist()
+        return [t.tolist() for t in targets]
+
+    first, other = flips(repeats=3), flips(repeats=3, seed=1)
+    assert first == flips(repeats=3)
+    assert first[0] == flips(repeats=1)[0]
+    assert len({tuple(t) for t in first + other}) == 6
+
+
+def test_suspicion_is_harm_to_test_instances_or_influence_on_oneself(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = torch.zeros(2, 1, 4, 4)
+    raw[0, 0] = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    asked: list[Any] = []
+
+    def scores(self: Judged, left_out: Sequence[int]) -> Any:
+        asked.append((self, left_out))
+        return {"m": ("FiMO", torch.eye(4) * torch.tensor([4.0, 3.0, 2.0, 1.0]))}
+
+    monkeypatch.setattr(Judged, "scores", scores)
+    monkeypatch.setattr(
+        Judged,
+        "leave_out",
+        lambda self, groups, seeds: asked.append((groups, seeds)) or SimpleNamespace(raw=raw),
+    )
+    candidates = [0, 5, 10, 15]
+    harm = Mislabelled()._found(judged(), candidates)
+    assert asked[-1] == (candidates, [7, 8, 9])
+    assert asked[-2][1] == candidates
+    assert harm["m"].tolist() == [-1.0, -0.75, -0.5, -0.25]
+    assert harm[GOLD_STANDARD].tolist() == [-0.125, -0.25, -0.375, -0.5]  # of the mean over seeds
+    found = Mislabelled(order_by="self", seeds=2)._found(judged(), candidates)
+    assert asked[-1] == (candidates, [7, 8])
+    assert found["m"].tolist() == [4.0, 3.0, 2.0, 1.0]
+    assert found[GOLD_STANDARD].tolist() == [0.5, 1.0, 1.5, 2.0]
+    run = asked[-2][0]
+    assert run.plan.test == [0, 1, 2, 3]
+    assert torch.equal(run.data.test.targets, run.data.train[candidates].targets)
+    assert list(Mislabelled(seeds=0)._found(judged(), candidates)) == ["m"]
+
+
+@pytest.mark.parametrize("start", ["final_model", "random"])
+def test_sets_are_left_out_by_further_training_or_from_scratch(
+    start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    both = {"a": ("FiMO", torch.stack([torch.zeros(2, 20), torch.ones(2, 20)])), "b": ("CPA", torch.eye(2))}
+    monkeypatch.setattr(Judged, "scores", lambda self: both)
+    monkeypatch.setattr(Judged, "leave_out", lambda self, groups, seeds: ("further", groups, seeds))
+    monkeypatch.setattr(datamodeling, "retrain", lambda run, groups, seeds: ("scratch", groups, seeds))
+    monkeypatch.setattr(datamodeling, "datamodeling_score", lambda *a: given.append(a) or "table")
+    assert Datamodeling(6, 0.25, start, 2, 4)(judged()) == "table"
+    scores, leave_out, *rest = given[0]
+    assert rest == [20, 6, 0.25, 4, {"following": [1, 2]}]
+    kind = {"final_model": "further", "random": "scratch"}[start]
+    assert leave_out([[1]]) == (kind, [[1]], [7, 8])
+    assert scores["a"][1].shape == ((2, 20) if start == "random" else (2, 2, 20))
+    assert scores["b"][1].shape == (2, 2)
+    if start == "random":
+        assert (scores["a"][1] == 1).all()
+
+
+def test_curves_and_retraining_take_the_runs_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(Judged, "scores", lambda self: "scores")
+    monkeypatch.setattr(Judged, "leave_out", lambda self, groups, seeds: (groups, seeds))
+    monkeypatch.setattr("fimo.tasks.removal.removal_curves", lambda *a: given.append(a) or "curves")
+    assert Removal([2, 1], 3, 1, 5)(judged()) == "curves"
+    scores, leave_out, *rest = given[0]
+    assert (scores, rest) == ("scores", [20, [1, 2], 3, 5])
+    assert leave_out([[4]]) == ([[4]], [7])
+    monkeypatch.setattr("fimo.tasks.retraining.retrain", lambda *a: a)
+    run = judged()
+    assert Retraining(2)(run) == (run, PLAN.left_out, [7, 8])
+    assert Retraining()(run) == (run, PLAN.left_out, [7, 8, 9])
