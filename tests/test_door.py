@@ -20,6 +20,7 @@ from fimo.further_training.sensitivity import Sensitivity
 from fimo.methods.graddot import GradDot
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import (
+    Huber,
     binary_cross_entropy,
     cross_entropy,
     language_modelling,
@@ -28,7 +29,7 @@ from fimo.models.losses import (
 )
 from fimo.store.fingerprint import Problem
 from fimo.validation import admission
-from fimo.validation.poor import Comparison, best_mixture, compared, constant_outputs
+from fimo.validation.poor import Comparison, best_mixture, compared
 
 PROTOCOL = Protocol(lr=0.05, batch_size=8, epochs=1)
 
@@ -437,7 +438,13 @@ def test_a_model_that_is_worse_than_a_constant_is_said_once(caplog: pytest.LogCa
 
 @pytest.mark.parametrize(
     ("loss", "width"),
-    [(mean_squared_error, 2), (cross_entropy, 3), (binary_cross_entropy, 2), (language_modelling, 3)],
+    [
+        (mean_squared_error, 2),
+        (cross_entropy, 3),
+        (binary_cross_entropy, 2),
+        (language_modelling, 3),
+        (Huber(0.2), 2),
+    ],
 )
 def test_no_other_constant_outputs_have_a_smaller_loss(loss: Any, width: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -446,7 +453,7 @@ def test_no_other_constant_outputs_have_a_smaller_loss(loss: Any, width: int) ->
         torch.randint(3, (50, 4), generator=generator) if classes else torch.rand(50, 2, generator=generator)
     )
     targets = targets[:, 0] if loss is cross_entropy else targets
-    best = constant_outputs(loss, targets, width)
+    best = loss.best_constant(targets, width)
     assert best is not None
 
     def mean(outputs: Tensor) -> float:

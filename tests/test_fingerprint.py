@@ -511,7 +511,7 @@ def test_cached_gradients_depend_on_loss_measurement_and_kind() -> None:
         "instances": gradients_key(model, train[1:], "loss", {"block": 5}),
     }
     for measurement in (logit_margin, correct_probability, lambda o, t: o[:, 0], lambda o, t: o[:, 1]):
-        name = f"{measurement.__qualname__} {len(keys)}"
+        name = f"{measurement!r} {len(keys)}"
         keys[name] = gradients_key(FinalModel(net, cross_entropy, measurement), classes, "measurement", {})
     assert_all_differ(keys)
 

@@ -11,10 +11,12 @@ from fimo.curvature.linear_products import LinearHessian
 from fimo.curvature.operators import Hessian
 from fimo.data.instances import Instances
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import Loss, binary_cross_entropy, cross_entropy, mean_squared_error
+from fimo.models.loss_function import Loss, OwnLoss
+from fimo.models.losses import binary_cross_entropy, cross_entropy, huber, mean_squared_error
 from tests.cases import CASES, LINEAR_CASES
 from tests.reference import attribution as dense
 
+LOSSES = [mean_squared_error, cross_entropy, binary_cross_entropy, huber, OwnLoss(huber)]
 ACTIVATIONS = [nn.ReLU(), nn.Tanh(), nn.Sigmoid(), nn.SiLU(), nn.GELU(), nn.GELU("tanh")]
 
 
@@ -29,7 +31,7 @@ def setting(activation: nn.Module, loss: Loss, bias: bool = True) -> tuple[Final
     return FinalModel(network, loss), Instances(x, targets)
 
 
-@pytest.mark.parametrize("loss", [mean_squared_error, cross_entropy, binary_cross_entropy])
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
 def test_products_are_those_of_the_dense_hessian(activation: nn.Module, loss: Loss) -> None:
     model, train = setting(activation, loss)

@@ -13,10 +13,10 @@ from fimo.curvature.linear_products import LinearHessian
 from fimo.curvature.piecewise import PiecewiseLinearHessian, is_shallow
 from fimo.data.instances import Instances
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import Loss, binary_cross_entropy, cross_entropy, mean_squared_error
+from fimo.models.losses import Loss, binary_cross_entropy, cross_entropy, huber, mean_squared_error
 from tests.reference import attribution as dense
 
-LOSSES = [mean_squared_error, cross_entropy, binary_cross_entropy]
+LOSSES = [mean_squared_error, cross_entropy, binary_cross_entropy, huber]
 
 
 def setting(
@@ -72,7 +72,7 @@ def test_products_are_counted() -> None:
     assert counted == [90 * 4]
 
 
-def huber(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def own(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nn.functional.huber_loss(outputs, targets, reduction="none").mean(1)
 
 
@@ -86,7 +86,7 @@ def test_other_networks_of_linear_layers_keep_the_general_products() -> None:
         setting((40, 20, 20, 5), mean_squared_error),
         setting((3, 7, 5, 1), mean_squared_error, n=4),
         (FinalModel(model.network, model.loss, trainable=("2.*",)), train),
-        (FinalModel(model.network, huber), train),
+        (FinalModel(model.network, own), train),
     ]
     for other, instances in others:
         assert not is_shallow(other, instances)

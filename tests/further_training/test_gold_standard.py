@@ -15,7 +15,7 @@ from fimo.engine.context import CPU_BYTES, Setting, chunk_size, worker_threads
 from fimo.errors import InputError
 from fimo.further_training import Protocol, further_train
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import binary_cross_entropy, cross_entropy, mean_squared_error
+from fimo.models.losses import Huber, binary_cross_entropy, cross_entropy, mean_squared_error
 from tests.cases import CASES, LINEAR_CASES, Case, mlp
 from tests.reference import attribution as dense
 from tests.reference.further_training import plain_sensitivity
@@ -68,6 +68,30 @@ def test_layers_without_a_bias_equal_the_plain_loop(optimizer: str) -> None:
     case = Case("biasless", FinalModel(network, mean_squared_error), data.train, data.test)
     protocol = Protocol(batch_size=5, epochs=2, dtype="float64", **OPTIMIZERS[optimizer])
     assert Setting.build(case.final_model, case.train, case.test, protocol).engine == "linear"
+    assert_equals_plain_loop(case, protocol, chunk=3)
+
+
+class Hidden(nn.Module):
+    """A network that isn't seen to be one of linear layers."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("engine", ["linear", "functional"])
+def test_a_robust_loss_equals_the_plain_loop(engine: str, rule: str) -> None:
+    data = CASES["mlp_regression"]()
+    network = data.final_model.network if engine == "linear" else Hidden(data.final_model.network)
+    case = Case("robust", FinalModel(network, Huber(0.2)), data.train, data.test)
+    errors = (case.final_model.outputs(case.train) - case.train.targets).abs()
+    assert 3 < int((errors > 0.2).sum()) < 20  # some of either kind
+    protocol = Protocol(batch_size=5, epochs=3, leave_out=rule, dtype="float64", **OPTIMIZERS["momentum"])
+    assert Setting.build(case.final_model, case.train, case.test, protocol).engine == engine
     assert_equals_plain_loop(case, protocol, chunk=3)
 
 

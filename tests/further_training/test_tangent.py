@@ -12,7 +12,7 @@ from fimo.further_training import Protocol, tangent_outputs
 from fimo.further_training.adjoint import adjoint
 from fimo.further_training.unrolled_step import FullRun
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import Loss, binary_cross_entropy, cross_entropy, mean_squared_error
+from fimo.models.losses import Huber, Loss, binary_cross_entropy, cross_entropy, mean_squared_error
 from tests.cases import CASES, Case, mlp
 from tests.further_training.test_gold_standard import OPTIMIZERS
 from tests.reference.further_training import plain_run
@@ -133,7 +133,7 @@ def test_reverse_mode_equals_forward_mode_for_any_network(name: str) -> None:
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU])
-@pytest.mark.parametrize("loss", [mean_squared_error, cross_entropy, binary_cross_entropy])
+@pytest.mark.parametrize("loss", [mean_squared_error, cross_entropy, binary_cross_entropy, Huber(0.3)])
 def test_products_written_out_equal_automatic_ones(activation: type[nn.Module], loss: Loss) -> None:
     torch.manual_seed(3)
     network = nn.Sequential(nn.Flatten(), mlp(4, (6, 5), 3, activation), activation()).double()

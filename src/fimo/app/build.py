@@ -25,7 +25,8 @@ from fimo.models.copied import with_dense_gradients
 from fimo.models.final_model import FinalModel
 from fimo.models.keep_best import KeepBest
 from fimo.models.lightning_module import FinalModelModule
-from fimo.models.losses import LOSSES, MEASUREMENTS, Loss, cross_entropy
+from fimo.models.loss_function import Loss, LossFunction
+from fimo.models.losses import LOSSES, MEASUREMENTS
 from fimo.models.progress import EpochProgress
 from fimo.validation.admission import admit, tried
 
@@ -106,7 +107,12 @@ def build_module(config: DictConfig, data: InstancesModule) -> FinalModelModule:
     )
 
 
-def check_fit(network: nn.Module, loss: Loss, data: InstancesModule, measurement: Loss | None = None) -> None:
+def check_fit(
+    network: nn.Module,
+    loss: LossFunction,
+    data: InstancesModule,
+    measurement: LossFunction | None = None,
+) -> None:
     """Try a network and its loss on the data set, whose instances are converted to what the loss takes.
 
     Raises:
@@ -116,8 +122,9 @@ def check_fit(network: nn.Module, loss: Loss, data: InstancesModule, measurement
     """
     if not any(p.requires_grad for p in network.parameters()):
         raise InputError("model.network", "has no parameter that can be trained")
-    if loss is cross_entropy and data.task == "regression":
-        raise InputError("model.loss", f"cross_entropy needs classes as targets, but this is {data.task}")
+    loss = Loss.of(loss)
+    if loss.targets == "classes" and data.task == "regression":
+        raise InputError("model.loss", f"{loss.name} needs classes as targets, but this is {data.task}")
     model = FinalModel(with_dense_gradients(network), loss, measurement, accept_poor=True)  # not trained yet
     if data.task == "classification":
         outputs = tried(model, data.train[:1])
@@ -133,8 +140,7 @@ def check_fit(network: nn.Module, loss: Loss, data: InstancesModule, measurement
 def build_loss(name: Any, key: str, known: Mapping[str, Loss] = LOSSES) -> Loss:
     """Return a per-instance loss by its configured name, dotted path, or ``_target_``."""
     if OmegaConf.is_config(name):
-        loss: Loss = build(name, key)
-        return loss
+        return Loss.of(build(name, key))
     if name in known:
         return known[name]
     if "." in str(name):
@@ -142,7 +148,7 @@ def build_loss(name: Any, key: str, known: Mapping[str, Loss] = LOSSES) -> Loss:
         if isinstance(loss, type):
             hint = f"'{key}={{_target_: {name}, reduction: none}}' makes one"
             raise InputError(key, f"{name} is a class, not a function of outputs and targets; {hint}")
-        return loss
+        return Loss.of(loss)
     raise InputError(key, f"expected one of {', '.join(known)} or a dotted path but got {name!r}")
 
 

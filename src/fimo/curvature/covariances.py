@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import FactoredRows, Rows
-from fimo.curvature.outputs import output_gradient, output_hessian_rows, sampled_gradients
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.models.attention import plain_attention
@@ -80,11 +79,11 @@ def _by_hooks(
             outputs = apply(network, batch.inputs)
         at = outputs.detach()
         if fisher == "exact":
-            cotangents = output_hessian_rows(loss, at, batch.targets)
+            cotangents = loss.hessian_root(at, batch.targets)
         elif fisher == "sampled":
-            cotangents = sampled_gradients(loss, at, batch.targets, samples, generator)
+            cotangents = loss.sampled_gradients(at, batch.targets, samples, generator)
         else:
-            cotangents = output_gradient(loss, at, batch.targets)[:, None]
+            cotangents = loss.gradient(at, batch.targets)[:, None]
         for module, x, _ in calls:
             a, count = _second_moment_entering(module, x, modules[module], mask)
             entering[module] = a if module not in entering else entering[module] + a

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from fimo.curvature.jacobian import DenseRows, FactoredRows, LayerFactors, Rows, StreamedRows
-from fimo.curvature.outputs import output_gradient, output_hessian_rows, sampled_gradients
 from fimo.data.instances import Inputs, Instances
 from fimo.engine.linear import Layer, layers_on
 from fimo.models.attention import plain_attention
@@ -92,8 +91,7 @@ class InstanceGradients:
 
         R is D, or less where every H_i lacks rank (D - 1 for cross-entropy).
         """
-        loss = self.final_model.loss
-        return self.rows(instances, lambda f, y: output_hessian_rows(loss, f, y), "gauss_newton")
+        return self.rows(instances, self.final_model.loss.hessian_root, "gauss_newton")
 
     def sampled(self, instances: Instances, samples: int = 1, seed: int = 0) -> Rows:
         """Return rows A with ``E[A^T A] = sum_i J_i^T H_i J_i``: gradients for targets that the model draws.
@@ -103,7 +101,7 @@ class InstanceGradients:
         loss, generator = self.final_model.loss, torch.Generator(self.device)
 
         def cotangents(f: Tensor, y: Tensor) -> Tensor:
-            return sampled_gradients(loss, f, y, samples, generator)
+            return loss.sampled_gradients(f, y, samples, generator)
 
         return self.rows(
             instances, cotangents, f"sampled-{samples}-{seed}", lambda: generator.manual_seed(seed)
@@ -266,7 +264,7 @@ class InstanceGradients:
 
 
 def _of_one(loss: Loss) -> Cotangents:
-    return lambda outputs, targets: output_gradient(loss, outputs, targets)[:, None]
+    return lambda outputs, targets: loss.gradient(outputs, targets)[:, None]
 
 
 def _identity(outputs: Tensor, targets: Tensor) -> Tensor:

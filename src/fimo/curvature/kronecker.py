@@ -19,7 +19,6 @@ from torch import Tensor
 from fimo.curvature.covariances import Moments, layer_moments
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import FactoredRows, Rows, split
-from fimo.curvature.outputs import DRAWN
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.models.final_model import FinalModel
@@ -144,7 +143,7 @@ def fit_factors(
         raise InputError("fisher", reason)
     if fisher == "auto":
         outputs = gradients.final_model.outputs(train[:1])[0].numel()
-        drawn = outputs > MAX_EXACT_OUTPUTS and gradients.final_model.loss in DRAWN
+        drawn = outputs > MAX_EXACT_OUTPUTS and gradients.final_model.loss.draws
         fisher = "sampled" if drawn else "exact"
     if fisher == "exact":
         rows = gradients.gauss_newton(train)
@@ -163,7 +162,7 @@ def fit_factors(
 
 def no_factors(final_model: FinalModel, train: Instances, fisher: Fisher) -> str | None:
     """Return why there are no such factors, or None: targets can be drawn under known losses only."""
-    if final_model.loss in DRAWN or fisher in ("exact", "empirical"):
+    if final_model.loss.draws or fisher in ("exact", "empirical"):
         return None
     outputs = final_model.outputs(train[:1])[0].numel()
     if fisher == "auto" and outputs <= MAX_EXACT_OUTPUTS_OF_OWN:

@@ -18,11 +18,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad
 
 from fimo.curvature.jacobian import split
 from fimo.curvature.operators import Operator
-from fimo.curvature.outputs import output_gradient
 from fimo.data.instances import Instances
 from fimo.engine.linear import Layer, linear_layers
 from fimo.models.final_model import FinalModel
@@ -72,7 +71,7 @@ class LinearHessian(Operator):
         # δ of every layer, and e f''(z), the loss's derivative times the activation's curvature
         self.deltas: list[Tensor] = [after] * len(layers)
         self.bends: list[Tensor | None] = [None] * len(layers)
-        e = output_gradient(self.loss, self.outputs, self.targets)
+        e = self.loss.gradient(self.outputs, self.targets)
         for k in reversed(range(len(layers))):
             slope, curved = slopes[k]
             self.bends[k] = None if curved is None else e * curved
@@ -166,13 +165,7 @@ class LinearHessian(Operator):
         """Return the loss's Hessians in the outputs times their directional derivatives ``[n, K, D]``."""
         outputs = self.outputs if index is None else self.outputs[index]
         targets = self.targets if index is None else self.targets[index]
-
-        def gradient(values: Tensor) -> Tensor:
-            slope: Tensor = grad(lambda f: self.loss(f, targets).sum())(values)
-            return slope
-
-        products: Tensor = vmap(lambda v: jvp(gradient, (outputs,), (v,))[1], in_dims=1, out_dims=1)(pushed)
-        return products.contiguous()
+        return self.loss.hessian_times(outputs, targets, pushed)
 
 
 def _slopes(layer: Layer, before: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -21,11 +21,9 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
 from fimo.curvature.jacobian import Rows, Shapes
-from fimo.curvature.outputs import output_hessian_rows
 from fimo.data.instances import Instances
 from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
-from fimo.models.losses import CONVEX, output_hessian
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +157,7 @@ class GaussNewton(AutogradOperator):
 
     def __init__(self, final_model: FinalModel, instances: Instances, *args: Any, **kwargs: Any) -> None:
         super().__init__(final_model, instances, *args, **kwargs)
-        self.convex = final_model.loss in CONVEX
+        self.convex = final_model.loss.convex
         d = 0 if self.convex else final_model.outputs(instances[:1])[0].numel()
         if not self.convex and d > MAX_PROJECTED:
             log.info("with %d outputs, the loss is taken to be convex in them", d)
@@ -170,14 +168,14 @@ class GaussNewton(AutogradOperator):
 
     def _is_convex(self, batch: Instances) -> bool:
         at = self.final_model.outputs(batch)
-        values = torch.linalg.eigvalsh(output_hessian(self.final_model.loss, at, batch.targets).double())
+        values = torch.linalg.eigvalsh(self.final_model.loss.hessian(at, batch.targets).double())
         return bool((values[:, 0] >= -1e-7 * values.abs().amax(1)).all())
 
     def _product(self, batch: Instances) -> Callable[[Tensor], Tensor]:
         roots: Tensor | None = None
         if not self.convex:
             at = self.final_model.outputs(batch)
-            roots = output_hessian_rows(self.final_model.loss, at, batch.targets).flatten(2)  # [n, R, D]
+            roots = self.final_model.loss.hessian_root(at, batch.targets).flatten(2)  # [n, R, D]
 
         def outputs(parameters: Parameters) -> Tensor:
             return self._outputs(parameters, batch)

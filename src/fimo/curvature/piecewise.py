@@ -28,7 +28,6 @@ from fimo.curvature.operators import RowsOperator
 from fimo.data.instances import Instances
 from fimo.engine.linear import linear_layers
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import CONVEX
 
 LARGEST = 32
 """The sums may have this many times P numbers: making them then costs a few of the products they replace."""
@@ -92,7 +91,7 @@ class PiecewiseLinearHessian(LinearHessian):
 def is_shallow(final_model: FinalModel, instances: Instances) -> bool:
     """Whether the products of :class:`PiecewiseLinearHessian` apply, and are cheaper than others."""
     layers = linear_layers(final_model.network)
-    if layers is None or not 2 <= len(layers) <= 3 or final_model.loss not in CONVEX:
+    if layers is None or not 2 <= len(layers) <= 3 or not final_model.loss.convex:
         return False
     parameters = final_model.parameters()
     if len(parameters) != len(list(final_model.network.parameters())):

@@ -17,7 +17,6 @@ from fimo.data.instances import Inputs, Instances
 from fimo.engine.leave_out import Batch
 from fimo.engine.stacked import ALIGNED, StackedNetwork
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import Loss, binary_cross_entropy, cross_entropy, mean_squared_error
 
 aten = torch.ops.aten
 
@@ -219,7 +218,7 @@ class LinearNetwork(StackedNetwork):
                 torch.baddbmm(bias, w, entering, out=before)
             if layer.activation is not None:
                 layer.activation.forward(before, space.after[k])
-        output_gradient(self.loss, space.after[-1], train.targets[index], weight, space.delta[-1])
+        self.loss.stacked_gradient(space.after[-1], train.targets[index], weight, space.delta[-1])
         last = self.layers[-1].activation
         if last is not None:
             last.backward(space.delta[-1], space.before[-1])
@@ -278,33 +277,3 @@ def _padded(batch: Batch) -> tuple[Tensor, Tensor]:
         index = torch.cat([index, index[:, :1].expand(-1, missing)], 1)
         weight = torch.nn.functional.pad(weight, (0, missing))
     return index, weight
-
-
-def output_gradient(loss: Loss, outputs: Tensor, targets: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Write the gradient of sum_b weight_b * loss_b in the outputs.
-
-    Args:
-        outputs: ``[R, D, B]``.
-        targets: ``[R or 1, B]`` class indices or ``[R or 1, B, D]`` values.
-        weight: ``[R, B]``.
-        out: ``[R, D, B]``.
-    """
-    r, d, b = outputs.shape
-    if loss is mean_squared_error:
-        torch.sub(outputs, targets.transpose(1, 2), out=out)
-        out.mul_((weight * (2 / d))[:, None])
-    elif loss is cross_entropy:
-        torch.softmax(outputs, 1, out=out)
-        hot = targets[:, None].expand(r, 1, b)
-        out.scatter_add_(1, hot, torch.full((), -1.0, dtype=out.dtype, device=out.device).expand(r, 1, b))
-        out.mul_(weight[:, None])
-    elif loss is binary_cross_entropy:
-        torch.sigmoid(outputs, out=out)
-        out.sub_(targets.transpose(1, 2)).mul_((weight / d)[:, None])
-    else:
-        with torch.enable_grad():
-            rows = outputs.transpose(1, 2).reshape(r * b, d).requires_grad_()
-            flat_targets = targets.expand(r, *targets.shape[1:]).flatten(0, 1)
-            value = (loss(rows, flat_targets) * weight.reshape(-1)).sum()
-            (gradient,) = torch.autograd.grad(value, rows)
-        out.copy_(gradient.view(r, b, d).transpose(1, 2))

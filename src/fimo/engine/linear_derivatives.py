@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import jvp
 
 from fimo.engine.linear import Layer
-from fimo.models.losses import Loss, output_hessian
+from fimo.models.loss_function import Loss
 
 Tensors = dict[str, Tensor]
 
@@ -64,9 +64,9 @@ def gradient_and_tangents(
             d_entering.append(d_sum * first)  # type: ignore[arg-type]
     outputs, d_outputs = entering[-1], d_entering[-1]
     assert d_outputs is not None
-    slope = _loss_slope(loss, outputs, targets)
+    slope = loss.gradient(outputs, targets)
     d_losses = torch.einsum("bd,mbd->mb", slope, d_outputs)
-    curved = torch.einsum("bde,mbe->mbd", output_hessian(loss, outputs, targets), d_outputs)
+    curved = loss.hessian_times(outputs, targets, d_outputs.transpose(0, 1)).transpose(0, 1)
     delta = weight[:, None] * slope
     d_delta = weight_directions[:, :, None] * slope + weight[:, None] * curved
     gradient: Tensors = {}
@@ -114,9 +114,3 @@ def along(
 def _product(shared: Tensor, each: Tensor) -> Tensor:
     """Return ``shared [a, b] @ each [M, b, c]`` as ``[M, a, c]``."""
     return torch.bmm(shared.expand(len(each), -1, -1), each)
-
-
-def _loss_slope(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
-    with torch.enable_grad():
-        free = outputs.detach().requires_grad_()
-        return torch.autograd.grad(loss(free, targets).sum(), free)[0]

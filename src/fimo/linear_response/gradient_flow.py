@@ -17,8 +17,9 @@ from fimo.linear_response.coefficient_optimizer import preconditioner
 from fimo.linear_response.kronecker_response import kronecker_response
 from fimo.linear_response.path_points import spread
 from fimo.linear_response.phi import relaxation, times
-from fimo.linear_response.recursion import loss_changes_by, outputs_at, with_parameters
+from fimo.linear_response.recursion import outputs_at, with_parameters
 from fimo.models.final_model import FinalModel
+from fimo.models.loss_changes import loss_changes_by
 
 
 class MeanBatchResponse:

@@ -7,17 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fimo.curvature.outputs import output_gradient
-from fimo.data.instances import IGNORED
 from fimo.errors import InputError
-from fimo.models.losses import (
-    Loss,
-    binary_cross_entropy,
-    cross_entropy,
-    language_modelling,
-    mean_squared_error,
-    output_hessian,
-)
+from fimo.models.loss_function import Loss
 
 MAX_OUTPUTS = 512
 
@@ -51,16 +42,16 @@ class OutputSpace:
         n, d = outputs.shape[1], outputs.shape[2:].numel()
         if d > MAX_OUTPUTS:
             raise InputError("method.response", f"expected at most {MAX_OUTPUTS} outputs but got {d}")
-        rank = _rank(loss, outputs.shape[2:])
+        rank = loss.rank(outputs.shape[2:])
         r = max(1, min(rank, max_rows // n))
         if r == d:
             eye = torch.eye(d, dtype=outputs.dtype, device=outputs.device)
             return cls(torch.arange(n, device=outputs.device), eye.expand(n, d, d))._within(
                 max_rows, needed, lambda: _energy(loss, outputs, targets)
             )
-        if r == 1 and d == 2 and loss is cross_entropy:
-            half = torch.tensor([[0.5**0.5, -(0.5**0.5)]], dtype=outputs.dtype, device=outputs.device)
-            return cls(torch.arange(n, device=outputs.device), half.expand(n, 1, 2))._within(
+        common = loss.common_directions(d)
+        if common is not None and len(common) == r:
+            return cls(torch.arange(n, device=outputs.device), common.to(outputs).expand(n, r, d))._within(
                 max_rows, needed, lambda: _energy(loss, outputs, targets)
             )
         energy = _energy(loss, outputs, targets)
@@ -79,66 +70,12 @@ class OutputSpace:
 
     def gradient(self, loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss's derivatives ``[M, R]`` along the directions, from outputs ``[N, ...]``."""
-        found = output_gradient(loss, outputs[self.kept], targets[self.kept])
+        found = loss.gradient(outputs[self.kept], targets[self.kept])
         return torch.einsum("nrd,nd->nr", self.directions, _flat(found))
 
     def hessian(self, loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss's second derivatives ``[M, R, R]`` between the directions."""
-        if loss is mean_squared_error:
-            gram = self.directions @ self.directions.transpose(1, 2)
-            return gram * (2.0 / outputs.shape[1:].numel())
-        found = output_hessian(loss, outputs[self.kept], targets[self.kept])
-        return self.directions @ found @ self.directions.transpose(1, 2)
-
-
-SATURATING = (cross_entropy, binary_cross_entropy, language_modelling)
-"""Losses whose derivative in changed outputs is evaluated, not taken as linear in the change."""
-
-
-def changed_gradient(
-    loss: Loss, outputs: Tensor, targets: Tensor, directions: Tensor, change: Tensor
-) -> Tensor:
-    """Return a saturating loss's derivatives ``[Q, R, C]`` along directions, at changed outputs.
-
-    Args:
-        outputs: ``[Q, D]``, flattened.
-        targets: ``[Q, ...]``.
-        directions: ``[Q, R, D]``.
-        change: ``[Q, R, C]``, of the outputs along the directions.
-    """
-    d = outputs.shape[1]
-    if loss is cross_entropy and d == 2 and directions.shape[1] == 1:  # a sigmoid of the margin
-        sign = directions[:, :, 0] - directions[:, :, 1]  # [Q, 1]
-        margin = (outputs[:, :1] - outputs[:, 1:])[:, :, None] + sign[:, :, None] * change
-        return sign[:, :, None] * (margin.sigmoid_() - (targets == 0).to(outputs.dtype)[:, None, None])
-    changed = outputs[:, None] + change.transpose(1, 2) @ directions  # [Q, C, D]
-    if loss is language_modelling:
-        found = _token_gradients(changed, targets)
-    elif loss is cross_entropy:
-        found = changed.softmax(-1) - torch.nn.functional.one_hot(targets, d).to(outputs.dtype)[:, None]
-    else:
-        found = (changed.sigmoid() - _flat(targets).to(outputs.dtype)[:, None]) / d
-    return directions @ found.transpose(1, 2)
-
-
-def _token_gradients(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return language modelling's derivatives ``[Q, C, T·V]`` at logits of that shape; targets ``[Q, T]``."""
-    tokens = targets != IGNORED
-    by_token = logits.view(*logits.shape[:2], targets.shape[1], -1).softmax(-1)  # [Q, C, T, V]
-    correct = torch.nn.functional.one_hot(targets.clamp(min=0), by_token.shape[-1])
-    share = tokens.to(logits.dtype) / tokens.sum(1, keepdim=True).clamp(min=1)
-    residual: Tensor = by_token - correct.to(logits.dtype)[:, None]
-    return (residual * share[:, None, :, None]).flatten(2)
-
-
-def _rank(loss: Loss, shape: torch.Size) -> int:
-    """Return the rank of the loss's Hessian in an instance's outputs: softmax ignores a common shift."""
-    d = shape.numel()
-    if loss is cross_entropy and d > 1:
-        return d - 1
-    if loss is language_modelling and len(shape) == 2 and shape[1] > 1:
-        return shape[0] * (shape[1] - 1)
-    return d
+        return loss.hessian_between(outputs[self.kept], targets[self.kept], self.directions)
 
 
 def _flat(values: Tensor) -> Tensor:
@@ -150,6 +87,6 @@ def _energy(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     d = outputs.shape[2:].numel()
     total = torch.zeros(outputs.shape[1], d, d).to(outputs)
     for at in outputs:
-        g = _flat(output_gradient(loss, at, targets))
-        total += output_hessian(loss, at, targets) + g[:, :, None] * g[:, None, :]
+        g = _flat(loss.gradient(at, targets))
+        total += loss.hessian(at, targets) + g[:, :, None] * g[:, None, :]
     return total / len(outputs)

@@ -28,9 +28,8 @@ exact.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,13 +41,10 @@ from fimo.linear_response.coefficient_optimizer import CoefficientOptimizer
 from fimo.linear_response.displacement import Carried, KnownParameters
 from fimo.linear_response.leave_out_weights import Step, steps
 from fimo.linear_response.output_kernel import Kernel
-from fimo.linear_response.output_space import OutputSpace, changed_gradient
+from fimo.linear_response.output_space import OutputSpace
 from fimo.linear_response.path_points import Segment
 from fimo.models.final_model import FinalModel, fitting_batch, functional_apply
-from fimo.models.losses import Loss
-
-LossChanges = Callable[[FinalModel, Tensor, Tensor, Tensor], Tensor]
-"""Of a model, outputs, targets and changes of the outputs, see :func:`loss_changes`."""
+from fimo.models.loss_function import Loss
 
 
 @dataclass(frozen=True)
@@ -203,8 +199,8 @@ class _Forces:
         s, b, r = *step.index.shape, self.r
         change[..., :-1] += change[..., -1:]  # from the point where outputs are known
         index = step.index.flatten()
-        force = changed_gradient(
-            self.along.loss, self.outputs[k].index_select(0, at), self.along.targets.index_select(0, index),
+        force = self.along.loss.changed_gradient(
+            self.outputs[k].index_select(0, at), self.along.targets.index_select(0, index),
             self.directions.index_select(0, index), change.view(s * b, r, -1),
         ).view(s, b, r, -1)  # fmt: skip
         own = step.full[..., None, None] * force[..., -1:]
@@ -278,36 +274,3 @@ def moved(copied: FinalModel, parameters: Mapping[str, Tensor]) -> FinalModel:
         for name, own in copied.parameters().items():
             own.copy_(parameters[name])
     return copied
-
-
-def loss_changes_by(propagate: Literal["outputs", "loss"]) -> LossChanges:
-    """Return how changes of outputs become changes of losses: exactly, or to first order."""
-    return loss_changes if propagate == "outputs" else linear_loss_changes
-
-
-def loss_changes(final_model: FinalModel, outputs: Tensor, targets: Tensor, change: Tensor) -> Tensor:
-    """Return the change ``[J, L]`` (float64) of losses (or measurements) when outputs change.
-
-    Args:
-        outputs: ``[J, ...]``, as the loss expects them.
-        change: ``[J·D, L]``, of an instance's D values, flattened.
-    """
-    measure = final_model.measurement or final_model.loss
-    wide = outputs.double()
-    shift = change.double().T.reshape(-1, *wide.shape)  # [L, J, ...]
-    moved = (wide + shift).flatten(0, 1)
-    goal = targets.double() if targets.is_floating_point() else targets
-    repeated = goal.expand(len(shift), *goal.shape).flatten(0, 1)
-    return (measure(moved, repeated).view(len(shift), -1) - measure(wide, goal)).T
-
-
-def linear_loss_changes(final_model: FinalModel, outputs: Tensor, targets: Tensor, change: Tensor) -> Tensor:
-    """Return the same to first order in the change."""
-    from fimo.curvature.outputs import output_gradient
-
-    goal = targets.double() if targets.is_floating_point() else targets
-    gradient = output_gradient(final_model.measurement or final_model.loss, outputs.double(), goal)
-    d = gradient[0].numel()
-    return torch.einsum(
-        "jd,jdl->jl", gradient.reshape(len(gradient), -1), change.double().view(len(outputs), d, -1)
-    )

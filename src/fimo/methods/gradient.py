@@ -15,6 +15,7 @@ from fimo.errors import InputError
 from fimo.methods.base import AttributionMethod
 from fimo.methods.damping import Damping, DampingValue
 from fimo.models.final_model import FinalModel
+from fimo.models.loss_changes import loss_changes
 
 STORAGE = {
     "float64": torch.float64,
@@ -131,26 +132,7 @@ class CurvatureMethod(GradientMethod):
         left = self.gradients.measurements(test) if self.propagate == "loss" else self.gradients.outputs(test)
         found = self.solve(left, self.gradients.losses(left_out), dampings) / len(self.train)
         if self.propagate == "outputs":
-            return torch.stack([loss_change(self.final_model, test, change) for change in found])
+            model, outputs = self.final_model, self.final_model.outputs(test)
+            changes = [loss_changes(model, outputs, test.targets, c.flatten(0, 1)) for c in found]
+            return torch.stack(changes).to(outputs.dtype)
         return found[:, :, 0].to(self.gradients.dtype)
-
-
-def loss_change(final_model: FinalModel, test: Instances, change: Tensor) -> Tensor:
-    """Return the change of each test instance's loss (or measurement) when its outputs change.
-
-    Args:
-        change: ``[J, D, L]``, of the (flattened) outputs of J instances, one for each of L left-out ones.
-
-    Returns:
-        ``[J, L]`` in the model's dtype; the losses are taken in float64, where their difference survives.
-    """
-    outputs = final_model.outputs(test)
-    measure = final_model.measurement or final_model.loss
-    wide = outputs.double()
-    targets = test.targets.double() if test.targets.is_floating_point() else test.targets
-    before = measure(wide, targets)
-    columns = [
-        measure(wide + change[:, :, k].double().view_as(wide), targets) - before
-        for k in range(change.shape[2])
-    ]
-    return torch.stack(columns, 1).to(outputs.dtype)

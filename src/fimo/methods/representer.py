@@ -7,7 +7,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fimo.curvature.outputs import output_gradient
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.base import AttributionMethod
@@ -63,6 +62,6 @@ class Representer(AttributionMethod):
         ours = representations(model, test, batch_size=self.batch_size)
         theirs = representations(model, left_out, batch_size=self.batch_size)
         similarity = ours @ theirs.T + (layer.bias is not None)
-        explained = output_gradient(model.measurement or model.loss, model.outputs(test), test.targets)
-        removed = output_gradient(model.loss, model.outputs(left_out), left_out.targets)
+        explained = (model.measurement or model.loss).gradient(model.outputs(test), test.targets)
+        removed = model.loss.gradient(model.outputs(left_out), left_out.targets)
         return (explained @ removed.T) * similarity / (2 * self.penalty * len(self.train))

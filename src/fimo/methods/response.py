@@ -21,12 +21,12 @@ from fimo.errors import InputError
 from fimo.further_training.trajectory import Trajectory
 from fimo.linear_response.gradient_flow import MeanBatchResponse
 from fimo.linear_response.output_kernel import Kernel
-from fimo.linear_response.output_space import MAX_OUTPUTS, SATURATING, OutputSpace
+from fimo.linear_response.output_space import MAX_OUTPUTS, OutputSpace
 from fimo.linear_response.path_points import Segment, mean_of, midpoint, segments, spread
-from fimo.linear_response.recursion import Along, loss_changes_by, moved, outputs_along, responses
+from fimo.linear_response.recursion import Along, moved, outputs_along, responses
 from fimo.methods.following import CHECKED_SEEDS, FollowingMethod
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import mean_squared_error
+from fimo.models.loss_changes import loss_changes_by
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ class Response(FollowingMethod):
 
     def _saturates(self, model: FinalModel) -> bool:
         """Whether the loss's derivative is evaluated at the changed outputs."""
-        return self.propagate == "outputs" and model.loss in SATURATING
+        return self.propagate == "outputs" and model.loss.saturates
 
     def _space(self, model: FinalModel, train: Instances, trajectory: Trajectory) -> OutputSpace:
         few = [trajectory.parameters[k] for k in sorted({0, *spread(self.ft.steps, 4)})]
@@ -217,7 +217,7 @@ class Response(FollowingMethod):
     ) -> Along:
         """Return the training outputs along runs."""
         knots, steps = self._knots(cut), [0, *self.ft.steps]
-        constant, exact = model.loss is mean_squared_error, self._saturates(model)
+        constant, exact = model.loss.quadratic, self._saturates(model)
         gradient, hessian, known = [], [], []
         for trajectory in trajectories:
             outputs = outputs_along(model, [trajectory.parameters[k] for k in knots], train)

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fimo.curvature.outputs import output_gradient
 from fimo.curvature.projection import Projection, project
 from fimo.data.instances import Instances
 from fimo.errors import InputError
@@ -16,7 +15,7 @@ from fimo.methods.damping import Damping, DampingValue
 from fimo.methods.gradient import GradientMethod
 from fimo.methods.tracin import at_checkpoint
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import Loss, cross_entropy, logit_margin, mean_squared_error
+from fimo.models.loss_function import Loss
 from fimo.scores import Access
 
 
@@ -78,7 +77,7 @@ class Trak(GradientMethod):
             self.gradients = self.make_gradients(model)
             kernels.append(self._kernel(model, test, left_out, self.seed + c))
             ours.append(self._explained(model, test))
-            theirs.append(slope(model, left_out))
+            theirs.append(_slope(model, left_out))
             evaluations += self.gradients.evaluations
         self.gradients.evaluations = evaluations
         kernel = torch.stack(kernels).mean(0)
@@ -87,10 +86,10 @@ class Trak(GradientMethod):
 
     def _kernel(self, model: FinalModel, test: Instances, left_out: Instances, seed: int) -> Tensor:
         """Return ``φ_j^T (Φ^T Φ + N damping)^-1 φ_i`` ``[J, L]`` in float64."""
-        scalar = scalar_output(model.loss)
+        scalar = Loss.of(model.loss.scalar_output)
 
         def projected(instances: Instances, function: Loss, name: str) -> Tensor:
-            rows = self.gradients.rows(instances, lambda f, y: output_gradient(function, f, y)[:, None], name)
+            rows = self.gradients.rows(instances, lambda f, y: function.gradient(f, y)[:, None], name)
             return project(rows, self.dimension, self.projection, seed)[:, 0].double()
 
         features = projected(self.train, scalar, "scalar")
@@ -114,30 +113,9 @@ class Trak(GradientMethod):
 
     def _explained(self, model: FinalModel, test: Instances) -> Tensor:
         """Return the factor of each test instance: q_j, or 1 where a measurement is explained."""
-        return torch.ones_like(slope(model, test)) if model.measurement else slope(model, test)
+        return torch.ones_like(_slope(model, test)) if model.measurement else _slope(model, test)
 
 
-def scalar_output(loss: Loss) -> Loss:
-    """Return the scalar f of a network's outputs that a loss is a function of, else the loss itself."""
-    if loss is cross_entropy:
-        return logit_margin
-    if loss is mean_squared_error:
-        return _only_output
-    return loss
-
-
-def _only_output(outputs: Tensor, targets: Tensor) -> Tensor:
-    if outputs.flatten(1).shape[1] == 1:
-        return outputs.flatten(1)[:, 0]
-    return mean_squared_error(outputs, targets)
-
-
-def slope(model: FinalModel, instances: Instances) -> Tensor:
+def _slope(model: FinalModel, instances: Instances) -> Tensor:
     """Return q = dloss/df ``[n]`` in float64."""
-    outputs = model.outputs(instances).double()
-    if model.loss is cross_entropy:
-        # loss = log(1 + exp(-f)), so dloss/df = -(1 - p)
-        return -logit_margin(outputs, instances.targets).neg().sigmoid()
-    if model.loss is mean_squared_error and outputs.flatten(1).shape[1] == 1:
-        return 2 * (outputs - instances.targets).flatten()
-    return torch.ones(len(instances), dtype=torch.float64, device=outputs.device)
+    return model.loss.scalar_slope(model.outputs(instances).double(), instances.targets)

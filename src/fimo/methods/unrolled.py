@@ -16,9 +16,10 @@ from fimo.further_training.adjoint import adjoint
 from fimo.further_training.tangent import tangent_outputs, tangents
 from fimo.further_training.trajectory import Trajectory
 from fimo.further_training.unrolled_step import FullRun
-from fimo.linear_response.recursion import loss_changes_by, outputs_at
+from fimo.linear_response.recursion import outputs_at
 from fimo.methods.following import FollowingMethod
 from fimo.models.final_model import FinalModel
+from fimo.models.loss_changes import loss_changes_by
 
 MAX_OUTPUTS = 2**14
 """Most outputs of an instance whose derivatives are held, for each test and left-out instance."""

@@ -6,7 +6,7 @@ from torch import nn
 
 from fimo.errors import InputError
 from fimo.models.adapted import Adapted
-from fimo.models.losses import Loss
+from fimo.models.loss_function import LossFunction
 
 CRITERIA = {
     "CrossEntropyLoss": "cross_entropy",
@@ -26,7 +26,9 @@ def is_lightning(network: object) -> bool:
     return _descends(network, "LightningModule", "pytorch_lightning", "lightning")
 
 
-def accepted(network: nn.Module, loss: Loss | str | None) -> tuple[nn.Module, Loss | str | None]:
+def accepted(
+    network: nn.Module, loss: LossFunction | str | None
+) -> tuple[nn.Module, LossFunction | str | None]:
     """Return a network whose outputs are a tensor, and its loss where its head says which.
 
     - A Hugging Face network is wrapped: its outputs are its ``logits``.

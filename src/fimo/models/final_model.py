@@ -17,8 +17,8 @@ from fimo.data.instances import Inputs, Instances
 from fimo.errors import InputError, shortened
 from fimo.models.accepted import accepted
 from fimo.models.copied import copied
-from fimo.models.losses import LOSSES, MEASUREMENTS, Loss
-from fimo.models.own_tensors import following_outputs
+from fimo.models.loss_function import Loss, LossFunction
+from fimo.models.losses import LOSSES, MEASUREMENTS
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ class FinalModel:
         def __init__(
             self,
             network: nn.Module,
-            loss: Loss | str | None = None,
-            measurement: Loss | str | None = None,
+            loss: LossFunction | str | None = None,
+            measurement: LossFunction | str | None = None,
             trainable: str | Sequence[str] = (),
             accept_poor: bool = False,
         ) -> None: ...
@@ -109,7 +109,7 @@ class FinalModel:
         for key, known in (("loss", LOSSES), ("measurement", MEASUREMENTS)):
             function = as_loss(getattr(self, key), f"model.{key}", known)
             if function is not None:
-                function = following_outputs(function, first.device, first.dtype)
+                function = function.following(first.device, first.dtype)
             set_attribute(self, key, function)
         if self.loss is None:
             raise InputError("model.loss", "must be given")
@@ -165,7 +165,7 @@ def patterns(trainable: Any) -> tuple[str, ...]:
 
 
 def as_loss(loss: Any, key: str, known: Mapping[str, Loss]) -> Loss | None:
-    """Return a loss by its name, any other function and None as they are.
+    """Return a loss by its name, any function as a loss, and None as it is.
 
     Raises:
         InputError: with ``key``: no such name, no function, or a class that was not called.
@@ -175,11 +175,11 @@ def as_loss(loss: Any, key: str, known: Mapping[str, Loss]) -> Loss | None:
             raise InputError(key, f"expected a function or one of {', '.join(known)} but got {loss!r}")
         return known[loss]
     if isinstance(loss, type):
-        raise InputError(key, f"{loss.__name__} is a class: pass {loss.__name__}(reduction='none'), called")
+        arguments = "" if issubclass(loss, Loss) else "reduction='none'"
+        raise InputError(key, f"{loss.__name__} is a class: pass {loss.__name__}({arguments}), called")
     if loss is not None and not callable(loss):
         raise InputError(key, f"expected a function of outputs and targets but got {type(loss).__name__}")
-    function: Loss | None = loss
-    return function
+    return None if loss is None else Loss.of(loss)
 
 
 def fitting_batch(instances: Instances) -> int:

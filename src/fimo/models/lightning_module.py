@@ -16,7 +16,7 @@ from fimo.engine.optimizers import make_optimizer
 from fimo.engine.settings import OPTIMIZERS, check_range
 from fimo.errors import InputError
 from fimo.models.final_model import apply
-from fimo.models.losses import Loss
+from fimo.models.loss_function import Loss, LossFunction
 
 
 class FinalModelModule(pl.LightningModule):
@@ -36,7 +36,7 @@ class FinalModelModule(pl.LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        loss: Loss,
+        loss: LossFunction,
         task: Task,
         outputs: int,
         optimizer: str = "sgd",
@@ -53,7 +53,7 @@ class FinalModelModule(pl.LightningModule):
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
             check_range(f"model.{name}", value)
         self.save_hyperparameters({"description": description or {}})
-        self.network, self.loss = network, loss
+        self.network, self.loss = network, Loss.of(loss)
         self.lr = lr
         settings = {"momentum": momentum, "weight_decay": weight_decay}
         self.update_rule = make_optimizer(optimizer, settings)

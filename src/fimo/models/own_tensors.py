@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fimo.models.losses import Loss
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+"""(outputs ``[n, ...]``, targets ``[n, ...]``) -> one loss per instance ``[n]``."""
 
 WIDTHS = (torch.float32, torch.float64)
 
@@ -30,9 +31,11 @@ class FollowingOutputs:
         dtypes: of outputs that are to be expected, besides float32 and float64.
     """
 
-    def __init__(self, loss: Loss, device: torch.device, dtypes: tuple[torch.dtype, ...] = ()) -> None:
+    def __init__(
+        self, loss: LossFunction, device: torch.device, dtypes: tuple[torch.dtype, ...] = ()
+    ) -> None:
         self.loss, self.device = loss, device
-        self.copies: dict[torch.dtype, Loss] = {
+        self.copies: dict[torch.dtype, LossFunction] = {
             dtype: converted(loss, device, dtype) for dtype in dict.fromkeys((*WIDTHS, *dtypes))
         }
 
@@ -43,7 +46,7 @@ class FollowingOutputs:
         return self.copies.get(outputs.dtype, self.loss)(outputs, targets)
 
 
-def following_outputs(loss: Loss, device: torch.device, dtype: torch.dtype) -> Loss:
+def following_outputs(loss: LossFunction, device: torch.device, dtype: torch.dtype) -> LossFunction:
     """Return a loss that follows its outputs' dtype; the loss itself where it holds no tensor."""
     if isinstance(loss, FollowingOutputs):
         loss = loss.loss

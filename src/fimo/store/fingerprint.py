@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # a sweep's jobs have a fingerprint before torch is imported
     from fimo.data.instances import Instances
     from fimo.engine.protocol import Protocol
     from fimo.models.final_model import FinalModel
-    from fimo.models.losses import Loss
+    from fimo.models.loss_function import LossFunction
     from fimo.store.files import Store
 
 log = logging.getLogger(__name__)
@@ -86,8 +86,8 @@ class Problem:
         parts = {
             "network": describe(final_model.network, "network"),
             "trainable": list(final_model.parameters()),
-            "loss": describe(final_model.loss, "loss"),
-            "measurement": describe(measurement, "measurement"),
+            "loss": describe(final_model.loss.definition, "loss"),
+            "measurement": describe(measurement.definition, "measurement"),
             "train": data_hash(train),
         }
         name = type(final_model.network).__name__
@@ -96,7 +96,7 @@ class Problem:
 
 def training_key(
     network: nn.Module,
-    loss: Loss,
+    loss: LossFunction,
     settings: Mapping[str, Any],
     train: Instances,
     batches: Callable[..., Any],
@@ -113,10 +113,12 @@ def training_key(
     Raises:
         Indescribable: naming the part of the network or loss.
     """
+    from fimo.models.loss_function import Loss  # which imports torch
+
     parts = {
         **settings,
         "network": describe(network, "network"),
-        "loss": describe(loss, "loss"),
+        "loss": describe(Loss.of(loss).definition, "loss"),
         "train": data_hash(train),
         "batches": describe(batches, "dataset.train_dataloader"),
         "best_on": None if best_on is None else data_hash(best_on),

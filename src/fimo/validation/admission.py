@@ -15,11 +15,11 @@ from torch import Tensor
 from fimo.data.instances import Instances
 from fimo.errors import InputError, reason, shortened
 from fimo.models.final_model import FinalModel, apply, functional_apply
-from fimo.models.losses import Loss, loss_name
+from fimo.models.loss_function import Loss
 from fimo.models.train_mode import TrainMode, seeded
 from fimo.validation.independence import MIXING_NETWORK, Evaluate, WithoutDropout, couples, problem
 from fimo.validation.poor import Comparison, compared, untold
-from fimo.validation.targets import KNOWN, OF_CLASSES, Conversion, candidates, known_targets
+from fimo.validation.targets import Conversion, candidates, known_targets
 
 log = logging.getLogger(__name__)
 
@@ -159,10 +159,10 @@ def _checked(model: FinalModel, train: Instances, test: Instances | None) -> tup
     _refuse(model, model.loss, train, "model.loss")
     _refuse(model, model.loss, train, "model.loss", mode)
     if model.measurement is not None:
-        if model.measurement in OF_CLASSES and last.targets.is_floating_point():
+        if model.measurement.of_classes and last.targets.is_floating_point():
             raise InputError(
                 "model.measurement",
-                f"{loss_name(model.measurement)} needs classes as targets but they are {last.targets.dtype}",
+                f"{model.measurement.name} needs classes as targets but they are {last.targets.dtype}",
             )
         _refuse(model, model.measurement, last, "model.measurement")
     elif last is not train:
@@ -256,7 +256,7 @@ def _conversion(model: FinalModel, train: Instances, outputs: Tensor) -> Convers
     Raises:
         InputError: no form of the targets gives one value for each instance, which depends on it alone.
     """
-    if model.loss in KNOWN:
+    if model.loss.targets is not None:
         return None
     first: str | None = None
     for convert in candidates(outputs, train.targets):

@@ -7,17 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fimo.data.instances import IGNORED, Instances
+from fimo.data.instances import Instances
 from fimo.errors import reason
 from fimo.models.final_model import FinalModel
-from fimo.models.losses import (
-    LOSSES,
-    Loss,
-    binary_cross_entropy,
-    cross_entropy,
-    language_modelling,
-    mean_squared_error,
-)
+from fimo.models.loss_function import Loss
 
 MOST = 512
 """Instances of each part, evenly spaced."""
@@ -86,7 +79,7 @@ def compared(model: FinalModel, train: Instances, test: Instances) -> Comparison
     """
     train, test = _some(train, MOST), _some(test, MOST)
     shape, theirs = (model.outputs(part[:1]).shape[1:] for part in (train, test))
-    best: Tensor | str | None = constant_outputs(model.loss, train.targets, shape[-1])
+    best: Tensor | str | None = model.loss.best_constant(train.targets, shape[-1])
     if best is None:
         best = (
             best_mixture(model, train) if shape == theirs else "test instances have outputs of another shape"
@@ -96,30 +89,13 @@ def compared(model: FinalModel, train: Instances, test: Instances) -> Comparison
     try:
         constant, constant_test = (_losses(model.loss, best, part) for part in (train, test))
     except Exception as error:  # whatever a loss of the user's own raises
-        if model.loss in LOSSES.values():
+        if model.loss.targets is not None:
             raise
         return f"the loss of constant outputs fails: {reason(error)}"
     if not (constant.isfinite().all() and constant_test.isfinite().all()):
         return "losses of constant outputs are not finite"
     own, own_test = (model.losses(part).double().cpu() for part in (train, test))
     return Comparison(own, constant, own_test, constant_test)
-
-
-def constant_outputs(loss: Loss, targets: Tensor, width: int) -> Tensor | None:
-    """Return the outputs of one instance (or position) that have the least mean loss; None for other losses.
-
-    Args:
-        targets: ``[n, ...]`` in the loss's form.
-        width: of the outputs' last axis.
-    """
-    if loss is cross_entropy or loss is language_modelling:
-        shown = targets[targets != IGNORED]
-        share = torch.bincount(shown, minlength=width).double() + 1e-12
-        return (share / share.sum()).log()
-    mean = targets.double().mean(0)
-    if loss is mean_squared_error:
-        return mean
-    return torch.logit(mean, eps=1e-6) if loss is binary_cross_entropy else None
 
 
 def best_mixture(model: FinalModel, instances: Instances) -> Tensor | str:
@@ -168,7 +144,7 @@ def best_mixture(model: FinalModel, instances: Instances) -> Tensor | str:
 
 def _losses(loss: Loss, constant: Tensor, part: Instances) -> Tensor:
     """Return the losses ``[n]`` of constant outputs ``[...]``; a language model's ``[V]`` everywhere."""
-    positions = part.targets.shape[1:] if loss is language_modelling else ()  # each part has its own
+    positions = part.targets.shape[1:] if loss.targets == "tokens" else ()  # each part has its own
     shape = (*positions, *constant.shape)
     at_once = max(1, AT_ONCE // max(1, torch.Size(shape).numel()))
     return torch.cat([loss(constant.expand(len(b), *shape), _wide(b.targets)) for b in part.batches(at_once)])

@@ -9,20 +9,8 @@ from torch import Tensor
 
 from fimo.data.instances import IGNORED
 from fimo.errors import InputError
-from fimo.models.losses import (
-    Loss,
-    binary_cross_entropy,
-    correct_probability,
-    cross_entropy,
-    language_modelling,
-    like,
-    logit_margin,
-    loss_name,
-    mean_squared_error,
-)
-
-OF_CLASSES = (cross_entropy, language_modelling, logit_margin, correct_probability)
-KNOWN = (*OF_CLASSES, mean_squared_error, binary_cross_entropy)
+from fimo.models.loss_function import Loss
+from fimo.models.value_losses import like
 
 Conversion = Callable[[Tensor], Tensor]
 
@@ -39,9 +27,9 @@ def known_targets(loss: Loss, outputs: Tensor, targets: Tensor, key: str) -> Ten
         InputError: labels that are no classes of these outputs, values of another shape, values that are no
             probabilities.
     """
-    name = loss_name(loss)
-    if loss is cross_entropy or loss is language_modelling:
-        axes = 2 if loss is cross_entropy else 3
+    name = loss.name
+    if loss.targets in ("classes", "tokens"):
+        axes = 2 if loss.targets == "classes" else 3
         if outputs.ndim != axes:
             wanted = "[n, C]" if axes == 2 else "[n, T, V]"
             raise InputError(
@@ -54,10 +42,10 @@ def known_targets(loss: Loss, outputs: Tensor, targets: Tensor, key: str) -> Ten
                 "these pass lambda o, t: torch.nn.functional.cross_entropy(o, t, reduction='none')",
             )
         return class_indices(targets, outputs.shape[-1], axes - 1, key)
-    if loss is mean_squared_error or loss is binary_cross_entropy:
+    if loss.targets in ("values", "probabilities"):
         found = like(outputs[:1].expand(len(targets), *outputs.shape[1:]), targets).to(outputs.dtype)
         outside = (found < 0) | (found > 1)
-        if loss is binary_cross_entropy and outside.any():
+        if loss.targets == "probabilities" and outside.any():
             row = int(outside.flatten(1).any(1).nonzero()[0])
             worst = found[row][outside[row]].flatten()[0].item()
             raise InputError(key, f"instance {row} has the target {worst:g}; expected numbers from 0 to 1")
