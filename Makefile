@@ -72,6 +72,7 @@ lock:
 	build/lock/bin/python -m pip install --quiet --editable '.[all,dev,docs,mutation]'
 	grep '^#' requirements.lock > build/requirements.lock
 	build/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable \
+		| grep -v -E '^(nvidia|cuda|triton)' \
 		| sed -E 's/\+[a-z0-9.]+$$//' | tr '_A-Z' '-a-z' | LC_ALL=C sort -t= -k1,1 >> build/requirements.lock
 	mv build/requirements.lock requirements.lock
 
