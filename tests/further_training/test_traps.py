@@ -18,6 +18,7 @@ from fimo.data.instances import Instances
 from fimo.engine.chunk import Chunk, shared_steps
 from fimo.engine.context import Setting, worker_threads
 from fimo.engine.driver import ReplicaProgress
+from fimo.engine.leave_out import make_rule
 from fimo.errors import InputError
 from fimo.further_training import BatchStream, Protocol, Replica, full_runs, further_train
 from fimo.models.final_model import FinalModel
@@ -30,7 +31,7 @@ from tests.reference.further_training import plain_run, plain_sensitivity
 
 def epoch_batches(protocol: Protocol, replica: Replica, n: int, epochs: int) -> list[list[list[int]]]:
     """Return the batches of each epoch of one run, as lists of indices."""
-    stream = BatchStream([replica], n, protocol, torch.float32, "cpu")
+    stream = BatchStream([replica], make_rule(protocol, n), protocol, torch.float32, "cpu")
     batches = stream.starting_at(0)
     count = protocol.batches_per_epoch(stream.kept)
     return [[next(batches).index[0].tolist() for _ in range(count)] for _ in range(epochs)]
@@ -59,7 +60,9 @@ def test_shift_removes_the_instance_from_the_seeds_own_permutation(i: int) -> No
 
 def test_mask_keeps_batches_and_their_divisor() -> None:
     protocol = Protocol(batch_size=7, epochs=1, leave_out="mask")
-    stream = BatchStream([Replica(4), Replica(4, (3,))], 22, protocol, torch.float64, "cpu")
+    stream = BatchStream(
+        [Replica(4), Replica(4, (3,))], make_rule(protocol, 22), protocol, torch.float64, "cpu"
+    )
     batches = stream.starting_at(0)
     for _ in range(4):
         batch = next(batches)
@@ -388,18 +391,18 @@ def test_batch_statistics_stay_those_of_the_final_model() -> None:
 @pytest.mark.parametrize("rule", ["shift", "mask"])
 def test_steps_shared_with_the_full_run_are_taken_once_and_change_nothing(rule: str) -> None:
     n, protocol = 23, Protocol(batch_size=4, steps=6, evaluate_every=1, leave_out=rule, dtype="float64")
-    case = CASES["mlp_regression"]()
+    case, removal = CASES["mlp_regression"](), make_rule(protocol, n)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
     for position in (0, 7, 22):
         i = order[position]
         first = position // 4
-        assert shared_steps([Replica(0, (i,))], n, protocol) == first
+        assert shared_steps([Replica(0, (i,))], removal, protocol) == first
         found = further_train(case.final_model, case.train, case.test, protocol, [0], [i])
         changed = found.raw[0, :, :, 0].abs().amax(1)
         assert (changed[:first] == 0).all()
         assert (changed[first:] > 0).all()
-    assert shared_steps([Replica(0, (order[22],)), Replica(0, (order[7],))], n, protocol) == 1
-    assert shared_steps([Replica(0, (order[22],)), Replica(1, (order[22],))], n, protocol) == 0
+    assert shared_steps([Replica(0, (order[22],)), Replica(0, (order[7],))], removal, protocol) == 1
+    assert shared_steps([Replica(0, (order[22],)), Replica(1, (order[22],))], removal, protocol) == 0
 
 
 @pytest.mark.parametrize("name", LINEAR_CASES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fimo.engine.leave_out import BatchStream
+from fimo.engine.leave_out import BatchStream, make_rule
 from fimo.engine.protocol import LeaveOutRule, Protocol
 from fimo.engine.replicas import Replica
 from fimo.linear_response.leave_out_weights import steps
@@ -16,10 +16,13 @@ from fimo.linear_response.leave_out_weights import steps
 def test_weights_are_those_of_the_engine_s_batches(rule: LeaveOutRule, size: int) -> None:
     n, left_out = 23, [0, 7, 22]
     protocol = Protocol(batch_size=size, epochs=3, leave_out=rule, schedule="linear")
-    full = BatchStream([Replica(3)], n, protocol, torch.float64, "cpu").starting_at(0)
-    runs = BatchStream([Replica(3, (i,)) for i in left_out], n, protocol, torch.float64, "cpu").starting_at(0)
+    removal = make_rule(protocol, n)
+    full = BatchStream([Replica(3)], removal, protocol, torch.float64, "cpu").starting_at(0)
+    runs = BatchStream(
+        [Replica(3, (i,)) for i in left_out], removal, protocol, torch.float64, "cpu"
+    ).starting_at(0)
     total = protocol.total_steps(n)
-    for taken, step in enumerate(steps([5, 3], torch.tensor(left_out), n, protocol, torch.float64)):
+    for taken, step in enumerate(steps([5, 3], torch.tensor(left_out), removal, protocol, torch.float64)):
         expected = torch.zeros(4, n, dtype=torch.float64)
         for row, batch in ((slice(0, 1), next(full)), (slice(1, 4), next(runs))):
             index = batch.index.expand(len(batch.weight), -1)
@@ -36,7 +39,7 @@ def test_weights_are_those_of_the_engine_s_batches(rule: LeaveOutRule, size: int
 
 def test_an_epoch_that_shift_makes_shorter_ends_with_a_step_of_the_full_runs_alone() -> None:
     protocol = Protocol(batch_size=4, epochs=2, leave_out="shift", schedule="linear")
-    found = list(steps([0], torch.tensor([2]), 9, protocol, torch.float64))
+    found = list(steps([0], torch.tensor([2]), make_rule(protocol, 9), protocol, torch.float64))
     assert [bool(step.without.any()) for step in found] == [True, True, False] * 2
     assert [step.evaluated for step in found] == [False, False, True] * 2
     rates = [protocol.learning_rate(t, 6) for t in range(6)]
@@ -50,9 +53,11 @@ def test_runs_that_are_compared_after_as_many_steps_each_see_their_own_batches(
 ) -> None:
     """Of 9 instances in batches of 4 a full run's epoch has three steps, without one it has two."""
     protocol = Protocol(batch_size=4, leave_out="shift", **horizon)  # type: ignore[arg-type]
-    found = list(steps([3], torch.tensor([2]), 9, protocol, torch.float64))
+    found = list(steps([3], torch.tensor([2]), make_rule(protocol, 9), protocol, torch.float64))
     streams = [
-        BatchStream([Replica(3, left_out)], 9, protocol, torch.float64, "cpu").starting_at(0)
+        BatchStream(
+            [Replica(3, left_out)], make_rule(protocol, 9), protocol, torch.float64, "cpu"
+        ).starting_at(0)
         for left_out in ((), (2,))
     ]
     for step in found:

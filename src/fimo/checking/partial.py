@@ -53,14 +53,12 @@ def partial_batches(setting: Setting, replicas: Sequence[Replica], removed: Tens
     Args:
         removed: ``[R]``, the share of each replica's left-out instances that is removed.
     """
-    n, protocol, dtype = len(setting.train), setting.protocol, removed.dtype
-    rule, w = protocol.leave_out, removed[:, None]
-    without = BatchStream(replicas, n, protocol, dtype, setting.device).starting_at(0)
-    full = BatchStream(
-        [Replica(replicas[0].seed)] * len(replicas), n, protocol, dtype, setting.device
-    ).starting_at(0)
+    rule, protocol, dtype = setting.rule, setting.protocol, removed.dtype
+    w, nothing = removed[:, None], [Replica(replicas[0].seed)] * len(replicas)
+    without = BatchStream(replicas, rule, protocol, dtype, setting.device).starting_at(0)
+    full = BatchStream(nothing, rule, protocol, dtype, setting.device).starting_at(0)
     for whole, less in zip(full, without, strict=False):
-        if rule == "shift":  # other instances: both batches, one after the other
+        if not rule.shares_batches:  # other instances: both batches, one after the other
             index = torch.cat(
                 [whole.index.expand(len(replicas), -1), less.index.expand(len(replicas), -1)], 1
             )

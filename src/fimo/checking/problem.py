@@ -147,8 +147,7 @@ def changes(full: Chunk, leaving_out: Chunk) -> Tensor:
 def aligned_steps(setting: Setting, steps: int) -> int:
     """Return after how many steps runs can be compared: all, but where leaving out shortens an epoch."""
     n, protocol = len(setting.train), setting.protocol
-    kept = n - 1 if protocol.leave_out == "shift" else n
-    shorter = protocol.batches_per_epoch(kept)
+    shorter = protocol.batches_per_epoch(setting.rule.kept(1))
     return steps if shorter == protocol.batches_per_epoch(n) else min(steps, max(1, shorter))
 
 

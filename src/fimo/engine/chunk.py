@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fimo.engine.context import Setting, evaluation_batch
-from fimo.engine.leave_out import Batch, BatchStream
+from fimo.engine.leave_out import Batch, BatchStream, LeaveOut
 from fimo.engine.linear import LinearNetwork
 from fimo.engine.protocol import Protocol
 from fimo.engine.replicas import Replica
@@ -70,9 +70,7 @@ class Chunk:
             setting.protocol.autocast_dtype,
         )
         self.optimizer = StackedOptimizer(self.network, setting.protocol)
-        self.stream = BatchStream(
-            rows, len(setting.train), setting.protocol, self.network.dtype, setting.device
-        )
+        self.stream = BatchStream(rows, setting.rule, setting.protocol, self.network.dtype, setting.device)
         self.total_steps = setting.protocol.total_steps(len(setting.train))
         self.step = 0
         self._batches = self.stream.starting_at(0)
@@ -136,17 +134,17 @@ def step_seed(seed: int, step: int) -> int:
     return (seed * 1_000_003 + step) * 2
 
 
-def shared_steps(replicas: Sequence[Replica], instances: int, protocol: Protocol) -> int:
+def shared_steps(replicas: Sequence[Replica], rule: LeaveOut, protocol: Protocol) -> int:
     """Return how many first optimizer steps replicas have in common with their seed's full run.
 
-    Under ``shift`` and ``mask`` a run equals the full one until the batch where its first left-out instance
-    occurs in the first epoch; zero for replicas of several seeds and under ``every_batch``.
+    Under most rules a run equals the full one until the batch where its first left-out instance occurs in the
+    first epoch; zero for replicas of several seeds.
     """
-    if protocol.leave_out == "every_batch" or len({r.seed for r in replicas}) > 1:
+    if not rule.until_occurrence or len({r.seed for r in replicas}) > 1:
         return 0
-    order = torch.randperm(instances, generator=torch.Generator().manual_seed(replicas[0].seed))
+    order = torch.randperm(rule.instances, generator=torch.Generator().manual_seed(replicas[0].seed))
     position = torch.argsort(order)
-    left_out = [i for r in replicas for i in r.left_out]
+    left_out = [i for r in replicas for i in rule.members(r.left_out)]
     if not left_out or not all(r.left_out for r in replicas):
         return 0
     return int(position[left_out].min()) // protocol.batch_size

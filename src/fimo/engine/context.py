@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fimo.data.instances import Instances
+from fimo.engine.leave_out import LeaveOut, make_rule
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import even_parts
 from fimo.engine.stacked import Engine, choose_engine, without_gradient
@@ -36,6 +37,7 @@ class Setting:
     Args:
         final_model, train: in the dtype of the runs.
         evaluation_model, test: in the dtype of the test losses.
+        rule: of leaving out.
         activations: elements that the network's layers produce for one instance.
         mode: of the network in training steps.
         vectorisable: replicas could be advanced together; where they run one after another all the same,
@@ -47,6 +49,7 @@ class Setting:
     train: Instances
     test: Instances
     protocol: Protocol
+    rule: LeaveOut
     engine: Engine
     activations: int = 1
     mode: TrainMode = field(default_factory=TrainMode)
@@ -62,6 +65,7 @@ class Setting:
         device: torch.device | str = "cpu",
     ) -> Setting:
         """Move everything to ``device`` and choose the engine."""
+        rule = make_rule(protocol, train)
         dtype, wide = DTYPES[protocol.dtype], DTYPES[protocol.evaluation_dtype]
         model, train = final_model.to(device, dtype), train.to(device, dtype)
         mode = TrainMode.of(model, train)
@@ -85,6 +89,7 @@ class Setting:
             train,
             test.to(device, wide),
             protocol,
+            rule,
             engine,
             activations,
             mode,

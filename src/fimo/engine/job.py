@@ -94,10 +94,14 @@ class Job:
 
     def _by_occurrence(self, seed: int, units: Sequence[Unit]) -> list[Unit]:
         """Return units by where they first occur, so that a chunk's replicas share most with the full run."""
-        n = len(self.setting.train)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        position = torch.argsort(order).tolist()
-        return sorted(units, key=lambda unit: (len(unit), min(position[i] for i in unit), unit))
+        rule = self.setting.rule
+        order = torch.randperm(rule.instances, generator=torch.Generator().manual_seed(seed))
+        position: list[int] = torch.argsort(order).tolist()
+
+        def first(unit: Unit) -> int:
+            return min(position[i] for i in rule.members(unit))
+
+        return sorted(units, key=lambda unit: (len(unit), first(unit), unit))
 
     def _finished(self) -> dict[Replica, Record]:
         """Return the record of each finished replica."""
@@ -149,7 +153,7 @@ class Job:
             else:
                 one_seed_each = self.setting.stochastic  # its replicas share their masks
                 free = filter(is_free, waiting)
-                chosen = next_chunk(free, self.size, self.setting.protocol, one_seed_each)
+                chosen = next_chunk(free, self.size, self.setting.rule.width, one_seed_each)
             if not chosen:
                 return None
             lock = self.records.claim(chosen)
@@ -165,13 +169,12 @@ class Job:
         return None
 
     def _set_up(self, replicas: Sequence[Replica], lock: FileLock, state: Record | None) -> Work:
-        protocol, n = self.setting.protocol, len(self.setting.train)
         full = not replicas[0].left_out
         shape = (len(replicas), len(self.points), len(self.setting.test))
         values = torch.full(shape, torch.nan, dtype=torch.float64 if full else torch.float32)
         distance = torch.full(shape[:2], torch.nan, dtype=torch.float64)
         losses = None if full else torch.stack([self.full_losses(r.seed) for r in replicas])
-        start = 0 if state else shared_steps(replicas, n, protocol)
+        start = 0 if state else shared_steps(replicas, self.setting.rule, self.setting.protocol)
         work = Work(Chunk(self.setting, replicas), lock, losses, values, distance)
         if state:
             self._resume(work, state)

@@ -1,15 +1,156 @@
-"""Which instances a replica sees at each step, and with which weights: the leave-out rules."""
+"""Leave-out rules: what a run without some instances does otherwise than the full run of its seed.
+
+A rule is a class here and its name in :mod:`fimo.engine.settings`. The engine's batches, derivatives of the
+full run in instances' weights and the linear response all ask it the same few questions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fimo.data.instances import Instances
 from fimo.engine.protocol import Protocol
-from fimo.engine.replicas import Replica
+from fimo.engine.replicas import Replica, Unit
+
+
+class LeaveOut:
+    """How instances are left out; what isn't said otherwise is as under ``mask``.
+
+    Args:
+        train: all N training instances; their number alone where the rule doesn't look at them.
+    """
+
+    name: ClassVar[str]
+
+    shares_batches: ClassVar[bool] = True
+    """Whether all runs of a seed see the same instances at each step, with weights of their own."""
+
+    until_occurrence: ClassVar[bool] = True
+    """Whether a run equals the full one until the batch where one of its left-out instances occurs first."""
+
+    def __init__(self, train: Instances | int) -> None:
+        self.instances = train if isinstance(train, int) else len(train)
+
+    def members(self, unit: Unit) -> Unit:
+        """Return the instances that are left out where ``unit`` is asked for, ascending."""
+        return unit
+
+    def of_units(self, derivative: Tensor) -> Tensor:
+        """Return derivatives ``[..., N]`` in the weight of :meth:`members`, from those in each one's own."""
+        return derivative
+
+    def kept(self, width: int) -> int:
+        """Return how many instances an epoch of a run has that leaves out so many."""
+        return self.instances
+
+    def width(self, unit: Unit) -> int:
+        """Return in what runs must agree to be advanced together: the width of their batches."""
+        return 0
+
+    def seen(self, out: Tensor, size: int) -> Tensor:
+        """Return in which batch of an epoch a run sees the instance at each place of the seed's order, or -1.
+
+        Args:
+            out: ``[R, N, ...]``, whether the instance at that place is left out.
+            size: of batches.
+
+        Returns:
+            int32, ``[R, N, ...]``.
+        """
+        return torch.where(out, -1, torch.div(self._places(out), size, rounding_mode="floor"))
+
+    def outside(self, present: Tensor) -> Tensor | None:
+        """Return the weights of left-out instances' losses that are added to every batch's, or None.
+
+        Args:
+            present: 1 for an instance that the run leaves out, else 0.
+        """
+        return None
+
+    def in_own_weights(self, values: Tensor, weight: Tensor, size: int) -> tuple[slice, Tensor]:
+        """Return derivatives in the instances' own weights w, which leaving out takes from 1 to 0.
+
+        Args:
+            values: ``[..., B + G]``, derivatives in the weights that losses are multiplied with, of the batch
+                and of instances outside.
+            weight: ``[B + G]``, those weights.
+            size: B.
+
+        Returns:
+            Which of the B + G places have a weight of their own, and their derivatives.
+        """
+        return slice(0, size), values[..., :size] * weight[:size]
+
+    def _places(self, out: Tensor) -> Tensor:
+        places = torch.arange(out.shape[1], dtype=torch.int32, device=out.device)
+        return places.view(1, -1, *[1] * (out.ndim - 2))
+
+
+class Mask(LeaveOut):
+    """Batches and their divisors stay, and the instance's loss is dropped where it occurs."""
+
+    name = "mask"
+
+
+class Shift(LeaveOut):
+    """The instance is removed from the seed's permutation, so that later instances move up.
+
+    In derivatives it is taken as ``mask``: its later batches are others altogether.
+    """
+
+    name = "shift"
+    shares_batches = False
+
+    def kept(self, width: int) -> int:
+        return self.instances - width
+
+    def width(self, unit: Unit) -> int:
+        return len(unit)
+
+    def seen(self, out: Tensor, size: int) -> Tensor:
+        rank = self._places(out) - out.cumsum(1, dtype=torch.int32)
+        return torch.where(out, -1, torch.div(rank, size, rounding_mode="floor"))
+
+
+class EveryBatch(LeaveOut):
+    """The instance's loss / N is subtracted from every batch's mean loss."""
+
+    name = "every_batch"
+    until_occurrence = False
+
+    def width(self, unit: Unit) -> int:
+        return len(unit)
+
+    def seen(self, out: Tensor, size: int) -> Tensor:
+        return torch.div(self._places(out), size, rounding_mode="floor").expand(out.shape)
+
+    def outside(self, present: Tensor) -> Tensor | None:
+        return present / -self.instances
+
+    def in_own_weights(self, values: Tensor, weight: Tensor, size: int) -> tuple[slice, Tensor]:
+        return slice(size, None), values[..., size:] / self.instances
+
+
+RULES: dict[str, type[LeaveOut]] = {rule.name: rule for rule in (Shift, Mask, EveryBatch)}
+"""By name; the names are those of :data:`fimo.engine.settings.LEAVE_OUT_RULES`."""
+
+
+def make_rule(protocol: Protocol, train: Instances | int) -> LeaveOut:
+    """Return a protocol's rule for a training set (or so many instances of one)."""
+    return RULES[protocol.leave_out](train)
+
+
+def members_of(rule: LeaveOut, units: Sequence[Unit]) -> Tensor:
+    """Return what each of L units leaves out, ``[L, G]`` int64, padded by repetition."""
+    members = [rule.members(unit) for unit in units]
+    width = max((len(m) for m in members), default=0)
+    rows = [[*m, *[m[0]] * (width - len(m))] for m in members]
+    return torch.tensor(rows, dtype=torch.int64).view(len(units), width)
 
 
 @dataclass(frozen=True)
@@ -19,7 +160,7 @@ class Batch:
     Args:
         index: ``[R, B]`` int64, into the training set; ``[1, B]`` where all replicas see the same.
         weight: ``[R, B]``, what each instance's loss is multiplied with.
-        extra: ``[R, G]`` int64, instances whose losses are added besides (rule ``every_batch``), or None.
+        extra: ``[R, G]`` int64, instances outside the batch whose losses are added, or None.
         extra_weight: ``[R, G]``.
     """
 
@@ -37,28 +178,29 @@ class BatchStream:
     and the state of the generator after an epoch does not depend on the left-out instance.
 
     Args:
-        replicas: of one chunk (see :func:`~fimo.engine.replicas.plan_chunks`).
-        instances: N.
+        replicas: of one chunk (see :func:`~fimo.engine.replicas.next_chunk`).
+        rule: of leaving out.
         dtype, device: of the weights.
     """
 
     def __init__(
         self,
         replicas: Sequence[Replica],
-        instances: int,
+        rule: LeaveOut,
         protocol: Protocol,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        self.instances, self.protocol, self.device = instances, protocol, device
+        self.rule, self.protocol, self.device = rule, protocol, device
         self.seeds = [r.seed for r in replicas]
-        width = max((len(r.left_out) for r in replicas), default=0)
+        members = [rule.members(r.left_out) for r in replicas]
+        width = max((len(m) for m in members), default=0)
         # padded with -1, which is no instance
-        rows = [list(r.left_out) + [-1] * (width - len(r.left_out)) for r in replicas]
+        rows = [list(m) + [-1] * (width - len(m)) for m in members]
         self.left_out = torch.tensor(rows, dtype=torch.int64).view(len(replicas), width)
-        self.kept = instances - width if protocol.leave_out == "shift" else instances
+        self.kept = rule.kept(width)
         self.dtype = dtype
-        self.shared = protocol.leave_out != "shift" and len(set(self.seeds)) == 1
+        self.shared = rule.shares_batches and len(set(self.seeds)) == 1
 
     def starting_at(self, step: int) -> Iterator[Batch]:
         """Yield the batches from optimizer step ``step`` (from 0) on, without end."""
@@ -66,26 +208,28 @@ class BatchStream:
         generators = {seed: torch.Generator().manual_seed(seed) for seed in self.seeds}
         epoch = 0
         while True:
-            drawn = {s: torch.randperm(self.instances, generator=g) for s, g in generators.items()}
+            drawn = {s: torch.randperm(self.rule.instances, generator=g) for s, g in generators.items()}
             if epoch >= first:
                 order = torch.stack([drawn[seed] for seed in self.seeds])
                 yield from self._epoch(order, skip if epoch == first else 0)
             epoch += 1
 
     def _epoch(self, order: Tensor, skip: int) -> Iterator[Batch]:
-        size = self.protocol.batch_size
-        left_out_here = (order[:, :, None] == self.left_out[:, None, :]).any(-1)
+        rule, size = self.rule, self.protocol.batch_size
+        out = (order[:, :, None] == self.left_out[:, None, :]).any(-1)
+        unseen = rule.seen(out, size) < 0
         weight = torch.ones(order.shape, dtype=self.dtype)
-        extra = extra_weight = None
-        if self.protocol.leave_out == "shift":
-            order = order[~left_out_here].view(len(order), self.kept)
+        if rule.shares_batches:
+            weight[unseen] = 0.0
+        else:
+            order = order[~unseen].view(len(order), self.kept)
             weight = weight[:, : self.kept]
-        elif self.protocol.leave_out == "mask":
-            weight[left_out_here] = 0.0
-        elif self.left_out.shape[1]:
+        extra = extra_weight = None
+        if self.left_out.shape[1]:
+            extra_weight = rule.outside((self.left_out >= 0).to(self.dtype))
+        if extra_weight is not None:
+            extra_weight = extra_weight.to(self.device)
             extra = self.left_out.clamp(min=0).to(self.device)
-            present = (self.left_out >= 0).to(self.dtype)
-            extra_weight = (-present / self.instances).to(self.device)
         order, weight = order[:1] if self.shared else order, weight.to(self.device)
         order = order.to(self.device)
         for start in range(skip * size, order.shape[1], size):

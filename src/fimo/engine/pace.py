@@ -133,7 +133,7 @@ def saved_steps(setting: Setting, runs: int, chunks: int) -> float:
     Args:
         chunks: c, that a seed's runs are in.
     """
-    if setting.protocol.leave_out == "every_batch":
+    if not setting.rule.until_occurrence:
         return 0.0
     n = len(setting.train)
     epoch = min(setting.protocol.total_steps(n), setting.protocol.batches_per_epoch(n))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
-
-from fimo.engine.protocol import Protocol
 
 Unit = tuple[int, ...]
 """What a run leaves out: training indices, ascending; empty for the full run."""
@@ -19,7 +17,7 @@ class Replica(NamedTuple):
 
 
 def next_chunk(
-    waiting: Iterable[Replica], size: int, protocol: Protocol, one_seed_each: bool
+    waiting: Iterable[Replica], size: int, width: Callable[[Unit], int], one_seed_each: bool
 ) -> list[Replica]:
     """Return the first chunk of waiting replicas: at most ``size`` that take the same steps.
 
@@ -28,15 +26,13 @@ def next_chunk(
 
     Args:
         waiting: replicas to run, in an order that does not depend on what is finished.
+        width: the leave-out rule's, of the batches of runs that leave something out.
         one_seed_each: keep the replicas of a chunk to one seed (they share their dropout masks).
     """
 
     def group(replica: Replica) -> tuple[int, int, bool]:
-        # replicas that leave out equally many have equally large batches (`shift`), or equally many extra
-        # instances (`every_batch`), which none needs to be padded to
         seed = replica.seed if one_seed_each else 0
-        width = 0 if protocol.leave_out == "mask" else len(replica.left_out)
-        return seed, width, not replica.left_out
+        return seed, width(replica.left_out), not replica.left_out
 
     chunk: list[Replica] = []
     for replica in waiting:

@@ -67,7 +67,7 @@ def adjoint(
             _sweep(run, kept, model, batch, of, chosen)
             for batch in test.batches(max(1, chunk // len(chosen)))
         ]
-    found = torch.cat(parts, 1)
+    found = run.rule.of_units(torch.cat(parts, 1))
     return found if of == "outputs" else found[:, :, 0]
 
 
@@ -160,10 +160,8 @@ def _pull_back(run: FullRun, state: State, batch: StepBatch, adjoints: State) ->
 def _spread(run: FullRun, batch: StepBatch, d_losses: Tensor) -> Tensor:
     """Return the weights' derivatives ``[M, N]`` of a step from those of its losses ``[M, B + G]``."""
     found = torch.zeros(len(d_losses), len(run.train), dtype=run.dtype, device=run.device)
-    b = len(batch.index)
-    if run.protocol.leave_out == "every_batch":
-        return found.index_add_(1, batch.extra, d_losses[:, b:] / len(run.train))
-    return found.index_add_(1, batch.index, d_losses[:, :b] * batch.weight[:b])
+    places, derivative = run.rule.in_own_weights(d_losses, batch.weight, len(batch.index))
+    return found.index_add_(1, torch.cat([batch.index, batch.extra])[places], derivative)
 
 
 def _test_gradients(

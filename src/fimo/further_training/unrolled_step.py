@@ -12,7 +12,7 @@ from torch.func import grad, vmap
 
 from fimo.data.instances import Inputs, Instances
 from fimo.engine.chunk import step_seed
-from fimo.engine.leave_out import BatchStream
+from fimo.engine.leave_out import BatchStream, make_rule, members_of
 from fimo.engine.linear import linear_layers
 from fimo.engine.linear_derivatives import along, gradient_and_tangents
 from fimo.engine.optimizers import State, Tensors, safe_sqrt
@@ -31,7 +31,7 @@ class StepBatch:
 
     Args:
         index: ``[B]`` into the training set.
-        extra: ``[G]``, instances whose losses count besides (rule ``every_batch``).
+        extra: ``[G]``, instances outside the batch that the leave-out rule adds losses of.
         weight: ``[B + G]``, what each loss is multiplied with: 1 / B, and 0.
     """
 
@@ -68,6 +68,7 @@ class FullRun:
     ) -> None:
         if reason := protocol.update_rule.underivable:
             raise InputError("further_training.optimizer", reason)
+        self.rule = make_rule(protocol, train)
         self.dtype = DTYPES[protocol.dtype] if dtype is None else dtype
         self.model, self.train = final_model.to(device, self.dtype), train.to(device, self.dtype)
         self.protocol, self.seed, self.device = protocol, seed, torch.device(device)
@@ -79,13 +80,10 @@ class FullRun:
         self.layers = linear_layers(self.network) if linear else None
         self.total = protocol.total_steps(len(train))
         self.points = protocol.evaluation_steps(len(train), len(train))
-        members = (
-            sorted({i for unit in units or () for i in unit}) if units is not None else range(len(train))
-        )
-        self.extra = torch.tensor(
-            list(members) if protocol.leave_out == "every_batch" else [], dtype=torch.int64
-        )
-        self.extra = self.extra.to(self.device)
+        members: Sequence[int] = []
+        if self.rule.outside(torch.ones(1)) is not None:
+            members = sorted({i for unit in units for i in unit}) if units is not None else range(len(train))
+        self.extra = torch.tensor(list(members), dtype=torch.int64, device=self.device)
 
     def start(self) -> State:
         """Return the final model's parameters, and an optimizer's fresh state."""
@@ -96,22 +94,20 @@ class FullRun:
 
     def batches(self, first: int = 0) -> Iterator[StepBatch]:
         """Yield the batches of the seed's steps from step ``first`` on."""
-        stream = BatchStream([Replica(self.seed)], len(self.train), self.protocol, self.dtype, self.device)
+        stream = BatchStream([Replica(self.seed)], self.rule, self.protocol, self.dtype, self.device)
         none = torch.zeros(len(self.extra), dtype=self.dtype, device=self.device)
         for step, batch in enumerate(stream.starting_at(first), first):
             yield StepBatch(step, batch.index[0], self.extra, torch.cat([batch.weight[0], none]))
 
     def weight_derivative(self, batch: StepBatch, units: Sequence[Unit]) -> Tensor:
         """Return the derivative ``[L, B + G]`` of a batch's weights in the weight of each unit."""
-        width = max(len(u) for u in units)
-        padded = torch.tensor([[*u, *[-1] * (width - len(u))] for u in units], device=self.device)
-        if self.protocol.leave_out == "every_batch":
-            each = torch.full((len(batch.extra),), 1 / len(self.train), dtype=self.dtype, device=self.device)
-            instances = torch.cat([torch.full_like(batch.index, -2), batch.extra])
-        else:
-            each, instances = batch.weight[: len(batch.index)], torch.cat([batch.index, batch.extra])
-        found = (instances[None, :, None] == padded[:, None, :]).any(-1).to(self.dtype)
-        return found * torch.cat([batch.weight[: len(instances) - len(each)], each])
+        members = members_of(self.rule, units).to(self.device)
+        instances = torch.cat([batch.index, batch.extra])
+        of_unit = (instances[None, :, None] == members[:, None, :]).any(-1).to(self.dtype)
+        places, derivative = self.rule.in_own_weights(of_unit, batch.weight, len(batch.index))
+        found = torch.zeros_like(of_unit)
+        found[:, places] = derivative
+        return found
 
     def losses(self, parameters: Tensors, batch: StepBatch) -> Tensor:
         """Return the losses ``[B + G]`` of a batch's instances, in train mode."""

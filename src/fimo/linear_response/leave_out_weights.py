@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fimo.engine.leave_out import LeaveOut, members_of
 from fimo.engine.protocol import Protocol
 
 
@@ -36,13 +37,13 @@ class Step:
 def steps(
     seeds: Sequence[int],
     left_out: Tensor,
-    instances: int,
+    rule: LeaveOut,
     protocol: Protocol,
     dtype: torch.dtype,
 ) -> Iterator[Step]:
     """Yield the steps of the seeds' full runs, to their last evaluation point.
 
-    The rules are those of :class:`~fimo.engine.leave_out.BatchStream`. Where ``shift`` makes an
+    Where the rule makes an
     epoch one step shorter (N = k B + 1), the two kinds of runs count their steps apart: from one evaluation
     point to the next both start together, and the one with fewer steps to make waits at the end. So runs
     that are compared at the end of epochs stay aligned by epoch, and runs that are compared after a number
@@ -50,12 +51,12 @@ def steps(
 
     Args:
         left_out: ``[L]``, one instance per run.
-        instances: N.
+        rule: of leaving out.
     """
-    total = protocol.total_steps(instances)
-    batches = _Batches(seeds, left_out.cpu(), instances, protocol, dtype)
-    counts = (instances, batches.kept)
-    points = [protocol.evaluation_steps(n, instances) for n in counts]
+    total = protocol.total_steps(rule.instances)
+    batches = _Batches(seeds, left_out, rule, protocol, dtype)
+    counts = (rule.instances, batches.kept)
+    points = [protocol.evaluation_steps(n, rule.instances) for n in counts]
     lengths = [protocol.batches_per_epoch(n) for n in counts]
     spans = [list(itertools.pairwise([0, *p])) for p in points]
     for full, without in zip(*spans, strict=True):
@@ -79,17 +80,16 @@ class _Batches:
         self,
         seeds: Sequence[int],
         left_out: Tensor,
-        instances: int,
+        rule: LeaveOut,
         protocol: Protocol,
         dtype: torch.dtype,
     ) -> None:
-        self.left_out, self.instances, self.protocol, self.dtype = left_out, instances, protocol, dtype
-        self.shift = protocol.leave_out == "shift"
-        self.kept = instances - 1 if self.shift else instances
-        if protocol.leave_out == "every_batch":  # their losses are subtracted from every batch's
-            self.outside = left_out.unique()
-            chosen = (self.outside[:, None] == left_out).to(dtype)
-            self.subtracted = chosen.expand(len(seeds), -1, -1) / -instances
+        self.members = members_of(rule, [(i,) for i in left_out.tolist()])  # [L, G]
+        self.rule, self.size, self.dtype = rule, protocol.batch_size, dtype
+        self.kept = rule.kept(1)
+        self.outside = self.members.unique()
+        chosen = (self.outside[:, None, None] == self.members).any(-1).to(dtype)
+        self.added = rule.outside(chosen.expand(len(seeds), -1, -1))  # [S, U, L]
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._drawn: list[tuple[Tensor, Tensor]] = []  # of epochs from `_first` on
         self._first = 0
@@ -109,37 +109,34 @@ class _Batches:
     def _window(self, epoch: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the same of runs that all are at this batch."""
         order, seen = self._epoch(epoch)
-        start = batch * self.protocol.batch_size
-        stop = min(start + self.protocol.batch_size, self.instances)
-        reach = min(stop + 1, self.instances) if self.shift else stop
+        n = self.rule.instances
+        start = batch * self.size
+        stop = min(start + self.size, n)
+        reach = min(stop + n - self.kept, n)  # instances that move up into the batch
         window = order[:, start:reach]
         full = torch.full((reach - start,), 1 / (stop - start), dtype=self.dtype)
         full[stop - start :] = 0.0
         without = (seen[:, start:reach] == batch).to(self.dtype)
         without.div_(max(1, min(stop, self.kept) - start))
-        if self.protocol.leave_out == "every_batch":
+        if self.added is not None:
             window = torch.cat([window, self.outside.expand(len(window), -1)], 1)
             full = torch.cat([full, full.new_zeros(len(self.outside))])
-            without = torch.cat([without, self.subtracted], 1)
+            without = torch.cat([without, self.added], 1)
         return window, full, without
 
     def _epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Return an epoch's order ``[S, N]``, and in which batch ``[S, N, L]`` each run sees each place."""
         while self._first + len(self._drawn) <= epoch:
-            order = torch.stack([torch.randperm(self.instances, generator=g) for g in self._generators])
-            self._drawn.append((order, _batch_seen(order, self.left_out, self.protocol)))
+            order = torch.stack([torch.randperm(self.rule.instances, generator=g) for g in self._generators])
+            self._drawn.append((order, self._seen(order)))
         return self._drawn[epoch - self._first]
+
+    def _seen(self, order: Tensor) -> Tensor:
+        holes = torch.argsort(order, 1)[:, self.members]  # [S, L, G], where each left-out instance occurs
+        out = torch.zeros(*order.shape, len(self.members), dtype=torch.bool)
+        out.scatter_(1, holes.transpose(1, 2), True)
+        return self.rule.seen(out, self.size)
 
     def _forget(self, before: int) -> None:
         del self._drawn[: before - self._first]
         self._first = before
-
-
-def _batch_seen(order: Tensor, left_out: Tensor, protocol: Protocol) -> Tensor:
-    """Return in which batch ``[S, N, L]`` of an epoch each run sees the instance at each place, or -1."""
-    seeds, n = order.shape
-    at = torch.arange(n, dtype=torch.int32)[:, None]
-    hole = torch.argsort(order, 1)[:, None, left_out]  # [S, 1, L], where each left-out instance occurs
-    rank = at - (at > hole).int() if protocol.leave_out == "shift" else at.expand(seeds, n, len(left_out))
-    seen = torch.div(rank, protocol.batch_size, rounding_mode="floor")
-    return seen if protocol.leave_out == "every_batch" else seen.scatter_(1, hole, -1)

@@ -52,7 +52,7 @@ def run_without(
     replicas = [Replica(seed, () if instance is None else (instance,)) for instance, seed in runs]
     waiting, chunks = dict.fromkeys(sorted(replicas)), []
     while waiting:
-        chunks.append(next_chunk(waiting, size, protocol, setting.stochastic))
+        chunks.append(next_chunk(waiting, size, setting.rule.width, setting.stochastic))
         for replica in chunks[-1]:
             del waiting[replica]
 

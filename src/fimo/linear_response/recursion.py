@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
+from fimo.engine.leave_out import LeaveOut
 from fimo.engine.linear import layers_on
 from fimo.engine.protocol import Protocol
 from fimo.linear_response.coefficient_optimizer import CoefficientOptimizer
@@ -85,7 +86,7 @@ class Along:
 def responses(
     seeds: Sequence[int],
     left_out: Tensor,
-    instances: int,
+    rule: LeaveOut,
     protocol: Protocol,
     space: OutputSpace,
     along: Along,
@@ -96,7 +97,7 @@ def responses(
 
     Args:
         left_out: ``[L]``, one instance per run.
-        instances: N.
+        rule: of leaving out.
         segments: of the evaluation points, each with the next of ``kernels``. What earlier segments changed
             is carried over as changes of parameters.
     """
@@ -104,8 +105,8 @@ def responses(
     optimizer = CoefficientOptimizer(protocol.update_rule, (s * m * r, len(left_out) + 1), like)
     coefficients = optimizer.coefficients.view(s, m * r, -1)
     forces, carried = _Forces(space, along), Carried(protocol, s, along.parameters)
-    stream = _followed(steps(seeds, left_out, instances, protocol, like.dtype), space, instances, like)
-    points = [0, *protocol.evaluation_steps(instances, instances)]
+    stream = _followed(steps(seeds, left_out, rule, protocol, like.dtype), space, rule.instances, like)
+    points = [0, *protocol.evaluation_steps(rule.instances, rule.instances)]
     kernel, taken = None, 0
     for segment in segments:
         before, kernel = kernel, next(kernels)

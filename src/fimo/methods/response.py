@@ -13,6 +13,7 @@ from torch import Tensor
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.spectrum import MAX_DIMENSION, kernel_dimension
 from fimo.data.instances import Instances
+from fimo.engine.leave_out import make_rule, members_of
 from fimo.engine.linear import linear_layers
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import even_parts
@@ -139,6 +140,7 @@ class Response(FollowingMethod):
         """Yield each seed's scores ``[E, J, L]`` (float64)."""
         for ignored in ignored_parts(self.final_model, self.ft.protocol):
             log.warning("the response ignores %s", ignored)
+        rule = make_rule(self.ft.protocol, self.train)
         dtype = DTYPES[self.ft.protocol.dtype]
         model, train = self.final_model.to(dtype=dtype), self.train.to(dtype=dtype)
         test = test.to(dtype=dtype)
@@ -148,7 +150,7 @@ class Response(FollowingMethod):
         trajectories: Iterator[Trajectory] = self.ft.full_runs()
         first = next(trajectories)
         trajectories = itertools.chain([first], trajectories)
-        space = self._space(model, train, first)
+        space = self._space(model, train, first, members_of(rule, [(i,) for i in self.left_out.tolist()]))
         shared: list[Kernel] | None = None
         if share:
             kept = list(trajectories)
@@ -159,7 +161,7 @@ class Response(FollowingMethod):
             own = model.to()
             kernels = iter(shared) if shared is not None else self._own_kernels(train, test, space, runs, cut)
             changes = responses(
-                [t.seed for t in runs], self.left_out, len(train), self.ft.protocol, space,
+                [t.seed for t in runs], self.left_out, rule, self.ft.protocol, space,
                 self._along(own, train, space, runs, cut), cut, kernels,
             )  # fmt: skip
             outputs = [outputs_along(own, t.parameters[1:], test) for t in runs]
@@ -202,10 +204,12 @@ class Response(FollowingMethod):
         """Whether the loss's derivative is evaluated at the changed outputs."""
         return self.propagate == "outputs" and model.loss.saturates
 
-    def _space(self, model: FinalModel, train: Instances, trajectory: Trajectory) -> OutputSpace:
+    def _space(
+        self, model: FinalModel, train: Instances, trajectory: Trajectory, removed: Tensor
+    ) -> OutputSpace:
         few = [trajectory.parameters[k] for k in sorted({0, *spread(self.ft.steps, 4)})]
         outputs = outputs_along(model, few, train)
-        return OutputSpace.choose(model.loss, outputs, train.targets, self.left_out, self.max_rows)
+        return OutputSpace.choose(model.loss, outputs, train.targets, removed.unique(), self.max_rows)
 
     def _along(
         self,

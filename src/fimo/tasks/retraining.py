@@ -14,6 +14,7 @@ from fimo.app.build import build_final_model, build_module
 from fimo.app.environment import trainer_settings
 from fimo.cost import Cost
 from fimo.data.datamodule import InstancesModule
+from fimo.engine.optimizers import make_optimizer
 from fimo.errors import InputError
 from fimo.further_training import Protocol, further_train
 from fimo.further_training.sensitivity import Sensitivity
@@ -90,8 +91,7 @@ def training_protocol(config: DictConfig, data: InstancesModule, further: Protoc
         batch_size=data.batch_size,
         epochs=config.trainer.max_epochs,
         leave_out=further.leave_out,
-        momentum=config.model.momentum,
-        weight_decay=config.model.weight_decay,
+        **dataclasses.asdict(make_optimizer(config.model.optimizer, config.model)),
         clip_norm=config.trainer.gradient_clip_val,
         dtype=further.dtype,
         evaluation_dtype=further.evaluation_dtype,
