@@ -34,6 +34,8 @@ def plain_run(
     Returns:
         Test losses ``[E, J]`` (float64), distances ``[E]`` from the final model, and the network.
     """
+    if protocol.leave_out == "with_duplicates":
+        left_out = [i for i in range(len(train)) if any(same(train, i, k) for k in left_out)]
     device = train.targets.device
     network = copy.deepcopy(final_model.network).to(DTYPES[protocol.dtype]).train()
     for name, module in network.named_modules():
@@ -63,7 +65,7 @@ def plain_run(
             optimizer.zero_grad()
             torch.manual_seed((seed * 1_000_003 + step) * 2)
             each = final_model.loss(apply(network, batch.inputs), batch.targets)
-            if protocol.leave_out == "mask":
+            if protocol.leave_out in ("mask", "with_duplicates"):
                 each = each * torch.tensor(
                     [weight if i in left_out else 1.0 for i in index], dtype=each.dtype
                 )
@@ -94,6 +96,11 @@ def plain_run(
         epoch += 1
         if step >= horizon or (protocol.evaluate_every == "epoch" and epoch == protocol.epochs):
             return torch.stack(losses), torch.stack(distances).sqrt(), network
+
+
+def same(train: Instances, i: int, k: int) -> bool:
+    """Whether two instances have the same inputs and target."""
+    return all(torch.equal(tensor[i], tensor[k]) for tensor in train.tensors().values())
 
 
 def make_optimizer(parameters: list[nn.Parameter], protocol: Protocol) -> torch.optim.Optimizer:

@@ -13,6 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from fimo.cost import Cost
+from fimo.engine.leave_out import make_rule
+from fimo.engine.replicas import Unit
 from fimo.errors import InputError
 from fimo.further_training import evaluation_points, full_runs
 from fimo.further_training.trajectory import FurtherTraining
@@ -93,7 +95,7 @@ def score(
             }
         named = {str(k): v for k, v in settings.items()}
         test = data.test[plan.test]
-        units = choices.units(plan.left_out, len(data.train))
+        units = summed(plan, method, data.train)
         return scores_key(problem, test, name, type(method), named, units, config.seed, followed)
 
     with kept(store, "scores", key) as folder, FileLock(folder / "lock"):
@@ -129,7 +131,7 @@ def _compute(
 ) -> dict[str, Tensor]:
     device = next(iter(final_model.parameters().values())).device
     train, test = data.train.to(device), data.test[plan.test].to(device)
-    groups = choices.units(plan.left_out, len(train))
+    groups = summed(plan, method, data.train)
     members = sorted({i for group in groups for i in group})
     position = {i: k for k, i in enumerate(members)}
     with torch.random.fork_rng():
@@ -148,6 +150,16 @@ def _compute(
     if not torch.isfinite(tensors["scores"]).all():
         log.warning("%s gave scores that are not finite", type(method).__name__)
     return tensors
+
+
+def summed(plan: Plan, method: AttributionMethod, train: Instances) -> list[Unit]:
+    """Return, for each of what the gold standard leaves out, the instances whose scores are added.
+
+    Methods that follow the runs leave out by the rule themselves whatever goes with an instance.
+    """
+    rule = make_rule(plan.protocol, train)
+    units = choices.units(plan.left_out, len(train))
+    return [rule.distinct(unit) if method.follows_seeds else rule.members(unit) for unit in units]
 
 
 def bars_of_groups(method: AttributionMethod, membership: Tensor) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +40,14 @@ class LeaveOut:
     def members(self, unit: Unit) -> Unit:
         """Return the instances that are left out where ``unit`` is asked for, ascending."""
         return unit
+
+    def distinct(self, unit: Unit) -> Unit:
+        """Return the instances of a unit without those that go with another of them."""
+        return unit
+
+    def multiplicity(self, index: Tensor) -> Tensor | float:
+        """Return how many exact copies of each instance ``[L]`` go with it, itself among them."""
+        return 1.0
 
     def of_units(self, derivative: Tensor) -> Tensor:
         """Return derivatives ``[..., N]`` in the weight of :meth:`members`, from those in each one's own."""
@@ -136,7 +145,48 @@ class EveryBatch(LeaveOut):
         return slice(size, None), values[..., size:] / self.instances
 
 
-RULES: dict[str, type[LeaveOut]] = {rule.name: rule for rule in (Shift, Mask, EveryBatch)}
+class WithDuplicates(Mask):
+    """As ``mask``, for an instance with all its exact duplicates, which have the same inputs and target."""
+
+    name = "with_duplicates"
+
+    def __init__(self, train: Instances | int) -> None:
+        super().__init__(train)
+        if isinstance(train, int):
+            raise TypeError("with_duplicates compares instances; their number alone doesn't say which agree")
+        self.group = duplicate_groups(train)
+
+    def members(self, unit: Unit) -> Unit:
+        return tuple(torch.isin(self.group, self.group[list(unit)]).nonzero().flatten().tolist())
+
+    def distinct(self, unit: Unit) -> Unit:
+        first: dict[int, int] = {}
+        for instance, group in zip(unit, self.group[list(unit)].tolist(), strict=True):
+            first.setdefault(group, instance)
+        return tuple(first.values())
+
+    def multiplicity(self, index: Tensor) -> Tensor:
+        return self.group.bincount()[self.group[index.cpu()]].to(index.device)
+
+    def of_units(self, derivative: Tensor) -> Tensor:
+        group = self.group.to(derivative.device)
+        sums = derivative.new_zeros(*derivative.shape[:-1], int(group.max()) + 1)
+        return sums.index_add_(-1, group, derivative)[..., group]
+
+
+def duplicate_groups(train: Instances) -> Tensor:
+    """Return a number ``[N]`` for each instance that exactly those share whose every tensor is the same."""
+    parts = []
+    for tensor in train.tensors().values():
+        rows = tensor.detach().cpu().reshape(len(train), -1)
+        rows = rows + 0.0 if rows.is_floating_point() else rows  # -0 and 0 are the same number
+        parts.append(rows.contiguous().view(torch.uint8))
+    whole = torch.cat(parts, 1).contiguous().numpy()
+    _, group = np.unique(whole.view(f"V{whole.shape[1]}")[:, 0], return_inverse=True)
+    return torch.from_numpy(group.astype(np.int64))
+
+
+RULES: dict[str, type[LeaveOut]] = {rule.name: rule for rule in (Shift, Mask, EveryBatch, WithDuplicates)}
 """By name; the names are those of :data:`fimo.engine.settings.LEAVE_OUT_RULES`."""
 
 

@@ -32,6 +32,7 @@ class MeanBatchResponse:
         segments: most points of a run at which curvature is taken; evaluation points share the nearest's.
         propagate: ``outputs`` evaluates the loss at the changed outputs; ``loss`` takes it as linear in them.
         memory_mb: of Jacobians held at once.
+        copies: ``[L]``, how many copies of each left-out instance are left out together.
 
     Attributes:
         gradient_evaluations: so far.
@@ -45,9 +46,11 @@ class MeanBatchResponse:
         segments: int,
         propagate: Literal["outputs", "loss"],
         memory_mb: float,
+        copies: Tensor | float = 1.0,
     ) -> None:
         self.final_model, self.train, self.ft = final_model, train, further_training
         self.segments, self.propagate, self.memory_mb = segments, propagate, memory_mb
+        self.copies = copies
         self.loss_changes = loss_changes_by(propagate)
         protocol = further_training.protocol
         self.rule = protocol.update_rule
@@ -131,7 +134,8 @@ class MeanBatchResponse:
         pair = spectrum.pair(gradients.outputs(test), gradients.losses(left_out))
         self.gradient_evaluations += gradients.evaluations
         n = len(self.train)
-        return [pair.apply(relaxation(t, self.rule.flow_decay))[..., 0].flatten(0, 1) / n for t in time]
+        found = [pair.apply(relaxation(t, self.rule.flow_decay))[..., 0].flatten(0, 1) / n for t in time]
+        return [change * self.copies for change in found]
 
     def _by_factors_at(
         self, model: FinalModel, test: Instances, left_out: Instances, time: Sequence[float]
@@ -144,7 +148,7 @@ class MeanBatchResponse:
         phis = [relaxation(t, self.rule.flow_decay) for t in time]
         changes = kronecker_response(factors, rows, gradients.losses(left_out), phis, self.memory_mb)
         self.gradient_evaluations += gradients.evaluations
-        flat = changes.flatten(1, 2) / len(self.train)
+        flat = changes.flatten(1, 2) / len(self.train) * self.copies
         if not by_outputs:  # changes of losses themselves
             return flat
         return torch.stack([self.loss_changes(model, outputs, test.targets, c) for c in flat])

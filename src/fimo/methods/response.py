@@ -118,8 +118,9 @@ class Response(FollowingMethod):
             self.gradient_evaluations += len(self.ft.seeds) * self.run_gradients
             return self.average(self.by_seed(test), test)
         response = MeanBatchResponse(
-            self.final_model, self.train, self.ft, self.segments, self.propagate, self.memory_mb
-        )
+            self.final_model, self.train, self.ft, self.segments, self.propagate, self.memory_mb,
+            make_rule(self.ft.protocol, self.train).multiplicity(self.left_out),
+        )  # fmt: skip
         if by_factors:
             log.info(
                 "response: EK-FAC's eigenbasis instead of the kernel%s", f", since {reason}" if reason else ""

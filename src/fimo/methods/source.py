@@ -12,6 +12,7 @@ from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import DenseRows
 from fimo.curvature.spectrum import MAX_DIMENSION, KernelSpectrum, Phi, kernel_dimension
 from fimo.data.instances import Instances
+from fimo.engine.leave_out import make_rule
 from fimo.errors import InputError
 from fimo.further_training.trajectory import Trajectory
 from fimo.linear_response.coefficient_optimizer import preconditioner
@@ -89,6 +90,7 @@ class Source(FollowingMethod):
             carried = spectrum.parameter_change(_decay(tau), rows).T  # in scaled units
             vectors = (carried if scale is None else carried / scale)[:, None]
             self.gradient_evaluations += gradients.evaluations
+        total *= make_rule(self.ft.protocol, self.train).multiplicity(self.left_out)
         return (total / len(self.train)).to(next(iter(self.final_model.parameters().values())).dtype)
 
 
