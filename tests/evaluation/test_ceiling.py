@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+import fimo.evaluation.metrics as metrics
 from fimo.errors import InputError
 from fimo.evaluation import METRICS, agreement, noise_ceiling, noise_ceilings
 from fimo.evaluation.ceiling import (
@@ -14,13 +15,12 @@ from fimo.evaluation.ceiling import (
     expected_cosine,
     half_splits,
     not_enough_seeds,
-    pearson_of,
     ratio_of_halves,
     seeds_for,
-    spearman_of,
     variance_ratio,
 )
 from fimo.evaluation.deconvolution import noncentral_f_log_density, signal_strengths
+from fimo.evaluation.metrics import Metric, metric_of
 from fimo.further_training.sensitivity import adjust
 from tests.evaluation.synthetic import synthetic
 
@@ -169,16 +169,51 @@ def test_the_expected_cosine_is_the_mean_of_many(strength: float, freedom: int) 
     assert found == pytest.approx(actual, abs=0.012 if freedom < 10 else 0.002)
 
 
+@pytest.mark.parametrize("metric", ["spearman", "kendall"])
 @pytest.mark.parametrize("correlation", [0.1, 0.5, 0.9])
-def test_the_rank_correlation_of_a_correlation_is_the_mean_of_many(correlation: float) -> None:
+def test_the_law_of_a_metric_is_the_mean_of_many(correlation: float, metric: str) -> None:
     generator = torch.Generator().manual_seed(0)
     u, v = torch.randn(2, 20_000, 12, generator=generator, dtype=torch.float64)
     v = correlation * u + math.sqrt(1 - correlation**2) * v
-    actual = agreement(u, v[None], "spearman").mean().item()
+    actual = agreement(u, v[None], metric).mean().item()
     known = torch.tensor(correlation, dtype=torch.float64)
-    found = spearman_of(known, 12)
+    found = metric_of(metric).expected(known, 12)
     assert found.item() == pytest.approx(actual, abs=0.005)
-    torch.testing.assert_close(pearson_of(found, 12), known, atol=1e-6, rtol=0)
+    torch.testing.assert_close(metric_of(metric).correlation_of(found, 12), known, atol=1e-6, rtol=0)
+
+
+class Quadrants(Metric):
+    """Blomqvist's beta: the share of entries on the same side of both medians; no law is written."""
+
+    name = "quadrants"
+
+    def prepared(self, vectors: Tensor) -> Tensor:
+        return (vectors - vectors.median(-1, keepdim=True).values).float()
+
+    def paired(self, u: Tensor, v: Tensor) -> Tensor:
+        return (u.sign() * v.sign()).mean(-1)
+
+
+def test_a_metric_without_a_law_gets_it_by_simulation() -> None:
+    kinds = {kind: (type(f"Without{kind}", (Metric,), {}), kind) for kind in ("spearman", "kendall")}
+    at = torch.tensor([-0.7, 0.0, 0.3, 0.9], dtype=torch.float64)
+    for made, name in kinds.values():
+        known = metric_of(name)
+        made.prepared, made.paired = (
+            (lambda self, v, k=known: k.prepared(v)),
+            (lambda self, u, v, k=known: k.paired(u, v)),
+        )
+        torch.testing.assert_close(made().expected(at, 20), known.expected(at, 20), atol=0.01, rtol=0)
+        assert made().efficiency(20) == pytest.approx(known.efficiency(20), rel=0.1)
+
+
+def test_any_function_of_two_vectors_has_ceilings_and_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(metrics.KINDS, "quadrants", Quadrants)
+    truth, raw = draw("noise 1", 6)
+    found = noise_ceilings(raw[:6], "quadrants", seed_counts=[6])  # type: ignore[arg-type]
+    real = agreement(adjust(truth), adjust(raw[:6].mean(0)), "quadrants").mean().item()  # type: ignore[arg-type]
+    assert found.upper.item() == pytest.approx(real, abs=0.03)
+    assert found.lower.item() < found.upper.item()
 
 
 @pytest.mark.parametrize("noncentrality", [0.0, 8.0, 90.0])

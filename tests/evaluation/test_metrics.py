@@ -5,7 +5,12 @@ import doctest
 import pytest
 import torch
 from scipy import stats
-from torchmetrics.functional import cosine_similarity, pearson_corrcoef, spearman_corrcoef
+from torchmetrics.functional import (
+    cosine_similarity,
+    kendall_rank_corrcoef,
+    pearson_corrcoef,
+    spearman_corrcoef,
+)
 
 import fimo.evaluation.metrics as module
 from fimo.errors import InputError
@@ -17,6 +22,7 @@ PLAIN = {
     "cosine": lambda u, v: cosine_similarity(u[None], v[None], reduction="none")[0],
     "spearman": spearman_corrcoef,
     "pearson": pearson_corrcoef,
+    "kendall": kendall_rank_corrcoef,
 }
 
 
@@ -72,6 +78,20 @@ def test_a_vector_of_equal_numbers_is_constant_whatever_rounding_does_to_its_mea
     assert not agreement(scores, sensitivity.sensitivity, "cosine").isnan().any()
 
 
+@pytest.mark.parametrize("most", [1, 500, 2**22])
+def test_kendalls_tau_is_scipys_with_ties_and_undefined_where_a_vector_is_constant(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PAIRS", most)  # pairs held at once: no value depends on it
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.randint(0, 4, (6, 17), generator=generator).float() for _ in range(2))
+    u[3] = 2.0
+    found = agreement(u, v[None], "kendall")[0]
+    expected = [stats.kendalltau(a, b).statistic for a, b in zip(u.numpy(), v.numpy(), strict=True)]
+    torch.testing.assert_close(found, torch.tensor(expected).float(), equal_nan=True, atol=1e-6, rtol=0)
+    assert found.isnan().tolist() == [False, False, False, True, False, False]
+
+
 def test_mean_and_sem_are_over_defined_values() -> None:
     nan = torch.nan
     values = torch.tensor([[1.0, 2.0, nan, 4.0], [nan, nan, nan, 1.0], [2.0, nan, nan, 5.0]])
@@ -87,7 +107,7 @@ def test_wrong_shapes_and_metrics_are_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"scores: expected \[5, 30\] or \[4, 5, 30\] but got \[5, 29\]"):
         agreement(signal[0, :, 1:], sensitivity.sensitivity)
     with pytest.raises(InputError, match=r"evaluation\.metrics: expected one of cosine, spearman, pearson"):
-        agreement(signal, sensitivity.sensitivity, "kendall")  # type: ignore[arg-type]
+        agreement(signal, sensitivity.sensitivity, "hoeffding")  # type: ignore[arg-type]
 
 
 def test_the_docstring_s_example_is_true() -> None:

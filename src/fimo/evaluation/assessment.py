@@ -13,7 +13,7 @@ from torch import Tensor
 from fimo.errors import InputError
 from fimo.evaluation.bootstrap import bootstrap_agreement
 from fimo.evaluation.ceiling import ceiling_undefined, noise_ceilings, not_enough_seeds
-from fimo.evaluation.metrics import METRICS, MetricName, check_shapes, mean_and_sem
+from fimo.evaluation.metrics import DEFAULT, MetricName, check_shapes, mean_and_sem
 from fimo.evaluation.resampling import mean_agreements
 from fimo.evaluation.slope import fitted_slope
 from fimo.further_training.seeds import relation
@@ -60,7 +60,7 @@ class Evaluation:
 def evaluate(
     scores: Scores,
     sensitivity: Sensitivity,
-    metrics: Sequence[MetricName] = METRICS,
+    metrics: Sequence[MetricName] = DEFAULT,
     seed_counts: Sequence[int] | None = None,
     estimate_loss_change: Collection[str] | None = None,
     followed: Mapping[str, Sequence[int]] | None = None,
@@ -78,7 +78,7 @@ def evaluate(
 def assess(
     scores: Scores,
     sensitivity: Sensitivity,
-    metrics: Sequence[MetricName] = METRICS,
+    metrics: Sequence[MetricName] = DEFAULT,
     seed_counts: Sequence[int] | None = None,
     estimate_loss_change: Collection[str] | None = None,
     followed: Mapping[str, Sequence[int]] | None = None,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fimo.errors import InputError
 from fimo.evaluation.deconvolution import signal_strengths
-from fimo.evaluation.metrics import MetricName
+from fimo.evaluation.metrics import MetricName, metric_of
 from fimo.evaluation.resampling import seed_means, subset_weights
 from fimo.further_training.sensitivity import adjust
 
@@ -79,8 +79,9 @@ def noise_ceilings(
     subjects. Their upper one, with the mean that includes the subject itself, is only a bound, and 1 at
     k = S.
 
-    λ is estimated from the seeds' mean square over the variance between seeds; for ``spearman`` from the
-    mean rank correlation of halves of the seeds, as the Pearson correlation that has it under normality; for
+    λ is estimated from the seeds' mean square over the variance between seeds; for other metrics than cosines
+    (``spearman``, ``kendall``) from their mean between halves of the seeds, as the Pearson correlation that
+    has it under normality (in closed form where the metric knows it, else by simulation); for
     cosines of raw changes from that of halves, since the full run's noise is in all left-out instances. As
     this is noisy, and the ceiling's root is not linear, each test instance's ceiling is the posterior mean
     under the distribution of λ over test instances
@@ -128,21 +129,22 @@ def instance_ceilings(
     lower = upper.clone()
     if ceiling_undefined(seeds) is not None:
         return Ceilings(upper, lower)
-    rank, offset = metric == "spearman", metric == "cosine" and not subtract_mean
+    kind = metric_of(metric)
+    law, offset = not kind.by_cosine, not kind.centred and not subtract_mean
     freedom = left_out if offset else left_out - 1
-    halves = half_agreements(raw, metric, subtract_mean, splits, generator) if rank or offset else None
+    halves = half_agreements(raw, metric, subtract_mean, splits, generator) if law or offset else None
     for e in range(points):
         ratio, elements = variance_ratio(adjust(raw[:, e].double(), not offset), freedom)
         if halves is not None:
-            ratio = ratio_of_halves(pearson_of(halves[e], left_out) if rank else halves[e], seeds)
-            # ranks tell as much as so many fewer values would (Hotelling and Pabst, 1936: 9 / pi² for many)
-            elements = elements * (3 * left_out / (math.pi * (left_out + 1))) ** 2 if rank else elements
+            ratio = ratio_of_halves(kind.correlation_of(halves[e], left_out) if law else halves[e], seeds)
+            # ranks, say, tell as much as so many fewer values would
+            elements = elements * kind.efficiency(left_out) if law else elements
         strength, probability = signal_strengths(ratio, elements, seeds)
         strength = strength * freedom / elements  # fewer independent elements, but of the same reliability
         with_all = expected_cosine(strength, freedom)
         with_k = expected_cosine(counts[:, None] / seeds * strength, freedom)  # [K, G]
         for ceiling, cosine in ((upper, with_k), (lower, with_k * with_all)):
-            ceiling[e] = (probability @ (spearman_of(cosine, left_out) if rank else cosine).T).float()
+            ceiling[e] = (probability @ (kind.expected(cosine, left_out) if law else cosine).T).float()
     return Ceilings(upper, lower)
 
 
@@ -181,21 +183,6 @@ def ratio_of_halves(correlation: Tensor, seeds: int) -> Tensor:
     return (1 + (more - 1) * correlation).clamp(min=0) / (1 - correlation)
 
 
-def spearman_of(correlation: Tensor, count: int) -> Tensor:
-    """Return the expected rank correlation of ``count`` normal pairs of this correlation (Moran, 1948)."""
-    both = torch.asin(correlation) + (count - 2) * torch.asin(correlation / 2)
-    return 6 / (math.pi * (count + 1)) * both
-
-
-def pearson_of(rank_correlation: Tensor, count: int) -> Tensor:
-    """Return the correlation at which :func:`spearman_of` is ``rank_correlation``, by interpolation."""
-    grid = torch.sin(torch.linspace(-math.pi / 2, math.pi / 2, 4001, dtype=torch.float64))
-    known = spearman_of(grid, count)
-    above = torch.searchsorted(known, rank_correlation.double().contiguous()).clamp(1, len(grid) - 1)
-    share = (rank_correlation - known[above - 1]) / (known[above] - known[above - 1])
-    return (grid[above - 1] + share * (grid[above] - grid[above - 1])).clamp(-1, 1)
-
-
 def half_agreements(
     raw: Tensor,
     metric: MetricName,
@@ -205,12 +192,12 @@ def half_agreements(
 ) -> Tensor:
     """Return the agreement ``[E, J]`` of means over halves of the seeds, itself a mean over random splits."""
     seeds, points, tests, _ = raw.shape
-    chosen = half_splits(seeds, splits, generator)
+    kind, chosen = metric_of(metric), half_splits(seeds, splits, generator)
     weights = subset_weights([side for split in zip(*chosen, strict=True) for side in split], seeds)
     total = torch.empty(points, tests, dtype=torch.float64)
     for e, block, means in seed_means(raw, weights, metric, subtract_mean):
         first, second = means.split(len(chosen))
-        total[e, block] = (first * second).sum(-1).double().sum(0)
+        total[e, block] = kind.paired(first, second).double().sum(0)
     return total / len(chosen)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fimo.evaluation.metrics import MetricName, comparable
+from fimo.evaluation.metrics import MetricName, metric_of
 from fimo.further_training.sensitivity import adjust
 
 BLOCK = 2**20
@@ -30,7 +30,8 @@ def subset_weights(subsets: Sequence[Sequence[int]], seeds: int) -> Tensor:
 def seed_means(
     raw: Tensor, weights: Tensor, metric: MetricName, subtract_mean: bool
 ) -> Iterator[tuple[int, slice, Tensor]]:
-    """Yield adjusted weighted means over seeds, as :func:`~fimo.evaluation.metrics.comparable` makes them.
+    """Yield adjusted weighted means over seeds, as a metric prepares them
+    (:meth:`fimo.evaluation.metrics.Metric.prepared`).
 
     Args:
         raw: ``[S, E, J, L]``; read once, an evaluation point at a time.
@@ -41,14 +42,14 @@ def seed_means(
         gives a seed's non-finite change no weight is not touched by it.
     """
     seeds, points, tests, left_out = raw.shape
-    weights = weights.to(raw.dtype)
+    kind, weights = metric_of(metric), weights.to(raw.dtype)
     size = max(1, BLOCK // max(1, len(weights) * left_out))
     for e in range(points):
         changes = adjust(raw[:, e], subtract_mean)
         for start in range(0, tests, size):
             block = slice(start, min(start + size, tests))
             means = _weighted(weights, changes[:, block].reshape(seeds, -1))
-            yield e, block, comparable(means.view(len(weights), -1, left_out), metric)
+            yield e, block, kind.prepared(means.view(len(weights), -1, left_out))
 
 
 def agreements(
@@ -63,13 +64,13 @@ def agreements(
         the evaluation point, the block's test instances along J, and the agreements ``[M, K, J']``, NaN where
         undefined; methods in the mapping's order.
     """
-    fixed = {name: comparable(s, metric) for name, s in scores.items() if s.ndim == 2}
+    kind = metric_of(metric)
+    fixed = {name: kind.prepared(s) for name, s in scores.items() if s.ndim == 2}
     for e, block, means in seed_means(raw, weights, metric, subtract_mean):
         units = [
-            fixed[name][block] if name in fixed else comparable(s[e, block], metric)
-            for name, s in scores.items()
+            fixed[name][block] if name in fixed else kind.prepared(s[e, block]) for name, s in scores.items()
         ]
-        yield e, block, torch.einsum("jml,kjl->mkj", torch.stack(units, 1), means).clamp(-1, 1)
+        yield e, block, kind.crossed(torch.stack(units, 1), means).clamp(-1, 1)
 
 
 def mean_agreements(
