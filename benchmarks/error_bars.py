@@ -1,4 +1,4 @@
-"""Coverage of error bars: how often ``score ± score_sem`` contains the real leave-one-out effect.
+"""Coverage of error bars: how often ``score ± sem`` contains the real leave-one-out effect.
 
     python benchmarks/error_bars.py                      # all settings, about 15 minutes on two cores
     python benchmarks/error_bars.py --path concrete.csv  # with the paper's first data set
@@ -127,9 +127,9 @@ def show(a: argparse.Namespace, name: str, optimizer: str) -> dict[tuple[str, bo
             ft = FurtherTraining(
                 protocol, steps, seeds, lambda s=seeds: full_runs(model, train, protocol, s)
             )  # fmt: skip
-            judged = METHODS[method]()
-            scores = judged.attribute(model, train, test, left_out, ft).double()
-            for adjusted, sem in ((False, judged.score_sem), (True, judged.score_sem_adjusted)):
+            found = METHODS[method]().attribute(model, train, test, left_out, ft)
+            scores = found.values.double()
+            for adjusted, sem in ((False, found.sem), (True, found.sem_adjusted)):
                 sem = torch.full_like(scores, torch.nan) if sem is None else sem.double()
                 withheld.append(sem[points].isnan().double().mean())
                 parts[adjusted].append(covered(scores, sem, truth, adjusted)[points])

@@ -192,7 +192,7 @@ def ours(data: dict[str, Any], name: str, repeats: int = 2) -> tuple[float, Tens
     loss = mean_squared_error if data["y"].is_floating_point() else cross_entropy
     final, n = FinalModel(restored(data), loss), data["n"]
     train, test = Instances(data["x"][:n], data["y"][:n]), Instances(data["x"][n:], data["y"][n:])
-    runs = [timed(lambda: make[name]().attribute(final, train, test)) for _ in range(repeats)]
+    runs = [timed(lambda: make[name]().attribute(final, train, test).values) for _ in range(repeats)]
     return min(t for t, _ in runs), runs[0][1]
 
 

@@ -21,7 +21,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pandas as pd
 import torch
@@ -160,8 +159,8 @@ def show(a: argparse.Namespace) -> None:
         start = time.process_time()
         scores = method.attribute(final_model, train, test, left_out, ft)
         cost = (time.process_time() - start) / gold
-        print_row(name, cost, scores, truth, at, ceiling)
-        for line in notes(method, shown):
+        print_row(name, cost, scores.values, truth, at, ceiling)
+        for line in scores.notes:
             print(f"  {line}", flush=True)
 
 
@@ -177,18 +176,6 @@ def print_row(
 def centred(scores: Tensor) -> Tensor:
     """Subtract the mean over left-out instances, as the adjusted sensitivity does."""
     return scores - scores.mean(-1, keepdim=True)
-
-
-def notes(method: Any, shown: list[int]) -> list[str]:
-    """Return what a method says about its own result."""
-    found = []
-    if isinstance(method, Best):
-        found.append(f"{type(method.chosen).__name__}: {method.reason}")
-        method = method.chosen
-    if (validation := getattr(method, "validation", None)) is not None:
-        pairs = ", ".join(f"{e}: {validation[e - 1][0]:.2f}/{validation[e - 1][1]:.2f}" for e in shown)
-        found.append(f"real runs' effects predicted (correlation/scale) {pairs}")
-    return found
 
 
 def train_final_model(data: TabularModule, epochs: int, lr: float) -> FinalModel:

@@ -6,7 +6,7 @@ import pandas as pd
 from torch import Tensor
 
 from fimo.curvature.solvers import DivergenceError
-from fimo.data.instances import Instances
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.base import AttributionMethod
 from fimo.tasks.base import Judged, Task
 
@@ -14,21 +14,21 @@ from fimo.tasks.base import Judged, Task
 class Diverging(AttributionMethod):
     """Always diverges."""
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+    def scores(self, problem: AttributionProblem) -> Tensor:
         raise DivergenceError("grew a hundredfold")
 
 
 class Mistaken(AttributionMethod):
     """Fails as foreign code does, over several lines."""
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+    def scores(self, problem: AttributionProblem) -> Tensor:
         raise IndexError("Dimension out of range\n(in some library)")
 
 
 class Unwritable(AttributionMethod):
     """Meets a full disk."""
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+    def scores(self, problem: AttributionProblem) -> Tensor:
         raise OSError(28, "No space left on device", "somewhere")
 
 

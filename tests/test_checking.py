@@ -27,11 +27,13 @@ from fimo.engine.pace import Pace
 from fimo.errors import CheckFailedError
 from fimo.evaluation.ceiling import seeds_for
 from fimo.further_training import Protocol
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.exact import ExactInfluence
 from fimo.methods.graddot import GradDot
 from fimo.methods.response import Response
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import cross_entropy, mean_squared_error
+from fimo.scores import Scores
 from fimo.validation.poor import Comparison, compared
 from tests.cases import CASES, Case, mlp
 
@@ -348,7 +350,7 @@ def test_methods_are_timed_and_one_that_fails_says_so() -> None:
     case = CASES["mlp_classification"]().to(torch.float32)
 
     class Failing(GradDot):
-        def scores(self, test: Instances, left_out: Instances) -> Tensor:
+        def scores(self, problem: AttributionProblem) -> Scores:
             raise RuntimeError("out of luck")
 
     methods = {"exact": ExactInfluence(), "response": Response(), "failing": Failing()}

@@ -63,8 +63,8 @@ def test_seeds_are_a_number_or_any_list_of_them(seeds: Any) -> None:
 )
 def test_left_out_instances_are_a_number_or_any_list_of_them(left_out: Any) -> None:
     assert trained(left_out=left_out).left_out.tolist() == [0, 4, 8, 12]
-    found = GradDot().attribute(MODEL, DATA[:16], DATA[16:], left_out)
-    expected = GradDot().attribute(MODEL, DATA[:16], DATA[16:])[:, [0, 4, 8, 12]]
+    found = GradDot().attribute(MODEL, DATA[:16], DATA[16:], left_out).values
+    expected = GradDot().attribute(MODEL, DATA[:16], DATA[16:]).values[:, [0, 4, 8, 12]]
     torch.testing.assert_close(found, expected)
 
 
@@ -83,7 +83,7 @@ def test_left_out_instances_are_a_number_or_any_list_of_them(left_out: Any) -> N
 def test_indices_that_are_not_there_are_refused(left_out: Any, said: str) -> None:
     for call in (
         lambda: trained(left_out=left_out),
-        lambda: GradDot().attribute(MODEL, DATA[:16], DATA[16:], left_out),
+        lambda: GradDot().attribute(MODEL, DATA[:16], DATA[16:], left_out).values,
     ):
         with pytest.raises(InputError, match=re.escape(said)) as caught:
             call()
@@ -140,7 +140,7 @@ def own_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 def both(model: FinalModel, data: Instances) -> tuple[Tensor, Tensor]:
     """Return the gold standard and Grad-Dot's scores of the same problem."""
     found = further_train(model, data[:16], data[16:], PROTOCOL, [0], [0, 5, 10])
-    return found.raw, GradDot().attribute(model, data[:16], data[16:], [0, 5, 10])
+    return found.raw, GradDot().attribute(model, data[:16], data[16:], [0, 5, 10]).values
 
 
 class Plain(nn.Module):
@@ -199,9 +199,9 @@ def test_data_sets_and_lists_are_as_good_as_instances() -> None:
     model = FinalModel(network(), mean_squared_error)
     pairs = [(x, float(y)) for x, y in zip(DATA.inputs, DATA.targets, strict=True)]
     tensors = torch.utils.data.TensorDataset(DATA.inputs, DATA.targets[:, 0])
-    expected = GradDot().attribute(model, DATA, DATA[:4])
+    expected = GradDot().attribute(model, DATA, DATA[:4]).values
     for source in (pairs, tensors):
-        found = GradDot().attribute(model, source, DATA[:4])
+        found = GradDot().attribute(model, source, DATA[:4]).values
         torch.testing.assert_close(found, expected)
         further = further_train(model, source, DATA[:4], PROTOCOL, [0], [1])
         assert torch.equal(further.raw, further_train(model, DATA, DATA[:4], PROTOCOL, [0], [1]).raw)
@@ -266,7 +266,7 @@ def test_what_gives_no_value_of_each_instance_alone_is_refused(
     for call in (
         lambda: further_train(final_model, DATA, DATA, PROTOCOL, [0], [0]),
         lambda: list(full_runs(final_model, DATA, PROTOCOL, [0])),
-        lambda: GradDot().attribute(final_model, DATA, DATA),
+        lambda: GradDot().attribute(final_model, DATA, DATA).values,
     ):
         with pytest.raises(InputError) as caught:
             call()
@@ -292,7 +292,7 @@ def test_targets_that_a_loss_cannot_mean_are_refused(targets: Tensor, loss: Any,
     model, data = FinalModel(network(outputs=3), loss), Instances(DATA.inputs, targets)
     for call in (
         lambda: further_train(model, data, data, PROTOCOL, [0], [0]),
-        lambda: GradDot().attribute(model, data, data),
+        lambda: GradDot().attribute(model, data, data).values,
     ):
         with pytest.raises(InputError) as caught:
             call()

@@ -522,7 +522,7 @@ def test_a_cache_of_gradients_keeps_measurements_apart(tmp_path: Path) -> None:
 
     def scores(measurement: Any, cache: str | None) -> torch.Tensor:
         model = FinalModel(network, loss, measurement)
-        return GradDot(memory_mb=0.002, cache=cache).attribute(model, case.train, case.test)
+        return GradDot(memory_mb=0.002, cache=cache).attribute(model, case.train, case.test).values
 
     for measurement in (logit_margin, correct_probability, lambda o, t: o[:, 0], lambda o, t: 9 * o[:, 0]):
         for _ in range(2):

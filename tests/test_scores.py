@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from fimo.errors import InputError
 from fimo.scores import Access, Scores
@@ -73,3 +74,39 @@ def test_a_file_of_earlier_versions_is_read(tmp_path: Path) -> None:
     found = Scores.load(tmp_path / "old.safetensors")
     assert torch.equal(found.values, VALUES)
     assert found.access == Access.FINAL_MODEL
+
+
+def test_what_is_not_finite_of_one_instance_stays_with_it() -> None:
+    """Sums by a product with 0 and 1 would spread it."""
+    values, bars = VALUES.clone(), VALUES + 1
+    values[..., 2], bars[..., 2] = torch.nan, torch.nan
+    found = Scores(values, LEFT_OUT, sem=bars, sem_adjusted=bars).grouped([[9], [0], [5]])
+    assert torch.equal(found.values[..., :2], VALUES[..., [3, 0]])
+    assert found.sem is not None
+    assert torch.equal(found.sem[..., :2], VALUES[..., [3, 0]] + 1)
+    assert found.values[..., 2].isnan().all()
+    assert found.left_out.tolist() == [9, 0, 5]
+
+
+def test_there_are_no_sums_over_instances_without_a_score() -> None:
+    with pytest.raises(InputError, match="no scores of the training instances 1, 7"):
+        Scores(VALUES, LEFT_OUT).grouped([[0, 1], [7]])
+
+
+def test_at_the_end_of_further_training_all_parts_lose_the_axis() -> None:
+    full = Scores(VALUES, LEFT_OUT, sem=VALUES + 1, step=torch.tensor([3, 6]), followed=(2,))
+    found = full.at_end()
+    assert torch.equal(found.values, VALUES[1])
+    assert found.sem is not None
+    assert torch.equal(found.sem, VALUES[1] + 1)
+    assert found.step is None
+    assert found.followed == (2,)
+
+
+def test_the_same_scores_are_the_same_bytes(tmp_path: Path) -> None:
+    """In any process: safetensors writes several entries of metadata in any order."""
+    for name in ("a", "b"):
+        Scores(VALUES, LEFT_OUT, "m", notes=("x",)).save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert len(file.metadata()) == 1

@@ -10,21 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from fimo.app.plan import Plan
-from fimo.app.scoring import described, score
+from fimo.app.scoring import Scoring
 from fimo.cost import Cost, measured
-from fimo.data.instances import Instances
 from fimo.further_training import Protocol
-from fimo.methods.error_bars import ErrorBars
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.following import FollowingMethod
 from fimo.methods.graddot import GradDot
 from fimo.methods.response import Response
+from fimo.scores import Scores
 from fimo.store import fingerprint
 from fimo.store.files import Store
 from tests.cases import CASES
+
+CPU = torch.device("cpu")
 
 
 def test_model_and_training_set_are_hashed_once_for_all_methods_of_a_run(
@@ -41,40 +42,46 @@ def test_model_and_training_set_are_hashed_once_for_all_methods_of_a_run(
     case = CASES["mlp_regression"]()
     data: Any = SimpleNamespace(train=case.train, test=case.test)
     plan = Plan(Protocol(epochs=1), [0], [0], [1, 2], [0, 2], True, "auto")
-    config = OmegaConf.create({"seed": 0, "methods": {"graddot": {"a": 1}, "response": {"b": 1}}})
-    problem = described(case.final_model, data)
+    settings: dict[str, dict[str, int]] = {"graddot": {"a": 1}, "response": {"b": 1}}
+    scoring = Scoring.of(case.final_model, data, plan, 0, Store(tmp_path), CPU)
     methods = {"graddot": GradDot(), "response": Response()}
     for name, method in methods.items():
         cost = Cost(name)
-        found = score(name, method, case.final_model, data, plan, config, Store(tmp_path), cost, problem)
-        assert torch.isfinite(found["scores"]).all()
+        found = scoring.scores(name, method, settings[name], cost)
+        assert torch.isfinite(found.values).all()
+        assert found.method == name
+        assert found.test is not None
+        assert found.test.tolist() == [0, 2]
         assert cost.reused == 0
     assert hashed.count("network") == 1
     assert hashed.count("data") == 1 + len(methods)  # the training set; the test instances of each
     for name, method in methods.items():
         cost = Cost(name)
-        score(name, method, case.final_model, data, plan, config, Store(tmp_path), cost, problem)
+        scoring.scores(name, method, settings[name], cost)
         assert cost.reused == 1
-    other = OmegaConf.merge(config, {"seed": 1, "methods": {"graddot": {"a": 2}}})
     chosen = replace(plan, left_out=[2, 1])
-    for settings, planned in ((other, plan), (config, chosen)):
+    for other in (replace(scoring, seed=1), replace(scoring, plan=chosen)):
         for name, method in methods.items():
             cost = Cost(name)
-            score(name, method, case.final_model, data, planned, settings, Store(tmp_path), cost, problem)
-            assert cost.reused == 0, "with another seed of methods, settings or left-out instances"
-    path = replace(plan, followed=[1])
+            other.scores(name, method, settings[name], cost)
+            assert cost.reused == 0, "with another seed of methods, or left-out instances"
+    cost = Cost("graddot")
+    scoring.scores("graddot", GradDot(), {"a": 2}, cost)
+    assert cost.reused == 0, "with other settings"
+    path = replace(scoring, plan=replace(plan, followed=[1]))
     for name, reused in (("graddot", 1), ("response", 0)):  # which alone follows it
         cost = Cost(name)
-        score(name, methods[name], case.final_model, data, path, config, Store(tmp_path), cost, problem)
+        path.scores(name, methods[name], settings[name], cost)
         assert cost.reused == reused
 
 
 class Twice(FollowingMethod):
     """Asks for the full runs twice."""
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        assert [t.seed for t in self.ft.full_runs()] == [t.seed for t in self.ft.full_runs()]
-        return torch.zeros(len(self.ft.steps), len(test), len(left_out))
+    def scores(self, problem: AttributionProblem) -> Tensor:
+        runs = problem.followed.full_runs
+        assert [t.seed for t in runs()] == [t.seed for t in runs()]
+        return torch.zeros(len(problem.followed.steps), len(problem.test), len(problem.index))
 
 
 class Once(Twice):
@@ -87,12 +94,11 @@ def test_a_method_pays_for_full_runs_that_another_made_once_and_keeps_that_in_th
     case = CASES["mlp_regression"]()
     data: Any = SimpleNamespace(train=case.train, test=case.test)
     plan = Plan(Protocol(epochs=3), [0], [1, 2], [1, 2], [0, 2], True, "auto")
-    config = OmegaConf.create({"seed": 0, "methods": {"first": {}, "second": {}}})
-    problem = described(case.final_model, data)
+    scoring = Scoring.of(case.final_model, data, plan, 0, Store(tmp_path), CPU)
 
     def cost(name: str, method: FollowingMethod) -> Cost:
         with measured(name) as found:
-            score(name, method, case.final_model, data, plan, config, Store(tmp_path), found, problem)
+            scoring.scores(name, method, {}, found)
         return found
 
     first = cost("first", Twice())
@@ -111,11 +117,9 @@ def test_a_method_pays_for_full_runs_that_another_made_once_and_keeps_that_in_th
 class Unsure(FollowingMethod):
     """Scores i + 1 with a standard error of 2 (i + 1) for instance i, drawn apart for each instance."""
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        ones = torch.ones(len(test), len(left_out))
-        size = 1.0 + torch.tensor([int((self.train.inputs == x).all(1).nonzero()) for x in left_out.inputs])
-        self.bars = ErrorBars(2 * size * ones, 2 * size * ones)
-        return size * ones
+    def scores(self, problem: AttributionProblem) -> Scores:
+        size = (1.0 + problem.index).expand(len(problem.followed.steps), len(problem.test), -1)
+        return self.result(problem, size, sem=2 * size, sem_adjusted=2 * size)
 
 
 def test_a_group_scores_the_sum_of_its_members_with_the_root_of_the_sum_of_their_squared_errors(
@@ -124,24 +128,23 @@ def test_a_group_scores_the_sum_of_its_members_with_the_root_of_the_sum_of_their
     case = CASES["mlp_regression"]()
     data: Any = SimpleNamespace(train=case.train, test=case.test)
     plan = Plan(Protocol(epochs=1), [0], [0], [[3, 1], 7, [0, 1, 2]], [0, 2], True, "auto")
-    config = OmegaConf.create({"seed": 0, "methods": {"unsure": {}}})
     for reused in (0, 1):  # computed, then from the store
-        cost, problem = Cost("unsure"), described(case.final_model, data)
-        found = score(
-            "unsure", Unsure(), case.final_model, data, plan, config, Store(tmp_path), cost, problem
+        cost = Cost("unsure")
+        found = Scoring.of(case.final_model, data, plan, 0, Store(tmp_path), CPU).scores(
+            "unsure", Unsure(), {}, cost
         )
         assert cost.reused == reused
-        torch.testing.assert_close(found["scores"], torch.tensor([[4.0 + 2, 8, 1 + 2 + 3]] * 2))
+        torch.testing.assert_close(found.values, torch.tensor([[[4.0 + 2, 8, 1 + 2 + 3]] * 2]))
         sem = [2 * (4.0**2 + 2**2) ** 0.5, 2 * 8, 2 * (1 + 2**2 + 3**2) ** 0.5]
-        torch.testing.assert_close(found["sem"], torch.tensor([sem] * 2))
+        torch.testing.assert_close(found.sem, torch.tensor([[sem] * 2]))
 
 
 class Steps(FollowingMethod):
     """Scores by optimizer steps and the learning rate, which it reads from what it follows."""
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        step = self.ft.protocol.lr * torch.tensor(self.ft.steps).float()
-        return step[:, None, None].expand(-1, len(test), len(left_out))
+    def scores(self, problem: AttributionProblem) -> Tensor:
+        step = problem.followed.protocol.lr * torch.tensor(problem.followed.steps).float()
+        return step[:, None, None].expand(-1, len(problem.test), len(problem.index))
 
 
 @pytest.mark.parametrize(
@@ -152,8 +155,6 @@ def test_scores_of_another_followed_protocol_or_of_other_evaluation_points_are_n
 ) -> None:
     case = CASES["mlp_regression"]()
     data: Any = SimpleNamespace(train=case.train, test=case.test)
-    config = OmegaConf.create({"seed": 0, "methods": {"steps": {}}})
-    problem = described(case.final_model, data)
     n = len(case.train)
     size = 8
     first = {"lr": 0.25, "epochs": 2, "batch_size": size}
@@ -161,9 +162,10 @@ def test_scores_of_another_followed_protocol_or_of_other_evaluation_points_are_n
         protocol = Protocol(leave_out="mask", **settings)  # type: ignore[arg-type]
         plan = Plan(protocol, [0], [1], [1, 2], [0, 2], True, "auto")
         cost = Cost("steps")
-        found = score("steps", Steps(), case.final_model, data, plan, config, Store(tmp_path), cost, problem)
+        scoring = Scoring.of(case.final_model, data, plan, 0, Store(tmp_path), CPU)
+        found = scoring.scores("steps", Steps(), {}, cost)
         assert cost.reused == 0
         last = settings["epochs"] * -(-n // size)
         every = settings.get("evaluate_every", -(-n // size))
         expected = settings["lr"] * torch.arange(every, last + 1, every)
-        torch.testing.assert_close(found["scores"][:, 0, 0], expected)
+        torch.testing.assert_close(found.values[:, 0, 0], expected)

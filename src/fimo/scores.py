@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fimo.errors import InputError
+from fimo.errors import InputError, shortened
 from fimo.store.files import read_tensors, write_tensors
 
 
@@ -92,6 +93,13 @@ class Scores:
         """Values ``[J, L]`` after all further training (where they have that axis)."""
         return self.values[-1] if self.values.ndim == 3 else self.values
 
+    def at_end(self) -> Scores:
+        """Return the scores ``[J, L]`` after all further training alone."""
+        if self.values.ndim == 2:
+            return self
+        sem, adjusted = (None if x is None else x[-1] for x in (self.sem, self.sem_adjusted))
+        return replace(self, values=self.last, step=None, epoch=None, sem=sem, sem_adjusted=adjusted)
+
     def bars(self, subtract_mean: bool) -> Tensor | None:
         """Return the standard errors of values as they are judged: adjusted as the sensitivity is.
 
@@ -99,6 +107,47 @@ class Scores:
         """
         adjusted = self.sem_adjusted if subtract_mean else None
         return self.sem if adjusted is None else adjusted
+
+    def grouped(self, groups: Sequence[Sequence[int]]) -> Scores:
+        """Return the scores of groups of training instances: the sums over their members.
+
+        What members' errors have of their own adds in squares. What all left-out instances share, the part
+        of the variance that goes when their mean is subtracted, adds up, and is left in adjusted scores only
+        where groups differ in size.
+
+        Args:
+            groups: training indices, each among ``left_out``; groups of one select (and order) instances.
+
+        Raises:
+            InputError: an index was not left out.
+        """
+        place = {i: k for k, i in enumerate(self.left_out.tolist())}
+        if missing := sorted({i for group in groups for i in group if i not in place}):
+            raise InputError(
+                "left_out", f"there are no scores of the training instances {shortened(missing)}"
+            )
+        positions = [[place[i] for i in group] for group in groups]
+        left_out, members = stacked(groups)
+        chosen: dict[str, Any] = {"left_out": left_out, "groups": members}
+        if members is None:
+            columns = [p for (p,) in positions]
+            for name in ("values", "sem", "sem_adjusted"):
+                if (tensor := getattr(self, name)) is not None:
+                    chosen[name] = tensor[..., columns] + 0.0  # no negative zeros, as in sums
+            return replace(self, **chosen)
+        membership = torch.zeros(len(place), len(groups), dtype=self.values.dtype, device=self.values.device)
+        for column, group in enumerate(positions):
+            membership[group, column] = 1
+        chosen["values"] = self.values @ membership
+        if self.sem is not None and self.sem_adjusted is not None:
+            size = membership.sum(0)
+            raw, adjusted = self.sem.square(), self.sem_adjusted.square()
+            shared = (raw - adjusted).mean(-1, keepdim=True).clamp(min=0)
+            chosen["sem"] = (raw @ membership + shared * (size**2 - size)).sqrt()
+            chosen["sem_adjusted"] = (adjusted @ membership + shared * (size - size.mean()) ** 2).sqrt()
+        else:
+            chosen |= {"sem": None, "sem_adjusted": None}
+        return replace(self, **chosen)
 
     def to(self, device: torch.device | str) -> Scores:
         """Return the same with all tensors on a device."""
@@ -109,20 +158,28 @@ class Scores:
         """Write a safetensors file: ``scores``, ``left_out`` and what else is known, the rest as metadata."""
         tensors = {name: getattr(self, field) for name, field in TENSORS.items()}
         tensors["followed_seeds"] = torch.tensor(self.followed) if self.followed else None
-        rest = {name: json.dumps(getattr(self, name)) for name in METADATA}
-        write_tensors(Path(path), {k: v for k, v in tensors.items() if v is not None}, rest)
+        rest = json.dumps({name: getattr(self, name) for name in METADATA})
+        # as one entry, since safetensors writes several in any order
+        write_tensors(Path(path), {k: v for k, v in tensors.items() if v is not None}, {"fields": rest})
 
     @classmethod
     def load(cls, path: Path | str) -> Scores:
         """Read what :meth:`save` wrote, or a file with ``scores`` and ``left_out`` alone."""
         with safe_open(path, "pt") as file:
-            rest = {k: json.loads(v) for k, v in (file.metadata() or {}).items() if k in METADATA}
+            rest = json.loads((file.metadata() or {}).get("fields", "{}"))
         tensors = read_tensors(Path(path))
         fields: dict[str, Any] = {field: tensors.get(name) for name, field in TENSORS.items()}
         followed = tensors.get("followed_seeds", torch.tensor([])).long()
         rest["notes"] = tuple(rest.get("notes", ()))
         rest["access"] = Access(rest.get("access", Access.FINAL_MODEL))
         return cls(**fields, followed=tuple(followed.tolist()), **rest)
+
+
+def stacked(groups: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+    """Return groups' first members ``[L]``, and all ``[L, G]`` padded with -1; None where each has one."""
+    width = max(len(group) for group in groups)
+    members = torch.tensor([[*group, *[-1] * (width - len(group))] for group in groups])
+    return members[:, 0].clone(), members if width > 1 else None
 
 
 TENSORS = {

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from fimo.evaluation.assessment import default_seed_counts, seed_subsets
 from fimo.evaluation.bootstrap import bootstrap_agreement
 from fimo.evaluation.slope import fitted_slope
 from fimo.further_training.sensitivity import adjust
+from fimo.scores import Access, Scores
 from tests.evaluation.synthetic import synthetic
 
 CONTRACT = [
@@ -213,3 +215,53 @@ def test_python_and_the_command_line_judge_a_following_method_alike() -> None:
     assert evaluate(raw, sensitivity, ["cosine"])["mean"].min() == pytest.approx(1, abs=1e-4)
     unadjusted = evaluate(raw, sensitivity, ["cosine"], estimate_loss_change=[])
     assert unadjusted["mean"].max() < 0.3, "as a method is judged that gives no loss changes"
+
+
+def test_scores_say_for_themselves_what_pairs_need_arguments_for() -> None:
+    sensitivity, signal = synthetic()
+    left_out, raw = sensitivity.left_out, signal + 0.01 * signal[..., :1]  # unadjusted
+    values = {"early": signal[0], "follows": raw}
+    pairs = {"early": ("CPA", values["early"]), "follows": ("TAA", values["follows"])}
+    scores = {
+        "early": Scores(values["early"], left_out, access=Access.CHECKPOINTS),
+        "follows": Scores(
+            values["follows"],
+            left_out,
+            access=Access.TRAINING_ALGORITHM,
+            predicts_loss_change=True,
+            followed=(0, 7),
+        ),
+    }
+    expected = assess(
+        pairs, sensitivity, estimate_loss_change=["follows"], followed={"follows": [0, 7]}, resamples=2
+    )
+    found = assess(scores, sensitivity, resamples=2)
+    pd.testing.assert_frame_equal(found.table, expected.table)
+    pd.testing.assert_frame_equal(found.slopes, expected.slopes)
+    assert set(found.table[found.table["method"] == "follows"]["followed_seeds"]) == {"same"}
+
+
+def test_scores_of_all_training_instances_are_judged_on_those_left_out() -> None:
+    sensitivity, signal = synthetic()
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    values = torch.zeros(len(signal[0]), 100, dtype=signal.dtype)
+    values[:, [order.tolist().index(i) for i in sensitivity.left_out.tolist()]] = signal[0]
+    found = evaluate({"m": Scores(values, order)}, sensitivity)
+    pd.testing.assert_frame_equal(found, evaluate({"m": ("FiMO", signal[0])}, sensitivity))
+    with pytest.raises(InputError, match=r"^scores of m: there are no scores of the training instances"):
+        evaluate({"m": Scores(values[:, :50], order[:50])}, sensitivity)
+    with pytest.raises(InputError, match=r"^scores of m: they explain other test instances"):
+        evaluate({"m": Scores(values, order, test=sensitivity.test + 1)}, sensitivity)
+
+
+def test_scores_of_single_instances_are_summed_for_a_sensitivity_of_groups() -> None:
+    sensitivity, signal = synthetic()
+    members = torch.stack([sensitivity.left_out, sensitivity.left_out + 1], 1)
+    members[1::2, 1] = -1
+    groups = dataclasses.replace(sensitivity, groups=members)
+    values = torch.zeros(len(signal[0]), 100, dtype=signal.dtype)
+    values[:, sensitivity.left_out] = signal[0] - 1.0
+    values[:, sensitivity.left_out[::2] + 1] = 1.0
+    values[:, sensitivity.left_out[1::2]] += 1.0
+    found = evaluate({"m": Scores(values, torch.arange(100))}, groups)
+    pd.testing.assert_frame_equal(found, evaluate({"m": ("FiMO", signal[0])}, sensitivity), rtol=1e-9)

@@ -132,6 +132,6 @@ def test_forces_in_mean_batches_are_those_of_all_copies(method: Any) -> None:
     for rule in ("mask", "with_duplicates"):
         protocol = Protocol(lr=0.02, batch_size=5, epochs=2, leave_out=rule, dtype="float64")  # type: ignore[arg-type]
         followed = following(case, protocol)
-        found[rule] = method.attribute(case.final_model, case.train, case.test, [0, 2, 6], followed)
+        found[rule] = method.attribute(case.final_model, case.train, case.test, [0, 2, 6], followed).values
     copies = torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)
     torch.testing.assert_close(found["with_duplicates"], found["mask"] * copies)

@@ -79,7 +79,7 @@ def test_every_method_scores_awkward_networks(method: str, name: str) -> None:
         assert "last linear layer" in str(build(method).inapplicable(case.final_model, case.train))
         return
     changes = {"damping": "auto"} if method == "lissa_h" else {}
-    scores = build(method, **changes).attribute(case.final_model, case.train, case.test)
+    scores = build(method, **changes).attribute(case.final_model, case.train, case.test).values
     assert scores.isfinite().all()
     assert scores.abs().max() > 0
 
@@ -117,7 +117,9 @@ def test_products_with_curvature_are_those_of_finite_differences_and_of_the_dens
 
 def test_the_hessians_influence_with_weight_normalisation_is_the_dense_solve() -> None:
     case = case_of("weight norm")
-    found = LissaHessian(damping=5.0, tolerance=1e-10).attribute(case.final_model, case.train, case.test)
+    found = (
+        LissaHessian(damping=5.0, tolerance=1e-10).attribute(case.final_model, case.train, case.test).values
+    )
     expected = dense.influence(case, dense.hessian(case.final_model, case.train), 5.0)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
 
@@ -166,7 +168,7 @@ def test_without_gradients_scores_are_zero_whatever_the_curvature(kind: str, met
         assert "last linear layer" in str(build(method).inapplicable(model, data))
         return
     for changes in ({}, {"damping": "auto"}) if "lissa" in method else ({},):
-        scores = build(method, **changes).attribute(model, data[:18], data[18:])
+        scores = build(method, **changes).attribute(model, data[:18], data[18:]).values
         assert torch.equal(scores, torch.zeros(6, 18))
 
 
@@ -181,7 +183,7 @@ def test_a_loss_without_curvature_is_damped_by_a_number_or_refused(method: str) 
     model, data = FinalModel(network, linear_loss), Instances(x, x[:, 0].sign())
     with pytest.raises(InputError, match=r"damping: auto is 0.1 times the curvature's mean eigenvalue"):
         build(method, damping="auto").attribute(model, data[:18], data[18:])
-    found = build(method, damping=0.5).attribute(model, data[:18], data[18:])
+    found = build(method, damping=0.5).attribute(model, data[:18], data[18:]).values
     expected = dense.influence(Case("", model, data[:18], data[18:]), torch.zeros(6, 6).double(), 0.5)
     torch.testing.assert_close(found, expected)
 
@@ -198,8 +200,8 @@ def many_outputs(loss: Loss = cross_entropy) -> Case:
 @pytest.mark.parametrize("method", [ConjugateGradients, Lissa])
 def test_automatic_damping_is_exact_above_64_outputs(method: type) -> None:
     case = many_outputs()
-    found = method(damping="auto", tolerance=1e-10).attribute(case.final_model, case.train, case.test)
-    exact = ExactInfluence(damping="auto").attribute(case.final_model, case.train, case.test)
+    found = method(damping="auto", tolerance=1e-10).attribute(case.final_model, case.train, case.test).values
+    exact = ExactInfluence(damping="auto").attribute(case.final_model, case.train, case.test).values
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-9)
 
 
@@ -220,7 +222,7 @@ def test_an_object_keeps_its_batches_from_one_fit_to_the_next() -> None:
     again = copy.copy(once)
     again.attribute(case.final_model, case.train[:8], case.test)  # all instances: one batch
     data = (case.final_model, case.train, case.test)
-    assert torch.equal(once.attribute(*data), again.attribute(*data))
+    assert torch.equal(once.attribute(*data).values, again.attribute(*data).values)
 
 
 class Attention(nn.Module):
@@ -247,7 +249,7 @@ def test_a_parameter_without_gradient_but_for_rounding_adds_nothing_to_datainf(d
 
     def scores(trainable: tuple[str, ...], dtype: torch.dtype) -> Tensor:
         model = FinalModel(copy.deepcopy(network).to(dtype), cross_entropy, trainable=trainable)
-        return DataInf(damping=damping).attribute(model, whole[:22], whole[22:]).double()
+        return DataInf(damping=damping).attribute(model, whole[:22], whole[22:]).values.double()
 
     expected = scores(others, torch.float64)
     for dtype in (torch.float32, torch.float64):
@@ -272,6 +274,6 @@ def test_layers_with_gradients_of_any_usual_size_are_damped_by_their_own() -> No
     network = Shrunk()
     network.inner.get_parameter(first).data *= 1e3
     model = FinalModel(network, mean_squared_error)
-    found = DataInf().attribute(model, case.train, case.test)
+    found = DataInf().attribute(model, case.train, case.test).values
     # relative damping does not see the unit in which a parameter is measured
-    torch.testing.assert_close(found, DataInf().attribute(case.final_model, case.train, case.test))
+    torch.testing.assert_close(found, DataInf().attribute(case.final_model, case.train, case.test).values)

@@ -25,11 +25,12 @@ def test_little_sgd_takes_the_response_and_says_why(caplog: pytest.LogCaptureFix
     method = Best()
     with caplog.at_level(logging.INFO):
         found = method.attribute(*RUN, ft)
-    torch.testing.assert_close(found, Response().attribute(*RUN, ft))
-    assert isinstance(method.chosen, Response)
+    assert torch.equal(found.values, Response().attribute(*RUN, ft).values)
     assert "2 epochs of SGD" in caplog.text
-    assert method.score_sem is not None
-    assert method.gradient_evaluations > 0
+    assert found.method == "Best"
+    assert "Response, since 2 epochs of SGD" in found.notes[0]
+    assert found.sem is not None
+    assert found.gradient_evaluations > 0
 
 
 @pytest.mark.parametrize(
@@ -52,9 +53,10 @@ def test_where_the_kernel_is_too_large_ekfac_s_eigenbasis_is_taken(
     ft = following(CASE, Protocol(lr=0.02, batch_size=6, epochs=2, dtype="float64"))
     method = Best()
     found = method.attribute(*RUN, ft)
-    assert isinstance(method.chosen, Response)
-    assert method.chosen.form == "ekfac"
-    assert found.shape == (2, len(CASE.test), 5)
+    chosen, _ = method.choose(CASE.final_model, CASE.train, ft)
+    assert chosen.form == "ekfac"
+    assert any("EK-FAC's eigenbasis" in note for note in found.notes)
+    assert found.values.shape == (2, len(CASE.test), 5)
 
 
 def test_a_wrong_argument_is_refused_by_name() -> None:
@@ -85,10 +87,13 @@ def test_the_choice_is_by_epochs_and_the_chosen_method_has_the_arguments_bars_an
 
 def test_the_cost_and_the_error_bars_are_the_chosen_method_s() -> None:
     ft = following(CASE, Protocol(lr=0.02, batch_size=6, epochs=2, dtype="float64"))
-    method = Best()
-    assert (method.chosen, method.reason) == (None, "")
-    method.attribute(*RUN, ft)
-    assert method.chosen is not None
-    assert method.bars is method.chosen.bars
-    assert method.gradient_evaluations == method.chosen.gradient_evaluations
-    assert method.reason.startswith("2 epochs")
+    found = Best().attribute(*RUN, ft)
+    method, reason = Best().choose(CASE.final_model, CASE.train, ft)
+    chosen = method.attribute(*RUN, ft)
+    assert found.sem is not None
+    assert chosen.sem is not None
+    assert torch.equal(found.sem, chosen.sem)
+    assert found.withheld == chosen.withheld
+    assert found.gradient_evaluations == chosen.gradient_evaluations
+    assert found.notes == (f"Response, since {reason}", *chosen.notes)
+    assert reason.startswith("2 epochs")

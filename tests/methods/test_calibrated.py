@@ -12,7 +12,9 @@ from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
 from fimo.evaluation import agreement
 from fimo.linear_response.real_runs import run_without
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.calibrated import CalibratedResponse
+from fimo.methods.following import Tally
 from fimo.methods.response import Response
 from tests.cases import CASES
 from tests.methods.test_response import following, linear_regression, real_changes
@@ -26,11 +28,13 @@ def test_on_a_linear_model_real_runs_confirm_the_response(rule: Any) -> None:
     )
     run = (case.final_model, case.train, case.test, torch.arange(0, 22, 2), following(case, protocol))
     method = CalibratedResponse(budget=1, kernels="own")
-    found = method.attribute(*run)
-    torch.testing.assert_close(found, Response(kernels="own").attribute(*run), rtol=1e-6, atol=1e-9)
-    assert method.validation is not None
-    assert all(c == pytest.approx(1) and a == pytest.approx(1) for c, a in method.validation)
-    assert method.trusted == len(method.ft.steps)
+    scores = method.attribute(*run).values
+    torch.testing.assert_close(scores, Response(kernels="own").attribute(*run).values, rtol=1e-6, atol=1e-9)
+    found = method.calibrated(AttributionProblem(*run), Tally())
+    assert found is not None
+    torch.testing.assert_close(found.correction.correlation, torch.ones(len(scores)).double())
+    torch.testing.assert_close(found.correction.scale, torch.ones(len(scores)).double())
+    assert found.trusted == len(scores)
 
 
 def beyond_linear(budget: float) -> tuple[CalibratedResponse, Any, Tensor]:
@@ -44,20 +48,22 @@ def beyond_linear(budget: float) -> tuple[CalibratedResponse, Any, Tensor]:
 
 def test_real_runs_help_where_the_response_is_off() -> None:
     method, run, truth = beyond_linear(budget=0.7)
-    plain = agreement(Response().attribute(*run), truth, "pearson").mean(1)
-    found = agreement(method.attribute(*run), truth, "pearson").mean(1)
+    plain = agreement(Response().attribute(*run).values, truth, "pearson").mean(1)
+    scores = method.attribute(*run)
+    found = agreement(scores.values, truth, "pearson").mean(1)
     assert 1 - found[30:].mean() < 0.8 * (1 - plain[30:].mean())
-    assert method.score_sem is not None
-    assert (method.score_sem > 0).all()
+    assert scores.sem is not None
+    assert (scores.sem > 0).all()
 
 
 def test_a_response_that_real_runs_contradict_is_not_followed_further() -> None:
     method, run, _ = beyond_linear(budget=0.7)
     method.trust = 1.0
-    found = method.attribute(*run)
-    assert method.trusted is not None
-    assert method.trusted < len(found)
-    assert found.isfinite().all()
+    found = method.calibrated(AttributionProblem(*run), Tally())
+    assert found is not None
+    assert found.trusted < len(found.values)
+    assert found.values.isfinite().all()
+    assert f"followed to step {run[-1].steps[found.trusted - 1]} of" in method.attribute(*run).notes[0]
 
 
 def test_the_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,11 +75,13 @@ def test_the_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("fimo.methods.following.run_without", counted)
     method, run, _ = beyond_linear(budget=0.9)
-    method.attribute(*run)
-    assert method.trusted is not None
-    following_steps = 2 + 2 * method.trusted / 60
+    found = method.calibrated(AttributionProblem(*run), Tally())
+    assert found is not None
+    following_steps = 2 + 2 * found.trusted / 60
     assert made[0] == 16 + 2  # a full run of each seed
-    assert sum(made) == int(0.9 * 4 * 12 - 4 - following_steps * method.following_cost(run[2]))
+    assert sum(made) == int(
+        0.9 * 4 * 12 - 4 - following_steps * method.following_cost(AttributionProblem(*run))
+    )
     assert sum(made) > 12
 
 
@@ -82,8 +90,8 @@ def test_without_a_budget_it_is_the_response() -> None:
     protocol = Protocol(lr=0.02, batch_size=5, epochs=2, dtype="float64")
     run = (case.final_model, case.train, case.test, torch.arange(6), following(case, protocol))
     method = CalibratedResponse(budget=0)
-    torch.testing.assert_close(method.attribute(*run), Response().attribute(*run))
-    assert method.validation is None
+    torch.testing.assert_close(method.attribute(*run).values, Response().attribute(*run).values)
+    assert method.calibrated(AttributionProblem(*run), Tally()) is None
 
 
 def test_a_wrong_share_is_refused() -> None:

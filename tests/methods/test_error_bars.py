@@ -17,6 +17,7 @@ from fimo.methods.error_bars import SeedSpread, error_bars
 from fimo.methods.following import FollowingMethod
 from fimo.methods.response import Response
 from fimo.methods.unrolled import Unrolled
+from fimo.scores import Scores
 from tests.cases import CASES, Case
 from tests.methods.test_response import following, linear_regression
 
@@ -61,9 +62,9 @@ def test_the_mean_over_seeds_is_theirs() -> None:
         assert (ratio.mean(-1) < 1.45).all()
 
 
-def attributed(method: FollowingMethod, case: Case, protocol: Protocol, seeds: Any) -> tuple[Tensor, Any]:
+def attributed(method: FollowingMethod, case: Case, protocol: Protocol, seeds: Any) -> Scores:
     run = (case.final_model, case.train, case.test, torch.tensor(LEFT_OUT), following(case, protocol, seeds))
-    return method.attribute(*run), method
+    return method.attribute(*run)
 
 
 def test_on_a_linear_model_nothing_is_missed_and_bars_are_the_seeds_spread() -> None:
@@ -71,14 +72,14 @@ def test_on_a_linear_model_nothing_is_missed_and_bars_are_the_seeds_spread() -> 
     protocol = Protocol(lr=0.05, batch_size=4, epochs=2, dtype="float64", evaluate_every=1)
     scores = []
     for seed in range(4):
-        scores.append(attributed(Response(kernels="own", checks=0), case, protocol, [seed])[0])
-    found = attributed(Response(kernels="own"), case, protocol, range(4))[1]
+        scores.append(attributed(Response(kernels="own", checks=0), case, protocol, [seed]).values)
+    found = attributed(Response(kernels="own"), case, protocol, range(4))
     spread = SeedSpread()
     for one in scores:
         spread.add(one)
     raw, adjusted = spread.variances()
-    torch.testing.assert_close(found.score_sem, raw.sqrt(), rtol=1e-4, atol=1e-9)
-    torch.testing.assert_close(found.score_sem_adjusted, adjusted.sqrt(), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(found.sem, raw.sqrt(), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(found.sem_adjusted, adjusted.sqrt(), rtol=1e-4, atol=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +101,16 @@ def test_bars_hold_the_effects_of_other_seeds(
     case, protocol, truth = beyond_linear
     shares, spread_alone = [], []
     for k in range(4 if make in (Response, CalibratedResponse) else 1):  # unrolled takes long
-        scores, method = attributed(make(), case, protocol, range(6 * k, 6 * k + 6))
-        for adjusted, sem in ((False, method.score_sem), (True, method.score_sem_adjusted)):
+        found = attributed(make(), case, protocol, range(6 * k, 6 * k + 6))
+        scores = found.values
+        for adjusted, sem in ((False, found.sem), (True, found.sem_adjusted)):
+            assert sem is not None
             wanted = truth - truth.mean(-1, keepdim=True) if adjusted else truth
             error = (scores - scores.mean(-1, keepdim=True) if adjusted else scores) - wanted.mean(0)
             z = error.abs() / (sem.square() + wanted.var(0) / 40).sqrt()
             shares.append([float((z[4:] <= bound).double().mean()) for bound in (1, 2)])
         plain = Response(checks=0)
-        each = torch.stack([attributed(plain, case, protocol, [s])[0] for s in range(6 * k, 6 * k + 6)])
+        each = torch.stack([attributed(plain, case, protocol, [s]).values for s in range(6 * k, 6 * k + 6)])
         z = (each.mean(0) - truth.mean(0)).abs() / (each.var(0) / 6 + truth.var(0) / 40).sqrt()
         spread_alone.append(float((z[4:] <= 2).double().mean()))
     one, two = torch.tensor(shares).mean(0).tolist()
@@ -135,10 +138,10 @@ def test_bars_are_withheld_with_the_reason_where_a_part_of_the_error_is_unknown(
 ) -> None:
     caplog.set_level("INFO")
     protocol = Protocol(lr=0.02, batch_size=11, epochs=1, dtype="float64")
-    attributed(method, CASES["mlp_regression"](), protocol, seeds)
-    assert method.score_sem is None
-    assert method.score_sem_adjusted is None
-    assert reason in method.bars.withheld
+    found = attributed(method, CASES["mlp_regression"](), protocol, seeds)
+    assert found.sem is None
+    assert found.sem_adjusted is None
+    assert reason in found.withheld
     assert reason in caplog.text
 
 
@@ -147,10 +150,11 @@ def test_bars_are_withheld_with_the_reason_where_a_part_of_the_error_is_unknown(
 )
 def test_every_form_of_the_response_has_bars(make: Any) -> None:
     protocol = Protocol(lr=0.02, batch_size=11, epochs=2, dtype="float64")
-    scores, method = attributed(make(), CASES["mlp_regression"](), protocol, [0, 1, 2])
-    assert method.score_sem.shape == scores.shape
-    assert (method.score_sem > 0).all()
-    assert not method.bars.withheld
+    found = attributed(make(), CASES["mlp_regression"](), protocol, [0, 1, 2])
+    assert found.sem is not None
+    assert found.sem.shape == found.values.shape
+    assert (found.sem > 0).all()
+    assert not found.withheld
 
 
 def test_a_part_that_is_not_known_is_none_and_the_reason_says_how_much() -> None:
@@ -188,11 +192,11 @@ def test_the_cost_is_that_of_full_runs_kernels_and_real_runs(monkeypatch: pytest
     for method in (Response(), CalibratedResponse(budget=0.9), Best(short=0, budget=0.9)):
         real.clear()
         jacobians.clear()
-        attributed(method, case, protocol, seeds)
+        found = attributed(method, case, protocol, seeds)
         evaluated = sum(g.evaluations for g in jacobians)
         assert sum(real) >= 16
         assert evaluated > 0
-        assert method.gradient_evaluations == (len(seeds) + sum(real)) * per_run + evaluated
+        assert found.gradient_evaluations == (len(seeds) + sum(real)) * per_run + evaluated
 
 
 def test_runs_of_the_largest_instance_leave_the_error_of_the_mean() -> None:

@@ -191,7 +191,7 @@ def mean_eigenvalue(matrix: Tensor) -> float:
 
 def scored(method: Any, case: Case) -> Tensor:
     assert method.inapplicable(case.final_model, case.train) is None
-    found: Tensor = method.attribute(case.final_model, case.train, case.test)
+    found: Tensor = method.attribute(case.final_model, case.train, case.test).values
     return found
 
 
@@ -375,7 +375,7 @@ def test_source_is_the_product_of_exponentials(name: str) -> None:
     case = case_of(name)
     protocol = Protocol(lr=0.02, batch_size=3, epochs=2, dtype="float64")
     ft = following(case, protocol)
-    found = Source(segments=2).attribute(case.final_model, case.train, case.test, None, ft)
+    found = Source(segments=2).attribute(case.final_model, case.train, case.test, None, ft).values
     runs = list(ft.full_runs())
 
     def at(points: list[int]) -> Dense:
@@ -437,7 +437,7 @@ def test_after_a_small_step_methods_that_follow_it_are_gradient_products(name: s
     case, d = case_of(name), Dense(case_of(name))
     protocol = Protocol(lr=1e-8, steps=1, batch_size=TRAIN, dtype="float64", leave_out="mask")
     ft = following(case, protocol, [0])
-    found = kind(propagate="loss").attribute(case.final_model, case.train, case.test, None, ft)
+    found = kind(propagate="loss").attribute(case.final_model, case.train, case.test, None, ft).values
     torch.testing.assert_close(found[0] * TRAIN / 1e-8, d.test @ d.train.T, rtol=1e-4, atol=1e-7)
 
 
@@ -466,7 +466,7 @@ def test_a_network_that_does_more_after_its_last_linear_layer_has_no_representer
     slope = slope / (1 + (model.outputs(data) - data.targets).square())
     hidden = network[:2](x).detach()
     expected = (slope @ slope.T) * (hidden @ hidden.T + 1) / (2 * 0.1 * TRAIN)
-    torch.testing.assert_close(Representer(0.1).attribute(model, data, data), expected)
+    torch.testing.assert_close(Representer(0.1).attribute(model, data, data).values, expected)
 
 
 def test_a_value_to_predict_is_no_mark_of_what_to_ignore() -> None:
@@ -479,5 +479,5 @@ def test_a_value_to_predict_is_no_mark_of_what_to_ignore() -> None:
 
     model, data = FinalModel(case.final_model.network, first), Instances(case.train.inputs, targets)
     hidden = case.final_model.network.layers[:2](data.inputs).mean(1).detach()  # type: ignore[index,operator]
-    found = EmbeddingSimilarity("dot").attribute(model, data, data)
+    found = EmbeddingSimilarity("dot").attribute(model, data, data).values
     torch.testing.assert_close(found, hidden @ hidden.T)

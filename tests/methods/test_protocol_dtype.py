@@ -32,7 +32,7 @@ def test_a_float32_model_is_followed_through_runs_in_float64(
     )  # fmt: skip
     steps = tuple(evaluation_points(protocol, len(train))[0])
     runs = FurtherTraining(protocol, steps, (0, 1), lambda: full_runs(model, train, protocol, [0, 1]))
-    scores = method().attribute(model, train, train[:5], torch.arange(8), runs)
+    scores = method().attribute(model, train, train[:5], torch.arange(8), runs).values
     assert scores.dtype == torch.float32
     assert scores.shape == (2, 5, 8)
     assert torch.isfinite(scores).all()

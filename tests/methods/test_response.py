@@ -52,7 +52,7 @@ def scores(case: Case, protocol: Protocol, left_out: Sequence[int], **arguments:
     method = Response(**arguments)
     return method.attribute(
         case.final_model, case.train, case.test, torch.tensor(left_out), following(case, protocol)
-    )
+    ).values
 
 
 def linear_regression(n: int = 22, outputs: int = 2) -> Case:
@@ -129,8 +129,10 @@ def test_changes_of_earlier_segments_are_read_by_later_jacobians(options: dict[s
         lr=0.3, batch_size=8, epochs=8, leave_out="mask", dtype="float64", evaluate_every=1, **options
     )
     ft = following(case, protocol, [3])
-    found = Response(kernels="own", segments=4).attribute(
-        case.final_model, case.train, case.test, torch.tensor([0, 5, 20]), ft
+    found = (
+        Response(kernels="own", segments=4)
+        .attribute(case.final_model, case.train, case.test, torch.tensor([0, 5, 20]), ft)
+        .values
     )
     (trajectory,) = ft.full_runs()
     model, names = case.final_model, list(case.final_model.parameters())
@@ -236,11 +238,13 @@ def test_little_further_training_ranks_as_grad_dot_and_much_as_the_influence_fun
     run = (case.final_model, case.train, case.test)
     little = Protocol(lr=1e-8, steps=1, batch_size=23, dtype="float64")
     found = scores(case, little, range(23), along="final", propagate="loss")
-    torch.testing.assert_close(found[0] * 23 / 1e-8, GradDot().attribute(*run), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(found[0] * 23 / 1e-8, GradDot().attribute(*run).values, rtol=1e-5, atol=1e-9)
     # the damped inverse and weight decay's flow have the same limit: (G + decay)^-1
     much = Protocol(lr=1e7, steps=1, batch_size=23, weight_decay=0.01, dtype="float64")
     found = scores(case, much, range(23), along="final", propagate="loss")
-    torch.testing.assert_close(found[0], ExactInfluence(damping=0.01).attribute(*run), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(
+        found[0], ExactInfluence(damping=0.01).attribute(*run).values, rtol=1e-6, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("along", ["path", "end", "final"])
@@ -277,14 +281,14 @@ def test_the_scores_of_seeds_are_averaged_and_bars_that_can_t_be_known_withheld(
                 following(case, protocol, [seed]),
             )
         )
-        assert method.score_sem is None
-        assert "single followed seed" in method.bars.withheld
+        assert each[-1].sem is None
+        assert "single followed seed" in each[-1].withheld
     together = method.attribute(
         case.final_model, case.train, case.test, torch.tensor([2, 3]), following(case, protocol, [0, 1, 2])
     )
-    torch.testing.assert_close(together, torch.stack(each).mean(0))
-    assert method.score_sem is None
-    assert "fewer than 4 instances" in method.bars.withheld
+    torch.testing.assert_close(together.values, torch.stack([one.values for one in each]).mean(0))
+    assert together.sem is None
+    assert "fewer than 4 instances" in together.withheld
 
 
 def test_directions_are_orthonormal_and_keep_the_instances_that_are_left_out() -> None:

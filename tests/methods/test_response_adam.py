@@ -85,8 +85,10 @@ def test_coefficients_follow_the_linearised_run_with_the_full_run_s_precondition
         batch_size=8, epochs=8, leave_out="mask", dtype="float64", evaluate_every=1,
     )  # fmt: skip
     ft = following(case, protocol, [3])
-    found = Response(kernels="own", segments=4).attribute(
-        case.final_model, case.train, case.test, torch.tensor([0, 5, 20]), ft
+    found = (
+        Response(kernels="own", segments=4)
+        .attribute(case.final_model, case.train, case.test, torch.tensor([0, 5, 20]), ft)
+        .values
     )
     run, (x, y) = full_run(case, protocol, 3), (case.train.inputs, case.train.targets[:, 0])
     shapes = [p.shape for p in case.final_model.parameters().values()]

@@ -148,11 +148,11 @@ def test_a_step_on_a_sequence_model_is_grad_dot() -> None:
     case = curved_cases()["language"]
     protocol = Protocol(lr=1e-6, steps=1, batch_size=12, dtype="float64", leave_out="mask")
     found = following_scores(Response(propagate="loss"), case, protocol, [0])
-    expected = GradDot().attribute(case.final_model, case.train, case.test)[:, LEFT_OUT]
+    expected = GradDot().attribute(case.final_model, case.train, case.test).values[:, LEFT_OUT]
     torch.testing.assert_close(found[0] * 12 / 1e-6, expected, rtol=1e-5, atol=1e-9)
 
 
 def following_scores(method: Any, case: Case, protocol: Protocol, seeds: Any = (0, 1)) -> Tensor:
     arguments = (case.final_model, case.train, case.test, torch.tensor(LEFT_OUT))
-    found: Tensor = method.attribute(*arguments, following(case, protocol, seeds))
+    found: Tensor = method.attribute(*arguments, following(case, protocol, seeds)).values
     return found

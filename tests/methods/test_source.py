@@ -26,7 +26,7 @@ def test_scores_are_the_published_product_of_exponentials(name: str, optimizer: 
     protocol = Protocol(optimizer=optimizer, lr=0.02, batch_size=6, epochs=4, dtype="float64")
     ft = following(case, protocol)
     left_out = torch.tensor([0, 4, 9])
-    found = Source(segments=2).attribute(case.final_model, case.train, case.test, left_out, ft)
+    found = Source(segments=2).attribute(case.final_model, case.train, case.test, left_out, ft).values
     runs = list(ft.full_runs())
 
     def model_at(points: list[int]) -> Any:
@@ -66,7 +66,10 @@ def test_with_fewer_points_the_first_and_last_are_right_and_others_take_the_near
     case = CASES["mlp_regression"]()
     ft = following(case, Protocol(lr=0.02, batch_size=12, epochs=9, dtype="float64"))
     arguments = (case.final_model, case.train, case.test, torch.tensor([0, 4, 9]), ft)
-    found, each = Source(points=most).attribute(*arguments), Source(points=9).attribute(*arguments)
+    found, each = (
+        Source(points=most).attribute(*arguments).values,
+        Source(points=9).attribute(*arguments).values,
+    )
     # epochs 1 ... 9 by which of them is computed, and is nearest in the logarithm
     nearest = {
         1: [9] * 9,
@@ -84,7 +87,7 @@ def test_removing_a_duplicate_of_a_test_instance_gives_a_positive_score() -> Non
     case = CASES["mlp_regression"]()
     test: Instances = case.train[:4]
     ft = following(case, Protocol(lr=0.02, batch_size=6, epochs=3, dtype="float64"))
-    found = Source().attribute(case.final_model, case.train, test, torch.arange(4), ft)
+    found = Source().attribute(case.final_model, case.train, test, torch.arange(4), ft).values
     assert (found.diagonal(dim1=1, dim2=2) > 0).all()
 
 
@@ -99,7 +102,7 @@ def test_the_cost_counts_the_full_runs_and_each_instance_s_gradients_at_each_pla
     size, epochs = 6, 4
     ft = following(case, Protocol(lr=0.02, batch_size=size, epochs=epochs, dtype="float64"))
     method, left_out = Source(segments=2, points=1), torch.tensor([0, 4, 9])
-    method.attribute(case.final_model, case.train, case.test, left_out, ft)
+    found = method.attribute(case.final_model, case.train, case.test, left_out, ft)
     n = len(case.train)
     runs = 2 * epochs * n  # two seeds
-    assert method.gradient_evaluations == runs + len(case.test) + 2 * (n + len(left_out))
+    assert found.gradient_evaluations == runs + len(case.test) + 2 * (n + len(left_out))

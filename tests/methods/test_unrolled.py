@@ -50,7 +50,7 @@ def test_the_loss_is_evaluated_at_outputs_changed_by_their_derivative(
     case, protocol, left_out = CASES[name](), protocol_of(optimizer), [0, 7, 22]
     ft = following(case, protocol, [0])
     run = (case.final_model, case.train, case.test, torch.tensor(left_out), ft)
-    found = Unrolled(mode=mode).attribute(*run)
+    found = Unrolled(mode=mode).attribute(*run).values
     change = output_differences(case, protocol, left_out, 1e-5)
     (trajectory,) = ft.full_runs()
     outputs = outputs_at(case.final_model, trajectory.parameters[-1], case.test)
@@ -75,8 +75,12 @@ def test_weight_norm_is_differentiated_by_its_formula(mode: Any, dropout: float)
         torch.set_default_dtype(before)
     protocol = protocol_of("momentum")
     change = output_differences(case, protocol, [0, 7], 1e-5)
-    found = Unrolled(mode=mode).attribute(
-        case.final_model, case.train, case.test, torch.tensor([0, 7]), following(case, protocol, [0])
+    found = (
+        Unrolled(mode=mode)
+        .attribute(
+            case.final_model, case.train, case.test, torch.tensor([0, 7]), following(case, protocol, [0])
+        )
+        .values
     )
     network = plain_run(case.final_model, case.train, case.test, protocol, 0)[2]
     outputs = outputs_at(case.final_model, dict(network.named_parameters()), case.test)
@@ -118,7 +122,7 @@ def test_tangents_and_adjoints_agree(name: str, propagate: Any) -> None:
     case, protocol = CASES[name](), protocol_of("sgd")
     left_out = torch.tensor([1, 5, 12])
     run = (case.final_model, case.train, case.test, left_out, following(case, protocol))
-    found = [Unrolled(mode=m, propagate=propagate).attribute(*run) for m in ("forward", "reverse")]
+    found = [Unrolled(mode=m, propagate=propagate).attribute(*run).values for m in ("forward", "reverse")]
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-10)
 
 
@@ -127,9 +131,9 @@ def test_fewer_seeds_are_the_first_ones() -> None:
     arguments = (case.final_model, case.train, case.test, torch.tensor([1, 5]))
     method = Unrolled(seeds=2)
     found = method.attribute(*arguments, following(case, protocol, [3, 4, 5]))
-    each = [Unrolled().attribute(*arguments, following(case, protocol, [s])) for s in (3, 4)]
-    torch.testing.assert_close(found, torch.stack(each).mean(0))
-    assert "fewer than 4 instances" in method.bars.withheld
+    each = [Unrolled().attribute(*arguments, following(case, protocol, [s])).values for s in (3, 4)]
+    torch.testing.assert_close(found.values, torch.stack(each).mean(0))
+    assert "fewer than 4 instances" in found.withheld
 
 
 @pytest.mark.parametrize("wrong", [{"mode": "x"}, {"propagate": "x"}, {"seeds": 0}, {"chunk": 0}])
@@ -147,7 +151,7 @@ def test_the_direction_with_fewer_derivatives_is_taken_unless_told_otherwise() -
     for left_out in (1, points, points + 1):
         for mode in ("auto", "forward", "reverse"):
             method = Unrolled(mode=mode)  # type: ignore[arg-type]
-            method.attribute(case.final_model, case.train, test, torch.arange(left_out), ft)
-            costs[left_out, mode] = method.gradient_evaluations
+            found = method.attribute(case.final_model, case.train, test, torch.arange(left_out), ft)
+            costs[left_out, mode] = found.gradient_evaluations
         assert costs[left_out, "auto"] == min(costs[left_out, m] for m in ("forward", "reverse"))
     assert costs[1, "auto"] < costs[points, "auto"] == costs[points + 1, "auto"]

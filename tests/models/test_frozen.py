@@ -78,8 +78,10 @@ def test_the_trained_part_alone_gives_the_whole_networks_results(
         p.numel() for p in whole.network.parameters()
     )
     torch.testing.assert_close(part.outputs(seen.test), whole.outputs(data.test), rtol=1e-8, atol=1e-10)
-    ours = GradDot().attribute(part, seen.train, seen.test)
-    torch.testing.assert_close(ours, GradDot().attribute(whole, data.train, data.test), rtol=1e-7, atol=1e-10)
+    ours = GradDot().attribute(part, seen.train, seen.test).values
+    torch.testing.assert_close(
+        ours, GradDot().attribute(whole, data.train, data.test).values, rtol=1e-7, atol=1e-10
+    )
     protocol = Protocol(lr=0.05, batch_size=3, epochs=1, dtype="float64")
     raw = [
         further_train(model, d.train, d.test, protocol, [0], [1, 4]).raw
@@ -93,7 +95,7 @@ def test_representations_are_the_same() -> None:
     whole = FinalModel(network("resnet9", Path()), cross_entropy, trainable=("head*",))
     part, seen = without_frozen_part(whole, data)
     ours, theirs = (
-        EmbeddingSimilarity().attribute(m, d.train, d.test) for m, d in ((part, seen), (whole, data))
+        EmbeddingSimilarity().attribute(m, d.train, d.test).values for m, d in ((part, seen), (whole, data))
     )
     torch.testing.assert_close(ours, theirs)
 

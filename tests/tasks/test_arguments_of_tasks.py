@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from fimo.app.plan import Plan
@@ -19,6 +20,7 @@ from fimo.data.instances import Instances
 from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
 from fimo.further_training.sensitivity import Sensitivity
+from fimo.scores import Scores
 from fimo.tasks import Datamodeling, Judged, Mislabelled, Removal, Retraining, base, datamodeling, mislabelled
 from fimo.tasks.base import seeds_of, with_findings
 from fimo.tasks.mislabelled import GOLD_STANDARD, own
@@ -48,27 +50,32 @@ def judged(**changes: Any) -> Judged:
 def test_scores_are_asked_for_each_method_and_their_cost_is_the_tasks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = []
+    asked: list[Any] = []
 
-    def score(name: str, method: Any, model: Any, data: Any, plan: Plan, *rest: Any) -> dict[str, Tensor]:
-        asked.append((name, model, plan.left_out))
-        rest[2].gradient_evaluations = 10
-        return {"scores": torch.full((1, 1), float(len(name)))}
+    class Asked:
+        @classmethod
+        def of(cls, *arguments: Any) -> Asked:
+            asked.append(arguments)
+            return cls()
 
-    monkeypatch.setattr(base, "score", score)
-    monkeypatch.setattr(base, "described", lambda model, data: ("described", model))
-    run = judged()
-    found = run.scores([2, 5])
-    assert {name: (access, x.item()) for name, (access, x) in found.items()} == {
-        "following": ("FiMO", 9.0), "plain": ("CPA", 5.0),
-    }  # fmt: skip
-    assert asked == [("following", "model on cpu", [2, 5]), ("plain", "model on cpu", [2, 5])]
+        def scores(self, name: str, method: Any, settings: Any, cost: Cost) -> str:
+            asked.append((name, method, settings))
+            cost.gradient_evaluations = 10
+            return f"scores of {name}"
+
+    monkeypatch.setattr(base, "Scoring", Asked)
+    methods = {"following": {"a": 1}, "plain": {"b": 2}, "other": {}}
+    run = judged(config=OmegaConf.create({"methods": methods, "seed": 5}))
+    assert run.scores([2, 5]) == {"following": "scores of following", "plain": "scores of plain"}
+    (model, data, plan, seed, store, device), *each = asked
+    assert (model, data, seed, store, device) == (run.final_model, run.data, 5, "store", run.device)
+    assert plan == dataclasses.replace(PLAN, left_out=[2, 5])
+    assert each == [(name, run.methods[name], methods[name]) for name in ("following", "plain")]
     assert run.cost.gradient_evaluations == 20
     run.scores()
-    assert asked[-1][2] == list(range(20))
+    assert asked[3][2].left_out == list(range(20))
     assert run.cost.gradient_evaluations == 40
     assert run.plan is PLAN
-    assert run.followed() == {"following": [1, 2]}
 
 
 def test_leaving_out_takes_the_runs_protocol_seeds_and_test_instances(
@@ -210,7 +217,7 @@ def test_suspicion_is_harm_to_test_instances_or_influence_on_oneself(monkeypatch
 
     def scores(self: Judged, left_out: Sequence[int]) -> Any:
         asked.append((self, left_out))
-        return {"m": ("FiMO", torch.eye(4) * torch.tensor([4.0, 3.0, 2.0, 1.0]))}
+        return {"m": Scores(torch.eye(4) * torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor(left_out))}
 
     monkeypatch.setattr(Judged, "scores", scores)
     monkeypatch.setattr(
@@ -239,20 +246,23 @@ def test_sets_are_left_out_by_further_training_or_from_scratch(
     start: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Any] = []
-    both = {"a": ("FiMO", torch.stack([torch.zeros(2, 20), torch.ones(2, 20)])), "b": ("CPA", torch.eye(2))}
+    both = {
+        "a": Scores(torch.stack([torch.zeros(2, 20), torch.ones(2, 20)]), torch.arange(20)),
+        "b": Scores(torch.ones(2, 20), torch.arange(20)),
+    }
     monkeypatch.setattr(Judged, "scores", lambda self: both)
     monkeypatch.setattr(Judged, "leave_out", lambda self, groups, seeds: ("further", groups, seeds))
     monkeypatch.setattr(datamodeling, "retrain", lambda run, groups, seeds: ("scratch", groups, seeds))
     monkeypatch.setattr(datamodeling, "datamodeling_score", lambda *a: given.append(a) or "table")
     assert Datamodeling(6, 0.25, start, 2, 4)(judged()) == "table"
     scores, leave_out, *rest = given[0]
-    assert rest == [20, 6, 0.25, 4, {"following": [1, 2]}]
+    assert rest == [20, 6, 0.25, 4]
     kind = {"final_model": "further", "random": "scratch"}[start]
     assert leave_out([[1]]) == (kind, [[1]], [7, 8])
-    assert scores["a"][1].shape == ((2, 20) if start == "random" else (2, 2, 20))
-    assert scores["b"][1].shape == (2, 2)
+    assert scores["a"].values.shape == ((2, 20) if start == "random" else (2, 2, 20))
+    assert scores["b"].values.shape == (2, 20)
     if start == "random":
-        assert (scores["a"][1] == 1).all()
+        assert (scores["a"].values == 1).all()
 
 
 def test_curves_and_retraining_take_the_runs_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,21 +26,21 @@ from fimo.app.check_run import check_run
 from fimo.app.config import plain
 from fimo.app.environment import quiet_libraries, trainer_settings
 from fimo.app.plan import Plan
-from fimo.app.scoring import applicable, described, score, withheld
+from fimo.app.scoring import Scoring, applicable
 from fimo.app.summary import summarise
 from fimo.cost import Cost, measured, write_costs
 from fimo.curvature.solvers import DivergenceError
 from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError, reason
 from fimo.evaluation import assess
-from fimo.evaluation.assessment import judged_bars
 from fimo.further_training import further_train
 from fimo.models.final_model import FinalModel
 from fimo.models.frozen import without_frozen_part
 from fimo.models.training import quality, save_checkpoint, train_final_model
 from fimo.reporting.wandb import log_run
-from fimo.store.files import Store, write_tensors
-from fimo.store.fingerprint import Problem
+from fimo.scores import Scores
+from fimo.store.description import Indescribable
+from fimo.store.files import Store
 from fimo.tasks import Judged, build_tasks, with_findings
 from fimo.validation.poor import Comparison, compared, untold
 
@@ -96,7 +96,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     if not config.model.accept_poor:
         refuse_poor(final_model, data)
         trained = dataclasses.replace(trained, accept_poor=True)  # not to be judged again with every part
-    shared = described(trained, seen)
+    scoring = Scoring.of(trained, seen, plan, config.seed, store, device)
     with measured("further_training") as cost:
         sensitivity = further_train(
             trained,
@@ -111,7 +111,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
             subtract_mean=plan.subtract_mean,
             trainer=trainer_settings(config),
             cost=cost,
-            problem=shared if isinstance(shared, Problem) else None,
+            problem=None if isinstance(scoring.problem, Indescribable) else scoring.problem,
         )
         sensitivity.save(run_dir / "sensitivity.safetensors", with_raw=config.further_training.save_raw)
     costs.append(cost)
@@ -120,14 +120,12 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
         write_costs(costs, run_dir / "cost.csv")
         return math.nan
 
-    placed = trained.to(device)
-    scores: dict[str, tuple[str, Tensor]] = {}
-    errors: dict[str, Tensor] = {}
-    without_bars: dict[str, str] = {}
+    settings = plain(config.methods)
+    scores: dict[str, Scores] = {}
     for name, method in methods.items():
         with measured(name) as cost:
             try:
-                tensors = score(name, method, placed, seen, plan, config, store, cost, shared)
+                scores[name] = scoring.scores(name, method, settings[name], cost)
             except OSError:  # a full disk fails everything that follows too
                 raise
             except Exception as error:  # whatever it is, the others' results are not lost with it
@@ -137,15 +135,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
                 log.error("%s failed: %s", name, problem)
                 skipped[name] = f"failed: {problem}"
                 continue
-            scores[name] = (str(method.access), tensors["scores"])
-            if (bars := judged_bars(tensors, plan.subtract_mean)) is not None:
-                errors[name] = bars
-            if why := withheld(tensors):
-                without_bars[name] = why
-            indices = {"left_out": sensitivity.left_out, "test": sensitivity.test}
-            if method.follows_seeds:
-                indices["followed_seeds"] = torch.tensor(plan.followed)
-            write_tensors(run_dir / "scores" / f"{name}.safetensors", {**tensors, **indices})
+            scores[name].save(run_dir / "scores" / f"{name}.safetensors")
         costs.append(cost)
         log.info("%s: %.1f s", name, cost.seconds)
 
@@ -174,8 +164,6 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
             sensitivity,
             list(config.evaluation.metrics),
             config.evaluation.seed_counts,
-            estimate_loss_change=[n for n, m in methods.items() if m.estimates_loss_change],
-            followed={n: plan.followed for n, m in methods.items() if m.follows_seeds},
             resamples=config.evaluation.bootstrap,
         )
         evaluation.save(run_dir)
@@ -184,7 +172,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     with measured("report") as cost:
         results = summarise(
             plain(config), data, final_model, final_quality, sensitivity, methods, scores, evaluation,
-            costs, skipped, errors, without_bars,
+            costs, skipped,
         )  # fmt: skip
         results = with_findings(results, findings, run_dir)
         results.save(run_dir)

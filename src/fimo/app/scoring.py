@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
-from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from fimo.cost import Cost
 from fimo.engine.leave_out import make_rule
@@ -20,9 +19,9 @@ from fimo.further_training import evaluation_points, full_runs
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.applicability import why_not
 from fimo.methods.base import AttributionMethod
-from fimo.methods.following import FollowingMethod
+from fimo.scores import Scores, stacked
 from fimo.store.description import Indescribable
-from fimo.store.files import Store, read_tensors, write_tensors
+from fimo.store.files import Store
 from fimo.store.fingerprint import Key, Problem, kept, scores_key
 from fimo.validation import choices
 
@@ -59,97 +58,125 @@ def applicable(
     return kept, skipped
 
 
-def score(
-    name: str,
-    method: AttributionMethod,
-    final_model: FinalModel,
-    data: InstancesModule,
-    plan: Plan,
-    config: DictConfig,
-    store: Store,
-    cost: Cost,
-    problem: Problem | Indescribable,
-) -> dict[str, Tensor]:
-    """Return a method's ``scores`` ``[J, L]`` or ``[E, J, L]`` on the CPU (and :func:`bars_of_groups`).
-
-    A group's score is the sum of its members' scores.
+@dataclass(frozen=True)
+class Scoring:
+    """What all methods of a run are given. Their scores are computed once, and then read from the store.
 
     Args:
         final_model: on the device to use.
-        cost: gets the gradient evaluations, and what was reused.
-        problem: :func:`described`, once for all methods.
+        train: all N training instances.
+        test: the J instances to explain.
+        plan: their indices, what is left out, and the further training to follow.
+        seed: that methods draw from, alike in any run.
+        store: where scores are kept.
+        problem: of final model and training set, :func:`described` once.
     """
 
-    def key() -> Key:
-        if isinstance(problem, Indescribable):
-            raise problem
-        settings = OmegaConf.to_container(config.methods[name], resolve=True)
-        assert isinstance(settings, dict)
-        followed = None
+    final_model: FinalModel
+    train: Instances
+    test: Instances
+    plan: Plan
+    seed: int
+    store: Store
+    problem: Problem | Indescribable
+
+    @classmethod
+    def of(
+        cls, final_model: FinalModel, data: InstancesModule, plan: Plan, seed: int, store: Store,
+        device: torch.device, problem: Problem | Indescribable | None = None,
+    ) -> Scoring:  # fmt: skip
+        """Return it for a final model and its data, which are described unless they were before."""
+        problem = described(final_model, data.train) if problem is None else problem
+        return cls(final_model.to(device), data.train, data.test[plan.test], plan, seed, store, problem)
+
+    def scores(self, name: str, method: AttributionMethod, settings: Mapping[str, Any], cost: Cost) -> Scores:
+        """Return a method's scores on the CPU; a group's are the sums over its members.
+
+        Args:
+            settings: of the method, as configured.
+            cost: gets the gradient evaluations, and what was reused.
+        """
+        with (
+            kept(self.store, "scores", lambda: self._key(name, method, settings)) as folder,
+            FileLock(folder / "lock"),
+        ):
+            path = folder / "scores.safetensors"
+            if path.exists():
+                cost.recall(folder)
+                return replace(Scores.load(path), method=name)
+            found = replace(self._computed(method, cost), method=name)
+            cost.gradient_evaluations = found.gradient_evaluations
+            found.save(path)
+            cost.keep(folder)
+        return found
+
+    def _key(self, name: str, method: AttributionMethod, settings: Mapping[str, Any]) -> Key:
+        if isinstance(self.problem, Indescribable):
+            raise self.problem
+        plan, followed = self.plan, None
         if method.follows_further_training:
-            steps = list(map(int, evaluation_points(plan.protocol, len(data.train))[0]))
             followed = {
                 "protocol": plan.protocol.key(),
-                "steps": steps,
+                "steps": self._points,
                 "seeds": plan.followed * method.follows_seeds,
             }
-        named = {str(k): v for k, v in settings.items()}
-        test = data.test[plan.test]
-        units = summed(plan, method, data.train)
-        return scores_key(problem, test, name, type(method), named, units, config.seed, followed)
+        units = summed(self.plan, method, self.train)
+        return scores_key(self.problem, self.test, name, type(method), settings, units, self.seed, followed)
 
-    with kept(store, "scores", key) as folder, FileLock(folder / "lock"):
-        path = folder / "scores.safetensors"
-        if path.exists():
-            cost.recall(folder)
-            return read_tensors(path)
-        known = None if isinstance(problem, Indescribable) else problem
-        tensors = _compute(method, final_model, data, plan, config, store, known, cost)
-        cost.gradient_evaluations = method.gradient_evaluations
-        write_tensors(path, tensors)
-        cost.keep(folder)
-    return tensors
+    def _computed(self, method: AttributionMethod, cost: Cost) -> Scores:
+        device = next(iter(self.final_model.parameters().values())).device
+        train, test = self.train.to(device), self.test.to(device)
+        added = summed(self.plan, method, self.train)
+        members = sorted({i for unit in added for i in unit})
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            given = self._further_training(train, cost)
+            found = method.attribute(self.final_model, train, test, torch.tensor(members), given)
+        left_out, groups = stacked(choices.units(self.plan.left_out, len(train)))
+        found = replace(
+            found.to("cpu").grouped(added),
+            left_out=left_out,
+            groups=groups,
+            test=torch.tensor(self.plan.test),
+        )
+        if not torch.isfinite(found.values).all():
+            log.warning("%s gave scores that are not finite", type(method).__name__)
+        return found
+
+    @property
+    def _points(self) -> list[int]:
+        return [int(step) for step in evaluation_points(self.plan.protocol, len(self.train))[0]]
+
+    def _further_training(self, train: Instances, cost: Cost) -> FurtherTraining:
+        """Return what a method that follows further training is handed; runs nothing yet.
+
+        Args:
+            cost: of the method; pays for full runs that are there already when they are first asked for.
+        """
+        plan, payers = self.plan, itertools.chain([cost], itertools.repeat(None))
+        return FurtherTraining(
+            plan.protocol,
+            tuple(self._points),
+            tuple(plan.followed),
+            lambda: full_runs(
+                self.final_model,
+                train,
+                plan.protocol,
+                plan.followed,
+                store=self.store,
+                device=train.targets.device,
+                problem=None if isinstance(self.problem, Indescribable) else self.problem,
+                cost=next(payers),
+            ),
+        )
 
 
-def described(final_model: FinalModel, data: InstancesModule) -> Problem | Indescribable:
+def described(final_model: FinalModel, train: Instances) -> Problem | Indescribable:
     """Return what all scores of a final model and a training set depend on, or why it can't be described."""
     try:
-        return Problem.of(final_model, data.train)
+        return Problem.of(final_model, train)
     except Indescribable as error:
         return error
-
-
-def _compute(
-    method: AttributionMethod,
-    final_model: FinalModel,
-    data: InstancesModule,
-    plan: Plan,
-    config: DictConfig,
-    store: Store,
-    problem: Problem | None,
-    cost: Cost,
-) -> dict[str, Tensor]:
-    device = next(iter(final_model.parameters().values())).device
-    train, test = data.train.to(device), data.test[plan.test].to(device)
-    groups = summed(plan, method, data.train)
-    members = sorted({i for group in groups for i in group})
-    position = {i: k for k, i in enumerate(members)}
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)  # methods that draw do so alike in any run
-        found = method.attribute(
-            final_model,
-            train,
-            test,
-            torch.tensor(members, device=device),
-            further_training(final_model, train, plan, store, problem, cost),
-        )
-    membership = torch.zeros(len(members), len(groups), dtype=found.dtype)
-    for column, group in enumerate(groups):
-        membership[[position[i] for i in group], column] = 1
-    tensors = {"scores": found.cpu() @ membership, **bars_of_groups(method, membership)}
-    if not torch.isfinite(tensors["scores"]).all():
-        log.warning("%s gave scores that are not finite", type(method).__name__)
-    return tensors
 
 
 def summed(plan: Plan, method: AttributionMethod, train: Instances) -> list[Unit]:
@@ -160,64 +187,3 @@ def summed(plan: Plan, method: AttributionMethod, train: Instances) -> list[Unit
     rule = make_rule(plan.protocol, train)
     units = choices.units(plan.left_out, len(train))
     return [rule.distinct(unit) if method.follows_seeds else rule.members(unit) for unit in units]
-
-
-def bars_of_groups(method: AttributionMethod, membership: Tensor) -> dict[str, Tensor]:
-    """Return the error bars of groups' scores, ``sem`` and ``sem_adjusted`` ``[E, J, G]``, as far as known.
-
-    What members' errors have of their own adds in squares. What all left-out instances share, the part of the
-    variance that goes when their mean is subtracted, adds up, and is left in adjusted scores only where
-    groups differ in size. ``sem_withheld`` says why bars are missing or NaN, as bytes (:func:`withheld`).
-
-    Args:
-        membership: ``[L, G]``, 1 where an instance is in a group.
-    """
-    if not isinstance(method, FollowingMethod):
-        return {}
-    found = {}
-    size, bars = membership.sum(0), method.bars
-    if bars.raw is not None and bars.adjusted is not None:
-        raw, adjusted = bars.raw.cpu().square(), bars.adjusted.cpu().square()
-        shared = (raw - adjusted).mean(-1, keepdim=True).clamp(min=0)
-        found["sem"] = (raw @ membership + shared * (size**2 - size)).sqrt()
-        found["sem_adjusted"] = (adjusted @ membership + shared * (size - size.mean()) ** 2).sqrt()
-    if bars.withheld:
-        found["sem_withheld"] = torch.tensor(list(bars.withheld.encode()), dtype=torch.uint8)
-    return found
-
-
-def withheld(tensors: Mapping[str, Tensor]) -> str:
-    """Return why error bars are missing (or NaN in part), empty where they aren't or there never are any."""
-    return bytes(tensors["sem_withheld"].tolist()).decode() if "sem_withheld" in tensors else ""
-
-
-def further_training(
-    final_model: FinalModel,
-    train: Instances,
-    plan: Plan,
-    store: Store,
-    problem: Problem | None = None,
-    cost: Cost | None = None,
-) -> FurtherTraining:
-    """Return what a method that follows further training is handed; runs nothing yet.
-
-    Args:
-        cost: of the method; pays for full runs that are there already when they are first asked for.
-    """
-    steps = tuple(int(s) for s in evaluation_points(plan.protocol, len(train))[0])
-    payers = itertools.chain([cost], itertools.repeat(None))
-    return FurtherTraining(
-        plan.protocol,
-        steps,
-        tuple(plan.followed),
-        lambda: full_runs(
-            final_model,
-            train,
-            plan.protocol,
-            plan.followed,
-            store=store,
-            device=train.targets.device,
-            problem=problem,
-            cost=next(payers),
-        ),
-    )

@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from fimo.app.environment import versions
 from fimo.cost import Cost, cost_table
@@ -22,6 +21,7 @@ from fimo.models.final_model import FinalModel
 from fimo.models.training import Quality
 from fimo.reporting.instance_table import InstanceDisplay, collect
 from fimo.reporting.results import Results
+from fimo.scores import Scores
 
 
 def summarise(
@@ -31,12 +31,10 @@ def summarise(
     quality: Quality,
     sensitivity: Sensitivity,
     methods: Mapping[str, AttributionMethod],
-    scores: Mapping[str, tuple[str, Tensor]],
+    scores: Mapping[str, Scores],
     evaluation: Evaluation,
     costs: Sequence[Cost],
     skipped: Mapping[str, str],
-    errors: Mapping[str, Tensor],
-    without_bars: Mapping[str, str],
 ) -> Results:
     """Gather what a run found."""
 
@@ -53,7 +51,7 @@ def summarise(
         if len(methods) <= 3
         else f"{data.name}: {len(methods)} methods",
         sensitivity=sensitivity,
-        scores={name: values for name, (_, values) in scores.items()},
+        scores={name: found.values for name, found in scores.items()},
         evaluation=evaluation.table,
         cost=cost_table(costs),
         final_model={k: v for k, v in asdict(quality).items() if v is not None},
@@ -73,8 +71,12 @@ def summarise(
         bootstrap=evaluation.bootstrap,
         slopes=evaluation.slopes,
         distance=distance_table(sensitivity, final_model),
-        errors=errors,
-        without_bars=without_bars,
+        errors={
+            name: bars
+            for name, found in scores.items()
+            if (bars := found.bars(sensitivity.subtract_mean)) is not None
+        },
+        without_bars={name: found.withheld for name, found in scores.items() if found.withheld},
     )
 
 

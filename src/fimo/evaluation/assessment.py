@@ -18,6 +18,7 @@ from fimo.evaluation.resampling import mean_agreements
 from fimo.evaluation.slope import fitted_slope
 from fimo.further_training.seeds import relation
 from fimo.further_training.sensitivity import Sensitivity, adjust
+from fimo.scores import Scores
 from fimo.store.files import written_aside
 
 COLUMNS = [
@@ -25,8 +26,9 @@ COLUMNS = [
     "followed_seeds",
 ]  # fmt: skip
 
-Scores = Mapping[str, tuple[str, Tensor]]
-"""By method: its access level (``FiMO``, ``CPA``, ``TAA``) and its scores ``[J, L]`` or ``[E, J, L]``."""
+AnyScores = Mapping[str, Scores | tuple[str, Tensor]]
+"""By method: its scores; or its access level (``FiMO``, ``CPA``, ``TAA``) and their values ``[J, L]`` or
+``[E, J, L]``."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Evaluation:
 
 
 def evaluate(
-    scores: Scores,
+    scores: AnyScores,
     sensitivity: Sensitivity,
     metrics: Sequence[MetricName] = DEFAULT,
     seed_counts: Sequence[int] | None = None,
@@ -76,7 +78,7 @@ def evaluate(
 
 
 def assess(
-    scores: Scores,
+    scores: AnyScores,
     sensitivity: Sensitivity,
     metrics: Sequence[MetricName] = DEFAULT,
     seed_counts: Sequence[int] | None = None,
@@ -89,19 +91,20 @@ def assess(
     """Judge scores by the sensitivity, with intervals, slopes and every test instance's agreement.
 
     Args:
-        scores: by method, its access level and its scores.
+        scores: by method, of the sensitivity's test instances, and of its left-out instances or of more (such
+            as all training instances). Instead of scores, a pair of access level and values.
         seed_counts: numbers k of seeds averaged; 1, 2, 5, 10, 20, 50, … and all S when None. For k < S a
             test instance's agreement is its mean over about ``subsets`` subsets of k seeds, disjoint where
             they were cut from one random order; the SEM is over test instances only, since subsets of
             the same seeds are no independent samples.
         estimate_loss_change: methods whose scores are in units of loss, for which a slope is fitted. Those of
             them that follow further training (``[E, J, L]``) predict its raw changes, so their scores are
-            adjusted just as the sensitivity is, see :func:`adjusted_scores`. When None: those that follow
-            further training, as all of this package's do that give ``[E, J, L]``.
+            adjusted just as the sensitivity is, see :func:`adjusted_scores`. When None: as scores say; of
+            pairs, those that give ``[E, J, L]``.
         followed: by method, the seeds whose runs it followed, for the column ``followed_seeds``: ``other``
             where the gold standard has none of them, ``same`` where it has some, so that the method knows
-            part of its noise and may pass the ceiling; ``none`` for methods that follow no run. When None
-            it is ``unknown`` for ``[E, J, L]``.
+            part of its noise and may pass the ceiling; ``none`` for methods that follow no run. When None:
+            as :class:`Scores` say; of pairs it is ``unknown`` for ``[E, J, L]``.
         resamples: of the bootstrap; none when 0.
         seed: of all randomness here.
 
@@ -110,18 +113,17 @@ def assess(
     """
     if not scores:
         raise InputError("method", "there are no scores to evaluate")
-    if estimate_loss_change is None:
-        estimate_loss_change = [name for name, (_, values) in scores.items() if values.ndim == 3]
+    entries = {
+        name: _entry(name, given, sensitivity, estimate_loss_change, followed)
+        for name, given in scores.items()
+    }
     total = len(sensitivity.seeds)
     counts = sorted(set(seed_counts)) if seed_counts else default_seed_counts(total)
     truth = sensitivity.sensitivity
-    for name, (_, values) in scores.items():
-        check_shapes(values, truth, f"scores of {name}")
     judged = {
-        name: adjusted_scores(values, name in estimate_loss_change, sensitivity.subtract_mean)
-        for name, (_, values) in scores.items()
+        name: adjusted_scores(entry.values, entry.predicts_loss_change, sensitivity.subtract_mean)
+        for name, entry in entries.items()
     }
-    access = {name: str(level) for name, (level, _) in scores.items()}
     generator = torch.Generator().manual_seed(seed)
     points = {"step": sensitivity.step.tolist(), "epoch": sensitivity.epoch.tolist()}
     rows: list[pd.DataFrame] = []
@@ -140,9 +142,9 @@ def assess(
             instances[name, metric] = full.clone()  # not a view of all counts' and methods'
             fixed = {
                 "method": name,
-                "access": access[name],
+                "access": entries[name].access,
                 "metric": metric,
-                "followed_seeds": _followed(name, scores[name][1], followed, sensitivity),
+                "followed_seeds": entries[name].followed,
             }
             for column, k in enumerate(counts):
                 numbers = {
@@ -162,7 +164,7 @@ def assess(
     slopes = [
         pd.DataFrame({"method": name, **points, "slope": fitted_slope(values, truth).tolist()})
         for name, values in judged.items()
-        if name in estimate_loss_change
+        if entries[name].predicts_loss_change
     ]
     return Evaluation(
         table=pd.concat(rows, ignore_index=True)[COLUMNS],
@@ -175,25 +177,91 @@ def assess(
     )
 
 
-def _followed(
-    name: str, scores: Tensor, followed: Mapping[str, Sequence[int]] | None, sensitivity: Sensitivity
-) -> str:
-    """Return ``none``, ``other``, ``same`` or ``unknown``: a method's seeds beside the gold standard's."""
-    if followed is None:
-        return "unknown" if scores.ndim == 3 else "none"
-    return relation(followed.get(name, ()), sensitivity.seeds.tolist())
+@dataclass(frozen=True)
+class _Entry:
+    """A method's scores of a sensitivity's instances.
+
+    Args:
+        values: ``[J, L]`` or ``[E, J, L]``.
+        followed: ``none``, ``other``, ``same`` or ``unknown``: its seeds beside the gold standard's.
+    """
+
+    values: Tensor
+    access: str
+    predicts_loss_change: bool
+    followed: str
+
+
+def _entry(
+    name: str,
+    given: Scores | tuple[str, Tensor],
+    sensitivity: Sensitivity,
+    estimate_loss_change: Collection[str] | None,
+    followed: Mapping[str, Sequence[int]] | None,
+) -> _Entry:
+    """Read what was given, with the two overrides of :func:`assess`."""
+    seeds: Sequence[int] | None
+    if isinstance(given, Scores):
+        values, access = aligned(given, sensitivity, name).values, str(given.access)
+        loss_change, seeds = given.predicts_loss_change, given.followed
+    else:
+        access, values = given
+        loss_change = values.ndim == 3
+        seeds = None if loss_change else ()
+    check_shapes(values, sensitivity.sensitivity, f"scores of {name}")
+    if estimate_loss_change is not None:
+        loss_change = name in estimate_loss_change
+    if followed is not None:
+        seeds = followed.get(name, ())
+    how = "unknown" if seeds is None else relation(seeds, sensitivity.seeds.tolist())
+    return _Entry(values, str(access), bool(loss_change), how)
+
+
+def aligned(scores: Scores, sensitivity: Sensitivity, name: str = "method") -> Scores:
+    """Return scores of a sensitivity's left-out instances (or groups), chosen from those of more.
+
+    Raises:
+        InputError: there are none of some of them, or they are of other test instances.
+    """
+    if scores.test is not None and not torch.equal(scores.test, sensitivity.test):
+        raise InputError(f"scores of {name}", "they explain other test instances than the sensitivity's")
+    if torch.equal(scores.left_out.cpu(), sensitivity.left_out) and _same(scores.groups, sensitivity.groups):
+        return scores
+    if scores.groups is not None:
+        raise InputError(f"scores of {name}", "they are of other groups than the sensitivity's")
+    units = sensitivity.left_out[:, None] if sensitivity.groups is None else sensitivity.groups
+    try:
+        return scores.grouped([[i for i in unit if i >= 0] for unit in units.tolist()])
+    except InputError as error:
+        raise InputError(f"scores of {name}", error.problem) from error
+
+
+def of_all(given: Scores | tuple[str, Tensor], instances: int, name: str) -> Tensor:
+    """Return the values ``[J, N]`` or ``[E, J, N]`` of all training instances in their order.
+
+    Raises:
+        InputError: there are none of some of them.
+    """
+    if not isinstance(given, Scores):
+        return given[1]
+    if len(given.left_out) == instances and given.left_out.tolist() == list(range(instances)):
+        return given.values
+    try:
+        return given.grouped([[i] for i in range(instances)]).values
+    except InputError as error:
+        raise InputError(f"scores of {name}", error.problem) from error
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.cpu(), other)
 
 
 def _mean_columns(values: Tensor) -> dict[str, list[float]]:
     """Return mean and SEM over test instances as columns of a table."""
     mean, sem = mean_and_sem(values)
     return {"mean": mean.tolist(), "sem": sem.tolist()}
-
-
-def judged_bars(tensors: Mapping[str, Tensor], subtract_mean: bool) -> Tensor | None:
-    """Return the error bars ``[E, J, L]`` of scores as they are judged: adjusted as the sensitivity is."""
-    bars = tensors.get("sem_adjusted") if subtract_mean else None
-    return tensors.get("sem") if bars is None else bars
 
 
 def adjusted_scores(scores: Tensor, loss_change: bool, subtract_mean: bool) -> Tensor:

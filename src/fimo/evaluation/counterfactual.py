@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fimo.errors import InputError
-from fimo.evaluation.assessment import Scores
+from fimo.evaluation.assessment import AnyScores, of_all
 from fimo.evaluation.lds import LeaveOut
 from fimo.evaluation.metrics import mean_and_sem
 
@@ -18,7 +18,7 @@ CHANCE = "chance"
 
 
 def removal_curves(
-    scores: Scores,
+    scores: AnyScores,
     leave_out: LeaveOut,
     instances: int,
     counts: Sequence[int] = (1, 3, 10, 30),
@@ -31,7 +31,7 @@ def removal_curves(
     the random ones are left out in one call of the engine.
 
     Args:
-        scores: by method, its access level and scores of all training instances, ``[J, N]``; where they
+        scores: by method, those of all training instances, ``[J, N]``; where they
             follow further training, ``[E, J, N]``, the last evaluation point's choose the sets.
         counts: the numbers k.
         random_sets: random sets of each k, whose mean is the curve named ``chance``.
@@ -44,8 +44,8 @@ def removal_curves(
         raise InputError("evaluation.removal.counts", f"expected 1 to {instances - 1} but got {bad}")
     generator = torch.Generator().manual_seed(seed)
     wanted: dict[tuple[str, int], list[list[int]]] = {}
-    for name, (_, values) in scores.items():
-        best = most_helpful(values, instances)
+    for name, given in scores.items():
+        best = most_helpful(of_all(given, instances, name), instances)
         for k in counts:
             wanted[name, k] = [sorted(best[:k])]
     for k in counts:

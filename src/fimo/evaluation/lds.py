@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from fimo.errors import InputError
-from fimo.evaluation.assessment import COLUMNS, Scores, assess
+from fimo.evaluation.assessment import COLUMNS, AnyScores, assess, of_all
 from fimo.further_training.sensitivity import Sensitivity
+from fimo.scores import Scores
 
 LeaveOut = Callable[[list[list[int]]], Sensitivity]
 """Further training (or re-training) leaving out each of some groups of training instances."""
 
 
 def datamodeling_score(
-    scores: Scores,
+    scores: AnyScores,
     leave_out: LeaveOut,
     instances: int,
     subsets: int = 50,
@@ -38,22 +39,29 @@ def datamodeling_score(
     there scores +1; with outputs instead of losses, or kept instead of left-out sets, signs would differ.
 
     Args:
-        scores: by method, its access level and scores of all training instances, ``[J, N]`` or ``[E, J, N]``.
+        scores: by method, those of all training instances (``[J, N]`` or ``[E, J, N]``).
         leave_out: runs the engine once for all sets, returning ``[S, E, J, M]`` raw changes.
         instances: N.
         subsets: M, the number of left-out sets.
         share: of the training set that each leaves out, in (0, 1).
         seed: of the sets.
-        followed: by method, the seeds whose runs it followed.
+        followed: by method, the seeds whose runs it followed; as scores say when None.
 
     Returns:
         columns of ``evaluation.csv`` with ``lds`` as metric, and all seeds averaged; mean ± SEM over test
         instances, and the noise ceiling of this gold standard.
     """
     groups = random_subsets(instances, subsets, share, torch.Generator().manual_seed(seed))
-    summed = {name: (access, group_scores(x, groups, instances)) for name, (access, x) in scores.items()}
+    summed: dict[str, Scores | tuple[str, Tensor]] = {}
+    for name, given in scores.items():
+        values = group_scores(of_all(given, instances, name), groups, instances)
+        if isinstance(given, Scores):
+            members = replace(given, sem=None, sem_adjusted=None, test=None).grouped(groups)
+            summed[name] = replace(members, values=values)
+        else:
+            summed[name] = given[0], values
     # ranks don't change when a constant is subtracted
-    sensitivity = dataclasses.replace(leave_out(groups), subtract_mean=False)
+    sensitivity = replace(leave_out(groups), subtract_mean=False)
     table = assess(
         summed, sensitivity, ["spearman"], [len(sensitivity.seeds)], followed=followed, resamples=0
     ).table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,9 +15,10 @@ from fimo.curvature.solvers import lanczos
 from fimo.curvature.spectrum import MAX_DIMENSION
 from fimo.data.instances import Instances
 from fimo.errors import InputError
+from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.cg import MAX_ROWS, gauss_newton_trace
 from fimo.methods.damping import Damping, DampingValue
-from fimo.methods.gradient import CurvatureMethod
+from fimo.methods.gradient import CurvatureMethod, FittedCurvature, Solved
 from fimo.models.final_model import FinalModel
 
 
@@ -60,49 +62,72 @@ class Arnoldi(CurvatureMethod):
             raise InputError("curvature", f"expected one of gauss_newton, hessian but got {curvature!r}")
         self.rank, self.iterations, self.curvature, self.seed = rank, iterations, curvature, seed
 
-    def fit(self, final_model: FinalModel, train: Instances) -> None:
-        super().fit(final_model, train)
+    def fit(self, final_model: FinalModel, train: Instances) -> LeadingEigenvectors:
+        gradients = self.gradients(final_model)
         n, outputs = len(train), final_model.outputs(train[:1])[0].numel()
-        generator = torch.Generator(self.gradients.device).manual_seed(self.seed)
-        start = torch.randn(final_model.size, generator=generator, device=self.gradients.device)
-        start = start.to(self.gradients.dtype)
-        self.kernel_rows: Rows | None = None
-        if self.curvature == "gauss_newton" and outputs <= MAX_ROWS:
-            rows = self.gradients.gauss_newton(train)
-            self.operator: Operator = RowsOperator(rows)
+        generator = torch.Generator(gradients.device).manual_seed(self.seed)
+        start = torch.randn(final_model.size, generator=generator, device=gradients.device)
+        start = start.to(gradients.dtype)
+        hessian_wanted = self.curvature == "hessian"
+        kernel_rows: Rows | None = None
+        if not hessian_wanted and outputs <= MAX_ROWS:
+            rows = gradients.gauss_newton(train)
+            operator: Operator = RowsOperator(rows)
             size = rows.n * rows.r
             if size < final_model.size and size <= MAX_DIMENSION:
                 # the same Krylov space through the kernel: A C^k start = (A A^T / N)^k A start
                 kernel = rows.gram(rows).view(size, size) / n
                 image = rows.times(start[:, None]).flatten()
                 values, vectors = lanczos(lambda v: kernel @ v, image, self.iterations)
-                self._keep(values, vectors, smallest=1e-6)
-                self.kernel_rows = rows
-                return
-        elif self.curvature == "gauss_newton":
-            self.operator = GaussNewton(final_model, train, count=self.gradients.count)
+                kernel_rows = rows
+        elif not hessian_wanted:
+            operator = GaussNewton(final_model, train, count=gradients.count)
         else:
-            self.operator = hessian(final_model, train, count=self.gradients.count)
-        self._keep(*lanczos(self.operator.times, start, self.iterations), smallest=1e-6)
+            operator = hessian(final_model, train, count=gradients.count)
+        if kernel_rows is None:
+            values, vectors = lanczos(operator.times, start, self.iterations)
+        chosen = self._leading(values)
+        fitted = LeadingEigenvectors(
+            gradients, train, operator, hessian_wanted, values[chosen], vectors[:, chosen], kernel_rows
+        )
+        if not len(chosen) and fitted.mean_squared_gradient() > 0:
+            raise InputError("curvature", "all its eigenvalues are zero, so that there are no leading ones")
+        return fitted
 
-    def _keep(self, values: Tensor, vectors: Tensor, smallest: float) -> None:
+    def _leading(self, values: Tensor, smallest: float = 1e-6) -> Tensor:
         # eigenvalues that are rounding errors of zero would dominate their own inverse
         sizes = values.abs()
         order = sizes.argsort(descending=True)[: self.rank]
-        order = order[sizes[order] > smallest * sizes.amax()] if len(order) else order
-        if not len(order) and self.mean_squared_gradient() > 0:
-            raise InputError("curvature", "all its eigenvalues are zero, so that there are no leading ones")
-        self.values, self.vectors = values[order], vectors[:, order]
+        return order[sizes[order] > smallest * sizes.amax()] if len(order) else order
 
-    def mean_eigenvalue(self) -> float:
-        if self.curvature == "hessian":
-            return self.operator.trace() / self.final_model.size
-        return gauss_newton_trace(self.gradients, self.train, self.operator) / self.final_model.size
-
-    def dampings(self) -> Tensor:
+    def dampings(self, curvature: FittedCurvature, further_training: FurtherTraining | None) -> Tensor:
         if self.damping == Damping("absolute", 0.0):
             return torch.zeros(1, dtype=torch.float64)
-        return super().dampings()
+        return super().dampings(curvature, further_training)
+
+
+@dataclass(frozen=True)
+class LeadingEigenvectors(FittedCurvature):
+    """A curvature restricted to some of its eigenvectors.
+
+    Args:
+        operator: the whole matrix, by products.
+        of_hessian: whether it is the Hessian.
+        values: ``[rank]``.
+        vectors: ``[P, rank]``, or ``[N·R, rank]`` of the kernel of ``kernel_rows``.
+        kernel_rows: where the kernel's eigenvectors stand for the matrix's own.
+    """
+
+    operator: Operator
+    of_hessian: bool
+    values: Tensor
+    vectors: Tensor
+    kernel_rows: Rows | None
+
+    def mean_eigenvalue(self) -> float:
+        if self.of_hessian:
+            return self.operator.trace() / self.final_model.size
+        return gauss_newton_trace(self.gradients, self.train, self.operator) / self.final_model.size
 
     def coordinates(self, rows: Rows) -> Tensor:
         """Return ``[n, R, rank]``, the rows' products with the eigenvectors."""
@@ -111,6 +136,6 @@ class Arnoldi(CurvatureMethod):
         products = rows.gram(self.kernel_rows).flatten(2) @ self.vectors
         return products / (len(self.train) * self.values).sqrt()
 
-    def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Tensor:
+    def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Solved:
         a, b = self.coordinates(left), self.coordinates(right)[:, 0]
-        return torch.stack([(a / (self.values + d)) @ b.T for d in dampings.tolist()])
+        return Solved(torch.stack([(a / (self.values + d)) @ b.T for d in dampings.tolist()]))

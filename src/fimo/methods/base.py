@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.applicability import unfollowable
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.models.final_model import FinalModel
-from fimo.scores import Access
+from fimo.scores import Access, Scores
 from fimo.validation import choices
 from fimo.validation.admission import admit
 
@@ -23,49 +26,78 @@ class AttributionMethod(ABC):
 
     Sign: a positive score means that removing the training instance raises the test loss.
 
-    A subclass checks its arguments in ``__init__`` (:class:`~fimo.errors.InputError`), precomputes on
-    the training set in :meth:`fit`, and returns scores from :meth:`scores`.
+    A subclass checks its arguments in ``__init__`` (:class:`~fimo.errors.InputError`) and computes
+    :meth:`scores`, a function of the problem alone: nothing is kept on the method.
     """
 
-    access: ClassVar[Access] = Access.FINAL_MODEL
-    estimates_loss_change: ClassVar[bool] = False
-    """Whether a score is in units of test loss per removed instance (else only its order matters)."""
+    @property
+    def access(self) -> Access:
+        """What the method needs to see."""
+        return Access.FINAL_MODEL
 
-    follows_further_training: bool = False
-    """Whether scores are ``[E, J, L]``, one for each amount of further training that is given."""
+    @property
+    def predicts_loss_change(self) -> bool:
+        """Whether a score is in units of test loss per removed instance (else only its order matters)."""
+        return False
+
+    @property
+    def follows_further_training(self) -> bool:
+        """Whether scores are ``[E, J, L]``, one for each amount of further training that is given."""
+        return False
 
     @property
     def follows_seeds(self) -> bool:
         """Whether single seeds' runs are followed, and not only the amount of further training."""
         return self.follows_further_training
 
-    without_further_training: str = ""
-    """What to choose where there is none, for an error message."""
-
-    further_training: FurtherTraining | None = None
-    """The further training to predict, where the method follows it."""
-
-    left_out: Tensor
-    """``[L]`` training indices that :meth:`attribute` was given."""
-
-    gradient_evaluations: int = 0
-    """Instance gradients (or products of one instance's Jacobian) computed so far: the declared cost."""
+    @property
+    def without_further_training(self) -> str:
+        """What to choose where there is none, for an error message."""
+        return ""
 
     def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
         """Return why the method can't run on this model and data, or None; must be cheap."""
         return None
 
-    def fit(self, final_model: FinalModel, train: Instances) -> None:
-        """Precompute what depends on the training set alone."""
-        self.final_model, self.train = final_model, train
-
     @abstractmethod
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        """Return the scores of test instances for left-out training instances.
+    def scores(self, problem: AttributionProblem) -> Scores | Tensor:
+        """Return the scores of the problem's test instances for its left-out training instances.
 
         Returns:
-            ``[J, L]``, or ``[E, J, L]`` where the method follows further training.
+            ``[J, L]``, or ``[E, J, L]`` where the method follows further training; or :meth:`result` of them,
+            which says more.
         """
+
+    def result(self, problem: AttributionProblem, values: Tensor, **more: Any) -> Scores:
+        """Return scores with what the method and the problem say of them.
+
+        Args:
+            values: ``[J, L]`` or ``[E, J, L]``.
+            more: other fields of :class:`~fimo.scores.Scores`, such as ``sem`` or ``notes``.
+
+        Raises:
+            InputError: values of another shape.
+        """
+        fields: dict[str, Any] = {
+            "method": type(self).__name__,
+            "access": self.access,
+            "predicts_loss_change": self.predicts_loss_change,
+        }
+        given = problem.further_training
+        if self.follows_further_training and given is not None:
+            per_epoch = given.protocol.batches_per_epoch(len(problem.train))
+            fields["step"] = torch.tensor(given.steps)
+            fields["epoch"] = torch.tensor([-(-step // per_epoch) for step in given.steps])
+            fields["followed"] = given.seeds if self.follows_seeds else ()
+        shape = (len(problem.test), len(problem.index))
+        if tuple(values.shape[-2:]) != shape or values.ndim != 2 + self.follows_further_training:
+            expected = ["E"] * self.follows_further_training + [*map(str, shape)]
+            raise InputError(
+                type(self).__name__,
+                f"expected scores of shape [{', '.join(expected)}] (test, left-out instances) but got "
+                f"{list(values.shape)}",
+            )
+        return Scores(values, problem.index, **fields | more)
 
     def attribute(
         self,
@@ -74,8 +106,8 @@ class AttributionMethod(ABC):
         test: Instances,
         left_out: Tensor | Sequence[int] | int | None = None,
         further_training: FurtherTraining | None = None,
-    ) -> Tensor:
-        """Fit, then score.
+    ) -> Scores:
+        """Return the scores of test instances for left-out training instances.
 
         Args:
             train: all N training instances.
@@ -85,8 +117,8 @@ class AttributionMethod(ABC):
             further_training: what the scores predict; methods that follow it require it.
 
         Returns:
-            ``[J, L]`` (``[E, J, L]`` where the method follows further training) in the final model's dtype,
-            on its device.
+            values ``[J, L]`` (``[E, J, L]`` where the method follows further training) in the final model's
+            dtype, on its device.
 
         Raises:
             InputError: the method follows further training and none was given, or an index is out of range.
@@ -99,7 +131,20 @@ class AttributionMethod(ABC):
         if further_training is not None and (why := unfollowable(self, further_training.protocol)):
             raise InputError("further_training.optimizer", f"{type(self).__name__} does not apply: {why}")
         train, test = admit(final_model, train, test)
-        self.further_training = further_training
-        self.left_out = choices.indices(left_out, len(train), "left_out")
-        self.fit(final_model, train)
-        return self.scores(test, train if left_out is None else train[self.left_out.to(train.targets.device)])
+        index = None if left_out is None else choices.indices(left_out, len(train), "left_out")
+        problem = AttributionProblem(final_model, train, test, index, further_training)
+        found = self.scores(problem)
+        return found if isinstance(found, Scores) else self.result(problem, found)
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Refuse what was written for an earlier version, where it would fail after hours or be ignored."""
+        super().__init_subclass__(**arguments)
+        named = list(inspect.signature(cls.scores).parameters)
+        if len(named) != 2:
+            raise InputError(
+                cls.__name__,
+                f"scores({', '.join(named)}) is given one problem: write scores(self, problem), with "
+                "problem.final_model, .train, .test, .removed (the left-out instances), .further_training",
+            )
+        if "estimates_loss_change" in vars(cls):
+            raise InputError(cls.__name__, "estimates_loss_change is called predicts_loss_change")

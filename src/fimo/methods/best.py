@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-
-from torch import Tensor
+from dataclasses import replace
 
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.calibrated import CalibratedResponse
 from fimo.methods.following import FollowingMethod
 from fimo.methods.response import Response
 from fimo.models.final_model import FinalModel
+from fimo.scores import Scores
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +36,6 @@ class Best(FollowingMethod):
         memory_mb: of Jacobians held at once.
         checks: real runs for error bars, where ``response`` is taken; see
             :class:`~fimo.methods.response.Response`.
-
-    Attributes:
-        chosen: the method, after :meth:`attribute`.
-        reason: why.
     """
 
     def __init__(
@@ -48,20 +45,17 @@ class Best(FollowingMethod):
             raise InputError("short", f"expected at least 0 but got {short}")
         self.short, self.memory_mb, self.checks = short, memory_mb, checks
         self.corrected = CalibratedResponse(budget=budget, memory_mb=memory_mb, checks=checks)
-        self.chosen: FollowingMethod | None = None
-        self.reason = ""
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        self.chosen, self.reason = self.choose(self.final_model, self.train, self.ft)
-        log.info("best: %s, since %s", type(self.chosen).__name__, self.reason)
-        found = self.chosen.attribute(self.final_model, self.train, test, self.left_out, self.ft)
-        self.bars = self.chosen.bars
-        self.gradient_evaluations = self.chosen.gradient_evaluations
-        return found if found.ndim == 3 else found.expand(len(self.ft.steps), -1, -1)
+    def scores(self, problem: AttributionProblem) -> Scores:
+        chosen, reason = self.choose(problem.final_model, problem.train, problem.followed)
+        note = f"{type(chosen).__name__}, since {reason}"
+        log.info("best: %s", note)
+        found = chosen.scores(problem)
+        return replace(found, method=type(self).__name__, notes=(note, *found.notes))
 
     def choose(
         self, final_model: FinalModel, train: Instances, further_training: FurtherTraining
-    ) -> tuple[FollowingMethod, str]:
+    ) -> tuple[Response, str]:
         """Return the method and the reason for it."""
         if why := self.corrected.inapplicable(final_model, train):
             return Response(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -12,15 +11,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training.trajectory import Trajectory
 from fimo.linear_response.discrepancy import OWN, Correction, correct, correlations
 from fimo.linear_response.linearity import Discrepancy, discrepancy, stratified
 from fimo.linear_response.real_runs import worthwhile
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.error_bars import ErrorBars, SeedSpread, error_bars
-from fimo.methods.following import CHECKED_SEEDS, relative_size
+from fimo.methods.following import CHECKED_SEEDS, Tally, real_losses, relative_size
 from fimo.methods.response import Response
+from fimo.scores import Scores
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,37 @@ class Followed:
     predicted: Tensor
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """Scores that real runs correct.
+
+    Args:
+        values: ``[E, J, L]``.
+        bars: their standard errors.
+        trusted: evaluation points to which the response was followed.
+        correction: correlation ``[E]`` of the response with the effects of the real runs, its scale, ...
+        runs: real ones.
+        steps: ``[E]``.
+    """
+
+    values: Tensor
+    bars: ErrorBars
+    trusted: int
+    correction: Correction
+    runs: int
+    steps: Sequence[int]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How far the response is trusted, in words."""
+        agree, scale = float(self.correction.correlation[-1]), float(self.correction.scale[-1])
+        return (
+            f"the response is followed to step {self.steps[self.trusted - 1]} of {self.steps[-1]}",
+            f"corrected by {self.runs} real runs, with whose effects the response has a correlation of "
+            f"{agree:.2f} at the end and which are {scale:.2f} times as large",
+        )
+
+
 class CalibratedResponse(Response):
     """The linear response as far as it can be trusted, corrected by as many real runs as a budget allows.
 
@@ -91,11 +122,6 @@ class CalibratedResponse(Response):
         trust: correlation of predicted with real effects, plus its standard error, below which the response
             isn't followed further.
         propagate, segments, kernels, max_rows, memory_mb: see :class:`~fimo.methods.response.Response`.
-
-    Attributes:
-        validation: for each evaluation point after :meth:`attribute`, the correlation of the response with
-            the effects of the real runs, and the scale a; None where there were too few runs.
-        trusted: evaluation points to which the response was followed.
     """
 
     def __init__(
@@ -116,57 +142,69 @@ class CalibratedResponse(Response):
             if not 0 <= value <= 1:
                 raise InputError(key, f"expected a share of 0 to 1 but got {value}")
         self.budget, self.trust = budget, trust
-        self.validation: list[tuple[float, float]] | None = None
-        self.trusted: int | None = None
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        self.gradient_evaluations, self.validation, self.trusted = 0, None, None
-        seeds, count = self.ft.seeds, len(self.left_out)
-        units = self.budget * len(seeds) * (count + 1)  # in runs
-        if count < FEWEST or units < 2 * FEWEST or len(seeds) < CHECKED_SEEDS:
-            return super().scores(test, left_out)
-        self.gradient_evaluations += len(seeds) * self.run_gradients
-        trajectories = self.ft.full_runs()
-        pilot = self._pilot(test, trajectories, units)
-        self.trusted = self._trusted(pilot)
-        more = self._worthwhile(test, pilot, units)
-        response = self._followed(test, trajectories, pilot, [*pilot.runs, *more])
-        real = torch.cat([pilot.real, self.real_losses(test, self._named(more))]) if more else pilot.real
-        return self._corrected(pilot, response, real)
+    def scores(self, problem: AttributionProblem) -> Scores:
+        tally = Tally()
+        found = self.calibrated(problem, tally)
+        if found is None:
+            return super().scores(problem)
+        return self.with_bars(problem, found.values, found.bars, tally, *found.notes)
 
-    def _pilot(self, test: Instances, trajectories: Iterator[Trajectory], units: float) -> Pilot:
+    def calibrated(self, problem: AttributionProblem, tally: Tally) -> Calibrated | None:
+        """Return scores that real runs correct; None where the budget buys too few."""
+        given, count = problem.followed, len(problem.index)
+        units = self.budget * len(given.seeds) * (count + 1)  # in runs
+        if count < FEWEST or units < 2 * FEWEST or len(given.seeds) < CHECKED_SEEDS:
+            return None
+        tally.add(len(given.seeds) * problem.run_gradients)
+        trajectories = given.full_runs()
+        pilot = self._pilot(problem, trajectories, units, tally)
+        trusted = self._trusted(given.steps, pilot)
+        more = self._worthwhile(problem, pilot, units, trusted)
+        response = self._followed(problem, trajectories, pilot, [*pilot.runs, *more], trusted, tally)
+        real = pilot.real
+        if more:
+            real = torch.cat([real, real_losses(problem, named(problem, more), tally)])
+        return self._corrected(problem, pilot, response, real, trusted)
+
+    def _pilot(
+        self, problem: AttributionProblem, trajectories: Iterator[Trajectory], units: float, tally: Tally
+    ) -> Pilot:
         """Follow the response along the first seeds, and run for real without instances of all sizes."""
-        seeds = self.ft.seeds[:CHECKED_SEEDS]
+        given = problem.followed
+        seeds = given.seeds[:CHECKED_SEEDS]
         first = itertools.islice(trajectories, len(seeds))
-        response = list(self._along_part(test, first, seeds, len(self.ft.steps)))
+        part = problem.along(given.part(first, seeds, len(given.steps)))
+        response = list(self.by_seed(part, tally))
         size = relative_size(torch.stack(response).mean(0))
         number = max(FEWEST, self.checks, round(PILOT * units)) // len(seeds)
         instances, weight = stratified(size, number, largest=(number + 1) // 2)
         runs = [(i, s) for s in range(len(seeds)) for i in instances.tolist()]
-        losses = self.real_losses(test, [*((None, s) for s in seeds), *self._named(runs)])
+        losses = real_losses(problem, [*((None, s) for s in seeds), *named(problem, runs)], tally)
         return Pilot(runs, instances, weight, size, response, losses[: len(seeds)], losses[len(seeds) :])
 
-    def _trusted(self, pilot: Pilot) -> int:
+    def _trusted(self, steps: Sequence[int], pilot: Pilot) -> int:
         """Return the evaluation points to which the response agrees with the pilot's real runs."""
         predicted = torch.stack([pilot.response[s][:, :, i] for i, s in pilot.runs]).cpu()
         seed = torch.tensor([s for _, s in pilot.runs])
-        agree = correlations(self.ft.steps, pilot.real, predicted, seed)
+        agree = correlations(steps, pilot.real, predicted, seed)
         error = (1 - agree.square()) / (2 * (len(pilot.runs) - len(pilot.full))) ** 0.5
         trusted = (agree + error >= self.trust).nonzero()
         points = int(trusted.max()) + 1 if len(trusted) else 1
         log.info(
             "calibrated: the response is followed to step %d of %d",
-            self.ft.steps[points - 1],
-            self.ft.steps[-1],
+            steps[points - 1],
+            steps[-1],
         )
         return points
 
-    def _worthwhile(self, test: Instances, pilot: Pilot, units: float) -> list[tuple[int, int]]:
+    def _worthwhile(
+        self, problem: AttributionProblem, pilot: Pilot, units: float, trusted: int
+    ) -> list[tuple[int, int]]:
         """Return the real runs that the rest of the budget buys after the pilot's."""
-        assert self.trusted is not None
-        seeds, first = len(self.ft.seeds), len(pilot.full)
-        trusted = self.ft.steps[self.trusted - 1] / self.ft.steps[-1]
-        following = self.following_cost(test) * (first + (seeds - first) * trusted)
+        steps, seeds, first = problem.followed.steps, len(problem.followed.seeds), len(pilot.full)
+        share = steps[trusted - 1] / steps[-1]
+        following = self.following_cost(problem) * (first + (seeds - first) * share)
         rest = units - seeds - following - first - len(pilot.runs)
         done = set(pilot.runs)
         order = [run for run in worthwhile(pilot.size, seeds, OWN) if run not in done]
@@ -174,93 +212,95 @@ class CalibratedResponse(Response):
 
     def _followed(
         self,
-        test: Instances,
+        problem: AttributionProblem,
         trajectories: Iterator[Trajectory],
         pilot: Pilot,
         runs: Sequence[tuple[int, int]],
+        trusted: int,
+        tally: Tally,
     ) -> Followed:
         """Follow the response along the other seeds, as far as it is trusted."""
-        assert self.trusted is not None
-        others = self.ft.seeds[len(pilot.full) :]
-        rest = self._along_part(test, trajectories, others, self.trusted) if others else iter(())
+        given = problem.followed
+        others = given.seeds[len(pilot.full) :]
+        part = problem.along(given.part(trajectories, others, trusted))
+        rest = self.by_seed(part, tally) if others else iter(())
         spread = SeedSpread()
         of_run: dict[tuple[int, int], Tensor] = {}
-        for s, scores in enumerate(itertools.chain((x[: self.trusted] for x in pilot.response), rest)):
-            scores = self._prolonged(scores.double())
+        for s, scores in enumerate(itertools.chain((x[:trusted] for x in pilot.response), rest)):
+            scores = prolonged(scores.double(), given.steps)
             spread.add(scores)
             of_run.update({(i, k): scores[:, :, i].cpu() for i, k in runs if k == s})
         return Followed(spread, list(runs), torch.stack([of_run[run] for run in runs]))
 
-    def _corrected(self, pilot: Pilot, response: Followed, real: Tensor) -> Tensor:
-        """Return the scores that all real runs support, and keep their error bars.
+    def _corrected(
+        self, problem: AttributionProblem, pilot: Pilot, response: Followed, real: Tensor, trusted: int
+    ) -> Calibrated:
+        """Return the scores that all real runs support, with their error bars.
 
         Args:
             real: ``[K, E, J]``, test losses of the runs of ``response``.
         """
-        mean, count = response.spread.mean, len(self.left_out)
+        mean, count, steps = response.spread.mean, len(problem.index), problem.followed.steps
         instance, seed = torch.tensor(response.runs).T
         average = mean.cpu()[:, :, instance].permute(2, 0, 1)
-        correction = correct(self.ft.steps, real, response.predicted, average, instance, seed, count)
-        self.validation = list(zip(correction.correlation.tolist(), correction.scale.tolist(), strict=True))
+        correction = correct(steps, real, response.predicted, average, instance, seed, count)
         scale = correction.scale[:, None, None]
         explained = scale * mean.cpu()
-        self.bars = self._bars(pilot, response, explained, scale, correction)
-        return (explained + correction.remainder).to(mean.device, self.dtype)
+        bars = self._bars(problem, pilot, response, explained, correction)
+        values = (explained + correction.remainder).to(mean.device, problem.dtype)
+        return Calibrated(values, bars, trusted, correction, len(response.runs), steps)
 
     def _bars(
-        self, pilot: Pilot, response: Followed, explained: Tensor, scale: Tensor, correction: Correction
+        self,
+        problem: AttributionProblem,
+        pilot: Pilot,
+        response: Followed,
+        explained: Tensor,
+        correction: Correction,
     ) -> ErrorBars:
         """Return the error bars.
 
         What the response misses is estimated from the pilot's instances as if none had been run (their
         remainders are not used), and is that for instances without a run; see :func:`after_runs` for others.
         """
-        seeds, number = len(pilot.full), len(pilot.instances)
+        seeds, number, scale = len(pilot.full), len(pilot.instances), correction.scale[:, None, None]
         by_seed = (seeds, number)
         changes = (pilot.real.unflatten(0, by_seed) - pilot.full[:, None]).permute(0, 2, 3, 1)
         own = response.predicted[: len(pilot.runs)].unflatten(0, by_seed).permute(0, 2, 3, 1)
         average = response.spread.mean.cpu()[..., pilot.instances]
         residual = changes - scale * average - correction.own_scale[:, None, None] * (own - average)
-        missed = discrepancy(self.ft.steps, residual, explained, pilot.instances, pilot.weight)
+        missed = discrepancy(problem.followed.steps, residual, explained, pilot.instances, pilot.weight)
         missed = after_runs(missed, correction.unexplained)
         raw, adjusted = (x.cpu() * scale.square() for x in response.spread.variances())
-        return error_bars((raw, adjusted), missed, number, self.dtype)
+        return error_bars((raw, adjusted), missed, number, problem.dtype)
 
-    def following_cost(self, test: Instances) -> float:
+    def following_cost(self, problem: AttributionProblem) -> float:
         """Return about how many steps of a run the response's step along a seed costs.
 
         Its arithmetic is |batch|·rows·L, a run's |batch|·P. Measured on two CPU cores (an MLP of
         17,500 parameters, N = 927, L = 50 and 100).
         """
-        outputs = self.final_model.outputs(test[:1])[0].numel()
-        rows = min(self.max_rows, len(self.train) * outputs)
-        share = rows**2 * len(self.left_out) / (len(self.train) * self.final_model.size)
+        outputs, n = problem.final_model.outputs(problem.test[:1])[0].numel(), len(problem.train)
+        rows = min(self.max_rows, n * outputs)
+        share = rows**2 * len(problem.index) / (n * problem.final_model.size)
         return 1.7 + 0.7 * share
 
-    def _along_part(
-        self, test: Instances, trajectories: Iterator[Trajectory], seeds: tuple[int, ...], points: int
-    ) -> Iterator[Tensor]:
-        """Yield the response ``[E', J, L]`` along a part of further training, and count its cost."""
-        part = copy.copy(self)
-        part.gradient_evaluations = 0
-        part.further_training = self.ft.part(trajectories, seeds, points)
-        yield from part.by_seed(test)
-        self.gradient_evaluations += part.gradient_evaluations
 
-    def _named(self, runs: Sequence[tuple[int, int]]) -> list[tuple[int | None, int]]:
-        """Return runs as training instances and seeds."""
-        return [(int(self.left_out[i]), self.ft.seeds[s]) for i, s in runs]
+def named(problem: AttributionProblem, runs: Sequence[tuple[int, int]]) -> list[tuple[int | None, int]]:
+    """Return runs, as positions of instances and seeds, as training instances and seeds."""
+    return [(int(problem.index[i]), problem.followed.seeds[s]) for i, s in runs]
 
-    def _prolonged(self, found: Tensor) -> Tensor:
-        """Return ``[E, ...]`` for the first evaluation points ``[E', ...]``: the mean over their last tenth.
 
-        What is the seeds' noise at one point is none at later ones.
-        """
-        points, last = len(self.ft.steps), len(found)
-        if last == points:
-            return found
-        late = sum(step >= 0.9 * self.ft.steps[last - 1] for step in self.ft.steps[:last])
-        return torch.cat([found, found[last - late :].mean(0).expand(points - last, *found.shape[1:])])
+def prolonged(scores: Tensor, steps: Sequence[int]) -> Tensor:
+    """Return scores ``[E, ...]`` of the first evaluation points ``[E', ...]``.
+
+    Later ones take the mean over the last tenth: what is the seeds' noise at one point is none at later ones.
+    """
+    points, last = len(steps), len(scores)
+    if last == points:
+        return scores
+    late = sum(step >= 0.9 * steps[last - 1] for step in steps[:last])
+    return torch.cat([scores, scores[last - late :].mean(0).expand(points - last, *scores.shape[1:])])
 
 
 def after_runs(missed: Discrepancy, unexplained: Tensor) -> Discrepancy:

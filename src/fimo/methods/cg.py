@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,7 +22,7 @@ from fimo.curvature.spectrum import KernelSpectrum
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.damping import DampingValue
-from fimo.methods.gradient import CurvatureMethod
+from fimo.methods.gradient import CurvatureMethod, FittedCurvature, Solved
 from fimo.models.final_model import FinalModel
 
 log = logging.getLogger(__name__)
@@ -53,46 +55,47 @@ def gauss_newton_trace(gradients: InstanceGradients, train: Instances, operator:
     return RowsOperator(gradients.gauss_newton(train)).trace()
 
 
-class IterativeMethod(CurvatureMethod):
-    """An influence function whose damped inverse is found by iteration on the test gradients.
+@dataclass(frozen=True)
+class IteratedCurvature(FittedCurvature):
+    """A curvature whose damped inverse is found by iteration on the test gradients.
 
-    Attributes:
-        residuals: the largest relative residual for each damping of the last call.
-        iterations: that each damping took.
+    Args:
+        operator: the matrix, by products.
+        rows: of Gauss-Newton, where instances have few outputs.
+        by_rows: whether the matrix is that of ``rows``.
+        memory_mb: of a block's vectors.
     """
 
-    residuals: tuple[float, ...] = ()
-    iterations: tuple[int, ...] = ()
-
-    def fit(self, final_model: FinalModel, train: Instances) -> None:
-        super().fit(final_model, train)
-        self.__dict__.pop("spectrum", None)
-        outputs = final_model.outputs(train[:1])[0].numel()
-        self.by_rows = outputs <= MAX_ROWS
-        if self.by_rows:
-            self.rows = self.gradients.gauss_newton(train)
-        # rows that don't stay in memory cost more to make anew for each product than the network's passes
-        stays = self.by_rows and not isinstance(self.rows, StreamedRows)
-        self.operator: Operator = (
-            RowsOperator(self.rows) if stays else GaussNewton(final_model, train, count=self.gradients.count)
-        )
+    operator: Operator
+    rows: Rows | None
+    by_rows: bool
+    memory_mb: float
 
     def mean_eigenvalue(self) -> float:
-        rows = RowsOperator(self.rows) if self.by_rows else self.operator
-        return gauss_newton_trace(self.gradients, self.train, rows) / self.final_model.size
+        operator = RowsOperator(self.own_rows) if self.by_rows else self.operator
+        return gauss_newton_trace(self.gradients, self.train, operator) / self.final_model.size
+
+    @property
+    def own_rows(self) -> Rows:
+        """The rows of which this is the matrix."""
+        assert self.rows is not None
+        return self.rows
+
+    @property
+    def spectral(self) -> bool:
+        """Whether the eigenproblem is small enough to iterate on eigenvalues."""
+        return self.by_rows and min(self.final_model.size, self.own_rows.n * self.own_rows.r) <= MAX_SPECTRAL
 
     def space(self, left: Rows) -> Space:
         """Return where to iterate on the rows ``left``: iterates are the same, steps differ in cost."""
-        if self.by_rows and min(self.final_model.size, self.rows.n * self.rows.r) <= MAX_SPECTRAL:
-            return SpectralSpace(self.spectrum, left)
-        return ParameterSpace(self.operator, left)
+        return SpectralSpace(self.spectrum, left) if self.spectral else ParameterSpace(self.operator, left)
 
     @functools.cached_property
     def spectrum(self) -> KernelSpectrum:
         """The eigendecomposition of the curvature, made once where it is used."""
-        return KernelSpectrum(self.final_model, self.train, self.gradients, self.rows)
+        return KernelSpectrum(self.final_model, self.train, self.gradients, self.own_rows)
 
-    def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Tensor:
+    def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Solved:
         # blocks of right-hand sides: a block's vectors of length P stay within the memory
         size = max(1, int(self.memory_mb * 2**20 / (8 * left.p * left.r * left.dtype.itemsize)))
         found, residuals, iterations = [], [], []
@@ -108,15 +111,26 @@ class IterativeMethod(CurvatureMethod):
                     products = space.against(solution.vectors, right)[..., 0]
                     each.append(products.view(part.n, part.r, right.n))
                 found.append(torch.stack(each))
-        self.residuals, self.iterations = tuple(residuals), tuple(iterations)
-        return torch.cat(found, 1)
+        return Solved(torch.cat(found, 1), tuple(residuals), tuple(iterations))
 
+    @abstractmethod
     def iterate(self, space: Space, part: Rows, damping: float) -> Solution:
         """Return the solution for one damping."""
-        raise NotImplementedError
 
 
-class ConjugateGradients(IterativeMethod):
+def gauss_newton_products(
+    gradients: InstanceGradients, train: Instances
+) -> tuple[Operator, Rows | None, bool]:
+    """Return the Gauss-Newton matrix by products, its rows where they are few, and whether they are."""
+    outputs = gradients.final_model.outputs(train[:1])[0].numel()
+    rows = gradients.gauss_newton(train) if outputs <= MAX_ROWS else None
+    # rows that don't stay in memory cost more to make anew for each product than the network's passes
+    if rows is not None and not isinstance(rows, StreamedRows):
+        return RowsOperator(rows), rows, True
+    return GaussNewton(gradients.final_model, train, count=gradients.count), rows, rows is not None
+
+
+class ConjugateGradients(CurvatureMethod):
     """Influence with the damped Gauss-Newton matrix, by conjugate gradients (Martens, 2010).
 
     score[j, i] = (1/N) x_j^T g_i with (G + damping I) x_j = g_j. All test instances are solved for at
@@ -153,11 +167,29 @@ class ConjugateGradients(IterativeMethod):
             raise InputError("precondition", f"expected one of none, ekfac but got {precondition!r}")
         self.tolerance, self.max_iterations, self.precondition = tolerance, max_iterations, precondition
 
-    def fit(self, final_model: FinalModel, train: Instances) -> None:
-        super().fit(final_model, train)
-        self.factors: KroneckerFactors | None = None
-        if self.precondition == "ekfac":
-            self.factors = fit_factors(self.gradients, train)
+    def fit(self, final_model: FinalModel, train: Instances) -> ConjugateGradientCurvature:
+        gradients = self.gradients(final_model)
+        operator, rows, by_rows = gauss_newton_products(gradients, train)
+        factors = fit_factors(gradients, train) if self.precondition == "ekfac" else None
+        return ConjugateGradientCurvature(
+            gradients, train, operator, rows, by_rows, self.memory_mb,
+            self.tolerance, self.max_iterations, factors,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ConjugateGradientCurvature(IteratedCurvature):
+    """The Gauss-Newton matrix, inverted by conjugate gradients.
+
+    Args:
+        tolerance: of the relative residual.
+        max_iterations: after which a solution is what it is.
+        factors: of the preconditioner; None for none.
+    """
+
+    tolerance: float
+    max_iterations: int
+    factors: KroneckerFactors | None
 
     def space(self, left: Rows) -> Space:
         # a preconditioner is one of parameter space

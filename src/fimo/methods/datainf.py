@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fimo.curvature.gradients import InstanceGradients
+from fimo.curvature.jacobian import Rows
 from fimo.data.instances import Instances
 from fimo.errors import InputError
+from fimo.further_training.trajectory import FurtherTraining
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.damping import Damping, DampingValue
 from fimo.methods.gradient import GradientMethod
 from fimo.models.final_model import FinalModel
+from fimo.scores import Scores
 
 LEAST = 1e-8
 """A layer's mean squared gradient counts as at least this share of the whole network's."""
@@ -38,8 +45,6 @@ class DataInf(GradientMethod):
             weight and bias of a module together.
     """
 
-    estimates_loss_change: ClassVar[bool] = True
-
     def __init__(
         self,
         damping: DampingValue = "auto",
@@ -52,63 +57,99 @@ class DataInf(GradientMethod):
         if layers not in ("parameter", "module"):
             raise InputError("layers", f"expected one of parameter, module but got {layers!r}")
         self.damping, self.grouping = Damping.parse(damping), layers
-        self.follows_further_training = self.damping.kind == "time_matched"
-        if self.follows_further_training:
-            self.without_further_training = "; damping='auto' does without"
+
+    @property
+    def predicts_loss_change(self) -> bool:
+        return True
+
+    @property
+    def follows_further_training(self) -> bool:
+        return self.damping.kind == "time_matched"
 
     @property
     def follows_seeds(self) -> bool:
         """The damping depends on the amount of further training alone."""
         return False
 
-    def fit(self, final_model: FinalModel, train: Instances) -> None:
-        super().fit(final_model, train)
-        self.rows = self.gradients.losses(train)
-        self.groups: dict[str, list[str]] = {}
-        for name in self.gradients.shapes:
+    @property
+    def without_further_training(self) -> str:
+        return "; damping='auto' does without"
+
+    def fit(self, final_model: FinalModel, train: Instances) -> LayerGradients:
+        """Return what all test instances and dampings share."""
+        gradients = self.gradients(final_model)
+        rows = gradients.losses(train)
+        groups: dict[str, list[str]] = {}
+        for name in gradients.shapes:
             group = name if self.grouping == "parameter" else name.rpartition(".")[0]
-            self.groups.setdefault(group, []).append(name)
-        norms = self.rows.parameter_norms()
-        self.norms = {g: sum_named(norms, names)[:, 0] for g, names in self.groups.items()}
-        whole = sum(norm.double().mean().item() for norm in self.norms.values())
-        self.least = LEAST * whole / self.gradients.p
+            groups.setdefault(group, []).append(name)
+        named = rows.parameter_norms()
+        norms = {g: sum_named(named, names)[:, 0] for g, names in groups.items()}
+        whole = sum(norm.double().mean().item() for norm in norms.values())
+        return LayerGradients(gradients, rows, groups, norms, LEAST * whole / gradients.p)
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        dampings = {g: self._dampings(g) for g in self.groups}
-        found = self._scores(dampings, test, left_out)
-        return found if self.follows_further_training else found[0]
+    def scores(self, problem: AttributionProblem) -> Scores:
+        layers = self.fit(problem.final_model, problem.train)
+        found = self.sweep(layers, [self.damping], problem)
+        return self.result(
+            problem,
+            found if self.follows_further_training else found[0],
+            gradient_evaluations=layers.gradients.evaluations,
+        )
 
-    def scores_for(self, dampings: list[DampingValue], test: Instances, left_out: Instances) -> Tensor:
+    def sweep(
+        self, layers: LayerGradients, dampings: Sequence[Damping], problem: AttributionProblem
+    ) -> Tensor:
         """Return the scores ``[E, J, L]`` for E dampings, which share all inner products."""
-        parsed = [Damping.parse(d) for d in dampings]
-        each = {g: torch.cat([self._dampings(g, d) for d in parsed]) for g in self.groups}
-        return self._scores(each, test, left_out)
-
-    def _dampings(self, group: str, damping: Damping | None = None) -> Tensor:
-        damping = damping or self.damping
-        numel = sum(self.gradients.shapes[name].numel() for name in self.groups[group])
-        mean_square = self.norms[group].double().mean().item() / numel
-        mean_square = max(mean_square, self.least)
-        # the mean eigenvalue of the empirical Fisher is the mean squared gradient
-        return damping.resolve(mean_square, mean_square, self.further_training)
-
-    def _scores(self, dampings: dict[str, Tensor], test: Instances, left_out: Instances) -> Tensor:
-        test_rows, removed = self.gradients.measurements(test), self.gradients.losses(left_out)
-        test_train, train_removed = test_rows.grams(self.rows), self.rows.grams(removed)
+        each = {
+            group: torch.cat([layers.damping(group, d, problem.further_training) for d in dampings])
+            for group in layers.groups
+        }
+        gradients = layers.gradients
+        test_rows, removed = gradients.measurements(problem.test), gradients.losses(problem.removed)
+        test_train, train_removed = test_rows.grams(layers.rows), layers.rows.grams(removed)
         test_removed = test_rows.grams(removed)
+        n = len(problem.train)
         total: list[Tensor] = []
-        for group, names in self.groups.items():
+        for group, names in layers.groups.items():
             outer = sum_named(test_train, names)[:, 0, :, 0]
             inner = sum_named(train_removed, names)[:, 0, :, 0]
             direct = sum_named(test_removed, names)[:, 0, :, 0]
-            for e, damping in enumerate(dampings[group].tolist()):
-                weighted = outer / (damping + self.norms[group])
-                part = (direct - weighted @ inner / len(self.train)) / damping
+            for e, damping in enumerate(each[group].tolist()):
+                weighted = outer / (damping + layers.norms[group])
+                part = (direct - weighted @ inner / n) / damping
                 if e < len(total):
                     total[e] += part
                 else:
                     total.append(part)
-        return torch.stack(total) / len(self.train)
+        return torch.stack(total) / n
+
+
+@dataclass(frozen=True)
+class LayerGradients:
+    """Training gradients by layer.
+
+    Args:
+        gradients: of the final model.
+        rows: of all N training instances.
+        groups: names of parameters by layer.
+        norms: ``[N]`` squared norms by layer.
+        least: a layer's mean squared gradient counts as at least this.
+    """
+
+    gradients: InstanceGradients
+    rows: Rows
+    groups: dict[str, list[str]]
+    norms: dict[str, Tensor]
+    least: float
+
+    def damping(self, group: str, damping: Damping, further_training: FurtherTraining | None) -> Tensor:
+        """Return a layer's dampings ``[E]``."""
+        numel = sum(self.gradients.shapes[name].numel() for name in self.groups[group])
+        mean_square = self.norms[group].double().mean().item() / numel
+        mean_square = max(mean_square, self.least)
+        # the mean eigenvalue of the empirical Fisher is the mean squared gradient
+        return damping.resolve(mean_square, mean_square, further_training)
 
 
 def sum_named(parts: dict[str, Tensor], names: list[str]) -> Tensor:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fimo.curvature.jacobian import Rows
-from fimo.curvature.kronecker import Fisher, fit_factors, no_factors
+from fimo.curvature.kronecker import Fisher, KroneckerFactors, fit_factors, no_factors
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.damping import DampingValue
-from fimo.methods.gradient import CurvatureMethod
+from fimo.methods.gradient import CurvatureMethod, FittedCurvature, Solved
 from fimo.models.final_model import FinalModel
 
 log = logging.getLogger(__name__)
@@ -33,10 +34,6 @@ class Ekfac(CurvatureMethod):
         fisher: ``exact`` Gauss-Newton, ``sampled`` targets, ``empirical``; ``auto``: exact up to 16 outputs
             (64 under a loss of one's own, whose targets can't be drawn), else sampled.
         samples, seed: of sampled targets.
-
-    Attributes:
-        coverage: share of the parameters in Kronecker or (normalisation layers) dense blocks, once fitted.
-        uncovered: names of the others, of which only the diagonal is used.
     """
 
     corrected: ClassVar[bool] = True
@@ -62,27 +59,44 @@ class Ekfac(CurvatureMethod):
     def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
         return no_factors(final_model, train, self.fisher)
 
-    def fit(self, final_model: FinalModel, train: Instances) -> None:
-        super().fit(final_model, train)
-        self.factors = fit_factors(
-            self.gradients, train, self.corrected, self.fisher, self.samples, self.seed
-        )
-        self.coverage, self.uncovered = self.factors.coverage, self.factors.uncovered
-        if self.uncovered:
-            log.info(
-                "%.0f%% of the parameters covered; only a diagonal for %s",
-                100 * self.coverage,
-                self.uncovered,
-            )
+    def fit(self, final_model: FinalModel, train: Instances) -> Factored:
+        gradients = self.gradients(final_model)
+        factors = fit_factors(gradients, train, self.corrected, self.fisher, self.samples, self.seed)
+        fitted = Factored(gradients, train, factors, self.damping.kind == "auto", self.memory_mb)
+        for note in fitted.notes:
+            log.info("%s", note)
+        return fitted
+
+
+@dataclass(frozen=True)
+class Factored(FittedCurvature):
+    """A curvature by the Kronecker factors of its blocks.
+
+    Args:
+        factors: of all modules.
+        relative: dampings are multiples of each module's own mean eigenvalue.
+        memory_mb: of vectors solved for at once.
+    """
+
+    factors: KroneckerFactors
+    relative: bool
+    memory_mb: float
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        coverage, uncovered = self.factors.coverage, self.factors.uncovered
+        if not uncovered:
+            return ()
+        return (f"{coverage:.0%} of the parameters covered; only a diagonal for {uncovered}",)
 
     def mean_eigenvalue(self) -> float:
         return self.factors.mean_eigenvalue
 
-    def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Tensor:
+    def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Solved:
         found = []
         for piece in left.pieces(self.memory_mb / (2 + len(dampings))):
             vectors = piece.dense().flatten(0, 1).T
-            solved = self.factors.solve(vectors, dampings, relative=self.damping.kind == "auto")
+            solved = self.factors.solve(vectors, dampings, relative=self.relative)
             products = [right.times(s)[:, 0].T.reshape(piece.n, piece.r, right.n) for s in solved]
             found.append(torch.stack(products))
-        return torch.cat(found, 1)
+        return Solved(torch.cat(found, 1))

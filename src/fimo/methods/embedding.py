@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fimo.data.instances import IGNORED, Instances
 from fimo.errors import InputError
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel, apply
 
@@ -55,11 +56,12 @@ class EmbeddingSimilarity(AttributionMethod):
             "the network has no hidden representation" if only or final_model.network is linear[0] else None
         )
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        if reason := self.inapplicable(self.final_model, self.train):
+    def scores(self, problem: AttributionProblem) -> Tensor:
+        if reason := self.inapplicable(problem.final_model, problem.train):
             raise InputError("layer", reason)
-        ours = representations(self.final_model, test, self.layer, self.batch_size)
-        theirs = representations(self.final_model, left_out, self.layer, self.batch_size)
+        test, left_out = problem.test, problem.removed
+        ours = representations(problem.final_model, test, self.layer, self.batch_size)
+        theirs = representations(problem.final_model, left_out, self.layer, self.batch_size)
         if self.similarity == "euclidean":
             found = -torch.cdist(ours, theirs)
         else:

@@ -28,6 +28,10 @@ class ErrorBars:
     withheld: str = ""
 
 
+NO_BARS = ErrorBars(withheld="this method measures no error")
+"""Of methods that average over seeds without real runs."""
+
+
 class SeedSpread:
     """Mean of seeds' scores, and the variance of that mean, as scores come one seed after another."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from fimo.curvature.spectrum import MAX_DIMENSION, KernelSpectrum, Phi, kernel_d
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.damping import DampingValue
-from fimo.methods.gradient import CurvatureMethod
+from fimo.methods.gradient import CurvatureMethod, FittedCurvature, Solved
 from fimo.models.final_model import FinalModel
 
 
@@ -52,19 +53,26 @@ class ExactInfluence(CurvatureMethod):
             return None
         return f"its eigenproblem is {dimension} x {dimension} (max_dimension={self.max_dimension})"
 
-    def fit(self, final_model: FinalModel, train: Instances) -> None:
+    def fit(self, final_model: FinalModel, train: Instances) -> Decomposed:
         if reason := self.inapplicable(final_model, train):
             raise InputError("method.exact", reason)
-        super().fit(final_model, train)
-        rows = self.gradients.losses(train) if self.curvature == "empirical" else None
-        self.spectrum = KernelSpectrum(final_model, train, self.gradients, rows)
+        gradients = self.gradients(final_model)
+        rows = gradients.losses(train) if self.curvature == "empirical" else None
+        return Decomposed(gradients, train, KernelSpectrum(final_model, train, gradients, rows))
+
+
+@dataclass(frozen=True)
+class Decomposed(FittedCurvature):
+    """A curvature by its eigenvalues and eigenvectors."""
+
+    spectrum: KernelSpectrum
 
     def mean_eigenvalue(self) -> float:
         return self.spectrum.mean_eigenvalue
 
-    def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Tensor:
+    def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Solved:
         pair = self.spectrum.pair(left, right)
-        return torch.stack([pair.apply(inverse(d))[..., 0] for d in dampings.tolist()])
+        return Solved(torch.stack([pair.apply(inverse(d))[..., 0] for d in dampings.tolist()]))
 
 
 def inverse(damping: float) -> Phi:

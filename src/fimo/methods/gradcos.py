@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from fimo.data.instances import Instances
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.gradient import GradientMethod
+from fimo.scores import Scores
 
 
 class GradCos(GradientMethod):
@@ -17,7 +16,9 @@ class GradCos(GradientMethod):
     training instances with large losses don't dominate. 0 where a gradient is exactly zero.
     """
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        left, right = self.gradients.measurements(test), self.gradients.losses(left_out)
+    def scores(self, problem: AttributionProblem) -> Scores:
+        gradients = self.gradients(problem.final_model)
+        left, right = gradients.measurements(problem.test), gradients.losses(problem.removed)
         norms = left.squared_norms().sqrt() * right.squared_norms().sqrt().T
-        return left.gram(right)[:, 0, :, 0] / norms.where(norms > 0, 1)
+        cosines = left.gram(right)[:, 0, :, 0] / norms.where(norms > 0, 1)
+        return self.result(problem, cosines, gradient_evaluations=gradients.evaluations)

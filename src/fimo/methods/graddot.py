@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from fimo.data.instances import Instances
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.gradient import GradientMethod
+from fimo.scores import Scores
 
 
 class GradDot(GradientMethod):
@@ -16,5 +15,8 @@ class GradDot(GradientMethod):
     it (Wei et al., 2025, section 4).
     """
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        return self.gradients.measurements(test).gram(self.gradients.losses(left_out))[:, 0, :, 0]
+    def scores(self, problem: AttributionProblem) -> Scores:
+        gradients = self.gradients(problem.final_model)
+        left, right = gradients.measurements(problem.test), gradients.losses(problem.removed)
+        products = left.gram(right)[:, 0, :, 0]
+        return self.result(problem, products, gradient_evaluations=gradients.evaluations)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import ClassVar, Literal
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,10 +13,13 @@ from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import Rows
 from fimo.data.instances import Instances
 from fimo.errors import InputError
+from fimo.further_training.trajectory import FurtherTraining
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.base import AttributionMethod
 from fimo.methods.damping import Damping, DampingValue
 from fimo.models.final_model import FinalModel
 from fimo.models.loss_changes import loss_changes
+from fimo.scores import Scores
 
 STORAGE = {
     "float64": torch.float64,
@@ -41,18 +45,70 @@ class GradientMethod(AttributionMethod):
             raise InputError("storage", f"expected one of {', '.join(STORAGE)} or null but got {storage!r}")
         self.memory_mb, self.storage, self.cache = memory_mb, storage, cache
 
-    def fit(self, final_model: FinalModel, train: Instances) -> None:
-        super().fit(final_model, train)
-        self.gradients = self.make_gradients(final_model)
-
-    def make_gradients(self, final_model: FinalModel) -> InstanceGradients:
+    def gradients(self, final_model: FinalModel) -> InstanceGradients:
+        """Return a final model's per-instance gradients, which count their evaluations."""
         storage = STORAGE[self.storage] if self.storage else None
         return InstanceGradients(final_model, self.memory_mb, storage, self.cache)
 
+
+@dataclass(frozen=True)
+class Solved:
+    """Products with an inverse curvature.
+
+    Args:
+        values: ``left^T (C + damping)^-1 right`` per damping, ``[E, n, R, m]``.
+        residuals: of an iterative solution, the largest relative one for each damping and block of rows.
+        iterations: that each of them took.
+    """
+
+    values: Tensor
+    residuals: tuple[float, ...] = ()
+    iterations: tuple[int, ...] = ()
+
     @property
-    def gradient_evaluations(self) -> int:  # type: ignore[override]
-        """Instance gradients computed so far."""
-        return self.gradients.evaluations if hasattr(self, "gradients") else 0
+    def notes(self) -> tuple[str, ...]:
+        """How far an iterative solution has converged, in words."""
+        if not self.residuals:
+            return ()
+        worst, most = max(self.residuals), max(self.iterations)
+        return (f"solved in at most {most} steps to a relative residual of {worst:.2g}",)
+
+
+@dataclass(frozen=True)
+class FittedCurvature(ABC):
+    """A curvature matrix C of the mean training loss at one final model, ready to be inverted.
+
+    It depends on the training set alone: test instances, left-out instances and dampings share it.
+
+    Args:
+        gradients: of the final model.
+        train: all N training instances.
+    """
+
+    gradients: InstanceGradients
+    train: Instances
+
+    @property
+    def final_model(self) -> FinalModel:
+        return self.gradients.final_model
+
+    @abstractmethod
+    def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Solved:
+        """Return ``left^T (C + damping)^-1 right`` per damping; right has one row each."""
+
+    @abstractmethod
+    def mean_eigenvalue(self) -> float:
+        """Return the mean eigenvalue of C, the scale of ``auto`` damping."""
+
+    def mean_squared_gradient(self) -> float:
+        """Return the mean of the squared derivatives over training instances and parameters."""
+        norms = self.gradients.losses(self.train).squared_norms()
+        return norms.double().mean().item() / self.final_model.size
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of how C was taken."""
+        return ()
 
 
 class CurvatureMethod(GradientMethod):
@@ -72,8 +128,6 @@ class CurvatureMethod(GradientMethod):
             linear and evaluates the loss at the changed outputs, which keeps its curvature.
     """
 
-    estimates_loss_change: ClassVar[bool] = True
-
     def __init__(
         self,
         damping: DampingValue = "auto",
@@ -86,53 +140,74 @@ class CurvatureMethod(GradientMethod):
         if propagate not in ("loss", "outputs"):
             raise InputError("propagate", f"expected one of loss, outputs but got {propagate!r}")
         self.damping, self.propagate = Damping.parse(damping), propagate
-        self.follows_further_training = self.damping.kind == "time_matched"
-        if self.follows_further_training:
-            self.without_further_training = "; damping='auto' does without"
+
+    @property
+    def predicts_loss_change(self) -> bool:
+        return True
+
+    @property
+    def follows_further_training(self) -> bool:
+        return self.damping.kind == "time_matched"
 
     @property
     def follows_seeds(self) -> bool:
         """The damping depends on the amount of further training alone."""
         return False
 
-    @abstractmethod
-    def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Tensor:
-        """Return ``left^T (C + damping)^-1 right``  per damping, ``[E, n, R, m]``; right has one row each."""
+    @property
+    def without_further_training(self) -> str:
+        return "; damping='auto' does without"
 
     @abstractmethod
-    def mean_eigenvalue(self) -> float:
-        """Return the mean eigenvalue of C, the scale of ``auto`` damping."""
+    def fit(self, final_model: FinalModel, train: Instances) -> FittedCurvature:
+        """Return the curvature of the mean training loss, ready to be inverted for any test instances."""
 
-    def mean_squared_gradient(self) -> float:
-        """Return the mean of the squared derivatives over training instances and parameters."""
-        norms = self.gradients.losses(self.train).squared_norms()
-        return norms.double().mean().item() / self.final_model.size
-
-    def dampings(self) -> Tensor:
+    def dampings(self, curvature: FittedCurvature, further_training: FurtherTraining | None) -> Tensor:
         """Return the configured dampings ``[E]``, E = 1 unless they follow further training."""
         kind = self.damping.kind
-        ft = self.further_training
-        divides = ft is not None and ft.protocol.update_rule.preconditions
-        gradient = self.mean_squared_gradient() if kind == "relative" or divides else 0.0
-        eigenvalue = self.mean_eigenvalue() if kind == "auto" else 0.0
-        if kind == "auto" and eigenvalue <= 0 and self.mean_squared_gradient() > 0:
+        divides = further_training is not None and further_training.protocol.update_rule.preconditions
+        gradient = curvature.mean_squared_gradient() if kind == "relative" or divides else 0.0
+        eigenvalue = curvature.mean_eigenvalue() if kind == "auto" else 0.0
+        if kind == "auto" and eigenvalue <= 0 and curvature.mean_squared_gradient() > 0:
             raise InputError(
                 "damping",
                 f"auto is 0.1 times the curvature's mean eigenvalue, but that is {eigenvalue:.3g} at the "
                 "final model; give a number, or a multiple of the mean squared gradient such as 10x",
             )
-        return self.damping.resolve(gradient, eigenvalue, self.further_training)
+        return self.damping.resolve(gradient, eigenvalue, further_training)
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        found = self.scores_for(self.dampings(), test, left_out)
-        return found if self.follows_further_training else found[0]
+    def scores(self, problem: AttributionProblem) -> Scores:
+        return self.scores_by(self.fit(problem.final_model, problem.train), problem)
 
-    def scores_for(self, dampings: Tensor, test: Instances, left_out: Instances) -> Tensor:
-        """Return the scores ``[E, J, L]`` for E dampings, which share all that doesn't depend on them."""
-        left = self.gradients.measurements(test) if self.propagate == "loss" else self.gradients.outputs(test)
-        found = self.solve(left, self.gradients.losses(left_out), dampings) / len(self.train)
-        if self.propagate == "outputs":
-            model, outputs = self.final_model, self.final_model.outputs(test)
+    def scores_by(self, curvature: FittedCurvature, problem: AttributionProblem) -> Scores:
+        """Return scores by what :meth:`fit` returned for the same final model and training set.
+
+        The evaluations counted are all that were made with it so far.
+        """
+        dampings = self.dampings(curvature, problem.further_training)
+        values, notes = self.sweep(curvature, dampings, problem)
+        return self.result(
+            problem,
+            values if self.follows_further_training else values[0],
+            gradient_evaluations=curvature.gradients.evaluations,
+            notes=(*curvature.notes, *notes),
+        )
+
+    def sweep(
+        self, curvature: FittedCurvature, dampings: Tensor, problem: AttributionProblem
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """Return the scores ``[E, J, L]`` for E dampings, which share all that doesn't depend on them.
+
+        Also what a reader must know of them.
+        """
+        gradients = curvature.gradients
+        by_loss = self.propagate == "loss"
+        left = gradients.measurements(problem.test) if by_loss else gradients.outputs(problem.test)
+        solved = curvature.solve(left, gradients.losses(problem.removed), dampings)
+        found = solved.values / len(problem.train)
+        if not by_loss:
+            model, test = problem.final_model, problem.test
+            outputs = model.outputs(test)
             changes = [loss_changes(model, outputs, test.targets, c.flatten(0, 1)) for c in found]
-            return torch.stack(changes).to(outputs.dtype)
-        return found[:, :, 0].to(self.gradients.dtype)
+            return torch.stack(changes).to(outputs.dtype), solved.notes
+        return found[:, :, 0].to(gradients.dtype), solved.notes

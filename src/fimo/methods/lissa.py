@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -27,8 +29,9 @@ from fimo.curvature.solvers import (
 from fimo.curvature.spectrum import MAX_DIMENSION
 from fimo.data.instances import Instances
 from fimo.errors import InputError
-from fimo.methods.cg import IterativeMethod, gauss_newton_trace
+from fimo.methods.cg import IteratedCurvature, gauss_newton_products, gauss_newton_trace
 from fimo.methods.damping import DampingValue
+from fimo.methods.gradient import CurvatureMethod
 from fimo.models.final_model import FinalModel
 
 log = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ LANCZOS_STEPS, MOST_LANCZOS_STEPS = 30, 300
 """Most products for the extreme eigenvalues, of one vector each, with little and with enough memory."""
 
 
-class Lissa(IterativeMethod):
+class Lissa(CurvatureMethod):
     """Influence by the truncated Neumann series of LiSSA (Agarwal et al., 2017; Koh and Liang, 2017).
 
     score[j, i] = (1/N) x_j^T g_i with x_j = lim x_t / scale,
@@ -94,128 +97,22 @@ class Lissa(IterativeMethod):
         self.curvature, self.depth, self.scale = curvature, depth, scale
         self.batch_size, self.tolerance, self.seed = batch_size, tolerance, seed
 
-    def fit(self, final_model: FinalModel, train: Instances) -> None:
-        super().fit(final_model, train)
-        self._extremes: tuple[float, float] | None = None
+    @property
+    def shifted(self) -> bool:
+        """Whether ``auto`` damping also exceeds what makes the curvature indefinite."""
+        return False
+
+    def fit(self, final_model: FinalModel, train: Instances) -> LissaCurvature:
+        gradients = self.gradients(final_model)
+        operator, rows, by_rows = gauss_newton_products(gradients, train)
         if self.curvature == "hessian":
-            self.by_rows, self.operator = False, hessian(final_model, train, count=self.gradients.count)
+            operator, by_rows = hessian(final_model, train, count=gradients.count), False
         whole = self.batch_size is not None and self.batch_size >= len(train)
-        self.batch = None if whole else self.batch_size
-
-    def space(self, left: Rows) -> Space:
-        if self.batch is None:
-            spectral = super().space(left)
-            if isinstance(spectral, SpectralSpace):
-                return spectral
-            largest = int(self.memory_mb * 2**20 / (2 * left.p * left.dtype.itemsize))
-            return KrylovSpace(self.operator, left, largest)
-        # a batch's matrix has its own eigenvectors: the kernel's span serves all batches
-        if self.by_rows and 2 * self.rows.n * self.rows.r < min(self.final_model.size, 2 * MAX_DIMENSION):
-            return KernelSpace(self.rows, left, len(self.train))
-        return ParameterSpace(self.operator, left)
-
-    def iterate(self, space: Space, part: Rows, damping: float) -> Solution:
-        scale = self.scale if self.scale is not None else self.largest() * 1.05 + damping
-        depth = self.depth if self.depth is not None else self._needed(damping, scale)
-        try:
-            if self.batch is not None:
-                return self._by_batches(space, damping, scale, min(depth, self.depth or MAX_STEPS))
-            if isinstance(space, SpectralSpace):
-                return self._warned(lissa_on_spectrum(space, damping, scale, depth), damping)
-            assert isinstance(space, KrylovSpace)
-            solution = lissa_in_krylov_space(space, damping, scale, depth, self.tolerance)
-            if solution is None:
-                log.info("LiSSA takes its steps: the memory does not suffice for a Krylov space")
-                steps = min(depth, self.depth or MAX_STEPS)
-                solution = lissa(space, damping, scale, steps, self.tolerance)
-            return self._warned(solution, damping)
-        except DivergenceError as error:
-            raise InputError("scale" if "raise the scale" in str(error) else "damping", str(error)) from error
-
-    def _by_batches(self, space: Space, damping: float, scale: float, depth: int) -> Solution:
-        for _ in range(5 if self.scale is None else 1):
-            try:
-                return lissa(space, damping, scale, depth, self.tolerance, self._batches(space))
-            except DivergenceError as error:
-                # a batch may have larger eigenvalues than the whole: an automatic scale then doubles
-                last, scale = error, 2 * scale
-        raise last
-
-    def _needed(self, damping: float, scale: float) -> int:
-        """Return the steps after which the slowest direction's residual is below the tolerance."""
-        slowest = max(damping + min(0.0, self.extremes()[0]), 0.0) if self.curvature == "hessian" else damping
-        rate = -math.log1p(-min(slowest / scale, 0.5))
-        return max(1, math.ceil(-math.log(self.tolerance) / rate)) if rate > 0 else MAX_STEPS
-
-    def _warned(self, solution: Solution, damping: float) -> Solution:
-        if not solution.converged or bool((solution.residuals > 2 * self.tolerance).any()):
-            log.warning(
-                "LiSSA has not converged: the largest residual is %.2g of its right-hand side after %d steps "
-                "(damping %.3g); its scores are those of a truncated series",
-                solution.residuals.max().item(),
-                solution.iterations,
-                damping,
-            )
-        return solution
-
-    def largest(self) -> float:
-        """Return a bound of the largest eigenvalue of the curvature (with batches: of any batch's)."""
-        if self.batch is not None and self.by_rows:
-            # |C_batch| <= the largest |A_i^T A_i| <= the largest squared norm of an instance's rows
-            return float(self.rows.squared_norms().sum(1).max())
-        if self.by_rows and "spectrum" in self.__dict__:
-            return max(self.spectrum.eigenvalues.tolist(), default=0.0)
-        largest = max(abs(value) for value in self.extremes())
-        return 2 * largest if self.batch is not None else largest  # a batch's may be larger
-
-    def extremes(self) -> tuple[float, float]:
-        """Return bounds of the curvature's smallest and largest eigenvalue, by Lanczos iterations.
-
-        See :func:`~fimo.curvature.solvers.extreme_eigenvalues`.
-        """
-        if self._extremes is None:
-            generator = torch.Generator(self.operator.device).manual_seed(1)
-            start = torch.randn(
-                self.operator.p,
-                2,
-                generator=generator,
-                dtype=self.operator.dtype,
-                device=self.operator.device,
-            )
-            room = int(self.memory_mb * 2**20 / (self.operator.p * self.operator.dtype.itemsize))
-            steps = max(LANCZOS_STEPS, min(MOST_LANCZOS_STEPS, room))
-            both = self.curvature == "hessian"
-            extremes = extreme_eigenvalues(self.operator.times, start, steps, smallest=both)
-            if not extremes.converged:
-                log.warning(
-                    "the curvature's extreme eigenvalues are known to %.1g after %d steps only; if LiSSA "
-                    "diverges, raise its damping or memory_mb",
-                    extremes.error,
-                    steps,
-                )
-            self._extremes = extremes.lower, extremes.upper
-        return self._extremes
-
-    def _batches(self, space: Space) -> Callable[[int], Callable[[Tensor], Tensor]]:
-        n, size = len(self.train), self.batch
-        assert size is not None
-
-        def batch(step: int) -> Callable[[Tensor], Tensor]:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-            index = torch.randperm(n, generator=generator)[:size]
-            if isinstance(space, KernelSpace):
-                return lambda vectors: space.times_of_batch(vectors, index)
-            if isinstance(self.operator, LinearHessian):
-                return self.operator.of_batch(index)
-            chosen = self.train[index]
-            if self.curvature == "hessian":
-                return Hessian(self.final_model, chosen, count=self.gradients.count).times
-            if self.by_rows:
-                return RowsOperator(self.gradients.gauss_newton(chosen)).times
-            return GaussNewton(self.final_model, chosen, count=self.gradients.count).times
-
-        assert isinstance(space, KernelSpace | ParameterSpace)
-        return batch
+        kind = HessianSeries if self.shifted else LissaCurvature
+        return kind(
+            gradients, train, operator, rows, by_rows, self.memory_mb, self.curvature == "hessian",
+            self.depth, self.scale, None if whole else self.batch_size, self.tolerance, self.seed,
+        )  # fmt: skip
 
 
 class LissaHessian(Lissa):
@@ -255,12 +152,154 @@ class LissaHessian(Lissa):
             cache,
         )
 
+    @property
+    def shifted(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class LissaCurvature(IteratedCurvature):
+    """A curvature that is inverted by a truncated Neumann series.
+
+    Args:
+        of_hessian: whether it is the Hessian, which may be indefinite.
+        depth, scale, tolerance, seed: see :class:`Lissa`.
+        batch: training instances per step; None for all.
+    """
+
+    of_hessian: bool
+    depth: int | None
+    scale: float | None
+    batch: int | None
+    tolerance: float
+    seed: int
+
+    def space(self, left: Rows) -> Space:
+        if self.batch is None:
+            if self.spectral:
+                return super().space(left)
+            largest = int(self.memory_mb * 2**20 / (2 * left.p * left.dtype.itemsize))
+            return KrylovSpace(self.operator, left, largest)
+        # a batch's matrix has its own eigenvectors: the kernel's span serves all batches
+        if self.by_rows and 2 * self.own_rows.n * self.own_rows.r < min(
+            self.final_model.size, 2 * MAX_DIMENSION
+        ):
+            return KernelSpace(self.own_rows, left, len(self.train))
+        return ParameterSpace(self.operator, left)
+
+    def iterate(self, space: Space, part: Rows, damping: float) -> Solution:
+        scale = self.scale if self.scale is not None else self.largest() * 1.05 + damping
+        depth = self.depth if self.depth is not None else self._needed(damping, scale)
+        try:
+            if self.batch is not None:
+                return self._by_batches(space, damping, scale, min(depth, self.depth or MAX_STEPS))
+            if isinstance(space, SpectralSpace):
+                return self._warned(lissa_on_spectrum(space, damping, scale, depth), damping)
+            assert isinstance(space, KrylovSpace)
+            solution = lissa_in_krylov_space(space, damping, scale, depth, self.tolerance)
+            if solution is None:
+                log.info("LiSSA takes its steps: the memory does not suffice for a Krylov space")
+                steps = min(depth, self.depth or MAX_STEPS)
+                solution = lissa(space, damping, scale, steps, self.tolerance)
+            return self._warned(solution, damping)
+        except DivergenceError as error:
+            raise InputError("scale" if "raise the scale" in str(error) else "damping", str(error)) from error
+
+    def _by_batches(self, space: Space, damping: float, scale: float, depth: int) -> Solution:
+        for _ in range(5 if self.scale is None else 1):
+            try:
+                return lissa(space, damping, scale, depth, self.tolerance, self._batches(space))
+            except DivergenceError as error:
+                # a batch may have larger eigenvalues than the whole: an automatic scale then doubles
+                last, scale = error, 2 * scale
+        raise last
+
+    def _needed(self, damping: float, scale: float) -> int:
+        """Return the steps after which the slowest direction's residual is below the tolerance."""
+        slowest = max(damping + min(0.0, self.extremes[0]), 0.0) if self.of_hessian else damping
+        rate = -math.log1p(-min(slowest / scale, 0.5))
+        return max(1, math.ceil(-math.log(self.tolerance) / rate)) if rate > 0 else MAX_STEPS
+
+    def _warned(self, solution: Solution, damping: float) -> Solution:
+        if not solution.converged or bool((solution.residuals > 2 * self.tolerance).any()):
+            log.warning(
+                "LiSSA has not converged: the largest residual is %.2g of its right-hand side after %d steps "
+                "(damping %.3g); its scores are those of a truncated series",
+                solution.residuals.max().item(),
+                solution.iterations,
+                damping,
+            )
+        return solution
+
+    def largest(self) -> float:
+        """Return a bound of the largest eigenvalue of the curvature (with batches: of any batch's)."""
+        if self.batch is not None and self.by_rows:
+            # |C_batch| <= the largest |A_i^T A_i| <= the largest squared norm of an instance's rows
+            return float(self.own_rows.squared_norms().sum(1).max())
+        if self.spectral:
+            return max(self.spectrum.eigenvalues.tolist(), default=0.0)
+        largest = max(abs(value) for value in self.extremes)
+        return 2 * largest if self.batch is not None else largest  # a batch's may be larger
+
+    @functools.cached_property
+    def extremes(self) -> tuple[float, float]:
+        """Bounds of the curvature's smallest and largest eigenvalue, by Lanczos iterations.
+
+        See :func:`~fimo.curvature.solvers.extreme_eigenvalues`.
+        """
+        generator = torch.Generator(self.operator.device).manual_seed(1)
+        start = torch.randn(
+            self.operator.p,
+            2,
+            generator=generator,
+            dtype=self.operator.dtype,
+            device=self.operator.device,
+        )
+        room = int(self.memory_mb * 2**20 / (self.operator.p * self.operator.dtype.itemsize))
+        steps = max(LANCZOS_STEPS, min(MOST_LANCZOS_STEPS, room))
+        both = self.of_hessian
+        extremes = extreme_eigenvalues(self.operator.times, start, steps, smallest=both)
+        if not extremes.converged:
+            log.warning(
+                "the curvature's extreme eigenvalues are known to %.1g after %d steps only; if LiSSA "
+                "diverges, raise its damping or memory_mb",
+                extremes.error,
+                steps,
+            )
+        return extremes.lower, extremes.upper
+
+    def _batches(self, space: Space) -> Callable[[int], Callable[[Tensor], Tensor]]:
+        n, size = len(self.train), self.batch
+        assert size is not None
+
+        def batch(step: int) -> Callable[[Tensor], Tensor]:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+            index = torch.randperm(n, generator=generator)[:size]
+            if isinstance(space, KernelSpace):
+                return lambda vectors: space.times_of_batch(vectors, index)
+            if isinstance(self.operator, LinearHessian):
+                return self.operator.of_batch(index)
+            chosen = self.train[index]
+            if self.of_hessian:
+                return Hessian(self.final_model, chosen, count=self.gradients.count).times
+            if self.by_rows:
+                return RowsOperator(self.gradients.gauss_newton(chosen)).times
+            return GaussNewton(self.final_model, chosen, count=self.gradients.count).times
+
+        assert isinstance(space, KernelSpace | ParameterSpace)
+        return batch
+
+
+@dataclass(frozen=True)
+class HessianSeries(LissaCurvature):
+    """The Hessian, with the mean eigenvalue that makes ``auto`` damping exceed its most negative one."""
+
     def mean_eigenvalue(self) -> float:
         """Return that of the Gauss-Newton matrix, plus ten times what makes the Hessian positive."""
         whole = (
             RowsOperator(self.rows)
-            if hasattr(self, "rows")
+            if self.rows is not None
             else GaussNewton(self.final_model, self.train, count=self.gradients.count)
         )
         trace = gauss_newton_trace(self.gradients, self.train, whole)
-        return trace / self.final_model.size + 11 * max(0.0, -self.extremes()[0])
+        return trace / self.final_model.size + 11 * max(0.0, -self.extremes[0])

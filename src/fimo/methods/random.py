@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fimo.data.instances import Instances
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.base import AttributionMethod
 
 
@@ -19,7 +19,7 @@ class RandomScores(AttributionMethod):
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+    def scores(self, problem: AttributionProblem) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        first = next(iter(self.final_model.parameters().values()))
-        return torch.randn(len(test), len(left_out), generator=generator).to(first)
+        first = next(iter(problem.final_model.parameters().values()))
+        return torch.randn(len(problem.test), len(problem.index), generator=generator).to(first)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
 from fimo.data.instances import Instances
 from fimo.errors import InputError
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.base import AttributionMethod
 from fimo.methods.embedding import representations
 from fimo.models.final_model import FinalModel
@@ -33,8 +32,6 @@ class Representer(AttributionMethod):
         batch_size: instances per forward pass.
     """
 
-    estimates_loss_change: ClassVar[bool] = False
-
     def __init__(self, penalty: float = 0.01, batch_size: int = 1024) -> None:
         if penalty <= 0:
             raise InputError("penalty", f"expected a positive number but got {penalty}")
@@ -54,14 +51,14 @@ class Representer(AttributionMethod):
             outputs, own = final_model.outputs(probe), linear[-1](hidden)
         return None if torch.allclose(own, outputs, 1e-3, 1e-4 * float(outputs.abs().max())) else NOT_LINEAR
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        if reason := self.inapplicable(self.final_model, self.train):
+    def scores(self, problem: AttributionProblem) -> Tensor:
+        model, test, left_out = problem.final_model, problem.test, problem.removed
+        if reason := self.inapplicable(model, problem.train):
             raise InputError("methods.representer", reason)
-        model = self.final_model
         layer = [m for m in model.network.modules() if isinstance(m, nn.Linear)][-1]
         ours = representations(model, test, batch_size=self.batch_size)
         theirs = representations(model, left_out, batch_size=self.batch_size)
         similarity = ours @ theirs.T + (layer.bias is not None)
         explained = (model.measurement or model.loss).gradient(model.outputs(test), test.targets)
         removed = model.loss.gradient(model.outputs(left_out), left_out.targets)
-        return (explained @ removed.T) * similarity / (2 * self.penalty * len(self.train))
+        return (explained @ removed.T) * similarity / (2 * self.penalty * len(problem.train))

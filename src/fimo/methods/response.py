@@ -19,15 +19,17 @@ from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import even_parts
 from fimo.engine.threads import side_by_side
 from fimo.errors import InputError
-from fimo.further_training.trajectory import Trajectory
+from fimo.further_training.trajectory import FurtherTraining, Trajectory
 from fimo.linear_response.gradient_flow import MeanBatchResponse
 from fimo.linear_response.output_kernel import Kernel
 from fimo.linear_response.output_space import MAX_OUTPUTS, OutputSpace
 from fimo.linear_response.path_points import Segment, mean_of, midpoint, segments, spread
 from fimo.linear_response.recursion import Along, moved, outputs_along, responses
-from fimo.methods.following import CHECKED_SEEDS, FollowingMethod
+from fimo.methods.attribution_problem import AttributionProblem
+from fimo.methods.following import CHECKED_SEEDS, FollowingMethod, Tally
 from fimo.models.final_model import FinalModel
 from fimo.models.loss_changes import loss_changes_by
+from fimo.scores import Scores
 
 log = logging.getLogger(__name__)
 
@@ -110,60 +112,74 @@ class Response(FollowingMethod):
             return f"its eigenproblem is {dimension} x {dimension} (at most {MAX_DIMENSION})"
         return None
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        self.gradient_evaluations = 0
-        reason = self.too_large(self.final_model, self.train) if self.form == "auto" else None
+    def scores(self, problem: AttributionProblem) -> Scores:
+        tally, further_training = Tally(), problem.followed
+        reason = self.too_large(problem.final_model, problem.train) if self.form == "auto" else None
         by_factors = self.form == "ekfac" or reason is not None
-        if self.along == "path" and not by_factors:
-            self.gradient_evaluations += len(self.ft.seeds) * self.run_gradients
-            return self.average(self.by_seed(test), test)
-        response = MeanBatchResponse(
-            self.final_model, self.train, self.ft, self.segments, self.propagate, self.memory_mb,
-            make_rule(self.ft.protocol, self.train).multiplicity(self.left_out),
-        )  # fmt: skip
-        if by_factors:
-            log.info(
-                "response: EK-FAC's eigenbasis instead of the kernel%s", f", since {reason}" if reason else ""
-            )
-            scores = response.by_factors(test, left_out, at_final_model=self.along == "final")
-        elif self.along == "final":
-            scores = response.at_final_model(test, left_out)
-        else:
-            scores = self.average((response.at_ends(t, test, left_out) for t in self.ft.full_runs()), test)
-        if by_factors or self.along == "final":  # one score for all seeds
-            self.keep_bars(test, scores, [scores] * min(CHECKED_SEEDS, len(self.ft.seeds)), None)
         if self.along != "final":
-            self.gradient_evaluations += len(self.ft.seeds) * self.run_gradients
-        self.gradient_evaluations += response.gradient_evaluations
-        return scores.to(self.dtype)
+            tally.add(len(further_training.seeds) * problem.run_gradients)
+        if self.along == "path" and not by_factors:
+            values, bars = self.average(problem, self.by_seed(problem, tally), tally)
+            return self.with_bars(problem, values, bars, tally)
+        response = MeanBatchResponse(
+            problem.final_model,
+            problem.train,
+            further_training,
+            self.segments,
+            self.propagate,
+            self.memory_mb,
+            make_rule(further_training.protocol, problem.train).multiplicity(problem.index),
+        )
+        test, removed, notes = problem.test, problem.removed, []
+        if by_factors:
+            notes.append(f"EK-FAC's eigenbasis instead of the kernel{f', since {reason}' if reason else ''}")
+            log.info("response: %s", notes[0])
+            values = response.by_factors(test, removed, at_final_model=self.along == "final")
+        elif self.along == "final":
+            values = response.at_final_model(test, removed)
+        else:
+            ends = (response.at_ends(t, test, removed) for t in further_training.full_runs())
+            values, bars = self.average(problem, ends, tally)
+        if by_factors or self.along == "final":  # one score for all seeds
+            first = [values] * min(CHECKED_SEEDS, len(further_training.seeds))
+            bars = self.measured_bars(problem, values, first, None, tally)
+        tally.add(response.gradient_evaluations)
+        return self.with_bars(problem, values, bars, tally, *notes)
 
-    def by_seed(self, test: Instances) -> Iterator[Tensor]:
+    def by_seed(self, problem: AttributionProblem, tally: Tally) -> Iterator[Tensor]:
         """Yield each seed's scores ``[E, J, L]`` (float64)."""
-        for ignored in ignored_parts(self.final_model, self.ft.protocol):
+        given = problem.followed
+        for ignored in ignored_parts(problem.final_model, given.protocol):
             log.warning("the response ignores %s", ignored)
-        rule = make_rule(self.ft.protocol, self.train)
-        dtype = DTYPES[self.ft.protocol.dtype]
-        model, train = self.final_model.to(dtype=dtype), self.train.to(dtype=dtype)
-        test = test.to(dtype=dtype)
+        rule = make_rule(given.protocol, problem.train)
+        dtype = DTYPES[given.protocol.dtype]
+        model, train = problem.final_model.to(dtype=dtype), problem.train.to(dtype=dtype)
+        test = problem.test.to(dtype=dtype)
         workers = torch.get_num_threads() if train.targets.device.type == "cpu" else 1
-        share, most = self._kernel_plan(test)
-        cut = segments(self.ft.steps, most)
-        trajectories: Iterator[Trajectory] = self.ft.full_runs()
+        share, most = self._kernel_plan(problem)
+        cut = segments(given.steps, most)
+        trajectories: Iterator[Trajectory] = given.full_runs()
         first = next(trajectories)
         trajectories = itertools.chain([first], trajectories)
-        space = self._space(model, train, first, members_of(rule, [(i,) for i in self.left_out.tolist()]))
+        removed = members_of(rule, [(i,) for i in problem.index.tolist()])
+        space = self._space(given.steps, model, train, first, removed)
+
+        def kernel(runs: Sequence[Trajectory], segment: Segment) -> Kernel:
+            return self._kernel(problem, train, test, space, runs, segment, tally)
+
         shared: list[Kernel] | None = None
         if share:
             kept = list(trajectories)
             trajectories = iter(kept)
-            shared = side_by_side(lambda s: self._kernel(train, test, space, kept, s), cut, workers)
+            shared = side_by_side(lambda s: kernel(kept, s), cut, workers)
 
         def follow(runs: Sequence[Trajectory]) -> list[Tensor]:
             own = model.to()
-            kernels = iter(shared) if shared is not None else self._own_kernels(train, test, space, runs, cut)
+            own_kernels = (Kernel.of_seeds([kernel([t], segment) for t in runs]) for segment in cut)
+            kernels = own_kernels if shared is None else iter(shared)
             changes = responses(
-                [t.seed for t in runs], self.left_out, rule, self.ft.protocol, space,
-                self._along(own, train, space, runs, cut), cut, kernels,
+                [t.seed for t in runs], problem.index, rule, given.protocol, space,
+                self._along(given, own, train, space, runs, cut), cut, kernels,
             )  # fmt: skip
             outputs = [outputs_along(own, t.parameters[1:], test) for t in runs]
             found: list[list[Tensor]] = [[] for _ in runs]
@@ -172,48 +188,51 @@ class Response(FollowingMethod):
                     mine.append(self.loss_changes(own, at[e], test.targets, c))
             return [torch.stack(f) for f in found]
 
-        parts = even_parts(len(self.ft.seeds), TOGETHER)
+        parts = even_parts(len(given.seeds), TOGETHER)
         for start in range(0, len(parts), workers):
             runs = [list(itertools.islice(trajectories, n)) for n in parts[start : start + workers]]
             for found in side_by_side(follow, runs, workers):
                 yield from found
 
-    def _kernel_plan(self, test: Instances) -> tuple[bool, int]:
+    def _kernel_plan(self, problem: AttributionProblem) -> tuple[bool, int]:
         """Return whether seeds share kernels, and the number of segments."""
-        p, n = self.final_model.size, len(self.train)
-        outputs = self.final_model.outputs(self.train[:1])[0].numel()
+        model, given, test = problem.final_model, problem.followed, problem.test
+        p, n = model.size, len(problem.train)
+        outputs = model.outputs(problem.train[:1])[0].numel()
         rows = min(self.max_rows, n * outputs)
         # a factored inner product costs about the layers' widths, twice sqrt(P) each; a weighted one costs P
-        weighted = self.ft.protocol.update_rule.preconditions
-        factored = not weighted or linear_layers(self.final_model.network) is not None
+        weighted = given.protocol.update_rule.preconditions
+        factored = not weighted or linear_layers(model.network) is not None
         width = 4 * p**0.5 if factored else p
         one = 2.0 * rows * (rows + len(test) * outputs) * width
-        runs = len(self.ft.seeds) * len(self.left_out) * self.ft.steps[-1]
-        whole = 6.0 * runs * min(self.ft.protocol.batch_size, n) * p
+        runs = len(given.seeds) * len(problem.index) * given.steps[-1]
+        whole = 6.0 * runs * min(given.protocol.batch_size, n) * p
         affordable = KERNEL_SHARE * whole / one
-        share = self.kernels == "shared" or (self.kernels == "auto" and affordable < 2 * len(self.ft.seeds))
+        share = self.kernels == "shared" or (self.kernels == "auto" and affordable < 2 * len(given.seeds))
         if self.kernels == "auto":
-            each = affordable if share else affordable / len(self.ft.seeds)
+            each = affordable if share else affordable / len(given.seeds)
             return share, max(1, min(self.segments, int(each)))
         return share, self.segments
-
-    def _knots(self, cut: Sequence[Segment]) -> list[int]:
-        """Return the evaluation points at which training outputs are computed."""
-        return sorted({0, *spread(self.ft.steps, KNOTS), *(s.last for s in cut)})
 
     def _saturates(self, model: FinalModel) -> bool:
         """Whether the loss's derivative is evaluated at the changed outputs."""
         return self.propagate == "outputs" and model.loss.saturates
 
     def _space(
-        self, model: FinalModel, train: Instances, trajectory: Trajectory, removed: Tensor
+        self,
+        steps: Sequence[int],
+        model: FinalModel,
+        train: Instances,
+        trajectory: Trajectory,
+        removed: Tensor,
     ) -> OutputSpace:
-        few = [trajectory.parameters[k] for k in sorted({0, *spread(self.ft.steps, 4)})]
+        few = [trajectory.parameters[k] for k in sorted({0, *spread(steps, 4)})]
         outputs = outputs_along(model, few, train)
         return OutputSpace.choose(model.loss, outputs, train.targets, removed.unique(), self.max_rows)
 
     def _along(
         self,
+        further_training: FurtherTraining,
         model: FinalModel,
         train: Instances,
         space: OutputSpace,
@@ -221,7 +240,9 @@ class Response(FollowingMethod):
         cut: Sequence[Segment],
     ) -> Along:
         """Return the training outputs along runs."""
-        knots, steps = self._knots(cut), [0, *self.ft.steps]
+        steps = [0, *further_training.steps]
+        # the evaluation points at which training outputs are computed
+        knots = sorted({0, *spread(further_training.steps, KNOTS), *(s.last for s in cut)})
         constant, exact = model.loss.quadratic, self._saturates(model)
         gradient, hessian, known = [], [], []
         for trajectory in trajectories:
@@ -247,33 +268,25 @@ class Response(FollowingMethod):
             train.targets[space.kept],
         )
 
-    def _own_kernels(
-        self,
-        train: Instances,
-        test: Instances,
-        space: OutputSpace,
-        trajectories: Sequence[Trajectory],
-        cut: Sequence[Segment],
-    ) -> Iterator[Kernel]:
-        for segment in cut:
-            yield Kernel.of_seeds([self._kernel(train, test, space, [t], segment) for t in trajectories])
-
     def _kernel(
         self,
+        problem: AttributionProblem,
         train: Instances,
         test: Instances,
         space: OutputSpace,
         trajectories: Sequence[Trajectory],
         segment: Segment,
+        tally: Tally,
     ) -> Kernel:
+        protocol = problem.followed.protocol
         middles = [midpoint(t, segment) for t in trajectories]
         moments = [m[1] for m in middles if m[1] is not None]
-        dtype = DTYPES[self.ft.protocol.dtype]
-        model = moved(self.final_model.to(dtype=dtype), mean_of([m[0] for m in middles]))
+        dtype = DTYPES[protocol.dtype]
+        model = moved(problem.final_model.to(dtype=dtype), mean_of([m[0] for m in middles]))
         gradients = InstanceGradients(model, self.memory_mb)
         moment = mean_of(moments) if moments else None
-        kernel = Kernel.at(gradients, train, test, space, self.ft.protocol, moment)
-        self.gradient_evaluations += gradients.evaluations
+        kernel = Kernel.at(gradients, train, test, space, protocol, moment)
+        tally.add(gradients.evaluations)
         return kernel
 
 

@@ -19,8 +19,11 @@ from fimo.linear_response.coefficient_optimizer import preconditioner
 from fimo.linear_response.path_points import mean_of, nearest, spread_from_first
 from fimo.linear_response.phi import relaxation, times
 from fimo.linear_response.recursion import with_parameters
-from fimo.methods.following import FollowingMethod
+from fimo.methods.attribution_problem import AttributionProblem
+from fimo.methods.error_bars import NO_BARS
+from fimo.methods.following import FollowingMethod, Tally
 from fimo.models.final_model import FinalModel
+from fimo.scores import Scores
 
 
 class Source(FollowingMethod):
@@ -55,43 +58,48 @@ class Source(FollowingMethod):
             return None
         return f"its eigenproblem is {dimension} x {dimension} (at most {MAX_DIMENSION})"
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        self.gradient_evaluations = 0
-        runs = list(self.ft.full_runs())
-        self.gradient_evaluations += len(runs) * self.run_gradients
-        chosen = spread_from_first(self.ft.steps, self.points)
-        found = {e: self._until(e, runs, test, left_out) for e in chosen}
-        return torch.stack([found[k] for k in nearest(self.ft.steps, chosen)])
+    def scores(self, problem: AttributionProblem) -> Scores:
+        steps, tally = problem.followed.steps, Tally()
+        runs = list(problem.followed.full_runs())
+        tally.add(len(runs) * problem.run_gradients)
+        chosen = spread_from_first(steps, self.points)
+        found = {e: self._until(problem, e, runs, tally) for e in chosen}
+        values = torch.stack([found[k] for k in nearest(steps, chosen)])
+        return self.with_bars(problem, values, NO_BARS, tally)
 
-    def _until(self, end: int, runs: Sequence[Trajectory], test: Instances, left_out: Instances) -> Tensor:
+    def _until(
+        self, problem: AttributionProblem, end: int, runs: Sequence[Trajectory], tally: Tally
+    ) -> Tensor:
         """Return the scores ``[J, L]`` at evaluation point ``end`` (from 1)."""
-        time = [0.0, *times(self.ft.protocol, self.ft.steps)]
+        final_model, protocol = problem.final_model, problem.followed.protocol
+        test, left_out, n = problem.test, problem.removed, len(problem.train)
+        time = [0.0, *times(protocol, problem.followed.steps)]
         bounds = sorted({round(end * k / self.segments) for k in range(self.segments + 1)})
-        at_end = InstanceGradients(with_parameters(self.final_model, _mean(runs, [end])), self.memory_mb)
+        at_end = InstanceGradients(with_parameters(final_model, _mean(runs, [end])), self.memory_mb)
         vectors = at_end.measurements(test).dense().double()  # [J, 1, P]
-        self.gradient_evaluations += at_end.evaluations
+        tally.add(at_end.evaluations)
         total = torch.zeros(len(test), len(left_out), dtype=torch.float64, device=vectors.device)
         for first, last in reversed(list(itertools.pairwise(bounds))):
             inside = sorted({first, (first + last) // 2, last})
-            model = with_parameters(self.final_model, _mean(runs, inside))
+            model = with_parameters(final_model, _mean(runs, inside))
             gradients = InstanceGradients(model, self.memory_mb)
             moments = [
                 mean_of([r.second_moment[k] for k in inside if k])
                 for r in runs
                 if r.second_moment is not None
             ]
-            weight = preconditioner(self.ft.protocol.update_rule, mean_of(moments) if moments else None)
+            weight = preconditioner(protocol.update_rule, mean_of(moments) if moments else None)
             scale = None if weight is None else weight.double().sqrt()
-            spectrum = KernelSpectrum(model, self.train, gradients, column_scale=scale)
+            spectrum = KernelSpectrum(model, problem.train, gradients, column_scale=scale)
             tau = time[last] - time[first]
             rows = DenseRows(vectors, gradients.shapes)
             force = gradients.losses(left_out)
             total += spectrum.apply(relaxation(tau), rows, force)[:, 0, :, 0]
             carried = spectrum.parameter_change(_decay(tau), rows).T  # in scaled units
             vectors = (carried if scale is None else carried / scale)[:, None]
-            self.gradient_evaluations += gradients.evaluations
-        total *= make_rule(self.ft.protocol, self.train).multiplicity(self.left_out)
-        return (total / len(self.train)).to(next(iter(self.final_model.parameters().values())).dtype)
+            tally.add(gradients.evaluations)
+        total *= make_rule(protocol, problem.train).multiplicity(problem.index)
+        return (total / n).to(problem.dtype)
 
 
 def _mean(runs: Sequence[Trajectory], points: Sequence[int]) -> dict[str, Tensor]:

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fimo.data.instances import Instances
 from fimo.errors import InputError
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.gradient import GradientMethod
 from fimo.models.checkpoint import load_checkpoint
 from fimo.models.final_model import FinalModel
-from fimo.scores import Access
+from fimo.scores import Access, Scores
 
 
 class TracIn(GradientMethod):
@@ -48,27 +48,28 @@ class TracIn(GradientMethod):
                 "lr", f"expected one learning rate per checkpoint but got {len(self.rates)} for {count}"
             )
         self.normalise = normalise
-        if self.checkpoints is not None:
-            self.access = Access.CHECKPOINTS  # type: ignore[misc]
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
+    @property
+    def access(self) -> Access:
+        return Access.FINAL_MODEL if self.checkpoints is None else Access.CHECKPOINTS
+
+    def scores(self, problem: AttributionProblem) -> Scores:
         total, evaluations = torch.zeros(()), 0
-        for model, rate in zip(self._models(), self.rates, strict=True):
-            self.gradients = self.make_gradients(model)
-            left, right = self.gradients.measurements(test), self.gradients.losses(left_out)
+        for model, rate in zip(self._models(problem.final_model), self.rates, strict=True):
+            gradients = self.gradients(model)
+            left, right = gradients.measurements(problem.test), gradients.losses(problem.removed)
             products = left.gram(right)[:, 0, :, 0]
             if self.normalise:
                 norms = left.squared_norms().sqrt() * right.squared_norms().sqrt().T
                 products = products / norms.where(norms > 0, 1)
             total = rate * products + (total if total.dim() else 0)
-            evaluations += self.gradients.evaluations
-        self.gradients.evaluations = evaluations
-        return total
+            evaluations += gradients.evaluations
+        return self.result(problem, total, gradient_evaluations=evaluations)
 
-    def _models(self) -> list[FinalModel]:
+    def _models(self, final_model: FinalModel) -> list[FinalModel]:
         if self.checkpoints is None:
-            return [self.final_model]
-        return [at_checkpoint(self.final_model, c) for c in self.checkpoints]
+            return [final_model]
+        return [at_checkpoint(final_model, c) for c in self.checkpoints]
 
 
 def at_checkpoint(final_model: FinalModel, checkpoint: str | Path | Mapping[str, Tensor]) -> FinalModel:

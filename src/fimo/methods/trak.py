@@ -8,15 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.projection import Projection, project
 from fimo.data.instances import Instances
 from fimo.errors import InputError
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.damping import Damping, DampingValue
 from fimo.methods.gradient import GradientMethod
 from fimo.methods.tracin import at_checkpoint
 from fimo.models.final_model import FinalModel
 from fimo.models.loss_function import Loss
-from fimo.scores import Access
+from fimo.scores import Access, Scores
 
 
 class Trak(GradientMethod):
@@ -65,37 +67,40 @@ class Trak(GradientMethod):
         if self.damping.kind == "time_matched":
             raise InputError("damping", "TRAK's kernel has no unit of time; expected a number, 1x or auto")
         self.checkpoints = checkpoints
-        if checkpoints is not None:
-            self.access = Access.CHECKPOINTS  # type: ignore[misc]
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        models = [self.final_model]
+    @property
+    def access(self) -> Access:
+        return Access.FINAL_MODEL if self.checkpoints is None else Access.CHECKPOINTS
+
+    def scores(self, problem: AttributionProblem) -> Scores:
+        models = [problem.final_model]
         if self.checkpoints is not None:
-            models = [at_checkpoint(self.final_model, c) for c in self.checkpoints]
+            models = [at_checkpoint(problem.final_model, c) for c in self.checkpoints]
         kernels, ours, theirs, evaluations = [], [], [], 0
         for c, model in enumerate(models):
-            self.gradients = self.make_gradients(model)
-            kernels.append(self._kernel(model, test, left_out, self.seed + c))
-            ours.append(self._explained(model, test))
-            theirs.append(_slope(model, left_out))
-            evaluations += self.gradients.evaluations
-        self.gradients.evaluations = evaluations
+            gradients = self.gradients(model)
+            kernels.append(self._kernel(gradients, problem, self.seed + c))
+            ours.append(self._explained(model, problem.test))
+            theirs.append(_slope(model, problem.removed))
+            evaluations += gradients.evaluations
         kernel = torch.stack(kernels).mean(0)
         q_test, q_removed = torch.stack(ours).mean(0), torch.stack(theirs).mean(0)
-        return (q_test[:, None] * kernel * q_removed).to(self.gradients.dtype)
+        values = (q_test[:, None] * kernel * q_removed).to(problem.dtype)
+        return self.result(problem, values, gradient_evaluations=evaluations)
 
-    def _kernel(self, model: FinalModel, test: Instances, left_out: Instances, seed: int) -> Tensor:
+    def _kernel(self, gradients: InstanceGradients, problem: AttributionProblem, seed: int) -> Tensor:
         """Return ``φ_j^T (Φ^T Φ + N damping)^-1 φ_i`` ``[J, L]`` in float64."""
+        model = gradients.final_model
         scalar = Loss.of(model.loss.scalar_output)
 
         def projected(instances: Instances, function: Loss, name: str) -> Tensor:
-            rows = self.gradients.rows(instances, lambda f, y: function.gradient(f, y)[:, None], name)
+            rows = gradients.rows(instances, lambda f, y: function.gradient(f, y)[:, None], name)
             return project(rows, self.dimension, self.projection, seed)[:, 0].double()
 
-        features = projected(self.train, scalar, "scalar")
-        removed = projected(left_out, scalar, "scalar")
+        features = projected(problem.train, scalar, "scalar")
+        removed = projected(problem.removed, scalar, "scalar")
         explained = projected(
-            test, model.measurement or scalar, "measurement" if model.measurement else "scalar"
+            problem.test, model.measurement or scalar, "measurement" if model.measurement else "scalar"
         )
         n, k = features.shape
         mean_square = features.square().sum(1).mean().item()

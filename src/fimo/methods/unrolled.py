@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import repeat
 from typing import Literal
 
@@ -17,9 +18,11 @@ from fimo.further_training.tangent import tangent_outputs, tangents
 from fimo.further_training.trajectory import Trajectory
 from fimo.further_training.unrolled_step import FullRun
 from fimo.linear_response.recursion import outputs_at
-from fimo.methods.following import FollowingMethod
+from fimo.methods.attribution_problem import AttributionProblem
+from fimo.methods.following import FollowingMethod, Tally
 from fimo.models.final_model import FinalModel
 from fimo.models.loss_changes import loss_changes_by
+from fimo.scores import Scores
 
 MAX_OUTPUTS = 2**14
 """Most outputs of an instance whose derivatives are held, for each test and left-out instance."""
@@ -76,50 +79,51 @@ class Unrolled(FollowingMethod):
             return f"it needs an operation's forward derivative: {str(error).splitlines()[0]}"
         return None
 
-    def scores(self, test: Instances, left_out: Instances) -> Tensor:
-        self.gradient_evaluations = 0
-        return self.average(self._by_seed(test), test)
+    def scores(self, problem: AttributionProblem) -> Scores:
+        tally = Tally()
+        values, bars = self.average(problem, self._by_seed(problem, tally), tally)
+        return self.with_bars(problem, values, bars, tally)
 
-    def _by_seed(self, test: Instances) -> Iterator[Tensor]:
-        device = test.targets.device
-        wide = DTYPES[self.ft.protocol.evaluation_dtype]
-        model, test = self.final_model.to(dtype=wide), test.to(dtype=wide)
+    def _by_seed(self, problem: AttributionProblem, tally: Tally) -> Iterator[Tensor]:
+        given, left_out = problem.followed, len(problem.index)
+        wide = DTYPES[given.protocol.evaluation_dtype]
+        problem = replace(problem, test=problem.test.to(dtype=wide))
+        model, test = problem.final_model.to(dtype=wide), problem.test
         d = model.outputs(test[:1])[0].numel()
-        adjoints = len(self.ft.steps) * len(test) * d
-        forward = self.mode == "forward" or (self.mode == "auto" and len(self.left_out) <= adjoints)
+        adjoints = len(given.steps) * len(test) * d
+        forward = self.mode == "forward" or (self.mode == "auto" and left_out <= adjoints)
         to_change = loss_changes_by(self.propagate)
-        runs: Iterator[Trajectory | None] = repeat(None) if forward else self.ft.full_runs()
-        for seed, trajectory in zip(self.ft.seeds[: self.seeds], runs, strict=False):
+        runs: Iterator[Trajectory | None] = repeat(None) if forward else given.full_runs()
+        for seed, trajectory in zip(given.seeds[: self.seeds], runs, strict=False):
             if trajectory is None:
-                outputs, change = self._forward(test, seed, device)
+                outputs, change = self._forward(problem, seed)
             else:
-                outputs, change = self._reverse(model, test, trajectory, device)
-            self.gradient_evaluations += self.run_gradients * (
-                1 + 2 * (len(self.left_out) if forward else adjoints)
-            )
+                outputs, change = self._reverse(problem, model, trajectory)
+            tally.add(problem.run_gradients * (1 + 2 * (left_out if forward else adjoints)))
             yield torch.stack(
                 [to_change(model, f, test.targets, c) for f, c in zip(outputs, change, strict=True)]
             )
 
-    def _forward(self, test: Instances, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _forward(self, problem: AttributionProblem, seed: int) -> tuple[Tensor, Tensor]:
         """Return outputs ``[E, J, ...]`` and their changes ``[E, J·D, L]``, flattened."""
         found = tangent_outputs(
-            self.final_model, self.train, test, self.ft.protocol, seed, self.left_out.tolist(),
-            chunk=self.chunk, device=device,
+            problem.final_model, problem.train, problem.test, problem.followed.protocol, seed,
+            problem.index.tolist(), chunk=self.chunk, device=problem.test.targets.device,
         )  # fmt: skip
         return found.outputs, -found.derivative.flatten(3).transpose(2, 3).flatten(1, 2)
 
     def _reverse(
-        self, model: FinalModel, test: Instances, trajectory: Trajectory, device: torch.device
+        self, problem: AttributionProblem, model: FinalModel, trajectory: Trajectory
     ) -> tuple[Tensor, Tensor]:
-        """Return the same by reverse mode."""
+        """Return the same by reverse mode; ``model`` is the final model in the dtype of losses."""
+        test = problem.test
         derivative = adjoint(
-            self.final_model, self.train, test, self.ft.protocol, trajectory.seed,
-            of="outputs", chunk=self.chunk, device=device,
+            problem.final_model, problem.train, test, problem.followed.protocol, trajectory.seed,
+            of="outputs", chunk=self.chunk, device=test.targets.device,
         )  # fmt: skip
         wide = next(iter(model.parameters().values())).dtype
         outputs = [
             outputs_at(model, {n: p.to(wide) for n, p in at.items()}, test)
             for at in trajectory.parameters[1:]
         ]
-        return torch.stack(outputs), -derivative[..., self.left_out.to(derivative.device)].flatten(1, 2)
+        return torch.stack(outputs), -derivative[..., problem.index.to(derivative.device)].flatten(1, 2)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from fimo.data.csv import EXACT
 from fimo.errors import InputError
-from fimo.evaluation.assessment import adjusted_scores, judged_bars
+from fimo.evaluation.assessment import adjusted_scores
 from fimo.further_training.sensitivity import Sensitivity, load_sensitivity
 from fimo.reporting.instance_table import InstanceDisplay, Shown
-from fimo.store.files import read_tensors, write_tensors, written_aside
+from fimo.scores import Scores
+from fimo.store.files import write_tensors, written_aside
 
 JSON_FIELDS = (
     "name",
@@ -178,8 +179,8 @@ class Results:
             {"ceiling_lower": math.nan, "followed_seeds": "unknown"} | dict(evaluation)
         )[[*evaluation, *(c for c in ("ceiling_lower", "followed_seeds") if c not in evaluation)]]
         order = list(evaluation["method"].unique())
-        stored = {p.stem: read_tensors(p) for p in sorted((folder / "scores").glob("*.safetensors"))}
-        scores = {name: tensors["scores"] for name, tensors in stored.items()}
+        stored = {p.stem: Scores.load(p) for p in sorted((folder / "scores").glob("*.safetensors"))}
+        scores = {name: found.values for name, found in stored.items()}
         shown = {
             split: {int(index): InstanceDisplay(**display) for index, display in instances.items()}
             for split, instances in content.pop("shown").items()
@@ -207,8 +208,8 @@ class Results:
             has_raw=has_raw,
             errors={
                 name: bars
-                for name, tensors in stored.items()
-                if (bars := judged_bars(tensors, sensitivity.subtract_mean)) is not None
+                for name, found in stored.items()
+                if (bars := found.bars(sensitivity.subtract_mean)) is not None
             },
             **optional,
             **content,

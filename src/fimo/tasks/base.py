@@ -13,18 +13,19 @@ import torch
 from omegaconf import DictConfig
 
 from fimo.app.build import build
+from fimo.app.config import plain
 from fimo.app.environment import trainer_settings
 from fimo.app.plan import Plan
-from fimo.app.scoring import described, score
+from fimo.app.scoring import Scoring
 from fimo.cost import Cost
 from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError
-from fimo.evaluation.assessment import Scores
 from fimo.further_training import further_train
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
 from fimo.reporting.results import TASK_TABLES, Results
+from fimo.scores import Scores
 from fimo.store.files import Store, written_aside
 
 
@@ -52,26 +53,21 @@ class Judged:
     device: torch.device
     cost: Cost
 
-    def scores(self, left_out: Sequence[int] | None = None) -> Scores:
-        """Return every method's access level and scores ``[J, L]`` or ``[E, J, L]``.
+    def scores(self, left_out: Sequence[int] | None = None) -> dict[str, Scores]:
+        """Return every method's scores.
 
         Args:
             left_out: training instances; all N when None.
         """
         chosen = list(range(len(self.data.train)) if left_out is None else left_out)
         plan = replace(self.plan, left_out=chosen)
-        model, found = self.final_model.to(self.device), {}
-        problem = described(model, self.data)
+        scoring = Scoring.of(self.final_model, self.data, plan, self.config.seed, self.store, self.device)
+        settings, found = plain(self.config.methods), {}
         for name, method in self.methods.items():
             cost = Cost(name)
-            tensors = score(name, method, model, self.data, plan, self.config, self.store, cost, problem)
+            found[name] = scoring.scores(name, method, settings[name], cost)
             self.cost.gradient_evaluations += cost.gradient_evaluations
-            found[name] = (str(method.access), tensors["scores"])
         return found
-
-    def followed(self) -> dict[str, list[int]]:
-        """Return by method the seeds that it follows; methods that follow none are missing."""
-        return {name: self.plan.followed for name, m in self.methods.items() if m.follows_seeds}
 
     def leave_out(self, groups: Sequence[Any], seeds: Sequence[int] | None = None) -> Sensitivity:
         """Further train with and without each of some instances or groups of them.

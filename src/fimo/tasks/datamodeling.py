@@ -58,7 +58,5 @@ class Datamodeling(Task):
 
         scores = run.scores()
         if self.start == "random":  # one evaluation point: the last amount of further training stands for it
-            scores = {name: (access, x[-1] if x.ndim == 3 else x) for name, (access, x) in scores.items()}
-        return datamodeling_score(
-            scores, leave_out, len(run.data.train), self.subsets, self.share, self.seed, run.followed()
-        )
+            scores = {name: found.at_end() for name, found in scores.items()}
+        return datamodeling_score(scores, leave_out, len(run.data.train), self.subsets, self.share, self.seed)

@@ -96,7 +96,7 @@ class Mislabelled(Task):
             data.test = run.data.train[list(candidates)]
             run = replace(run, data=data, plan=replace(run.plan, test=list(range(len(candidates)))))
             measure = own
-        found = {name: measure(scores) for name, (_, scores) in run.scores(candidates).items()}
+        found = {name: measure(scores.values) for name, scores in run.scores(candidates).items()}
         if self.seeds != 0:
             seeds = seeds_of(self.seeds, run.plan, f"{KEY}.seeds")
             found[GOLD_STANDARD] = measure(run.leave_out(list(candidates), seeds).raw.mean(0))
