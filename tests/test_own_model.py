@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_example_of_a_users_own_network_and_data_runs(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "how_to" / "own_data_and_model.md").read_text()
+    page = (ROOT / "docs" / "how_to" / "command_line.md").read_text()
     module = re.search(r"```python file=mine.py\n(.*?)```", page, re.DOTALL)
     command = re.search(r"```sh\npython (-m src.run model=custom .*?)```", page, re.DOTALL)
     assert module is not None
