@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -24,6 +26,9 @@ from fimo.scores import Scores
 from fimo.tasks import Datamodeling, Judged, Mislabelled, Removal, Retraining, base, datamodeling, mislabelled
 from fimo.tasks.base import seeds_of, with_findings
 from fimo.tasks.mislabelled import GOLD_STANDARD, own
+from fimo.tasks.retraining import joined
+
+CONF = Path(__file__).parents[2] / "conf" / "evaluation"
 
 PLAN = Plan(Protocol(epochs=1), [7, 8, 9], [1, 2], [(0,), (3,)], [1, 0], True, 3)
 
@@ -163,6 +168,71 @@ def test_an_argument_is_refused_from_where_it_means_nothing(
         assert refused.value.key == f"evaluation.tasks.{key}"
 
 
+@pytest.mark.parametrize("name", ["lds", "counterfactual", "mislabelled", "retraining"])
+def test_a_task_and_its_file_have_the_same_defaults(name: str) -> None:
+    ((key, config),) = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml").tasks).items()  # type: ignore[union-attr]
+    signature = inspect.signature(get_class(config.pop("_target_")).__init__)
+    defaults = {k: p.default for k, p in signature.parameters.items() if k != "self"}
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()} == defaults, key
+
+
+def test_seeds_that_there_are_not_are_named_with_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Judged, "scores", lambda self, left_out=None: {})
+    tasks = {"datamodeling": Datamodeling, "removal": Removal, "retraining": Retraining}
+    for name, task in tasks.items():
+        with pytest.raises(InputError, match=rf"evaluation\.tasks\.{name}\.seeds: expected 1 to 3"):
+            task(seeds=4)(judged())
+    with pytest.raises(InputError, match=r"evaluation\.tasks\.mislabelled\.seeds: expected 1 to 3"):
+        Mislabelled(seeds=4)._found(judged(methods={}), [0, 5])
+
+
+def test_labels_are_flipped_of_classes_before_a_training_that_is_made_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config: Any = SimpleNamespace(model=SimpleNamespace(checkpoint=None))
+    data: Any = judged().data
+    Mislabelled().check(config, data)
+    with pytest.raises(InputError, match=r"without model\.checkpoint"):
+        Mislabelled().check(SimpleNamespace(model=SimpleNamespace(checkpoint="file")), data)  # type: ignore[arg-type]
+    regression: Any = SimpleNamespace(task="regression")
+    with pytest.raises(InputError, match="this is regression"):
+        Mislabelled().check(config, regression)
+
+
+def test_training_from_scratch_is_checked_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Any] = []
+    for module in ("datamodeling", "retraining"):
+        monkeypatch.setattr(f"fimo.tasks.{module}.check_retraining", lambda *a: checked.append(a))
+    config, data = object(), object()
+    Datamodeling(start="random").check(config, data)  # type: ignore[arg-type]
+    Datamodeling().check(config, data)  # type: ignore[arg-type]
+    Retraining().check(config, data)  # type: ignore[arg-type]
+    assert checked == [
+        (config, data, "evaluation.tasks.datamodeling.start"), (config, data, "evaluation.tasks.retraining"),
+    ]  # fmt: skip
+
+
+def test_trainings_of_one_seed_each_are_joined_at_their_last_evaluation_point() -> None:
+    def one(seed: int) -> Sensitivity:
+        return Sensitivity(
+            torch.full((1, 2, 1, 2), float(seed)) * torch.tensor([1.0, 10.0])[:, None, None],
+            torch.tensor([4, 8]), torch.tensor([1, 2]), torch.tensor([0, 1]), torch.tensor([0]),
+            torch.tensor([seed]), distance_full=torch.tensor([[seed, 2.0 * seed]]),
+            distance=torch.tensor([[[seed, seed], [3.0 * seed, 4.0 * seed]]]),
+            full_losses=torch.tensor([[[0.1], [seed]]], dtype=torch.float64),
+        )  # fmt: skip
+
+    found = joined([one(5), one(7)])
+    assert found.raw[:, :, 0].tolist() == [[[50.0, 50.0]], [[70.0, 70.0]]]
+    assert (found.step.tolist(), found.epoch.tolist(), found.seeds.tolist()) == ([8], [2], [5, 7])
+    assert found.distance_full is not None
+    assert found.distance is not None
+    assert found.full_losses is not None
+    assert found.distance_full.tolist() == [[10.0], [14.0]]
+    assert found.distance.tolist() == [[[15.0, 20.0]], [[21.0, 28.0]]]
+    assert found.full_losses.tolist() == [[[5.0]], [[7.0]]]
+
+
 def test_as_many_as_all_training_instances_are_not_removed_together() -> None:
     data: Any = judged().data
     Removal(counts=[19, 3, 3]).check({}, data)  # type: ignore[arg-type]
@@ -252,12 +322,12 @@ def test_sets_are_left_out_by_further_training_or_from_scratch(
     }
     monkeypatch.setattr(Judged, "scores", lambda self: both)
     monkeypatch.setattr(Judged, "leave_out", lambda self, groups, seeds: ("further", groups, seeds))
-    monkeypatch.setattr(datamodeling, "retrain", lambda run, groups, seeds: ("scratch", groups, seeds))
+    monkeypatch.setattr(datamodeling, "retrain", lambda run, groups, seeds: (run.store, groups, seeds))
     monkeypatch.setattr(datamodeling, "datamodeling_score", lambda *a: given.append(a) or "table")
     assert Datamodeling(6, 0.25, start, 2, 4)(judged()) == "table"
     scores, leave_out, *rest = given[0]
     assert rest == [20, 6, 0.25, 4]
-    kind = {"final_model": "further", "random": "scratch"}[start]
+    kind = {"final_model": "further", "random": "store"}[start]
     assert leave_out([[1]]) == (kind, [[1]], [7, 8])
     assert scores["a"].values.shape == ((2, 20) if start == "random" else (2, 2, 20))
     assert scores["b"].values.shape == (2, 20)
