@@ -101,11 +101,11 @@ def test_on_all_runs_the_measured_noise_is_the_noise() -> None:
     data = amplifying()
     for rule in ("shift", "mask"):
         protocol = Protocol(optimizer="adam", lr=0.1, batch_size=23, epochs=40, leave_out=rule)  # type: ignore[arg-type]
-        units, points = [(i,) for i in range(24)], protocol.evaluation_steps(24, 24)
+        units = [(i,) for i in range(24)]
         single = further_train(*data, protocol, [0], units)
         double = further_train(*data, protocol.in_float64(), [0], units)
         wide = Setting.build(*data, protocol.in_float64())
-        found = measured_noise(single, wide, units, points, 24)
+        found = measured_noise(single, wide, units, 24)
         expected = (single.raw - double.raw).double().square().mean((0, 2, 3)).sqrt()
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
 

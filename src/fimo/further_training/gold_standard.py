@@ -134,7 +134,7 @@ def _rounding(
         return None
     protocol = setting.protocol.in_float64()
     wide = Setting.build(setting.final_model, setting.train, setting.test, protocol, setting.device)
-    noise = measured_noise(sensitivity, wide, units, points, most)
+    noise = measured_noise(sensitivity, wide, units, most)
     with written_aside(path) as aside:
         aside.write_text(json.dumps(dict(zip(points, noise.tolist(), strict=True))))
     return noise

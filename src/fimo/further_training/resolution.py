@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fimo.data.instances import Instances
 from fimo.engine.chunk import Chunk
-from fimo.engine.context import Setting
+from fimo.engine.context import Setting, chunk_size
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import Replica, Unit
 from fimo.further_training.sensitivity import Sensitivity
@@ -72,27 +72,29 @@ def repeats(runs: int) -> int:
     return max(0, min(MOST_REPEATED, int(REPEATED * runs / 2) - 1))
 
 
-def measured_noise(
-    sensitivity: Sensitivity, wide: Setting, units: Sequence[Unit], points: Sequence[int], most: int
-) -> Tensor:
+def measured_noise(sensitivity: Sensitivity, wide: Setting, units: Sequence[Unit], most: int) -> Tensor:
     """Return how far raw changes ``[E]`` are from those of float64, as root mean square over a few runs.
 
     Args:
         sensitivity: as it was measured, with its raw changes; its first seed's runs are repeated.
         wide: the setting of the same runs and test instances in float64.
         units: ``[L]`` that were left out.
-        points: ``[E]``, optimizer steps of the full run.
-        most: runs to repeat, beside the full run; evenly spaced.
+        most: runs to repeat, beside the full run; evenly spaced, and at most a chunk of them.
     """
-    seed, columns = int(sensitivity.seeds[0]), choices.spaced(min(most, len(units)), len(units))
-    chunks = Chunk(wide, [Replica(seed)]), Chunk(wide, [Replica(seed, units[k]) for k in columns])
-    found = []
-    for e, steps in enumerate(zip(points, chunks[1].evaluation_steps, strict=True)):
-        for chunk, step in zip(chunks, steps, strict=True):
-            chunk.advance(step)
-        full, without = (chunk.evaluate()[0] for chunk in chunks)
-        own = sensitivity.raw[0, e][:, columns].double()  # [J, k]
-        found.append((own - (without - full).T).square().nanmean().sqrt())
+    seed, count = int(sensitivity.seeds[0]), min(most, len(units), chunk_size(wide, most))
+    columns = choices.spaced(count, len(units))
+    full = _losses(wide, [Replica(seed)])  # [E, 1, J]
+    without = _losses(wide, [Replica(seed, units[k]) for k in columns])  # [E, k, J]
+    narrow = sensitivity.raw[0][:, :, columns].double().transpose(1, 2)
+    return (narrow - (without - full)).square().flatten(1).nanmean(1).sqrt()
+
+
+def _losses(setting: Setting, replicas: Sequence[Replica]) -> Tensor:
+    """Return the test losses ``[E, R, J]`` of runs that are made together."""
+    chunk, found = Chunk(setting, replicas), []
+    for step in chunk.evaluation_steps:
+        chunk.advance(step)
+        found.append(chunk.evaluate()[0])
     return torch.stack(found)
 
 
