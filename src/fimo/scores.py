@@ -7,14 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from fimo.errors import InputError, shortened
+from fimo.extras import STATIC_FIGURES, require
 from fimo.store.files import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Access(StrEnum):
@@ -48,6 +53,7 @@ class Scores:
         notes: what a reader must know of this computation: choices made and why, convergence, trust.
         groups: ``[L, G]`` int64, members of left-out groups, padded with -1; None for single instances.
         test: ``[J]`` int64, which instances of a larger test set these are, where that is known.
+        of_themselves: whether test instance k is left-out instance k, so that the diagonal is self-influence.
 
     Raises:
         InputError: shapes that don't fit.
@@ -68,6 +74,7 @@ class Scores:
     notes: tuple[str, ...] = ()
     groups: Tensor | None = None
     test: Tensor | None = None
+    of_themselves: bool = False
 
     def __post_init__(self) -> None:
         shape = tuple(self.values.shape)
@@ -154,6 +161,123 @@ class Scores:
         tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
 
+    def select(self, columns: Tensor) -> Scores:
+        """Return the scores of some left-out instances, by their positions ``[K]`` among the L."""
+        parts = {name: getattr(self, name) for name in ("values", "sem", "sem_adjusted")}
+        chosen: dict[str, Any] = {
+            name: part[..., columns] for name, part in parts.items() if part is not None
+        }
+        groups = None if self.groups is None else self.groups[columns]
+        return replace(self, **chosen, left_out=self.left_out[columns], groups=groups, of_themselves=False)
+
+    def top(self, test: int | None = None, k: int = 10, harmful: bool = False) -> pd.DataFrame:
+        """Return the training instances that matter most to a test instance, after all further training.
+
+        Args:
+            test: position of the test instance, 0 to J - 1; None for the mean over all.
+            k: how many.
+            harmful: those whose removal lowers the loss most, instead of those whose removal raises it most.
+
+        Returns:
+            ``train,score`` by rank from 1, the largest effect first; ``sem`` too where it is known of one
+            test instance.
+
+        Raises:
+            InputError: no such test instance, or k below 1.
+
+        Example:
+            >>> scores = Scores(torch.tensor([[0.1, -2.0, 3.0]]), left_out=torch.tensor([4, 5, 6]))
+            >>> scores.top(test=0, k=2)["train"].tolist()
+            [6, 4]
+        """
+        if k < 1:
+            raise InputError("k", f"expected at least 1 but got {k}")
+        row = self._row(self.values, test)
+        order = row.argsort(descending=not harmful, stable=True)[:k]
+        table = pd.DataFrame({"train": self.left_out[order].tolist(), "score": row[order].tolist()})
+        if self.sem is not None and test is not None:
+            table["sem"] = self._row(self.sem, test)[order].tolist()
+        return table.set_axis(pd.RangeIndex(1, len(table) + 1, name="rank"))
+
+    def self_influence(self) -> pd.Series:
+        """Return each left-out instance's score for its own loss, by training index.
+
+        Instances that the model knows only because they are in its training set have large ones: wrong labels
+        and rare cases (Feldman and Zhang, 2020).
+
+        Raises:
+            InputError: the test instances are others than the left-out ones.
+
+        Example:
+            >>> own = Scores(torch.tensor([[1.0, 0.0], [0.5, 2.0]]), torch.tensor([0, 1]), of_themselves=True)
+            >>> own.self_influence().tolist()
+            [1.0, 2.0]
+        """
+        if not self.of_themselves:
+            raise InputError(
+                "scores",
+                "are of other test instances; fimo.attribute(model, train, train, ...) has their own",
+            )
+        index = pd.Index(self.left_out.tolist(), name="train")
+        return pd.Series(self.last.diagonal().tolist(), index, name="score")
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return all scores in rows: ``test,train,score``; ``step``, ``epoch``, ``sem`` where known."""
+        values = self.values if self.values.ndim == 3 else self.values[None]
+        points, tests, left_out = values.shape
+        columns: dict[str, Any] = {}
+        for name in ("step", "epoch"):
+            if (known := getattr(self, name)) is not None:
+                columns[name] = known.repeat_interleave(tests * left_out).tolist()
+        columns["test"] = torch.arange(tests).repeat_interleave(left_out).repeat(points).tolist()
+        columns["train"] = self.left_out.repeat(points * tests).tolist()
+        columns["score"] = values.flatten().tolist()
+        if self.sem is not None:
+            columns["sem"] = self.sem.flatten().tolist()
+        return pd.DataFrame(columns)
+
+    def plot(self, test: int | None = None, k: int = 10) -> Figure:
+        """Draw the k most helpful and the k most harmful training instances of a test instance.
+
+        Args:
+            test, k: as for :meth:`top`.
+
+        Returns:
+            A matplotlib figure; error bars are standard errors.
+
+        Raises:
+            InputError: as :meth:`top`; or matplotlib is not installed.
+        """
+        require("plot", STATIC_FIGURES)
+        from matplotlib.figure import Figure
+
+        count = len(self.left_out)
+        helpful = self.top(test, min(k, -(-count // 2)))
+        harmful = self.top(test, min(k, max(1, count // 2)), harmful=True)[::-1] if count > 1 else helpful[:0]
+        table = pd.concat([helpful, harmful])
+        figure = Figure(figsize=(6, 1.2 + 0.22 * len(table)), layout="constrained")
+        axes = figure.add_subplot()
+        colours = ["tab:blue" if score > 0 else "tab:red" for score in table["score"]]
+        axes.barh(range(len(table)), table["score"], xerr=table.get("sem"), color=colours, ecolor="0.4")
+        axes.set_yticks(range(len(table)), [f"#{i}" for i in table["train"]])
+        axes.invert_yaxis()
+        axes.axvline(0, color="0.3", linewidth=0.8)
+        axes.set_ylabel("training instance")
+        unit = "rise of the test loss when removed" if self.predicts_loss_change else "score"
+        axes.set_xlabel(f"{unit} (positive: the instance helps)")
+        of = "mean over test instances" if test is None else f"test instance {test}"
+        axes.set_title(f"{self.method or 'scores'}: {of}")
+        return figure
+
+    def _row(self, values: Tensor, test: int | None) -> Tensor:
+        """Return ``[L]`` of one test instance, or of the mean over all, after all further training."""
+        last = (values[-1] if values.ndim == 3 else values).double()
+        if test is None:
+            return last.mean(0)
+        if isinstance(test, bool) or not 0 <= int(test) < len(last):
+            raise InputError("test", f"expected 0 to {len(last) - 1} but got {test}")
+        return last[int(test)]
+
     def save(self, path: Path | str) -> None:
         """Write a safetensors file: ``scores``, ``left_out`` and what else is known, the rest as metadata."""
         tensors = {name: getattr(self, field) for name, field in TENSORS.items()}
@@ -188,5 +312,13 @@ TENSORS = {
 }
 """Of a file of scores: the field that each of its tensors holds."""
 
-METADATA = ("method", "access", "predicts_loss_change", "withheld", "gradient_evaluations", "notes")
+METADATA = (
+    "method",
+    "access",
+    "predicts_loss_change",
+    "withheld",
+    "gradient_evaluations",
+    "notes",
+    "of_themselves",
+)
 """Fields that are kept beside them, as JSON."""

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fimo import __version__
-from fimo.app.config import plain, validated
+from fimo.app.config import packaged_conf, plain, validated
 from fimo.app.jobs import run_once
 from fimo.app.mistakes import in_one_line, readable
 from fimo.app.run_folder import RunFolder, given_folder
@@ -128,8 +128,7 @@ def _open_output() -> Iterator[None]:
 def console() -> None:
     """Run the command line with the packaged configuration: ``fimo``, or ``python -m fimo``."""
     sys.path.insert(0, str(Path.cwd()))  # a user's own modules, as with `python -m`
-    packaged = Path(__file__).parents[1] / "conf"  # in an installed wheel; else the repository's
-    main(packaged if packaged.is_dir() else Path(__file__).parents[3] / "conf")
+    main(packaged_conf())
 
 
 def job(composed: DictConfig, held: RunFolder | None = None) -> float | None:

@@ -155,6 +155,12 @@ def validated(config: DictConfig, conf: Path) -> DictConfig:
     return checked
 
 
+def packaged_conf() -> Path:
+    """Return the folder of configuration groups: an installed wheel's, else the repository's."""
+    packaged = Path(__file__).parents[1] / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).parents[3] / "conf"
+
+
 def chosen_methods(methods: Any, conf: Path) -> DictConfig:
     """Return the settings of the methods that run: those chosen, or all of ``conf/method``.
 

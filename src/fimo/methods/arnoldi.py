@@ -41,6 +41,10 @@ class Arnoldi(CurvatureMethod):
         seed: of the start vector.
     """
 
+    needs = "nothing else"
+    cost = "some hundred products with the curvature, once"
+    use = "many left-out instances with the same few leading directions"
+
     def __init__(
         self,
         rank: int = 100,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ class AttributionMethod(ABC):
     A subclass checks its arguments in ``__init__`` (:class:`~fimo.errors.InputError`) and computes
     :meth:`scores`, a function of the problem alone: nothing is kept on the method.
     """
+
+    needs: ClassVar[str] = ""
+    """What it needs besides the final model, its loss and the data, for :func:`fimo.methods`."""
+
+    cost: ClassVar[str] = ""
+    """Its cost in words."""
+
+    use: ClassVar[str] = ""
+    """When to use it, in one sentence."""
 
     @property
     def access(self) -> Access:

@@ -38,6 +38,10 @@ class Best(FollowingMethod):
             :class:`~fimo.methods.response.Response`.
     """
 
+    needs = "the protocol of further training"
+    cost = "as `response` or `calibrated`, which it chooses between"
+    use = "when in doubt and a protocol is known: nearest to the ceiling at every amount"
+
     def __init__(
         self, short: float = 5, budget: float = 0.1, memory_mb: float = 1024, checks: int = 16
     ) -> None:

@@ -124,6 +124,10 @@ class CalibratedResponse(Response):
         propagate, segments, kernels, max_rows, memory_mb: see :class:`~fimo.methods.response.Response`.
     """
 
+    needs = "the protocol of further training"
+    cost = "a tenth of the gold standard (budget)"
+    use = "long further training, and Adam: the response, corrected by some real runs"
+
     def __init__(
         self,
         budget: float = 0.1,

@@ -147,6 +147,10 @@ class ConjugateGradients(CurvatureMethod):
             times as many in our trials), where few eigenvalues are large and the layers are strongly coupled.
     """
 
+    needs = "further training to match, or a damping"
+    cost = "some ten products with the curvature per left-out instance"
+    use = "influence functions where `exact` is too large"
+
     def __init__(
         self,
         damping: DampingValue = "time_matched",

@@ -45,6 +45,10 @@ class DataInf(GradientMethod):
             weight and bias of a module together.
     """
 
+    needs = "nothing else"
+    cost = "one gradient per instance, layer by layer"
+    use = "adapters and heads of large networks, as a cheap influence function"
+
     def __init__(
         self,
         damping: DampingValue = "auto",

@@ -36,6 +36,10 @@ class Ekfac(CurvatureMethod):
         samples, seed: of sampled targets.
     """
 
+    needs = "linear, convolutional or embedding layers"
+    cost = "some passes over the training set"
+    use = "influence functions of networks too large for `exact`: the default of the field"
+
     corrected: ClassVar[bool] = True
 
     def __init__(

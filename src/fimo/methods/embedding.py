@@ -29,6 +29,10 @@ class EmbeddingSimilarity(AttributionMethod):
         batch_size: instances per forward pass.
     """
 
+    needs = "a last linear layer"
+    cost = "one pass"
+    use = "a baseline: similar rows, not influential ones"
+
     def __init__(
         self,
         similarity: Literal["cosine", "dot", "euclidean"] = "cosine",

@@ -30,6 +30,10 @@ class ExactInfluence(CurvatureMethod):
         max_dimension: the largest eigenproblem that is tried; beyond it the method doesn't apply.
     """
 
+    needs = "further training to match, or a damping"
+    cost = "an eigendecomposition of min(P, N x outputs) squared"
+    use = "small networks: what every approximation of influence functions aims at"
+
     def __init__(
         self,
         damping: DampingValue = "time_matched",

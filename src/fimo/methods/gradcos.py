@@ -16,6 +16,10 @@ class GradCos(GradientMethod):
     training instances with large losses don't dominate. 0 where a gradient is exactly zero.
     """
 
+    needs = "nothing else"
+    cost = "one gradient per instance"
+    use = "where gradients of odd instances would drown all others"
+
     def scores(self, problem: AttributionProblem) -> Scores:
         gradients = self.gradients(problem.final_model)
         left, right = gradients.measurements(problem.test), gradients.losses(problem.removed)

@@ -15,6 +15,10 @@ class GradDot(GradientMethod):
     it (Wei et al., 2025, section 4).
     """
 
+    needs = "nothing else"
+    cost = "one gradient per instance"
+    use = "a first look in seconds; right for the first steps of further training only"
+
     def scores(self, problem: AttributionProblem) -> Scores:
         gradients = self.gradients(problem.final_model)
         left, right = gradients.measurements(problem.test), gradients.losses(problem.removed)

@@ -14,4 +14,8 @@ class Kfac(Ekfac):
     Arguments as for :class:`~fimo.methods.ekfac.Ekfac`.
     """
 
+    needs = "linear, convolutional or embedding layers"
+    cost = "some passes over the training set"
+    use = "comparisons with EK-FAC"
+
     corrected: ClassVar[bool] = False

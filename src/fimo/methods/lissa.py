@@ -72,6 +72,10 @@ class Lissa(CurvatureMethod):
         InputError: the series diverges.
     """
 
+    needs = "further training to match, or a damping"
+    cost = "up to thousands of products with the curvature"
+    use = "comparisons with published results; `cg` gets there sooner"
+
     def __init__(
         self,
         damping: DampingValue = "time_matched",
@@ -124,6 +128,10 @@ class LissaHessian(Lissa):
     within a ten-thousandth of the largest eigenvalue). ``batch_size=32, depth=200`` is the series as first
     proposed.
     """
+
+    needs = "nothing else"
+    cost = "as `lissa`, with the Hessian"
+    use = "comparisons with published results"
 
     def __init__(
         self,

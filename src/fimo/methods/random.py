@@ -16,6 +16,10 @@ class RandomScores(AttributionMethod):
         seed: of the scores.
     """
 
+    needs = "nothing"
+    cost = "nothing"
+    use = "a baseline: what chance gives"
+
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 

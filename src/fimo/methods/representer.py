@@ -32,6 +32,10 @@ class Representer(AttributionMethod):
         batch_size: instances per forward pass.
     """
 
+    needs = "a last linear layer"
+    cost = "one pass"
+    use = "a cheap baseline of the last layer"
+
     def __init__(self, penalty: float = 0.01, batch_size: int = 1024) -> None:
         if penalty <= 0:
             raise InputError("penalty", f"expected a positive number but got {penalty}")

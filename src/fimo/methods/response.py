@@ -70,6 +70,10 @@ class Response(FollowingMethod):
             of ``segments`` points; ``auto``: the kernel unless outputs (or its eigenproblem) are too many.
     """
 
+    needs = "the protocol of further training"
+    cost = "one full run per seed, then about one more"
+    use = "SGD up to some tens of epochs: follows the batches themselves"
+
     def __init__(
         self,
         along: Literal["path", "end", "final"] = "path",

@@ -46,6 +46,10 @@ class Source(FollowingMethod):
         memory_mb: of gradients held at once.
     """
 
+    needs = "the protocol of further training"
+    cost = "one full run per seed, and an eigendecomposition per segment"
+    use = "longer further training without real runs, at the cost of mean batches"
+
     def __init__(self, segments: int = 3, points: int = 5, memory_mb: float = 1024) -> None:
         for key, value in (("segments", segments), ("points", points), ("memory_mb", memory_mb)):
             if value < 1:

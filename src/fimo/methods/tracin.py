@@ -30,6 +30,10 @@ class TracIn(GradientMethod):
         normalise: divide each gradient by its norm (the variant of later work; Grad-Cos for one checkpoint).
     """
 
+    needs = "checkpoints of training (without them: Grad-Dot)"
+    cost = "one gradient per instance and checkpoint"
+    use = "where checkpoints of the training itself were kept"
+
     def __init__(
         self,
         checkpoints: Sequence[str | Path | Mapping[str, Tensor]] | None = None,

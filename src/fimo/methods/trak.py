@@ -42,6 +42,10 @@ class Trak(GradientMethod):
         seed: of the projection; each checkpoint has its own.
     """
 
+    needs = "classes, or values of small dimension; more models of the same training if there are any"
+    cost = "one projected gradient per instance"
+    use = "many test instances, when memory is short"
+
     def __init__(
         self,
         dimension: int = 512,

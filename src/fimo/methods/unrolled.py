@@ -47,6 +47,10 @@ class Unrolled(FollowingMethod):
         checks: see :class:`~fimo.methods.response.Response`; with one seed bars are withheld.
     """
 
+    needs = "the protocol of further training"
+    cost = "about three full runs per test instance or left-out instance, whichever are fewer"
+    use = "any network and loss, few instances: the exact derivative of each run"
+
     def __init__(
         self,
         mode: Literal["auto", "forward", "reverse"] = "auto",

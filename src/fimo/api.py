@@ -1,0 +1,408 @@
+"""What the library offers under one name: the functions of ``import fimo``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fimo.cost import Cost, cost_table
+from fimo.data.conversion import to_instances
+from fimo.engine.protocol import Protocol
+from fimo.errors import InputError, nearest, reason
+from fimo.further_training.gold_standard import evaluation_points
+from fimo.further_training.gold_standard import further_train as _further_train
+from fimo.further_training.sensitivity import Sensitivity
+from fimo.further_training.trajectory import FurtherTraining
+from fimo.further_training.trajectory_recorder import full_runs
+from fimo.methods.base import AttributionMethod
+from fimo.models.final_model import FinalModel
+from fimo.scores import Scores
+from fimo.store.files import Store
+from fimo.validation import choices
+from fimo.validation.admission import admit
+
+if TYPE_CHECKING:
+    from fimo.reporting.results import Results
+
+Method = str | AttributionMethod | type[AttributionMethod]
+Judged = Scores | Tensor | tuple[str, Tensor]
+
+
+def further_train(
+    model: FinalModel,
+    train: Any,
+    test: Any,
+    further_training: Protocol,
+    seeds: int | Sequence[int] = 10,
+    left_out: int | Sequence[int] | Sequence[Sequence[int]] | Tensor | None = 50,
+    *,
+    inputs: str | Sequence[str] | None = None,
+    target: str | None = None,
+    store: Store | str | Path | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> Sensitivity:
+    """Measure how test losses change when training goes on with and without each left-out instance.
+
+    The gold standard (Wei et al., 2025, arXiv 2412.03906, eqs. 13 and 17): with seed s, at amount e of
+    further training, ``raw[s, e, j, l] = loss_j(leaving out l) - loss_j(full)``; the sensitivity is its mean
+    over seeds, minus the mean over left-out instances. Positive: removing the instance raises the test loss.
+
+    Args:
+        model: the final model.
+        train, test: all N training instances, and the J test instances, in any form of
+            :func:`fimo.data.conversion.to_instances`: a Dataset, a DataLoader that does not shuffle, a
+            ``datasets.Dataset``, arrays or tensors ``(X, y)``, a DataFrame, Instances.
+        further_training: optimizer, learning rate, batch size, amount, leave-out rule.
+        seeds: how many (0, 1, ...), or a list of them: S.
+        left_out: how many evenly spaced training instances, a list of indices, or of lists that are left out
+            together: L; None for all N.
+        inputs, target: columns of DataFrames and of mappings.
+        store: a folder that keeps runs, so that a killed call goes on where it was.
+        device: ``cpu``, ``cuda``, ``cuda:1``.
+        progress: show a progress bar.
+
+    Returns:
+        The sensitivity ``[E, J, L]`` with the raw changes of each seed, on the CPU.
+
+    Raises:
+        InputError: in one line, what can't be right: the argument, what was found, what is allowed.
+
+    Example:
+        >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+        >>> model = fimo.FinalModel(torch.nn.Linear(3, 1), "mse", accept_poor=True)
+        >>> ft = fimo.Protocol(lr=0.05, batch_size=8, epochs=2)
+        >>> truth = fimo.further_train(model, (x, x.sum(1)), (x[:5], x[:5].sum(1)), ft, seeds=2, left_out=4)
+        >>> truth.sensitivity.shape  # two evaluation points, five test instances, four left out
+        torch.Size([2, 5, 4])
+    """
+    return _further_train(
+        model,
+        to_instances(train, inputs, target, "train"),
+        to_instances(test, inputs, target, "test"),
+        further_training,
+        seeds,
+        left_out,  # type: ignore[arg-type]
+        store=_store(store),
+        trainer={**_trainer(device), "enable_progress_bar": progress},
+    )
+
+
+def attribute(
+    model: FinalModel,
+    train: Any,
+    test: Any,
+    method: Method = "best",
+    left_out: int | Sequence[int] | Tensor | None = None,
+    *,
+    further_training: Protocol | FurtherTraining | None = None,
+    seeds: int | Sequence[int] = 10,
+    inputs: str | Sequence[str] | None = None,
+    target: str | None = None,
+    store: Store | str | Path | None = None,
+    device: str | torch.device = "cpu",
+    **settings: Any,
+) -> Scores:
+    """Attribute the losses of test instances to training instances.
+
+    Args:
+        model: the final model.
+        train, test: as for :func:`further_train`.
+        method: a name (:func:`methods` lists them), a class, or an object.
+        left_out: training indices to score; None for all N, a number for so many evenly spaced.
+        further_training: what the scores are to predict, for methods that follow it (``best``, ``response``,
+            ``calibrated``, ``source``, ``unrolled``) or are damped to match it.
+        seeds: whose full runs such methods follow: how many, or a list. A comparison with a gold standard is
+            fair with other seeds than its own: ``seeds=fimo.other_seeds(truth.seeds)``.
+        inputs, target: columns of DataFrames and of mappings.
+        store: a folder that keeps full runs.
+        device: where everything is computed.
+        settings: arguments of the method, where it is a name or a class: ``damping="10x"``.
+
+    Returns:
+        Scores ``[J, L]``, or ``[E, J, L]`` with standard errors where the method follows further training; on
+        the CPU. Positive: removing the training instance raises the test loss.
+
+    Raises:
+        InputError: an unknown method or setting, one that does not apply to this model, and as
+            :func:`further_train`.
+
+    Example:
+        >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+        >>> model = fimo.FinalModel(torch.nn.Linear(3, 1), "mse", accept_poor=True)
+        >>> scores = fimo.attribute(model, (x, x.sum(1)), (x[:5], x[:5].sum(1)), method="graddot")
+        >>> scores.values.shape
+        torch.Size([5, 40])
+    """
+    name, chosen = method_of(method, settings)
+    where = torch.device(device)
+    train_instances = to_instances(train, inputs, target, "train")
+    test_instances = train_instances if test is train else to_instances(test, inputs, target, "test")
+    train_instances, test_instances = admit(model, train_instances, test_instances)
+    if where.type != "cpu":
+        model, train_instances = model.to(where), train_instances.to(where)
+        test_instances = test_instances.to(where)
+    if (why := chosen.inapplicable(model, train_instances)) is not None:
+        raise InputError("method", f"{name} does not apply here: {why}")
+    if isinstance(further_training, Protocol):
+        further_training = followed(model, train_instances, further_training, seeds, store)
+    scores = chosen.attribute(model, train_instances, test_instances, left_out, further_training)
+    indices = choices.indices(left_out, len(train_instances), "left_out")
+    same = _same_instances(test_instances, train_instances, indices)
+    return replace(scores.to("cpu"), method=name, of_themselves=same)
+
+
+def evaluate(
+    scores: Mapping[str, Judged], truth: Sensitivity, metrics: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Judge scores by the sensitivity, beside the ceilings that its number of seeds allows.
+
+    Args:
+        scores: by name: :class:`Scores`, or tensors ``[J, L]`` or ``[E, J, L]`` of methods of one's own.
+            Scores of all N training instances are judged on those that the gold standard left out.
+        truth: the gold standard, of the same test instances.
+        metrics: of ``cosine``, ``spearman``, ``pearson``, …; the usual ones when None.
+
+    Returns:
+        One row for each method, metric, evaluation point and number of seeds averaged:
+        ``method,access,metric,step,epoch,seeds,mean,sem,ceiling,ceiling_lower,followed_seeds``; mean and
+        standard error over test instances.
+
+    Raises:
+        InputError: shapes that don't fit, an unknown metric.
+
+    Example:
+        >>> raw = torch.randn(4, 1, 3, 8, generator=torch.Generator().manual_seed(0))
+        >>> axes = {"step": torch.tensor([9]), "epoch": torch.tensor([1]), "left_out": torch.arange(8)}
+        >>> truth = fimo.Sensitivity(raw, **axes, test=torch.arange(3), seeds=torch.arange(4))
+        >>> table = fimo.evaluate({"itself": truth.sensitivity[0]}, truth)
+        >>> float(table.query("metric == 'cosine' and seeds == 4")["mean"].iloc[0])
+        1.0
+    """
+    from fimo.evaluation import COLUMNS, METRICS, assess  # torchmetrics takes seconds to import
+
+    judged: dict[str, Any] = {}
+    for name, found in scores.items():
+        judged[name] = _of_left_out(found, truth) if isinstance(found, Scores) else found
+        if isinstance(found, Tensor):
+            judged[name] = ("", found)
+    return assess(judged, truth, tuple(metrics or METRICS), resamples=0).table[COLUMNS]  # type: ignore[arg-type]
+
+
+def methods() -> pd.DataFrame:
+    """Return what methods there are: their names, what they are, need and cost, and when to use them.
+
+    Returns:
+        ``summary, access, needs, cost, use`` by name, the cheapest first.
+
+    Example:
+        >>> fimo.methods().loc["graddot", "access"]
+        'FiMO'
+    """
+    rows = []
+    for name, settings in _settings().items():
+        kind = _class_of(settings)
+        line = (inspect.getdoc(kind) or "").splitlines()[0]
+        access = str(method_of(name, {})[1].access)
+        rows.append((name, _plain(line), access, kind.needs, kind.cost, kind.use))
+    table = pd.DataFrame(rows, columns=["name", "summary", "access", "needs", "cost", "use"])
+    return table.set_index("name")
+
+
+def load_run(folder: str | Path) -> Results:
+    """Read the results of a finished run of the command line.
+
+    Returns:
+        ``.sensitivity``, ``.scores`` by method, ``.evaluation``, ``.cost``, ``.final_model``, ``.config`` ...
+
+    Raises:
+        InputError: a file is missing, so that this is no folder of a finished run.
+    """
+    from fimo.reporting.results import Results
+
+    return Results.load(folder)
+
+
+def report(
+    what: Results | Sequence[Results] | Mapping[str, Scores],
+    path: str | Path = "report.html",
+    truth: Sensitivity | None = None,
+) -> Path:
+    """Write a report that opens offline.
+
+    Args:
+        what: a run (:func:`load_run`), several to be overlaid, or scores by name.
+        path: of the page.
+        truth: the gold standard, where ``what`` are scores.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        InputError: scores without ``truth``, or packages of the extra ``figures`` that are missing.
+    """
+    from fimo.reporting import write_report
+    from fimo.reporting.results import Results
+
+    if isinstance(what, Results):
+        runs = [what]
+    elif isinstance(what, Mapping):
+        if truth is None:
+            raise InputError(
+                "truth", "a report of scores compares them with a gold standard, fimo.further_train"
+            )
+        runs = [_results(what, truth)]
+    else:
+        runs = list(what)
+    return write_report(runs, Path(path))
+
+
+def followed(
+    model: FinalModel,
+    train: Any,
+    protocol: Protocol,
+    seeds: int | Sequence[int] = 10,
+    store: Store | str | Path | None = None,
+) -> FurtherTraining:
+    """Return further training as methods follow it: its seeds' full runs are made when they are asked for."""
+    train, _ = admit(model, train)
+    numbers = choices.seeds(seeds, "seeds")
+    steps = tuple(int(s) for s in evaluation_points(protocol, len(train))[0])
+    place = _store(store)
+    runs = functools.partial(
+        full_runs, model, train, protocol, numbers, store=place, device=train.targets.device
+    )
+    return FurtherTraining(protocol, steps, tuple(numbers), runs)
+
+
+def method_of(method: Method, settings: Mapping[str, Any]) -> tuple[str, AttributionMethod]:
+    """Return a method's name, and the method.
+
+    Raises:
+        InputError: no such method, or a setting that it does not have.
+    """
+    if isinstance(method, AttributionMethod):
+        if settings:
+            raise InputError(next(iter(settings)), "settings go with a method's name or class, not an object")
+        return type(method).__name__, method
+    if isinstance(method, str):
+        known = _settings()
+        if method not in known:
+            raise InputError("method", f"there is no {method!r}; {nearest(method, list(known))}")
+        name, kind, given = method, _class_of(known[method]), {**known[method], **settings}
+        given.pop("_target_")
+    elif isinstance(method, type) and issubclass(method, AttributionMethod):
+        name, kind, given = method.__name__, method, dict(settings)
+    else:
+        raise InputError("method", f"expected a name, a class or an object but got {method!r}")
+    parameters = inspect.signature(kind).parameters
+    for key in given:
+        if key not in parameters:
+            raise InputError(key, f"{name} has no such setting; {nearest(key, list(parameters))}")
+    try:
+        return name, kind(**given)
+    except TypeError as error:
+        raise InputError("method", f"{name}: {reason(error)}") from error
+
+
+@functools.cache
+def _settings() -> dict[str, dict[str, Any]]:
+    """Return each method's settings, by name, as the command line has them."""
+    from omegaconf import OmegaConf
+
+    from fimo.app.config import all_methods, packaged_conf
+
+    found = OmegaConf.to_container(all_methods(packaged_conf()))
+    assert isinstance(found, dict)
+    return {str(name): dict(settings) for name, settings in found.items()}
+
+
+def _class_of(settings: Mapping[str, Any]) -> type[AttributionMethod]:
+    from fimo.app.arguments import imported
+
+    found: type[AttributionMethod] = imported(settings["_target_"], "method")
+    return found
+
+
+def _plain(text: str) -> str:
+    """Return a docstring's text without markup."""
+    return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", text).replace("``", "")
+
+
+def _store(store: Store | str | Path | None) -> Store | None:
+    return Store(store) if isinstance(store, str | Path) else store
+
+
+def _trainer(device: str | torch.device) -> dict[str, Any]:
+    where = torch.device(device)
+    if where.type == "cpu":
+        return {"accelerator": "cpu", "devices": 1}
+    return {"accelerator": "gpu" if where.type == "cuda" else where.type, "devices": [where.index or 0]}
+
+
+def _same_instances(test: Any, train: Any, indices: Tensor) -> bool:
+    """Return whether the test instances are the left-out ones, in their order."""
+    if len(test) != len(indices):
+        return False
+    ours, theirs = test.tensors(), train[indices.to(train.targets.device)].tensors()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def _of_left_out(scores: Scores, truth: Sensitivity) -> Scores:
+    """Return scores of the instances that the gold standard left out, summed over groups.
+
+    Raises:
+        InputError: some have no score.
+    """
+    groups = truth.groups if truth.groups is not None else truth.left_out[:, None]
+    if scores.groups is None and truth.groups is None and torch.equal(scores.left_out, truth.left_out):
+        return scores
+    if scores.groups is not None:
+        if truth.groups is not None and torch.equal(scores.groups, truth.groups):
+            return scores
+        raise InputError("scores", "of other groups than the gold standard left out")
+    place = {int(i): k for k, i in enumerate(scores.left_out)}
+    if lacking := sorted({int(i) for i in groups.flatten() if int(i) >= 0} - place.keys()):
+        raise InputError("scores", f"have no score of training instance {lacking[0]}, which was left out")
+    if truth.groups is None:
+        columns = torch.tensor([place[int(i)] for i in truth.left_out])
+        return scores.select(columns)
+    membership = torch.zeros(len(scores.left_out), len(groups), dtype=scores.values.dtype)
+    for column, group in enumerate(groups):
+        membership[[place[int(i)] for i in group if int(i) >= 0], column] = 1
+    return replace(
+        scores, values=scores.values @ membership, left_out=truth.left_out, groups=truth.groups,
+        sem=None, sem_adjusted=None, of_themselves=False,
+    )  # fmt: skip
+
+
+def _results(scores: Mapping[str, Scores], truth: Sensitivity) -> Results:
+    """Return what a report shows of scores that were computed in Python."""
+    from fimo.evaluation import assess
+    from fimo.reporting.results import Results
+
+    judged = {name: _of_left_out(found, truth) for name, found in scores.items()}
+    pairs = {name: (str(found.access), found.values) for name, found in judged.items()}
+    evaluation = assess(pairs, truth, followed={name: found.followed for name, found in judged.items()})
+    bars = {name: found.bars(truth.subtract_mean) for name, found in judged.items()}
+    return Results(
+        name=", ".join(scores),
+        sensitivity=truth,
+        scores={name: found.values for name, found in judged.items()},
+        evaluation=evaluation.table,
+        cost=cost_table([Cost(n, gradient_evaluations=s.gradient_evaluations) for n, s in scores.items()]),
+        warnings=evaluation.notes,
+        bootstrap=evaluation.bootstrap,
+        slopes=evaluation.slopes,
+        errors={name: bar for name, bar in bars.items() if bar is not None},
+        without_bars={name: found.withheld for name, found in judged.items() if found.withheld},
+    )

@@ -1,0 +1,224 @@
+"""The library's public face: what a newcomer writes in ten lines."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fimo
+from fimo import api, scores
+from fimo.data import conversion
+from fimo.methods.graddot import GradDot
+from fimo.methods.response import Response
+from fimo.models import final_model
+
+X = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+Y = X @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.1 * X[:, :1] ** 2
+FT = fimo.Protocol(optimizer="sgd", lr=0.05, batch_size=10, epochs=3)
+
+
+@pytest.fixture(scope="module")
+def model() -> fimo.FinalModel:
+    torch.manual_seed(0)
+    network = nn.Linear(3, 1)
+    with torch.no_grad():
+        network.weight.copy_(torch.tensor([[0.9, -1.9, 0.4]]))
+        network.bias.zero_()
+    return fimo.FinalModel(network, "mse")
+
+
+@pytest.fixture(scope="module")
+def truth(model: fimo.FinalModel) -> fimo.Sensitivity:
+    return fimo.further_train(model, (X, Y), (X[:4], Y[:4]), FT, seeds=3, left_out=6)
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    assert 12 <= len(fimo.__all__) <= 18
+    for name in fimo.__all__:
+        thing = getattr(fimo, name)
+        assert inspect.getdoc(thing), name
+        assert name in dir(fimo)
+    assert not hasattr(fimo, "nothing")
+
+
+@pytest.mark.parametrize("module", [api, scores, final_model, conversion], ids=lambda m: m.__name__)
+def test_examples_of_the_documentation_run(module: Any) -> None:
+    found = doctest.testmod(module, extraglobs={"fimo": fimo, "torch": torch})
+    assert found.failed == 0
+    assert found.attempted > 0 or module is conversion
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    said = (
+        "import sys, fimo; print([m for m in ('torch', 'pandas', 'pytorch_lightning') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_attributing_needs_no_lightning_and_no_torchmetrics() -> None:
+    said = """
+import sys, torch, fimo
+x = torch.randn(8, 2)
+model, data = fimo.FinalModel(torch.nn.Linear(2, 1), "mse", accept_poor=True), (x, x[:, :1])
+fimo.attribute(model, data, data, "graddot")
+heavy = ("torchmetrics", "pytorch_lightning", "transformers", "wandb", "sklearn")
+print([m for m in heavy if m in sys.modules])
+"""
+    found = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+FORMS = {
+    "tensors": ((X, Y), {}),
+    "arrays": ((X.numpy(), Y.numpy()), {}),
+    "instances": (fimo.Instances(X, Y), {}),
+    "data set": (TensorDataset(X, Y), {}),
+    "loader": (DataLoader(TensorDataset(X, Y), batch_size=7), {}),
+    "frame": (pd.DataFrame(torch.cat([X, Y], 1).numpy(), columns=list("abcy")), {"target": "y"}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_data_gives_the_same_scores(model: fimo.FinalModel, form: str) -> None:
+    data, columns = FORMS[form]
+    found = fimo.attribute(model, data, data, method="graddot", **columns)
+    gradients = 2 * (X @ model.parameters()["weight"].T + model.parameters()["bias"] - Y)
+    rows = torch.cat([X * gradients, gradients], 1)
+    torch.testing.assert_close(found.values, rows @ rows.T)
+    assert (found.method, found.access, found.of_themselves) == ("graddot", "FiMO", True)
+    assert found.self_influence()[3] == pytest.approx(float(rows[3].square().sum()), rel=1e-5)
+
+
+def test_a_method_is_a_name_a_class_or_an_object(model: fimo.FinalModel) -> None:
+    named, of_class, of_object = (
+        fimo.attribute(model, (X, Y), (X[:2], Y[:2]), method=m, left_out=[3, 5])
+        for m in ("graddot", GradDot, GradDot())
+    )
+    assert torch.equal(named.values, of_class.values)
+    assert torch.equal(named.values, of_object.values)
+    assert named.left_out.tolist() == [3, 5]
+    assert not named.of_themselves
+
+
+def test_settings_go_with_a_name_and_are_checked(model: fimo.FinalModel) -> None:
+    strong = fimo.attribute(model, (X, Y), (X[:2], Y[:2]), method="exact", damping=1e6)
+    plain = fimo.attribute(model, (X, Y), (X[:2], Y[:2]), method="graddot")
+    torch.testing.assert_close(strong.values * 1e6 * len(X), plain.values, rtol=1e-3, atol=1e-6)
+    with pytest.raises(fimo.InputError, match="dampening: exact has no such setting; did you mean damping"):
+        fimo.attribute(model, (X, Y), (X, Y), method="exact", dampening=1.0)
+    with pytest.raises(fimo.InputError, match="method: there is no 'grad-dot'; did you mean graddot"):
+        fimo.attribute(model, (X, Y), (X, Y), method="grad-dot")
+
+
+def test_methods_that_follow_further_training_predict_the_truth(
+    model: fimo.FinalModel, truth: fimo.Sensitivity
+) -> None:
+    found = fimo.attribute(
+        model,
+        (X, Y),
+        (X[:4], Y[:4]),
+        "response",
+        further_training=FT,
+        seeds=truth.seeds,
+        left_out=truth.left_out,
+    )
+    assert found.step is not None
+    assert found.step.tolist() == truth.step.tolist()
+    torch.testing.assert_close(
+        found.values, truth.raw.mean(0), rtol=1e-3, atol=1e-6
+    )  # exact on a linear model
+    assert found.followed == (0, 1, 2)
+    with pytest.raises(fimo.InputError, match=r"further_training"):
+        fimo.attribute(model, (X, Y), (X, Y), "response")
+
+
+def test_scores_of_all_rows_are_judged_on_those_left_out(
+    model: fimo.FinalModel, truth: fimo.Sensitivity
+) -> None:
+    every = fimo.attribute(model, (X, Y), (X[:4], Y[:4]), "graddot")
+    some = fimo.attribute(model, (X, Y), (X[:4], Y[:4]), "graddot", left_out=truth.left_out)
+    table = fimo.evaluate({"every": every, "some": some, "mine": some.values}, truth)
+    wide = table.query("metric == 'cosine' and seeds == 3").pivot(
+        index="step", columns="method", values="mean"
+    )
+    np.testing.assert_allclose(wide["every"], wide["some"])
+    np.testing.assert_allclose(wide["mine"], wide["some"])
+    assert {"ceiling", "ceiling_lower", "followed_seeds"} <= set(table)
+    groups = fimo.further_train(model, (X, Y), (X[:4], Y[:4]), FT, seeds=3, left_out=[[0, 1], [2], [4, 5, 6]])
+    summed = torch.stack([every.values[:, u].sum(1) for u in ([0, 1], [2], [4, 5, 6])], 1)
+    both = fimo.evaluate({"every": every, "summed": summed}, groups, ["cosine"])
+    wide = both.query("seeds == 3").pivot(index="step", columns="method", values="mean")
+    np.testing.assert_allclose(wide["every"], wide["summed"], rtol=1e-5)
+    with pytest.raises(fimo.InputError, match="have no score of training instance 5"):
+        fimo.evaluate({"few": every.select(torch.tensor([0, 1, 2]))}, truth)
+
+
+def test_the_table_of_methods_says_what_each_needs_and_costs() -> None:
+    table = fimo.methods()
+    names = {p.stem for p in (Path(__file__).parents[1] / "conf" / "method").glob("*.yaml")}
+    assert set(table.index) == names
+    assert list(table) == ["summary", "access", "needs", "cost", "use"]
+    assert (table != "").all(axis=None)
+    assert issubclass(fimo.methods.response.Response, Response)  # type: ignore[attr-defined]
+
+
+def test_top_rows_and_the_whole_table(model: fimo.FinalModel, tmp_path: Path) -> None:
+    found = fimo.attribute(model, (X, Y), (X[:4], Y[:4]), "graddot")
+    top = found.top(test=2, k=3)
+    assert top["train"].tolist() == found.values[2].argsort(descending=True)[:3].tolist()
+    assert found.top(test=2, k=1, harmful=True)["score"].iloc[0] == pytest.approx(
+        float(found.values[2].min())
+    )
+    frame = found.to_frame()
+    assert frame.query("test == 1 and train == 7")["score"].iloc[0] == float(found.values[1, 7])
+    assert len(frame) == 4 * 30
+    found.save(tmp_path / "scores.safetensors")
+    again = fimo.Scores.load(tmp_path / "scores.safetensors")
+    assert torch.equal(again.values, found.values)
+    assert (again.method, again.of_themselves) == ("graddot", False)
+    with pytest.raises(fimo.InputError, match=r"test: expected 0 to 3 but got 4"):
+        found.top(test=4)
+    with pytest.raises(fimo.InputError, match="are of other test instances"):
+        found.self_influence()
+
+
+def test_a_plot_shows_the_most_helpful_and_the_most_harmful(model: fimo.FinalModel) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    found = fimo.attribute(model, (X, Y), (X[:4], Y[:4]), "graddot")
+    axes = found.plot(test=0, k=3).axes[0]
+    labels = [t.get_text() for t in axes.get_yticklabels()]
+    wanted = [*found.top(0, 3)["train"], *found.top(0, 3, harmful=True)["train"][::-1]]
+    assert labels == [f"#{i}" for i in wanted]
+    assert len(axes.patches) == 6
+
+
+def test_a_report_of_scores_opens_without_a_run(
+    model: fimo.FinalModel, truth: fimo.Sensitivity, tmp_path: Path
+) -> None:
+    pytest.importorskip("plotly", reason="plotly is not installed")
+    found = {
+        "graddot": fimo.attribute(model, (X, Y), (X[:4], Y[:4]), "graddot"),
+        "response": fimo.attribute(
+            model, (X, Y), (X[:4], Y[:4]), "response", further_training=FT, seeds=[5, 6, 7]
+        ),
+    }
+    path = fimo.report(found, tmp_path / "report.html", truth)
+    page = path.read_text()
+    assert "graddot" in page
+    assert "response" in page
+    with pytest.raises(fimo.InputError, match="truth: a report of scores"):
+        fimo.report(found, tmp_path / "report.html")
+    with pytest.raises(fimo.InputError, match="is missing: this is no folder of a finished run"):
+        fimo.load_run(tmp_path)
