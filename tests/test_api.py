@@ -218,6 +218,8 @@ def test_a_report_of_scores_opens_without_a_run(
     page = path.read_text()
     assert "graddot" in page
     assert "response" in page
+    untimed = {"mine": GradDot().attribute(model, fimo.Instances(X, Y), fimo.Instances(X[:4], Y[:4]))}
+    assert fimo.report(untimed, tmp_path / "mine.html", truth).exists()
     with pytest.raises(fimo.InputError, match="truth: a report of scores"):
         fimo.report(found, tmp_path / "report.html")
     with pytest.raises(fimo.InputError, match="is missing: this is no folder of a finished run"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -155,10 +157,11 @@ def attribute(
         raise InputError("method", f"{name} does not apply here: {why}")
     if isinstance(further_training, Protocol):
         further_training = followed(model, train_instances, further_training, seeds, store)
+    began = time.perf_counter()
     scores = chosen.attribute(model, train_instances, test_instances, left_out, further_training)
     indices = choices.indices(left_out, len(train_instances), "left_out")
     same = _same_instances(test_instances, train_instances, indices)
-    return replace(scores.to("cpu"), method=name, of_themselves=same)
+    return replace(scores.to("cpu"), method=name, of_themselves=same, seconds=time.perf_counter() - began)
 
 
 def evaluate(
@@ -399,7 +402,13 @@ def _results(scores: Mapping[str, Scores], truth: Sensitivity) -> Results:
         sensitivity=truth,
         scores={name: found.values for name, found in judged.items()},
         evaluation=evaluation.table,
-        cost=cost_table([Cost(n, gradient_evaluations=s.gradient_evaluations) for n, s in scores.items()]),
+        cost=cost_table(
+            [
+                Cost(name, found.seconds, gradient_evaluations=found.gradient_evaluations)
+                for name, found in scores.items()
+                if not math.isnan(found.seconds)
+            ]
+        ),
         warnings=evaluation.notes,
         bootstrap=evaluation.bootstrap,
         slopes=evaluation.slopes,

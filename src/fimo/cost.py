@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import pandas as pd
@@ -80,7 +80,7 @@ def measured(stage: str) -> Iterator[Cost]:
 def cost_table(costs: Sequence[Cost]) -> pd.DataFrame:
     """Return ``stage,seconds,peak_memory_mb,gradient_evaluations,reused``, a row per stage."""
     return (
-        pd.DataFrame([asdict(c) for c in costs])
+        pd.DataFrame([asdict(c) for c in costs], columns=[f.name for f in fields(Cost)])
         .drop(columns=["started", "reused_seconds"])
         .round({"seconds": 4, "peak_memory_mb": 1})
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -53,6 +54,7 @@ class Scores:
         notes: what a reader must know of this computation: choices made and why, convergence, trust.
         groups: ``[L, G]`` int64, members of left-out groups, padded with -1; None for single instances.
         test: ``[J]`` int64, which instances of a larger test set these are, where that is known.
+        seconds: wall-clock time of computing them, full runs included; NaN where it wasn't measured.
         of_themselves: whether test instance k is left-out instance k, so that the diagonal is self-influence.
 
     Raises:
@@ -75,6 +77,7 @@ class Scores:
     groups: Tensor | None = None
     test: Tensor | None = None
     of_themselves: bool = False
+    seconds: float = math.nan
 
     def __post_init__(self) -> None:
         shape = tuple(self.values.shape)
@@ -261,6 +264,8 @@ class Scores:
         axes.barh(range(len(table)), table["score"], xerr=table.get("sem"), color=colours, ecolor="0.4")
         axes.set_yticks(range(len(table)), [f"#{i}" for i in table["train"]])
         axes.invert_yaxis()
+        axes.locator_params(axis="x", nbins=5)
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4), useMathText=True)
         axes.axvline(0, color="0.3", linewidth=0.8)
         axes.set_ylabel("training instance")
         unit = "rise of the test loss when removed" if self.predicts_loss_change else "score"
@@ -320,5 +325,6 @@ METADATA = (
     "gradient_evaluations",
     "notes",
     "of_themselves",
+    "seconds",
 )
 """Fields that are kept beside them, as JSON."""
