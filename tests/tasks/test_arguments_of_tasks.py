@@ -231,6 +231,7 @@ def test_trainings_of_one_seed_each_are_joined_at_their_last_evaluation_point() 
     assert found.distance_full.tolist() == [[10.0], [14.0]]
     assert found.distance.tolist() == [[[15.0, 20.0]], [[21.0, 28.0]]]
     assert found.full_losses.tolist() == [[[5.0]], [[7.0]]]
+    assert joined([one(5)]).raw.tolist() == [[[[50.0, 50.0]]]]
 
 
 def test_as_many_as_all_training_instances_are_not_removed_together() -> None:
