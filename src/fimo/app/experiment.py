@@ -174,7 +174,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
             plain(config), data, final_model, final_quality, sensitivity, methods, scores, evaluation,
             costs, skipped,
         )  # fmt: skip
-        results = with_findings(results, findings, run_dir)
+        results = with_findings(results, findings, run_dir, tasks)
         results.save(run_dir)
         write_costs(costs, run_dir / "cost.csv")
         if config.report:

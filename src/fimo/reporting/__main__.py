@@ -61,7 +61,7 @@ def write(chosen: argparse.Namespace) -> list[Path]:
     if chosen.figures is not None:
         from fimo.reporting import write_figures
 
-        return write_figures(runs, chosen.folder or output.parent / "figures", chosen.figures or FIGURES)
+        return write_figures(runs, chosen.folder or output.parent / "figures", chosen.figures or None)
     from fimo.reporting import write_report
 
     return [write_report(runs, output)]

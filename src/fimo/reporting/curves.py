@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from fimo.evaluation.metrics import MetricName, mean_and_sem
 from fimo.evaluation.resampling import mean_agreements
 from fimo.reporting.findings import at_last_point, method_order, scored_methods
 from fimo.reporting.results import Results
+from fimo.reporting.task_curves import KNOWN, Curve
 
 
 def agreement_table(run: Results, metric: str) -> pd.DataFrame:
@@ -83,18 +86,29 @@ def retraining_table(run: Results, metric: str) -> pd.DataFrame | None:
     return with_epochs(run, pd.concat(frames, ignore_index=True))
 
 
-def datamodeling_table(run: Results) -> pd.DataFrame | None:
-    """Return ``method,step,epoch,mean,sem,ceiling`` of the linear datamodeling score, or None."""
-    table = run.tasks.get("datamodeling")
-    return None if table is None else _ordered(run, with_epochs(run, table))
-
-
-def removal_table(run: Results) -> pd.DataFrame | None:
-    """Return ``method,removed,mean,sem`` at the last evaluation point, or None."""
-    table = run.tasks.get("removal")
-    if table is None:
+def task_table(run: Results, task: str) -> pd.DataFrame | None:
+    """Return the rows that a task's curve is drawn from, ``method,mean,sem`` and its column, or None."""
+    if (curve := run.curve(task)) is None:
         return None
-    return _ordered(run, table[table["step"] == table["step"].max()])
+    table = run.tasks[task]
+    if curve.x == "epoch":
+        return _ordered(run, with_epochs(run, table))
+    return _ordered(run, table[table["step"] == table["step"].max()] if "step" in table else table)
+
+
+def drawn_tasks(runs: Sequence[Results]) -> dict[str, Curve]:
+    """Return the curves of runs' tasks, of each the first run's that has it."""
+    found: dict[str, Curve] = {}
+    for run in runs:
+        for task in run.tasks:
+            if (curve := run.curve(task)) is not None:
+                found.setdefault(task, curve)
+    return found
+
+
+def figure_of_task(task: str) -> str:
+    """Return the name of a task's figure, which may not be that of another figure of the report."""
+    return task if task in KNOWN else f"task-{task}"
 
 
 def mislabelled_table(run: Results) -> pd.DataFrame | None:

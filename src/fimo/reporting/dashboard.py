@@ -16,6 +16,8 @@ from fimo.reporting.wandb import STEP
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
+    from fimo.reporting.results import Results
+
 
 def dashboard(
     entity: str,
@@ -31,7 +33,7 @@ def dashboard(
         entity: user or team.
         methods: whose agreement is drawn; of several runs, all.
         metrics: a section's panels, one for each.
-        tasks: further evaluations, ``datamodeling`` or ``mislabelled``, whose summary values are drawn.
+        tasks: further evaluations with one summary value for each method, as ``datamodeling``.
 
     Raises:
         InputError: wandb-workspaces is not installed.
@@ -77,6 +79,12 @@ def dashboard(
     return spaces.Workspace(entity, project, name=name, sections=sections, settings=settings)
 
 
+def one_value(run: Results, task: str) -> bool:
+    """Whether a task's table comes down to one number for each method, which W&B's summary holds."""
+    curve = run.curve(task)
+    return curve is None or curve.x == "epoch"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m fimo.reporting.dashboard", description=__doc__)
@@ -91,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         runs = [Results.load(folder) for folder in chosen.run_dir]
         methods = list(dict.fromkeys(method for run in runs for method in run.scores))
-        tasks = [t for t in ("datamodeling", "mislabelled") if any(t in run.tasks for run in runs)]
+        tasks = list(dict.fromkeys(task for run in runs for task in run.tasks if one_value(run, task)))
         found = dashboard(chosen.entity, chosen.project, methods, runs[0].metrics, tasks, chosen.name)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

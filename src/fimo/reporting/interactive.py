@@ -11,20 +11,22 @@ import plotly.graph_objects as go
 from fimo.reporting.curves import (
     agreement_table,
     cost_table,
-    datamodeling_table,
     distance_table,
+    drawn_tasks,
+    figure_of_task,
     last_table,
     loss_table,
     mean_effect_table,
     mislabelled_table,
-    removal_table,
     retraining_table,
     seeds_table,
+    task_table,
 )
 from fimo.reporting.findings import all_methods, highlighted, label
 from fimo.reporting.panels import EPOCHS, Palette, axes, band, lines, panels, thinned
 from fimo.reporting.results import Results
 from fimo.reporting.style import CEILING, DASHES, OTHER, PALETTE
+from fimo.reporting.task_curves import Curve
 from fimo.reporting.trust import share_of_ceiling_table, trusted_methods
 
 Table = pd.DataFrame
@@ -45,8 +47,8 @@ def all_figures(runs: Sequence[Results]) -> dict[str, dict[str, go.Figure]]:
     made = {name: {m: make(runs, m) for m in metrics} for name, make in by_metric.items()}
     made["distance"] = {"": distance_figure(runs)}
     made["loss"] = {"": loss_figure(runs)}
-    made["datamodeling"] = {"": datamodeling_figure(runs)}
-    made["removal"] = {"": removal_figure(runs)}
+    for task, curve in drawn_tasks(runs).items():
+        made[figure_of_task(task)] = {"": task_figure(runs, task, curve)}
     made["mislabelled"] = {"": mislabelled_figure(runs)}
     return {name: by for name, by in made.items() if any(figure.data for figure in by.values())}
 
@@ -226,27 +228,10 @@ def _run_colors(runs: Sequence[Results]) -> list[str]:
     return [PALETTE[position % len(PALETTE)] for position in range(len(runs))]
 
 
-def datamodeling_figure(runs: Sequence[Results]) -> go.Figure:
-    """Linear datamodeling score against the amount of further training."""
-    kept = [run for run in runs if datamodeling_table(run) is not None]
-    if not kept:
-        return go.Figure()
-    return lines(kept, lambda run: _certain(datamodeling_table(run)), "epoch", EPOCHS, "LDS (spearman)")
-
-
-def removal_figure(runs: Sequence[Results]) -> go.Figure:
-    """Change of the test loss against the number of instances left out together."""
-    kept = [run for run in runs if removal_table(run) is not None]
-    if not kept:
-        return go.Figure()
-
-    figure = lines(
-        kept,
-        lambda run: _certain(removal_table(run)),
-        "removed",
-        "training instances left out",
-        "change of the mean test loss",
-    )
+def task_figure(runs: Sequence[Results], task: str, curve: Curve) -> go.Figure:
+    """A task's table, one line for each method."""
+    kept = [run for run in runs if task_table(run, task) is not None]
+    figure = lines(kept, lambda run: _certain(task_table(run, task)), curve.x, curve.x_title, curve.y_title)
     figure.update_yaxes(exponentformat="power")
     return figure
 

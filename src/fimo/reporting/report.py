@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 import plotly.offline
 
+from fimo.reporting.curves import drawn_tasks, figure_of_task
 from fimo.reporting.explorer import explorer_data
 from fimo.reporting.findings import (
     ABSENT,
@@ -126,6 +127,7 @@ def run_context(run: Results) -> dict[str, Any]:
         "ceiling_lower": float(ranking["ceiling_lower"].iloc[0]),
         "config": flat(run.config),
         "cost": run.cost.to_dict("records"),
+        "curves": {figure_of_task(task): curve.caption for task, curve in drawn_tasks([run]).items()},
         "total_seconds": float(run.cost["seconds"].sum()),
         "facts": final_model_facts(run.final_model),
     }

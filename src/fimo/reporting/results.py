@@ -19,6 +19,7 @@ from fimo.errors import InputError
 from fimo.evaluation.assessment import adjusted_scores
 from fimo.further_training.sensitivity import Sensitivity, load_sensitivity
 from fimo.reporting.instance_table import InstanceDisplay, Shown
+from fimo.reporting.task_curves import KNOWN, Curve
 from fimo.scores import Scores
 from fimo.store.files import write_tensors, written_aside
 
@@ -35,7 +36,13 @@ JSON_FIELDS = (
 OPTIONAL_TABLES = {"bootstrap": "evaluation_bootstrap.csv", "slopes": "evaluation_slopes.csv"}
 FILES = ("sensitivity.safetensors", "evaluation.csv", "cost.csv", "report.json")
 """Of a finished run."""
-TASK_TABLES = {t: f"evaluation_{t}.csv" for t in ("datamodeling", "removal", "mislabelled")}
+TASKS = ("datamodeling", "removal", "mislabelled")
+"""Further evaluations whose tables are read where a folder has them; those of others where it names them."""
+
+
+def task_file(folder: Path, task: str) -> Path:
+    """Return the file of a task's table in a run's folder."""
+    return folder / f"evaluation_{task}.csv"
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,8 @@ class Results:
         retraining: the sensitivity to leaving instances out of training from scratch, on the same left-out
             and test instances.
         tasks: further evaluations by name: ``datamodeling``, ``removal``, ``mislabelled``, as the
-            modules of those names in :mod:`fimo.evaluation` return them.
+            modules of those names in :mod:`fimo.evaluation` return them, and tables with a curve.
+        curves: by task, as what its table is drawn.
         has_raw: whether the sensitivity holds every seed; else its one "seed" is the mean over all.
     """
 
@@ -91,6 +99,11 @@ class Results:
     has_raw: bool = True
     errors: Mapping[str, Tensor] = field(default_factory=dict)
     without_bars: Mapping[str, str] = field(default_factory=dict)
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+
+    def curve(self, task: str) -> Curve | None:
+        """Return as what a task's table is drawn; None where it has no table, or another figure."""
+        return (self.curves.get(task) or KNOWN.get(task)) if task in self.tasks else None
 
     @property
     def access(self) -> dict[str, str]:
@@ -134,6 +147,7 @@ class Results:
             split: {str(index): display.as_dict() for index, display in instances.items()}
             for split, instances in self.shown.items()
         }
+        content["curves"] = {task: dataclasses.asdict(curve) for task, curve in self.curves.items()}
         if self.distance is not None:
             content["distance"] = self.distance.to_dict("list")
         with written_aside(folder / "report.json") as path:
@@ -141,7 +155,7 @@ class Results:
         if self.retraining is not None:
             self.retraining.save(folder / "retraining.safetensors")
         for task, table in self.tasks.items():
-            table.to_csv(folder / TASK_TABLES[task], index=False)
+            table.to_csv(task_file(folder, task), index=False)
         if everything:
             self._save_shared(folder)
 
@@ -192,6 +206,7 @@ class Results:
             if (folder / file).exists()
         }
         again = folder / "retraining.safetensors"
+        curves = {task: Curve(**curve) for task, curve in content.pop("curves", {}).items()}
         content["warnings"] = tuple(content["warnings"])
         return cls(
             sensitivity=sensitivity,
@@ -203,8 +218,11 @@ class Results:
             distance=pd.DataFrame(distance) if distance else None,
             retraining=load_sensitivity(again)[0] if again.exists() else None,
             tasks={
-                t: pd.read_csv(folder / f, **EXACT) for t, f in TASK_TABLES.items() if (folder / f).exists()
+                task: pd.read_csv(task_file(folder, task), **EXACT)
+                for task in dict.fromkeys([*TASKS, *curves])
+                if task_file(folder, task).exists()
             },
+            curves=curves,
             has_raw=has_raw,
             errors={
                 name: bars

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from matplotlib.figure import Figure
 from fimo.reporting.curves import (
     agreement_table,
     cost_table,
-    datamodeling_table,
     distance_table,
+    drawn_tasks,
+    figure_of_task,
     mean_effect_table,
     mislabelled_table,
-    removal_table,
     retraining_table,
     seeds_table,
+    task_table,
 )
 from fimo.reporting.drawing import (
     PANEL,
@@ -173,16 +175,11 @@ def retraining_figure(runs: Runs) -> Figure | None:
     return grid(kept, draw, EPOCHS) if kept else None
 
 
-def datamodeling_figure(runs: Runs) -> Figure | None:
-    """Linear datamodeling score against the amount of further training."""
-    return task_figure(runs, datamodeling_table, "epoch", EPOCHS, "LDS (spearman)")
-
-
-def removal_figure(runs: Runs) -> Figure | None:
-    """Change of the test loss against the number of instances left out together."""
-    return task_figure(
-        runs, removal_table, "removed", "training instances left out", "change of the test loss"
-    )
+def curve_of_task(task: str, runs: Runs) -> Figure | None:
+    """A task's table, one line for each method."""
+    if (curve := drawn_tasks(runs).get(task)) is None:
+        return None
+    return task_figure(runs, lambda run: task_table(run, task), curve.x, curve.x_title, curve.y_title)
 
 
 def mislabelled_figure(runs: Runs) -> Figure | None:
@@ -209,8 +206,8 @@ FIGURES: dict[str, Callable[[Runs], Figure | None]] = {
     "distance": distance_figure,
     "retraining": retraining_figure,
     "cost": cost_figure,
-    "datamodeling": datamodeling_figure,
-    "removal": removal_figure,
+    "datamodeling": partial(curve_of_task, "datamodeling"),
+    "removal": partial(curve_of_task, "removal"),
     "mislabelled": mislabelled_figure,
 }
 """By the name that the command takes; each returns None where the runs hold nothing to draw."""
@@ -219,11 +216,14 @@ FIGURES: dict[str, Callable[[Runs], Figure | None]] = {
 def write_figures(
     runs: Results | Sequence[Results],
     folder: str | Path,
-    names: Iterable[str] = FIGURES,
+    names: Iterable[str] | None = None,
     formats: Sequence[str] = ("pdf", "png"),
     dpi: int = 200,
 ) -> list[Path]:
     """Write figures to ``FOLDER/NAME.pdf`` and ``.png``; those that the runs have no data for are left out.
+
+    Args:
+        names: of :data:`FIGURES`; all of these and every other task's curve when None.
 
     Returns:
         the files written.
@@ -231,10 +231,11 @@ def write_figures(
     runs = [runs] if isinstance(runs, Results) else list(runs)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    known = FIGURES | {figure_of_task(task): partial(curve_of_task, task) for task in drawn_tasks(runs)}
     written = []
     with matplotlib.rc_context(SETTINGS):
-        for name in names:
-            if (figure := FIGURES[name](runs)) is None:
+        for name in known if names is None else names:
+            if (figure := known[name](runs)) is None:
                 continue
             for suffix in formats:
                 path = folder / f"{name}.{suffix}"

@@ -89,9 +89,10 @@ def summary(results: Results) -> dict[str, Any]:
         for column in ("seconds", "peak_memory_mb", "gradient_evaluations", "reused"):
             found[f"cost/{row['stage']}/{column}"] = row[column]
     for task, table in results.tasks.items():
+        curve = results.curve(task)
         last = table[table["step"] == table["step"].max()] if "step" in table else table
         for row in last.to_dict("records"):
-            name = f"{task}/{row['method']}" + (f"/{row['removed']}" if "removed" in row else "")
+            name = f"{task}/{row['method']}" + (f"/{row[curve.x]}" if curve and curve.x != "epoch" else "")
             found[name] = row["mean"]
     helpful, harmful = influences(results, k=1)
     found |= {"most_helpful": helpful[0].index} if helpful else {}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -24,9 +25,12 @@ from fimo.further_training import further_train
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
-from fimo.reporting.results import TASK_TABLES, Results
+from fimo.reporting.results import TASKS, Results, task_file
+from fimo.reporting.task_curves import Curve
 from fimo.scores import Scores
 from fimo.store.files import Store, written_aside
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,13 @@ class Judged:
 
 
 class Task(ABC):
-    """One more way to judge methods."""
+    """One more way to judge methods.
+
+    Attributes:
+        curve: as what the task's table is drawn in reports, figures and dashboards; None: it is only written.
+    """
+
+    curve: ClassVar[Curve | None] = None
 
     def check(self, config: DictConfig, data: InstancesModule) -> None:  # noqa: B027, as most need none
         """Refuse a run that the task can't judge, before any training.
@@ -126,16 +136,31 @@ def build_tasks(config: DictConfig, data: InstancesModule) -> dict[str, Task]:
 
 
 def with_findings(
-    results: Results, findings: Mapping[str, pd.DataFrame | Sensitivity], folder: Path
+    results: Results,
+    findings: Mapping[str, pd.DataFrame | Sensitivity],
+    folder: Path,
+    tasks: Mapping[str, Task] | None = None,
 ) -> Results:
-    """Add what tasks found to a run's results; tables that no report knows are only written."""
+    """Add what tasks found to a run's results; tables that nothing draws are only written.
+
+    Args:
+        tasks: by name, those that say as what their tables are drawn.
+    """
     tables = {n: found for n, found in findings.items() if isinstance(found, pd.DataFrame)}
-    for name in tables.keys() - TASK_TABLES.keys():
-        with written_aside(folder / f"evaluation_{name}.csv") as path:
+    curves = {}
+    for name, table in tables.items():
+        curve = tasks[name].curve if tasks and name in tasks else None
+        if curve is not None and (missing := curve.missing(table.columns)):
+            log.warning("%s is not drawn: its table has no column %s", name, ", ".join(missing))
+        elif curve is not None:
+            curves[name] = curve
+    drawn = {name: table for name, table in tables.items() if name in curves or name in TASKS}
+    for name in tables.keys() - drawn.keys():
+        with written_aside(task_file(folder, name)) as path:
             tables[name].to_csv(path, index=False)
-    known = {name: table for name, table in tables.items() if name in TASK_TABLES}
     again = next((f for f in findings.values() if isinstance(f, Sensitivity)), None)
-    return replace(results, tasks=known, retraining=again)
+    results = replace(results, tasks=drawn, retraining=again)
+    return replace(results, curves=curves) if curves else results
 
 
 def seeds_of(value: int | None, plan: Plan, key: str) -> list[int]:

@@ -9,6 +9,7 @@ from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError
 from fimo.evaluation.lds import datamodeling_score
 from fimo.further_training.sensitivity import Sensitivity
+from fimo.reporting.task_curves import DATAMODELING
 from fimo.tasks.base import Judged, Task, seeds_of
 from fimo.tasks.retraining import check_retraining, retrain
 
@@ -26,6 +27,8 @@ class Datamodeling(Task):
         seeds: how many; None for as many as the gold standard has.
         seed: of the sets.
     """
+
+    curve = DATAMODELING
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError
 from fimo.evaluation.counterfactual import removal_curves
+from fimo.reporting.task_curves import REMOVAL
 from fimo.tasks.base import Judged, Task, seeds_of
 
 KEY = "evaluation.tasks.removal"
@@ -24,6 +25,8 @@ class Removal(Task):
         seeds: of further training; None for as many as the gold standard has.
         seed: of the random sets.
     """
+
+    curve = REMOVAL
 
     def __init__(
         self,
