@@ -101,9 +101,8 @@ def test_a_final_model_is_trained_by_lion_as_published(weight_decay: float) -> N
     network, inputs = nn.Linear(4, 2).double(), torch.randn(20, 4).double()
     plain = nn.Linear(4, 2).double()
     plain.load_state_dict(network.state_dict())
-    module = FinalModelModule(
-        network, mean_squared_error, "regression", 2, "lion", lr=0.01, weight_decay=weight_decay
-    )
+    make = KINDS["lion"](weight_decay=weight_decay).torch_optimizer
+    module = FinalModelModule(network, mean_squared_error, "regression", 2, make, lr=0.01)
     optimizers = (
         module.configure_optimizers(),
         PlainLion(list(plain.parameters()), 0.01, (0.9, 0.99), weight_decay),

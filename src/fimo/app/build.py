@@ -16,6 +16,7 @@ from torch import nn
 
 from fimo.app.arguments import check_arguments, imported
 from fimo.data.datamodule import InstancesModule
+from fimo.engine.optimizers import make_optimizer
 from fimo.engine.protocol import Protocol
 from fimo.errors import InputError, reason
 from fimo.evaluation import METRICS
@@ -99,10 +100,8 @@ def build_module(config: DictConfig, data: InstancesModule) -> FinalModelModule:
         loss,
         data.task,
         data.outputs,
-        model.optimizer,
+        make_optimizer(model.optimizer, model).torch_optimizer,
         model.lr,
-        model.momentum,
-        model.weight_decay,
         description,
     )
 

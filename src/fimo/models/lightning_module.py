@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,11 +13,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from fimo.data.datamodule import Task
 from fimo.data.instances import Instances
-from fimo.engine.optimizers import make_optimizer
-from fimo.engine.settings import OPTIMIZERS, check_range
 from fimo.errors import InputError
 from fimo.models.final_model import apply
 from fimo.models.loss_function import Loss, LossFunction
+
+MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 
 
 class FinalModelModule(pl.LightningModule):
@@ -27,8 +28,8 @@ class FinalModelModule(pl.LightningModule):
         loss: per-instance loss.
         task: accuracy is recorded for a classification.
         outputs: classes.
-        optimizer: one of :data:`~fimo.engine.settings.OPTIMIZERS`.
-        lr, momentum, weight_decay: of the optimizer (momentum where it has one).
+        optimizer: makes the optimizer of ``(parameters, lr)``.
+        lr: learning rate.
         description: what built the network, kept in the checkpoint; plain containers only, so that it
             loads without executing code.
     """
@@ -39,24 +40,16 @@ class FinalModelModule(pl.LightningModule):
         loss: LossFunction,
         task: Task,
         outputs: int,
-        optimizer: str = "sgd",
+        optimizer: MakeOptimizer = torch.optim.SGD,
         lr: float = 0.1,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
         description: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if optimizer not in OPTIMIZERS:
-            raise InputError(
-                "model.optimizer", f"expected one of {', '.join(OPTIMIZERS)} but got {optimizer!r}"
-            )
-        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-            check_range(f"model.{name}", value)
+        if not lr > 0:
+            raise InputError("model.lr", f"expected a positive number but got {lr}")
         self.save_hyperparameters({"description": description or {}})
         self.network, self.loss = network, Loss.of(loss)
-        self.lr = lr
-        settings = {"momentum": momentum, "weight_decay": weight_decay}
-        self.update_rule = make_optimizer(optimizer, settings)
+        self.make_optimizer, self.lr = optimizer, lr
         self.accuracy = MulticlassAccuracy(outputs, average="micro") if task == "classification" else None
         self.mean_loss = MeanMetric()
 
@@ -80,4 +73,4 @@ class FinalModelModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         moved = [p for p in self.network.parameters() if p.requires_grad]
-        return self.update_rule.torch_optimizer(moved, self.lr)
+        return self.make_optimizer(moved, self.lr)
