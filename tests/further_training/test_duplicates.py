@@ -16,6 +16,7 @@ from fimo.engine.settings import LEAVE_OUT_RULES
 from fimo.further_training import Protocol, further_train, tangent_outputs
 from fimo.further_training.adjoint import adjoint
 from fimo.linear_response.leave_out_weights import steps
+from fimo.methods.exact import ExactInfluence
 from fimo.methods.graddot import GradDot
 from fimo.methods.response import Response
 from fimo.methods.source import Source
@@ -118,13 +119,19 @@ def test_scores_of_methods_that_do_not_follow_the_runs_are_added_over_duplicates
     )
     assert summed(plan, GradDot(), data.train) == [(2, 9, 11), (2, 6, 9, 11, 12), (0,)]
     # those that follow them know of duplicates: each group once
+    assert summed(plan, ExactInfluence(damping="auto"), data.train)[1] == (2, 6, 9, 11, 12)
+    assert summed(plan, ExactInfluence(damping="time_matched"), data.train)[1] == (6, 9)
     assert summed(plan, Response(), data.train) == [(2,), (6, 9), (0,)]
 
 
 @pytest.mark.parametrize(
     "method",
-    [Source(), *(Response(along, propagate="loss", checks=0) for along in ("final", "end"))],
-    ids=["source", "final", "end"],
+    [
+        *(Response(along, propagate="loss", checks=0) for along in ("final", "end")),
+        Source(),
+        ExactInfluence(damping="time_matched"),
+    ],
+    ids=["final", "end", "source", "exact"],
 )
 def test_forces_in_mean_batches_are_those_of_all_copies(method: Any) -> None:
     case = with_copies(CASES["mlp_regression"]())

@@ -182,8 +182,9 @@ def described(final_model: FinalModel, train: Instances) -> Problem | Indescriba
 def summed(plan: Plan, method: AttributionMethod, train: Instances) -> list[Unit]:
     """Return, for each of what the gold standard leaves out, the instances whose scores are added.
 
-    Methods that follow the runs leave out by the rule themselves whatever goes with an instance.
+    Methods that follow further training leave out by its rule themselves whatever goes with an instance.
     """
     rule = make_rule(plan.protocol, train)
     units = choices.units(plan.left_out, len(train))
-    return [rule.distinct(unit) if method.follows_seeds else rule.members(unit) for unit in units]
+    own = method.follows_further_training
+    return [rule.distinct(unit) if own else rule.members(unit) for unit in units]

@@ -45,9 +45,9 @@ class LeaveOut:
         """Return the instances of a unit without those that go with another of them."""
         return unit
 
-    def multiplicity(self, index: Tensor) -> Tensor | float:
-        """Return how many exact copies of each instance ``[L]`` go with it, itself among them."""
-        return 1.0
+    def multiplicity(self, index: Tensor) -> Tensor:
+        """Return how many exact copies of each instance ``[L]`` are left out with it, itself among them."""
+        return torch.ones(len(index), dtype=torch.int64)
 
     def of_units(self, derivative: Tensor) -> Tensor:
         """Return derivatives ``[..., N]`` in the weight of :meth:`members`, from those in each one's own."""
@@ -166,7 +166,7 @@ class WithDuplicates(Mask):
         return tuple(first.values())
 
     def multiplicity(self, index: Tensor) -> Tensor:
-        return self.group.bincount()[self.group[index.cpu()]].to(index.device)
+        return self.group.bincount()[self.group[index.cpu()]]
 
     def of_units(self, derivative: Tensor) -> Tensor:
         group = self.group.to(derivative.device)

@@ -46,7 +46,7 @@ class MeanBatchResponse:
         segments: int,
         propagate: Literal["outputs", "loss"],
         memory_mb: float,
-        copies: Tensor | float = 1.0,
+        copies: Tensor,
     ) -> None:
         self.final_model, self.train, self.ft = final_model, train, further_training
         self.segments, self.propagate, self.memory_mb = segments, propagate, memory_mb
@@ -135,7 +135,7 @@ class MeanBatchResponse:
         self.gradient_evaluations += gradients.evaluations
         n = len(self.train)
         found = [pair.apply(relaxation(t, self.rule.flow_decay))[..., 0].flatten(0, 1) / n for t in time]
-        return [change * self.copies for change in found]
+        return [change * self.copies.to(change) for change in found]
 
     def _by_factors_at(
         self, model: FinalModel, test: Instances, left_out: Instances, time: Sequence[float]
@@ -148,7 +148,7 @@ class MeanBatchResponse:
         phis = [relaxation(t, self.rule.flow_decay) for t in time]
         changes = kronecker_response(factors, rows, gradients.losses(left_out), phis, self.memory_mb)
         self.gradient_evaluations += gradients.evaluations
-        flat = changes.flatten(1, 2) / len(self.train) * self.copies
+        flat = changes.flatten(1, 2) / len(self.train) * self.copies.to(changes)
         if not by_outputs:  # changes of losses themselves
             return flat
         return torch.stack([self.loss_changes(model, outputs, test.targets, c) for c in flat])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
+from fimo.engine.leave_out import make_rule
 from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.applicability import unfollowable
@@ -143,7 +145,12 @@ class AttributionMethod(ABC):
         index = None if left_out is None else choices.indices(left_out, len(train), "left_out")
         problem = AttributionProblem(final_model, train, test, index, further_training)
         found = self.scores(problem)
-        return found if isinstance(found, Scores) else self.result(problem, found)
+        found = found if isinstance(found, Scores) else self.result(problem, found)
+        if further_training is None or not self.follows_further_training or self.follows_seeds:
+            return found
+        # the amount of it alone was matched, not what its rule leaves out together
+        copies = make_rule(further_training.protocol, train).multiplicity(problem.index)
+        return replace(found, values=found.values * copies.to(found.values))
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Refuse what was written for an earlier version, where it would fail after hours or be ignored."""

@@ -102,7 +102,7 @@ class Source(FollowingMethod):
             carried = spectrum.parameter_change(_decay(tau), rows).T  # in scaled units
             vectors = (carried if scale is None else carried / scale)[:, None]
             tally.add(gradients.evaluations)
-        total *= make_rule(protocol, problem.train).multiplicity(problem.index)
+        total *= make_rule(protocol, problem.train).multiplicity(problem.index).to(total)
         return (total / n).to(problem.dtype)
 
 
