@@ -13,8 +13,8 @@ from filelock import FileLock
 
 from fimo.app.command import main as command
 from fimo.errors import InputError
+from fimo.store import VERSION
 from fimo.store.files import Store
-from fimo.store.fingerprint import VERSION
 from fimo.store.inventory import entries, main
 
 DAY = 86400

@@ -17,7 +17,6 @@ from fimo.engine.optimizers import KINDS, Optimizer
 from fimo.engine.settings import OPTIMIZERS
 from fimo.errors import InputError
 from fimo.further_training import Protocol, tangent_outputs
-from fimo.methods.applicability import unfollowable
 from fimo.methods.best import Best
 from fimo.methods.exact import ExactInfluence
 from fimo.models.lightning_module import FinalModelModule
@@ -84,7 +83,7 @@ def test_methods_that_follow_further_training_say_that_lion_cannot_be_followed()
     for name in ("response", "calibrated", "best", "source", "unrolled", "exact", "cg", "lissa"):
         assert "lion" in skipped[name], name
     assert {"graddot", "ekfac", "trak", "tracin", "datainf"} <= set(kept)
-    assert unfollowable(ExactInfluence(damping="auto"), LION) is None
+    assert ExactInfluence(damping="auto").unfollowable(LION) is None
 
 
 def test_from_python_they_refuse_it_in_one_line() -> None:

@@ -17,7 +17,6 @@ from fimo.engine.replicas import Unit
 from fimo.errors import InputError
 from fimo.further_training import evaluation_points, full_runs
 from fimo.further_training.trajectory import FurtherTraining
-from fimo.methods.applicability import why_not
 from fimo.methods.base import AttributionMethod
 from fimo.scores import Scores, stacked
 from fimo.store.description import Indescribable
@@ -50,7 +49,7 @@ def applicable(
     skipped = {
         name: reason
         for name, method in methods.items()
-        if (reason := why_not(method, final_model, train, protocol)) is not None
+        if (reason := method.why_not(final_model, train, protocol)) is not None
     }
     kept = {name: method for name, method in methods.items() if name not in skipped}
     if not kept:

@@ -18,7 +18,6 @@ from fimo.engine.pace import Pace, about, expected_seconds, measure_pace
 from fimo.engine.protocol import Protocol
 from fimo.further_training import evaluation_points, full_runs
 from fimo.further_training.trajectory import FurtherTraining, Trajectory
-from fimo.methods.applicability import why_not
 from fimo.methods.base import AttributionMethod
 
 LONG = 12 * 3600.0
@@ -73,7 +72,7 @@ def method_line(
 ) -> Line:
     """Return the line of one method's time; its failure is a warning, since it says nothing of the others."""
     key = f"time: {name}"
-    reason = why_not(method, problem.final_model, problem.train, problem.protocol)
+    reason = method.why_not(problem.final_model, problem.train, problem.protocol)
     if reason is not None:
         return passes(key, f"does not apply: {reason}")
     seeds, runs = problem.seeds, 0.0

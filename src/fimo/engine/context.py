@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fimo.data.instances import Instances
-from fimo.engine.leave_out import LeaveOut, make_rule
+from fimo.engine.leave_out import RULES, LeaveOut, make_rule
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import even_parts
 from fimo.engine.stacked import Engine, choose_engine, without_gradient
@@ -96,6 +98,14 @@ class Setting:
             vectorisable,
         )
 
+    def __post_init__(self) -> None:
+        if type(self.rule) is not RULES[self.protocol.leave_out]:
+            raise ValueError(f"{type(self.rule).__name__} for a protocol with {self.protocol.leave_out}")
+
+    def following(self, protocol: Protocol) -> Setting:
+        """Return the setting of another protocol in the same numbers, with its rule."""
+        return replace(self, protocol=protocol, rule=make_rule(protocol, self.train))
+
     @property
     def stochastic(self) -> bool:
         """Whether training steps draw random numbers (dropout)."""
@@ -179,3 +189,12 @@ def _activations(final_model: FinalModel, train: Instances, engine: Engine) -> i
         for handle in handles:
             handle.remove()
     return max(1, sum(sizes))
+
+
+def trainer_device(trainer: Mapping[str, Any] | None) -> torch.device:
+    """Return the device on which a Trainer of these arguments would run."""
+    if trainer is None or trainer.get("accelerator", "cpu") == "cpu":
+        return torch.device("cpu")
+    from fimo.engine.driver import make_trainer  # Lightning takes seconds to import
+
+    return make_trainer(trainer).strategy.root_device

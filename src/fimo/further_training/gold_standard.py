@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fimo.cost import Cost
 from fimo.data.instances import Instances
-from fimo.engine.context import Setting, chunk_size
+from fimo.engine.context import Setting, chunk_size, trainer_device
 from fimo.engine.job import Job
 from fimo.engine.protocol import Protocol
 from fimo.engine.records import Records
@@ -128,8 +128,6 @@ def _rounding(
     most, made = repeats(job.replicas), job.replicas - job.found
     if not (most and made) or setting.protocol.dtype == "float64" or setting.stochastic:
         return None
-    from fimo.further_training.trajectory_recorder import trainer_device  # which imports this module
-
     if (kind := trainer_device(trainer).type) != setting.device.type or kind not in ("cpu", "cuda"):
         return None
     protocol = setting.protocol.in_float64()

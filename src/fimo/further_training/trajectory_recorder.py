@@ -19,7 +19,7 @@ from torch import Tensor
 from fimo.cost import Cost
 from fimo.data.instances import Instances
 from fimo.engine.chunk import Chunk
-from fimo.engine.context import Setting, chunk_size, worker_threads
+from fimo.engine.context import Setting, chunk_size, trainer_device, worker_threads
 from fimo.engine.protocol import Protocol
 from fimo.engine.replicas import Replica
 from fimo.engine.threads import one_thread
@@ -113,15 +113,6 @@ def _at_once(setting: Setting, seeds: int) -> int:
     points = 1 + len(evaluation_points(setting.protocol, len(setting.train))[0])
     one = 8 * states * points * setting.final_model.size
     return max(1, min(seeds, chunk_size(setting, seeds * worker_threads(setting)), MEMORY // one))
-
-
-def trainer_device(trainer: Mapping[str, Any] | None) -> torch.device:
-    """Return the device on which a Trainer of these arguments would run."""
-    if trainer is None or trainer.get("accelerator", "cpu") == "cpu":
-        return torch.device("cpu")
-    from fimo.engine.driver import make_trainer  # Lightning takes seconds to import
-
-    return make_trainer(trainer).strategy.root_device
 
 
 def _points(

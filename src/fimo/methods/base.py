@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fimo.data.instances import Instances
 from fimo.engine.leave_out import make_rule
+from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
-from fimo.methods.applicability import unfollowable
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.models.final_model import FinalModel
 from fimo.scores import Access, Scores
@@ -69,6 +69,17 @@ class AttributionMethod(ABC):
     def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
         """Return why the method can't run on this model and data, or None; must be cheap."""
         return None
+
+    def unfollowable(self, protocol: Protocol) -> str | None:
+        """Return why the method can't follow this further training, or None.
+
+        All that do differentiate its steps, follow them linearly or count them as time.
+        """
+        return protocol.update_rule.underivable if self.follows_further_training else None
+
+    def why_not(self, final_model: FinalModel, train: Instances, protocol: Protocol) -> str | None:
+        """Return why the method can't run on this model, data and further training, or None; it is cheap."""
+        return self.inapplicable(final_model, train) or self.unfollowable(protocol)
 
     @abstractmethod
     def scores(self, problem: AttributionProblem) -> Scores | Tensor:
@@ -139,7 +150,7 @@ class AttributionMethod(ABC):
                 "further_training",
                 f"{type(self).__name__} follows it, but none was given{self.without_further_training}",
             )
-        if further_training is not None and (why := unfollowable(self, further_training.protocol)):
+        if further_training is not None and (why := self.unfollowable(further_training.protocol)):
             raise InputError("further_training.optimizer", f"{type(self).__name__} does not apply: {why}")
         train, test = admit(final_model, train, test)
         index = None if left_out is None else choices.indices(left_out, len(train), "left_out")

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fimo.store.fingerprint import VERSION
+from fimo.store import VERSION
 
 
 class Store:

@@ -41,11 +41,6 @@ log = logging.getLogger(__name__)
 FOLDER_KEYS = ("path", "checkpoint", "file", "prompts", "train", "test")
 """Parts of settings' names that may be folders of input files."""
 
-VERSION = 2
-"""Of the store, part of every key. Raise it when files of the store change their layout or meaning, or when
-something that results depend on was missing from keys: nothing kept before is then read again. Edited code
-needs no raise, since its source is in the keys."""
-
 PACKAGES = ("torch", "numpy", "scikit-learn", "pytorch-lightning")
 """Whose versions any result depends on; so it does on those of the packages that its functions are from."""
 

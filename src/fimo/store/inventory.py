@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 
 from fimo.errors import InputError
-from fimo.store.fingerprint import VERSION
+from fimo.store import VERSION
 
 KINDS = {
     "final_model": "final models",
