@@ -18,9 +18,9 @@ from torch.func import vjp, vmap
 
 from fimo.curvature.jacobian import DenseRows, FactoredRows, LayerFactors, Rows, StreamedRows
 from fimo.data.instances import Inputs, Instances
-from fimo.engine.linear import Layer, layers_on
 from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
+from fimo.models.linear_layers import Layer, backward, forward, layers_on, slopes_of
 from fimo.models.losses import Loss
 from fimo.store.files import Store, read_tensors, write_tensors
 from fimo.store.fingerprint import folder_of, gradients_key
@@ -149,34 +149,17 @@ class InstanceGradients:
         return stream
 
     def _factored(self, instances: Instances, layers: list[Layer], cotangents: Cotangents) -> FactoredRows:
-        state = dict(self.final_model.network.named_parameters())
+        state = {name: p.detach() for name, p in self.final_model.network.named_parameters()}
         assert isinstance(instances.inputs, Tensor)
-        after = instances.inputs.to(self.dtype).flatten(1)
-        entering, values = [], []
-        with torch.no_grad():
-            for layer in layers:
-                entering.append(after)
-                bias = state[layer.bias].detach() if layer.bias else None
-                before = torch.nn.functional.linear(after, state[layer.weight].detach(), bias)
-                after = before
-                if layer.activation is not None:
-                    after = before if layer.activation.from_output else torch.empty_like(before)
-                    layer.activation.forward(before, after)
-                values.append(after if layer.activation is None or layer.activation.from_output else before)
-        delta = cotangents(after, instances.targets)
-        self.evaluations += delta.shape[0] * delta.shape[1]
+        passed = forward(layers, state, instances.inputs.to(self.dtype).flatten(1))
+        vectors = cotangents(passed.outputs, instances.targets)
+        self.evaluations += vectors.shape[0] * vectors.shape[1]
+        slopes = [None if slope is None else slope[:, None] for slope in slopes_of(layers, passed)]
         found: list[LayerFactors] = []
-        with torch.no_grad():
-            delta = delta.contiguous().clone()
-            for k in reversed(range(len(layers))):
-                layer = layers[k]
-                if layer.activation is not None:
-                    layer.activation.backward(delta, values[k][:, None].expand_as(delta).contiguous())
-                wanted = [name if name in self.parameters else None for name in (layer.weight, layer.bias)]
-                if any(wanted):
-                    found.append(LayerFactors(wanted[0], wanted[1], entering[k], delta))
-                if k:
-                    delta = delta @ state[layer.weight].detach()
+        for k, _, delta in backward(layers, state, slopes, vectors):
+            names = [name if name in self.parameters else None for name in (layers[k].weight, layers[k].bias)]
+            if any(names):
+                found.append(LayerFactors(names[0], names[1], passed.entering[k], delta.contiguous()))
         return FactoredRows(tuple(reversed(found)), self.shapes)
 
     def _stream(

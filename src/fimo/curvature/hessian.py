@@ -8,8 +8,8 @@ from fimo.curvature.linear_products import LinearHessian
 from fimo.curvature.operators import Hessian
 from fimo.curvature.piecewise import PiecewiseLinearHessian, is_shallow
 from fimo.data.instances import Instances
-from fimo.engine.linear import layers_on
 from fimo.models.final_model import FinalModel
+from fimo.models.linear_layers import layers_on
 
 
 def hessian(

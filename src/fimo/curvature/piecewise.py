@@ -19,15 +19,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import split
 from fimo.curvature.linear_products import PIECE, LinearHessian
 from fimo.curvature.operators import RowsOperator
 from fimo.data.instances import Instances
-from fimo.engine.linear import linear_layers
+from fimo.models.activations import RELU
 from fimo.models.final_model import FinalModel
+from fimo.models.linear_layers import linear_layers
 
 LARGEST = 32
 """The sums may have this many times P numbers: making them then costs a few of the products they replace."""
@@ -48,22 +49,21 @@ class PiecewiseLinearHessian(LinearHessian):
         super().__init__(final_model, instances, count)
         self.gauss_newton = RowsOperator(InstanceGradients(final_model).gauss_newton(instances))
         n = len(instances)
-        slopes = [
-            torch.ones_like(d) if s is None else s for s, d in zip(self.slopes, self.deltas, strict=True)
-        ]
+        at = self.linearised
+        slopes = [torch.ones_like(d) if s is None else s for s, d in zip(at.slopes, at.deltas, strict=True)]
         entering = [
             a if layer.bias is None else torch.cat([a, a.new_ones(n, 1)], 1)
-            for layer, a in zip(self.layers, self.entering, strict=True)
+            for layer, a in zip(self.layers, at.entering, strict=True)
         ]
         self.pairs = [
-            _path_sums(self.deltas[k + 1], slopes[k], entering[k]) / n for k in range(len(self.layers) - 1)
+            _path_sums(at.deltas[k + 1], slopes[k], entering[k]) / n for k in range(len(self.layers) - 1)
         ]
         self.far: Tensor | None = None
         if len(self.layers) == 3:
-            p, o, i = (w.shape[0] for w in reversed(self.weights))
-            through = (self.deltas[2][:, :, None] * slopes[1][:, None, :]).view(n, p * o)
+            p, o, i = (w.shape[0] for w in reversed(at.weights))
+            through = (at.deltas[2][:, :, None] * slopes[1][:, None, :]).view(n, p * o)
             sums = _path_sums(through, slopes[0], entering[0]).view(p, o, i, -1) / n
-            self.far = (sums * self.weights[1][:, :, None]).view(p * o, -1)
+            self.far = (sums * at.weights[1][:, :, None]).view(p * o, -1)
 
     def times(self, vectors: Tensor) -> Tensor:
         if self.count is not None:
@@ -81,7 +81,7 @@ class PiecewiseLinearHessian(LinearHessian):
             _add_with_bias(into, lower.weight, lower.bias, below)
         if self.far is not None:
             upper, lower = self.layers[2], self.layers[0]
-            i = self.weights[0].shape[0]
+            i = self.linearised.weights[0].shape[0]
             into[upper.weight].add_(_with_bias(parts, lower.weight, lower.bias, i).flatten(1) @ self.far.T)
             below = (parts[upper.weight] @ self.far).view(k, i, -1)
             _add_with_bias(into, lower.weight, lower.bias, below)
@@ -96,7 +96,7 @@ def is_shallow(final_model: FinalModel, instances: Instances) -> bool:
     parameters = final_model.parameters()
     if len(parameters) != len(list(final_model.network.parameters())):
         return False
-    if any(layer.module is not None and type(layer.module) is not nn.ReLU for layer in layers):
+    if any(layer.activation not in (None, RELU) for layer in layers):
         return False
     shapes = [parameters[layer.weight].shape for layer in layers]
     size = shapes[0].numel() * shapes[1][0] * (shapes[2][0] if len(layers) == 3 else 1)

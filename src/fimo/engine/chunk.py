@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fimo.engine.choice import stack_network
 from fimo.engine.context import Setting, evaluation_batch
 from fimo.engine.leave_out import Batch, BatchStream, LeaveOut
 from fimo.engine.linear import LinearNetwork
 from fimo.engine.protocol import Protocol
 from fimo.engine.replicas import Replica
-from fimo.engine.stacked import StackedNetwork, stack_network
+from fimo.engine.stacked import StackedNetwork
 
 
 class StackedOptimizer:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fimo.data.instances import Instances
+from fimo.engine.choice import Engine, choose_engine
 from fimo.engine.leave_out import RULES, LeaveOut, make_rule
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import even_parts
-from fimo.engine.stacked import Engine, choose_engine, without_gradient
+from fimo.engine.stacked import without_gradient
 from fimo.errors import shortened
 from fimo.models.final_model import FinalModel
 from fimo.models.train_mode import TrainMode

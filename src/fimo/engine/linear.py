@@ -2,131 +2,24 @@
 
 Activations are kept feature-major, ``[R, features, B]``: with weights as torch keeps them, ``[R, out, in]``,
 every product then has an operand layout that the matrix library runs near its peak, also for the one or few
-outputs of the last layer, where the instance-major form is up to ten times slower.
+outputs of the last layer, where the instance-major form is up to ten times slower. A step works in place, in
+tensors that are kept between steps, and may fuse the update into the products. So the passes of training are
+written here once more (:func:`_forward` and :meth:`LinearNetwork._backward`); all else shares those of
+:mod:`fimo.models.linear_layers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fimo.data.instances import Inputs, Instances
 from fimo.engine.leave_out import Batch
 from fimo.engine.stacked import ALIGNED, StackedNetwork
 from fimo.models.final_model import FinalModel
-
-aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Activation:
-    """An elementwise activation with its derivative in place.
-
-    Args:
-        forward: ``(before, after)``, writes ``after``; they are the same tensor if ``from_output``.
-        backward: ``(gradient, value)``, multiplies the gradient in place by the derivative at ``value``.
-        from_output: the derivative is a function of the activation's output.
-    """
-
-    forward: Callable[[Tensor, Tensor], object]
-    backward: Callable[[Tensor, Tensor], object]
-    from_output: bool = True
-
-
-RELU = Activation(
-    lambda before, after: torch.clamp_min(before, 0, out=after),
-    lambda g, after: aten.threshold_backward.grad_input(g, after, 0, grad_input=g),
-)
-TANH = Activation(
-    lambda before, after: torch.tanh(before, out=after),
-    lambda g, after: aten.tanh_backward.grad_input(g, after, grad_input=g),
-)
-SIGMOID = Activation(
-    lambda before, after: torch.sigmoid(before, out=after),
-    lambda g, after: aten.sigmoid_backward.grad_input(g, after, grad_input=g),
-)
-SILU = Activation(
-    lambda before, after: aten.silu.out(before, out=after),
-    lambda g, before: aten.silu_backward.grad_input(g, before, grad_input=g),
-    from_output=False,
-)
-
-
-def _gelu(approximate: str) -> Activation:
-    return Activation(
-        lambda before, after: aten.gelu.out(before, approximate=approximate, out=after),
-        lambda g, before: aten.gelu_backward.grad_input(g, before, approximate=approximate, grad_input=g),
-        from_output=False,
-    )
-
-
-def _activation(module: nn.Module) -> Activation | None:
-    if type(module) is nn.GELU:
-        return _gelu(module.approximate)
-    return {nn.ReLU: RELU, nn.Tanh: TANH, nn.Sigmoid: SIGMOID, nn.SiLU: SILU}.get(type(module))
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer (names of its parameters) and the activation after it (in place, and as a module)."""
-
-    weight: str
-    bias: str | None
-    activation: Activation | None = None
-    module: nn.Module | None = None
-
-
-def linear_layers(network: nn.Module) -> list[Layer] | None:
-    """Return a network's layers if it is a sequence of linear layers and activations, else None.
-
-    Nested ``nn.Sequential``, a leading ``nn.Flatten``, identities and dropout with rate 0 are seen through.
-    Layers with hooks, tied parameters or a type of the user's own are not.
-    """
-    if not _is_sequence(network):
-        return None
-    layers: list[Layer] = []
-    parameters = 0
-    for name, module in network.named_modules(remove_duplicate=False):
-        if module._forward_hooks or module._forward_pre_hooks:
-            return None
-        if _is_sequence(module) or _passes_through(module) or (type(module) is nn.Flatten and not layers):
-            continue
-        if type(module) is nn.Linear:
-            bias = f"{name}.bias" if module.bias is not None else None
-            layers.append(Layer(f"{name}.weight", bias))
-            parameters += 1 + (bias is not None)
-        elif (activation := _activation(module)) and layers and layers[-1].activation is None:
-            layers[-1] = Layer(layers[-1].weight, layers[-1].bias, activation, module)
-        else:
-            return None
-    tied = parameters != len(list(network.parameters()))
-    return None if tied or not layers else layers
-
-
-def layers_on(final_model: FinalModel, instances: Instances) -> list[Layer] | None:
-    """Return the layers of a network that maps flattened instances to outputs ``[n, D]``, else None.
-
-    Without a leading ``nn.Flatten``, linear layers map the last axis of inputs with more than two: the
-    outputs then have as many axes, also where all but the last are of size one.
-    """
-    layers, inputs = linear_layers(final_model.network), instances.inputs
-    if layers is None or not isinstance(inputs, Tensor) or inputs.ndim < 2:
-        return None
-    width = final_model.network.get_parameter(layers[0].weight).shape[1]
-    if inputs[:1].flatten(1).shape[1] != width:
-        return None
-    return layers if inputs.ndim == 2 or final_model.outputs(instances[:1]).ndim == 2 else None
-
-
-def _is_sequence(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-
-
-def _passes_through(module: nn.Module) -> bool:
-    return type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)
+from fimo.models.linear_layers import Layer, linear_layers
 
 
 class _Workspace:
@@ -208,16 +101,8 @@ class LinearNetwork(StackedNetwork):
             self._workspaces[key] = _Workspace(self, *key)
         space = self._workspaces[key]
         torch.index_select(self._rows(train), 0, index.reshape(-1), out=space.gathered)
-        for k, layer in enumerate(self.layers):
-            w, before = self.parameters[layer.weight], space.before[k]
-            entering = self._entering(space, k).transpose(1, 2)
-            if layer.bias is None:
-                torch.bmm(w, entering, out=before)
-            else:
-                bias = self.parameters[layer.bias][:, :, None].expand_as(before)
-                torch.baddbmm(bias, w, entering, out=before)
-            if layer.activation is not None:
-                layer.activation.forward(before, space.after[k])
+        rows = self._entering(space, 0).transpose(1, 2)
+        _forward(self.layers, self.parameters, rows, space.before, space.after)
         self.loss.stacked_gradient(space.after[-1], train.targets[index], weight, space.delta[-1])
         last = self.layers[-1].activation
         if last is not None:
@@ -253,17 +138,35 @@ class LinearNetwork(StackedNetwork):
                 padded.new_empty(self.replicas, self.parameters[layer.weight].shape[1], width)
                 for layer in self.layers
             ]
-        after = padded.expand(self.replicas, -1, -1).transpose(1, 2)
-        for layer, sums in zip(self.layers, self._evaluations[width], strict=True):
-            if layer.bias is None:
-                torch.bmm(parameters[layer.weight], after, out=sums)
-            else:
-                bias = parameters[layer.bias][:, :, None].expand_as(sums)
-                torch.baddbmm(bias, parameters[layer.weight], after, out=sums)
-            if layer.activation is not None:
-                layer.activation.forward(sums, sums)
-            after = sums
-        return after.transpose(1, 2)[:, :n]
+        rows = padded.expand(self.replicas, -1, -1).transpose(1, 2)
+        sums = self._evaluations[width]
+        _forward(self.layers, parameters, rows, sums, sums)
+        return sums[-1].transpose(1, 2)[:, :n]
+
+
+def _forward(
+    layers: Sequence[Layer],
+    parameters: Mapping[str, Tensor],
+    rows: Tensor,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+) -> None:
+    """Write each layer's sums and activations, ``[R, out, B]``; the same tensors where nothing is kept.
+
+    Args:
+        rows: ``[R, in, B]``.
+    """
+    entering = rows
+    for layer, sums, activations in zip(layers, before, after, strict=True):
+        weight = parameters[layer.weight]
+        if layer.bias is None:
+            torch.bmm(weight, entering, out=sums)
+        else:
+            bias = parameters[layer.bias][:, :, None].expand_as(sums)
+            torch.baddbmm(bias, weight, entering, out=sums)
+        if layer.activation is not None:
+            layer.activation.forward(sums, activations)
+        entering = activations
 
 
 def _padded(batch: Batch) -> tuple[Tensor, Tensor]:

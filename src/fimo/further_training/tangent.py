@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.func import vmap
 
 from fimo.data.instances import Instances
-from fimo.engine.linear_derivatives import along
 from fimo.engine.optimizers import State, Tensors
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import Unit
-from fimo.further_training.unrolled_step import FullRun, evaluate_outputs
+from fimo.further_training.unrolled_step import FullRun, along, evaluate_outputs
 from fimo.models.final_model import FinalModel
 from fimo.validation import choices
 

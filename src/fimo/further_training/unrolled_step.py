@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import grad, jvp, vmap
 
 from fimo.data.instances import Inputs, Instances
+from fimo.engine.choice import choose_engine
 from fimo.engine.chunk import step_seed
 from fimo.engine.leave_out import BatchStream, make_rule, members_of
-from fimo.engine.linear import linear_layers
-from fimo.engine.linear_derivatives import along, gradient_and_tangents
 from fimo.engine.optimizers import State, Tensors, safe_sqrt
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import Replica, Unit
-from fimo.engine.stacked import choose_engine
 from fimo.errors import InputError
 from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
+from fimo.models.linear_layers import Linearised, forward, linear_layers
 from fimo.models.train_mode import TrainMode, seeded
 
 
@@ -139,10 +139,16 @@ class FullRun:
         if self.layers is not None:
             instances = self.train[torch.cat([batch.index, batch.extra])]
             assert isinstance(instances.inputs, Tensor)
-            return gradient_and_tangents(
-                self.layers, self.model.loss, parameters, directions, instances.inputs, instances.targets,
-                batch.weight, weight_directions,
-            )  # fmt: skip
+            passed = forward(self.layers, parameters, instances.inputs.flatten(1))
+            slope = self.model.loss.gradient(passed.outputs, instances.targets)
+            at = Linearised.at(self.layers, parameters, passed, batch.weight[:, None] * slope)
+            pushed = at.push(directions)
+            curved = self.model.loss.hessian_times(passed.outputs, instances.targets, pushed.outputs)
+            of_weights = weight_directions.T[:, :, None] * slope[:, None]
+            d_slope = of_weights + batch.weight[:, None, None] * curved
+            gradient, d_gradient = at.gradient(), at.pull(directions, pushed, d_slope)
+            d_losses = torch.einsum("bd,bmd->mb", slope, pushed.outputs)
+            return {n: gradient[n] for n in parameters}, {n: d_gradient[n] for n in parameters}, d_losses
 
         def weighted(p: Tensors, weight: Tensor) -> tuple[Tensor, Tensor]:
             losses = self.losses(p, batch)
@@ -172,6 +178,14 @@ class FullRun:
         seed = step_seed(self.seed, step) if self.stochastic else None
         with seeded(seed, self.device), plain_attention():
             yield
+
+
+def along(
+    function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """Return a function's value and its derivative along tangents (``torch.func.jvp``)."""
+    value, derivative = jvp(function, primals, tangents)  # type: ignore[misc]
+    return value, derivative
 
 
 def evaluate_outputs(model: FinalModel, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:

@@ -36,7 +36,6 @@ from torch import Tensor
 
 from fimo.data.instances import Instances
 from fimo.engine.leave_out import LeaveOut
-from fimo.engine.linear import layers_on
 from fimo.engine.protocol import Protocol
 from fimo.linear_response.coefficient_optimizer import CoefficientOptimizer
 from fimo.linear_response.displacement import Carried, KnownParameters
@@ -45,6 +44,7 @@ from fimo.linear_response.output_kernel import Kernel
 from fimo.linear_response.output_space import OutputSpace
 from fimo.linear_response.path_points import Segment
 from fimo.models.final_model import FinalModel, fitting_batch, functional_apply
+from fimo.models.linear_layers import forward, layers_on
 from fimo.models.loss_function import Loss
 
 
@@ -234,18 +234,10 @@ def outputs_along(
         found = []
         for start in range(0, len(points), block):
             some = points[start : start + block]
-            after = inputs.expand(len(some), -1, -1)
-            for layer in layers:
-                weight = _stacked(layer.weight, some, fixed).transpose(1, 2)
-                if layer.bias is None:
-                    before = after @ weight
-                else:
-                    before = torch.baddbmm(_stacked(layer.bias, some, fixed)[:, None], after, weight)
-                after = before
-                if layer.activation is not None:
-                    after = before if layer.activation.from_output else torch.empty_like(before)
-                    layer.activation.forward(before, after)
-            found.append(after)
+            stacked = {
+                n: _stacked(n, some, fixed) for layer in layers for n in (layer.weight, layer.bias) if n
+            }
+            found.append(forward(layers, stacked, inputs.expand(len(some), -1, -1), keep=False).outputs)
         return torch.cat(found)
 
 

@@ -14,7 +14,6 @@ from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.spectrum import MAX_DIMENSION, kernel_dimension
 from fimo.data.instances import Instances
 from fimo.engine.leave_out import make_rule, members_of
-from fimo.engine.linear import linear_layers
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import even_parts
 from fimo.engine.threads import side_by_side
@@ -28,6 +27,7 @@ from fimo.linear_response.recursion import Along, moved, outputs_along, response
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.following import CHECKED_SEEDS, FollowingMethod, Tally
 from fimo.models.final_model import FinalModel
+from fimo.models.linear_layers import linear_layers
 from fimo.models.loss_changes import loss_changes_by
 from fimo.scores import Scores
 
