@@ -2,8 +2,8 @@
 
     python docs/draw_architecture.py     # writes docs/architecture.svg
 
-A package stands above all that it imports; an arrow that other arrows imply is left out. Packages that import
-each other share a row, with an arrow in both directions.
+A package stands above all that it imports; an arrow that other arrows imply is left out, and so is an import
+within a function that points up. Packages that import each other share a row, with an arrow both ways.
 """
 
 from __future__ import annotations
@@ -28,32 +28,40 @@ def packages(root: Path = PACKAGE) -> dict[str, str]:
         name = path.name if path.is_dir() else path.stem
         if module.suffix == ".py" and module.is_file() and not name.startswith("_"):
             text = ast.get_docstring(ast.parse(module.read_text())) or ""
-            found[name] = text.split("\n", 1)[0].rstrip(".").removeprefix(f"The {name}: ")
+            line = text.split("\n", 1)[0].replace("``", "").rstrip(".").removeprefix(f"The {name}: ")
+            found[name] = line[:1].upper() + line[1:]
     return found
 
 
 def imports(root: Path = PACKAGE) -> dict[str, set[str]]:
-    """Return for each package the others that it imports, within functions too, for types alone not."""
+    """Return for each package the others that it imports; within functions only where down."""
     names = packages(root)
     graph: dict[str, set[str]] = {name: set() for name in names}
+    late: dict[str, set[str]] = {name: set() for name in names}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).parts[0].removesuffix(".py")
         if name in graph:
-            graph[name] |= set(_imported(ast.parse(path.read_text()))) & (names.keys() - {name})
+            module, others = ast.parse(path.read_text()), names.keys() - {name}
+            graph[name] |= set(_imported(module, within=False)) & others
+            late[name] |= set(_imported(module, within=True)) & others
+    for name, found in late.items():
+        graph[name] |= {other for other in found if name not in reachable(graph, other)}
     return graph
 
 
-def _imported(node: ast.AST) -> Iterator[str]:
-    """Yield the packages of ``fimo`` that a module imports."""
+def _imported(node: ast.AST, within: bool) -> Iterator[str]:
+    """Yield the packages of ``fimo`` that a module imports, ``within`` functions too."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.FunctionDef) and not within:
             continue
         if isinstance(child, ast.ImportFrom) and (child.module or "").split(".")[0] == "fimo":
             inner = (child.module or "").split(".")[1:]
             yield from inner[:1] or [alias.name for alias in child.names]
         elif isinstance(child, ast.Import):
             yield from (a.name.split(".")[1] for a in child.names if a.name.startswith("fimo."))
-        yield from _imported(child)
+        yield from _imported(child, within)
 
 
 def reachable(graph: Graph, start: str) -> set[str]:

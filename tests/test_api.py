@@ -197,7 +197,9 @@ def test_top_rows_and_the_whole_table(model: fimo.FinalModel, tmp_path: Path) ->
 def test_a_plot_shows_the_most_helpful_and_the_most_harmful(model: fimo.FinalModel) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     found = fimo.attribute(model, (X, Y), (X[:4], Y[:4]), "graddot")
-    axes = found.plot(test=0, k=3).axes[0]
+    figure = found.plot(test=0, k=3)
+    assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]  # a notebook shows it
+    axes = figure.axes[0]
     labels = [t.get_text() for t in axes.get_yticklabels()]
     wanted = [*found.top(0, 3)["train"], *found.top(0, 3, harmful=True)["train"][::-1]]
     assert labels == [f"#{i}" for i in wanted]

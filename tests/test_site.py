@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+import fimo
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(p for p in DOCS.rglob("*.md") if "_build" not in p.parts and "jupyter_execute" not in p.parts)
@@ -93,3 +95,13 @@ def test_every_method_is_on_the_page_that_chooses_one() -> None:
     page = (DOCS / "which_method.md").read_text()
     methods = [path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")]
     assert [name for name in methods if f"| `{name}` |" not in page] == []
+
+
+def test_the_reference_has_every_public_name_and_every_method() -> None:
+    page = (DOCS / "api" / "fimo.md").read_text()
+    assert [name for name in fimo.__all__ if f":: fimo.{name}\n" not in page.replace("()", "")] == []
+    page = (DOCS / "api" / "methods.md").read_text()
+    targets = [
+        re.findall(r"_target_: (\S+)", p.read_text())[0] for p in (ROOT / "conf" / "method").glob("*.yaml")
+    ]
+    assert [target for target in targets if f":: {target}\n" not in page] == []

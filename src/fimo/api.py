@@ -205,7 +205,7 @@ def methods() -> pd.DataFrame:
     """Return what methods there are: their names, what they are, need and cost, and when to use them.
 
     Returns:
-        ``summary, access, needs, cost, use`` by name, the cheapest first.
+        ``summary, access, needs, cost, use`` by name.
 
     Example:
         >>> fimo.methods().loc["graddot", "access"]

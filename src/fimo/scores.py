@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -246,19 +247,17 @@ class Scores:
             test, k: as for :meth:`top`.
 
         Returns:
-            A matplotlib figure; error bars are standard errors.
+            A matplotlib figure, which a notebook shows; error bars are standard errors.
 
         Raises:
             InputError: as :meth:`top`; or matplotlib is not installed.
         """
         require("plot", STATIC_FIGURES)
-        from matplotlib.figure import Figure
-
         count = len(self.left_out)
         helpful = self.top(test, min(k, -(-count // 2)))
         harmful = self.top(test, min(k, max(1, count // 2)), harmful=True)[::-1] if count > 1 else helpful[:0]
         table = pd.concat([helpful, harmful])
-        figure = Figure(figsize=(6, 1.2 + 0.22 * len(table)), layout="constrained")
+        figure = _figure(figsize=(6, 1.2 + 0.22 * len(table)), layout="constrained")
         axes = figure.add_subplot()
         colours = ["tab:blue" if score > 0 else "tab:red" for score in table["score"]]
         axes.barh(range(len(table)), table["score"], xerr=table.get("sem"), color=colours, ecolor="0.4")
@@ -328,3 +327,16 @@ METADATA = (
     "seconds",
 )
 """Fields that are kept beside them, as JSON."""
+
+
+def _figure(**arguments: Any) -> Figure:
+    """Return a matplotlib figure that notebooks show, without being asked to."""
+    from matplotlib.figure import Figure
+
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            picture = io.BytesIO()
+            self.savefig(picture, format="png", dpi=100)
+            return picture.getvalue()
+
+    return Shown(**arguments)

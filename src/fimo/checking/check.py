@@ -50,7 +50,7 @@ def check(
 
     Args:
         final_model, train, test, protocol, seeds, left_out: as for
-            :func:`~fimo.further_training.gold_standard.further_train`; numbers mean seeds from 0, and evenly
+            :func:`fimo.further_train`; numbers mean seeds from 0, and evenly
             spaced training instances.
         methods: by name, to be timed on a part of the problem.
         subtract_mean: as the sensitivity is to be adjusted.

@@ -77,7 +77,9 @@ class Sensitivity:
 
     @classmethod
     def load(cls, path: Path | str, subtract_mean: bool | None = None) -> Sensitivity:
-        """Read what :meth:`save` wrote, adjusted as it was saved; see :func:`load_sensitivity`.
+        """Read what :meth:`save` wrote, adjusted as it was saved.
+
+        See :func:`~fimo.further_training.sensitivity.load_sensitivity`.
 
         Args:
             subtract_mean: adjust in this way instead, which needs the raw changes.
