@@ -13,7 +13,7 @@ from fimo.errors import InputError
 from fimo.evaluation import agreement
 from fimo.linear_response.real_runs import run_without
 from fimo.methods.attribution_problem import AttributionProblem
-from fimo.methods.calibrated import CalibratedResponse
+from fimo.methods.calibrated import CalibratedResponse, Pilot
 from fimo.methods.following import Tally
 from fimo.methods.response import Response
 from tests.cases import CASES
@@ -99,3 +99,21 @@ def test_a_wrong_share_is_refused() -> None:
         CalibratedResponse(budget=-1)
     with pytest.raises(InputError, match="trust"):
         CalibratedResponse(trust=1.5)
+
+
+def test_a_response_that_is_followed_for_less_leaves_more_of_the_budget_for_real_runs() -> None:
+    case, left_out, seeds = CASES["mlp_regression"](), torch.arange(0, 22, 2), list(range(4))
+    protocol = Protocol(lr=0.1, batch_size=11, epochs=60, leave_out="mask", dtype="float64")
+    ft = following(case, protocol, seeds)
+    problem = AttributionProblem(case.final_model, case.train, case.test, left_out, ft)
+    none, made = torch.zeros(0), [(k, s) for s in (0, 1) for k in range(4)]
+    pilot = Pilot(made, none, none, torch.linspace(1, 2, 11), [], torch.zeros(2, 60, 1), none)
+    method, units = CalibratedResponse(), 36.0
+    cost, counts = method.following_cost(problem), []
+    for trusted in (60, 15):  # of the other two of four seeds, followed throughout or for a quarter
+        found = method._worthwhile(problem, pilot, units, trusted)
+        assert len(found) == int(units - 4 - cost * (2 + 2 * trusted / 60) - 2 - 8)
+        assert len(set(found)) == len(found)
+        assert not set(found) & set(made)
+        counts.append(len(found))
+    assert 0 < counts[0] < counts[1]
