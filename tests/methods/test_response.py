@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fimo.data.instances import Instances
+from fimo.engine.leave_out import LeaveOut, make_rule
 from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
 from fimo.evaluation import agreement
@@ -338,6 +340,10 @@ def test_relaxation_has_no_step_where_its_series_takes_over() -> None:
     torch.testing.assert_close(relaxation(1.0)(x), 1 - x / 2, rtol=1e-15, atol=0)
 
 
+def rule_of(instances: int, protocol: Protocol) -> LeaveOut:
+    return make_rule(protocol, Instances(torch.zeros(instances, 1), torch.zeros(instances, 1)))
+
+
 def test_directions_and_batches_lie_where_the_outputs_do() -> None:
     """On a device without storage, so that what stays on the CPU would not fit."""
     like = torch.empty(0, dtype=torch.float64, device="meta")
@@ -349,7 +355,8 @@ def test_directions_and_batches_lie_where_the_outputs_do() -> None:
             space = OutputSpace.choose(loss, outputs, targets, torch.tensor([2]), most)
             assert space.kept.is_meta
             assert space.directions.is_meta
-    whole = steps([3], torch.tensor([2]), 20, Protocol(batch_size=6, epochs=1), like.dtype)
+    protocol = Protocol(batch_size=6, epochs=1)
+    whole = steps([3], torch.tensor([2]), rule_of(20, protocol), protocol, like.dtype)
     for step in _followed(whole, space, 20, like):
         assert all(tensor.is_meta for tensor in (step.index, step.full, step.without))
 
@@ -358,7 +365,8 @@ def test_of_a_batch_the_instances_that_are_not_followed_weigh_nothing() -> None:
     kept, one = torch.tensor([1, 4, 8]), torch.ones(3, 1, 1, dtype=torch.float64)
 
     def batches() -> Iterator[Step]:
-        return steps([3, 5], torch.tensor([4]), 9, Protocol(batch_size=4, epochs=2), torch.float64)
+        protocol = Protocol(batch_size=4, epochs=2)
+        return steps([3, 5], torch.tensor([4]), rule_of(9, protocol), protocol, torch.float64)
 
     for step, whole in zip(_followed(batches(), OutputSpace(kept, one), 9, one), batches(), strict=True):
         for seed in range(2):
