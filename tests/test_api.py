@@ -161,7 +161,7 @@ def test_scores_of_all_rows_are_judged_on_those_left_out(
     both = fimo.evaluate({"every": every, "summed": summed}, groups, ["cosine"])
     wide = both.query("seeds == 3").pivot(index="step", columns="method", values="mean")
     np.testing.assert_allclose(wide["every"], wide["summed"], rtol=1e-5)
-    with pytest.raises(fimo.InputError, match="have no score of training instance 5"):
+    with pytest.raises(fimo.InputError, match="there are no scores of the training instances 5"):
         fimo.evaluate({"few": every.select(torch.tensor([0, 1, 2]))}, truth)
 
 

@@ -193,11 +193,7 @@ def evaluate(
     """
     from fimo.evaluation import COLUMNS, METRICS, assess  # torchmetrics takes seconds to import
 
-    judged: dict[str, Any] = {}
-    for name, found in scores.items():
-        judged[name] = _of_left_out(found, truth) if isinstance(found, Scores) else found
-        if isinstance(found, Tensor):
-            judged[name] = ("", found)
+    judged = {name: ("", found) if isinstance(found, Tensor) else found for name, found in scores.items()}
     return assess(judged, truth, tuple(metrics or METRICS), resamples=0).table[COLUMNS]  # type: ignore[arg-type]
 
 
@@ -360,47 +356,18 @@ def _same_instances(test: Any, train: Any, indices: Tensor) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-def _of_left_out(scores: Scores, truth: Sensitivity) -> Scores:
-    """Return scores of the instances that the gold standard left out, summed over groups.
-
-    Raises:
-        InputError: some have no score.
-    """
-    groups = truth.groups if truth.groups is not None else truth.left_out[:, None]
-    if scores.groups is None and truth.groups is None and torch.equal(scores.left_out, truth.left_out):
-        return scores
-    if scores.groups is not None:
-        if truth.groups is not None and torch.equal(scores.groups, truth.groups):
-            return scores
-        raise InputError("scores", "of other groups than the gold standard left out")
-    place = {int(i): k for k, i in enumerate(scores.left_out)}
-    if lacking := sorted({int(i) for i in groups.flatten() if int(i) >= 0} - place.keys()):
-        raise InputError("scores", f"have no score of training instance {lacking[0]}, which was left out")
-    if truth.groups is None:
-        columns = torch.tensor([place[int(i)] for i in truth.left_out])
-        return scores.select(columns)
-    membership = torch.zeros(len(scores.left_out), len(groups), dtype=scores.values.dtype)
-    for column, group in enumerate(groups):
-        membership[[place[int(i)] for i in group if int(i) >= 0], column] = 1
-    return replace(
-        scores, values=scores.values @ membership, left_out=truth.left_out, groups=truth.groups,
-        sem=None, sem_adjusted=None, of_themselves=False,
-    )  # fmt: skip
-
-
 def _results(scores: Mapping[str, Scores], truth: Sensitivity) -> Results:
     """Return what a report shows of scores that were computed in Python."""
     from fimo.evaluation import assess
+    from fimo.evaluation.assessment import aligned
     from fimo.reporting.results import Results
 
-    judged = {name: _of_left_out(found, truth) for name, found in scores.items()}
-    pairs = {name: (str(found.access), found.values) for name, found in judged.items()}
-    evaluation = assess(pairs, truth, followed={name: found.followed for name, found in judged.items()})
-    bars = {name: found.bars(truth.subtract_mean) for name, found in judged.items()}
+    judged = {name: aligned(found, truth, name) for name, found in scores.items()}
+    evaluation = assess(judged, truth)
     return Results(
         name=", ".join(scores),
         sensitivity=truth,
-        scores={name: found.values for name, found in judged.items()},
+        scores=judged,
         evaluation=evaluation.table,
         cost=cost_table(
             [
@@ -412,6 +379,4 @@ def _results(scores: Mapping[str, Scores], truth: Sensitivity) -> Results:
         warnings=evaluation.notes,
         bootstrap=evaluation.bootstrap,
         slopes=evaluation.slopes,
-        errors={name: bar for name, bar in bars.items() if bar is not None},
-        without_bars={name: found.withheld for name, found in judged.items() if found.withheld},
     )

@@ -139,7 +139,7 @@ class Scores:
             )
         positions = [[place[i] for i in group] for group in groups]
         left_out, members = stacked(groups)
-        chosen: dict[str, Any] = {"left_out": left_out, "groups": members}
+        chosen: dict[str, Any] = {"left_out": left_out, "groups": members, "of_themselves": False}
         if members is None:
             columns = [p for (p,) in positions]
             for name in ("values", "sem", "sem_adjusted"):

@@ -7,6 +7,7 @@ import torch
 
 from fimo.evaluation import assess
 from fimo.reporting import InstanceDisplay, Results, collect
+from fimo.scores import Access, Scores
 from tests.evaluation.synthetic import synthetic
 
 
@@ -58,6 +59,10 @@ def example(
         "follows": ("TAA", signal.float()),
         "random": ("FiMO", unrelated),
     }
+    known = {
+        m: Scores(values, sensitivity.left_out, m, Access(a), m == "datainf", test=sensitivity.test)
+        for m, (a, values) in scores.items()
+    }
     evaluation = assess(scores, sensitivity, estimate_loss_change=["datainf"], resamples=5)
     stages = ["final_model", "further_training", *scores, "evaluation", "report"]
     cost = pd.DataFrame(
@@ -95,7 +100,7 @@ def example(
     return Results(
         name=name,
         sensitivity=sensitivity,
-        scores={m: s for m, (_, s) in scores.items()},
+        scores=known,
         evaluation=evaluation.table,
         cost=cost,
         bootstrap=evaluation.bootstrap,

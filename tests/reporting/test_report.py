@@ -208,9 +208,12 @@ def test_a_folder_gives_the_same_results_back(tmp_path: Path) -> None:
     assert again.distance is not None
     pd.testing.assert_frame_equal(again.distance, run.distance)
     torch.testing.assert_close(again.sensitivity.raw, run.sensitivity.raw)
-    for key in ("name", "final_model", "config", "shown", "skipped", "descriptions", "warnings", "access"):
+    for key in ("name", "final_model", "config", "shown", "skipped", "descriptions", "warnings"):
         assert getattr(again, key) == getattr(run, key), key
     assert list(again.scores) == list(run.scores)
+    for name, scores in run.scores.items():
+        assert again.scores[name].access == scores.access
+        assert again.predicts_raw_changes(name) == run.predicts_raw_changes(name)
     assert again.retraining is not None
     assert list(again.tasks) == ["datamodeling", "removal", "mislabelled"]
     write_report(run, tmp_path / "a.html")
@@ -222,7 +225,9 @@ def test_the_explorer_judges_as_the_evaluation_does() -> None:
     run = example()
     assert run.slopes is not None
     slopes = pd.concat([run.slopes, run.slopes.assign(method="follows")])
-    shifted = {**run.scores, "follows": run.scores["follows"] + 1.0}
+    follows = run.scores["follows"]
+    follows = dataclasses.replace(follows, values=follows.values + 1.0, predicts_loss_change=True)
+    shifted = {**run.scores, "follows": follows}
     changed = dataclasses.replace(run, scores=shifted, slopes=slopes)
     agreements = [explorer_data(r)["tests"][0]["agreement"]["follows"] for r in (run, changed)]
     assert agreements[1] == pytest.approx(agreements[0], abs=0.05)

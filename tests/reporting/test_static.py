@@ -37,7 +37,8 @@ def many_methods() -> Results:
         table[table["method"] == "datainf"].assign(method=f"m{k}", mean=lambda t, k=k: t["mean"] - 0.02 * k)
         for k in range(8)
     ]
-    scores = {f"m{k}": run.scores["datainf"].roll(k + 1, -1) for k in range(8)}
+    known = run.scores["datainf"]
+    scores = {f"m{k}": dataclasses.replace(known, values=known.values.roll(k + 1, -1)) for k in range(8)}
     return dataclasses.replace(run, evaluation=pd.concat([table, *worse]), scores={**run.scores, **scores})
 
 
@@ -140,7 +141,7 @@ def test_scores_beside_them_are_the_method_s_in_that_order_and_each_run_has_its_
         assert axes.get_title().startswith(f"{run.name}, test instance")
         order = run.sensitivity.sensitivity[-1, 0].argsort(descending=True)
         dots = next(line for line in axes.lines if line.get_label() == "graddot, scaled").get_ydata()
-        scores = run.scores["graddot"][0][order]
+        scores = run.scores["graddot"].values[0][order]
         factor = run.sensitivity.sensitivity[-1, 0].double().norm() / scores.double().norm()
         assert list(dots) == pytest.approx((scores.double() * factor).tolist(), rel=1e-5)
 

@@ -11,6 +11,7 @@ import torch
 from fimo.evaluation import assess
 from fimo.reporting import Results, write_report
 from fimo.reporting.trust import coverage, departures, share_of_ceiling_table, trusted_methods
+from fimo.scores import Scores
 from tests.evaluation.synthetic import synthetic
 from tests.reporting.example import example
 
@@ -24,14 +25,18 @@ def run(error: float = NOISE / SEEDS**0.5, wrong: int | None = None) -> Results:
     scores = signal + SCALE * NOISE / SEEDS**0.5 * fresh
     if wrong is not None:
         scores[:, :, wrong] *= -3
-    evaluation = assess(
-        {"follows": ("FiMO", scores)}, sensitivity, estimate_loss_change=["follows"], resamples=0
+    known = Scores(
+        scores,
+        sensitivity.left_out,
+        "follows",
+        predicts_loss_change=True,
+        sem_adjusted=torch.full_like(scores, SCALE * error),
     )
+    evaluation = assess({"follows": known}, sensitivity, resamples=0)
     return dataclasses.replace(
         example(),
         sensitivity=sensitivity,
-        scores={"follows": scores},
-        errors={"follows": torch.full_like(scores, SCALE * error)},
+        scores={"follows": known},
         evaluation=evaluation.table,
         slopes=evaluation.slopes,
         bootstrap=None,
@@ -78,7 +83,10 @@ def test_the_page_says_it_and_error_bars_survive_the_runs_folder(tmp_path: Path)
     results = run(wrong=17)
     results.save(tmp_path, everything=True)
     loaded = Results.load(tmp_path)
-    assert torch.equal(loaded.errors["follows"], results.errors["follows"])
+    before, after = results.errors("follows"), loaded.errors("follows")
+    assert before is not None
+    assert after is not None
+    assert torch.equal(before, after)
     page = write_report(loaded, tmp_path / "report.html").read_text()
     assert "How far can these scores be trusted?" in page
     assert f"#{int(results.sensitivity.left_out[17])} (" in page

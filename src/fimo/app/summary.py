@@ -51,7 +51,7 @@ def summarise(
         if len(methods) <= 3
         else f"{data.name}: {len(methods)} methods",
         sensitivity=sensitivity,
-        scores={name: found.values for name, found in scores.items()},
+        scores=scores,
         evaluation=evaluation.table,
         cost=cost_table(costs),
         final_model={k: v for k, v in asdict(quality).items() if v is not None},
@@ -71,12 +71,6 @@ def summarise(
         bootstrap=evaluation.bootstrap,
         slopes=evaluation.slopes,
         distance=distance_table(sensitivity, final_model),
-        errors={
-            name: bars
-            for name, found in scores.items()
-            if (bars := found.bars(sensitivity.subtract_mean)) is not None
-        },
-        without_bars={name: found.withheld for name, found in scores.items() if found.withheld},
     )
 
 

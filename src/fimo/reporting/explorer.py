@@ -47,7 +47,7 @@ def explorer_data(run: Results, per_test: int = 5) -> dict[str, Any]:
                 "display": display.as_dict() if display else None,
                 "sensitivity": rounded(last[j]),
                 "scores": {m: rounded(s[j]) for m, s in scores.items()},
-                "errors": {m: rounded(run.errors[m][-1, j]) for m in methods if m in run.errors},
+                "errors": {m: rounded(bars[-1, j]) for m in methods if (bars := run.errors(m)) is not None},
                 "agreement": {m: round(v[j].item(), 3) for m, v in values.items()},
                 "helpful": [vars(row) for row in helpful],
                 "harmful": [vars(row) for row in harmful],

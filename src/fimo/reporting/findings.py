@@ -154,7 +154,7 @@ def same_scores(results: Results) -> list[list[str]]:
     groups: list[list[str]] = []
     for method in scored_methods(results):
         for group in groups:
-            if _proportional(results.scores[group[0]], results.scores[method]):
+            if _proportional(results.scores[group[0]].values, results.scores[method].values):
                 group.append(method)
                 break
         else:

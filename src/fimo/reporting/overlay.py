@@ -86,8 +86,6 @@ def merged(runs: Sequence[Results]) -> Results:
         first,
         name=f"{first.dataset.get('name') or first.name}: {len(scores)} methods",
         scores=scores,
-        errors=_mapping([run.errors for run in runs]),
-        without_bars=_mapping([run.without_bars for run in runs]),
         evaluation=_table([run.evaluation for run in runs], *at),
         bootstrap=_table([run.bootstrap for run in runs if run.bootstrap is not None], *at),
         slopes=_table([run.slopes for run in runs if run.slopes is not None], "method", "step"),

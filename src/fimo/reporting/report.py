@@ -144,7 +144,7 @@ def trust_rows(run: Results) -> list[dict[str, Any]]:
                 "name": method,
                 "slope": (slope[0], slope[-1]),
                 "coverage": coverage(run, method),
-                "without_bars": run.without_bars.get(method, ""),
+                "without_bars": run.scores[method].withheld,
                 "departures": departures(run, method),
             }
         )
@@ -166,11 +166,12 @@ def method_rows(run: Results) -> list[dict[str, Any]]:
         ends = zip(final["low"], final["high"], strict=True)
         intervals = {m: e for m, e in zip(final["method"], ends, strict=True) if e[0] == e[0]}
     palette = Palette([run]).color
+    access = dict(zip(run.evaluation["method"], run.evaluation["access"], strict=True))
     return [
         {
             "name": method,
             "color": palette[method],
-            "access": run.access[method],
+            "access": access[method],
             "description": run.descriptions.get(method, ""),
             "agreement": {m: (last[m].loc[method, "mean"], last[m].loc[method, "sem"]) for m in run.metrics},
             "interval": intervals.get(method),

@@ -20,8 +20,8 @@ from fimo.evaluation.assessment import adjusted_scores
 from fimo.further_training.sensitivity import Sensitivity, load_sensitivity
 from fimo.reporting.instance_table import InstanceDisplay, Shown
 from fimo.reporting.task_curves import KNOWN, Curve
-from fimo.scores import Scores
-from fimo.store.files import write_tensors, written_aside
+from fimo.scores import Access, Scores
+from fimo.store.files import written_aside
 
 JSON_FIELDS = (
     "name",
@@ -31,7 +31,6 @@ JSON_FIELDS = (
     "descriptions",
     "skipped",
     "warnings",
-    "without_bars",
 )
 OPTIONAL_TABLES = {"bootstrap": "evaluation_bootstrap.csv", "slopes": "evaluation_slopes.csv"}
 FILES = ("sensitivity.safetensors", "evaluation.csv", "cost.csv", "report.json")
@@ -52,10 +51,7 @@ class Results:
     Args:
         name: of the run, for legends.
         sensitivity: the gold standard.
-        scores: by method, ``[J, L]`` or ``[E, J, L]``.
-        errors: by method that gives them, standard errors ``[E, J, L]`` of its scores as they are judged; NaN
-            where withheld.
-        without_bars: by method that withholds them, or some of them, why.
+        scores: by method.
         evaluation: ``evaluation.csv``.
         cost: ``cost.csv``.
         final_model: ``train_loss, test_loss``, and where known ``train_accuracy, test_accuracy``, and
@@ -80,7 +76,7 @@ class Results:
 
     name: str
     sensitivity: Sensitivity
-    scores: Mapping[str, Tensor]
+    scores: Mapping[str, Scores]
     evaluation: pd.DataFrame
     cost: pd.DataFrame
     final_model: Mapping[str, float] = field(default_factory=dict)
@@ -97,18 +93,15 @@ class Results:
     retraining: Sensitivity | None = None
     tasks: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     has_raw: bool = True
-    errors: Mapping[str, Tensor] = field(default_factory=dict)
-    without_bars: Mapping[str, str] = field(default_factory=dict)
     curves: Mapping[str, Curve] = field(default_factory=dict)
 
     def curve(self, task: str) -> Curve | None:
         """Return as what a task's table is drawn; None where it has no table, or another figure."""
         return (self.curves.get(task) or KNOWN.get(task)) if task in self.tasks else None
 
-    @property
-    def access(self) -> dict[str, str]:
-        """Access level by method."""
-        return dict(self.evaluation.drop_duplicates("method").set_index("method")["access"])
+    def errors(self, method: str) -> Tensor | None:
+        """Return the standard errors of a method's scores as they are judged, NaN where withheld."""
+        return self.scores[method].bars(self.sensitivity.subtract_mean)
 
     @property
     def metrics(self) -> list[str]:
@@ -123,12 +116,11 @@ class Results:
     def judged_scores(self, method: str, subtract_mean: bool | None = None) -> Tensor:
         """Return a method's scores as the evaluation judges them; adjusted as the sensitivity if None."""
         subtract = self.sensitivity.subtract_mean if subtract_mean is None else subtract_mean
-        return adjusted_scores(self.scores[method], self.predicts_raw_changes(method), subtract)
+        return adjusted_scores(self.scores[method].values, self.predicts_raw_changes(method), subtract)
 
     def predicts_raw_changes(self, method: str) -> bool:
         """Return whether scores are loss changes at each amount of further training."""
-        in_units_of_loss = self.slopes is not None and method in set(self.slopes["method"])
-        return in_units_of_loss and self.scores[method].ndim == 3
+        return self.scores[method].predicts_loss_change and self.scores[method].values.ndim == 3
 
     def show(self, split: str, index: int) -> InstanceDisplay | None:
         """Return an instance as people read it, or None where it was not kept."""
@@ -162,10 +154,7 @@ class Results:
     def _save_shared(self, folder: Path) -> None:
         self.sensitivity.save(folder / "sensitivity.safetensors")
         for name, scores in self.scores.items():
-            tensors = {"scores": scores, "left_out": self.sensitivity.left_out, "test": self.sensitivity.test}
-            if name in self.errors:
-                tensors["sem_adjusted" if self.sensitivity.subtract_mean else "sem"] = self.errors[name]
-            write_tensors(folder / "scores" / f"{name}.safetensors", tensors)
+            scores.save(folder / "scores" / f"{name}.safetensors")
         self.evaluation.to_csv(folder / "evaluation.csv", index=False)
         self.cost.to_csv(folder / "cost.csv", index=False)
         for key, file in OPTIONAL_TABLES.items():
@@ -194,7 +183,6 @@ class Results:
         )[[*evaluation, *(c for c in ("ceiling_lower", "followed_seeds") if c not in evaluation)]]
         order = list(evaluation["method"].unique())
         stored = {p.stem: Scores.load(p) for p in sorted((folder / "scores").glob("*.safetensors"))}
-        scores = {name: found.values for name, found in stored.items()}
         shown = {
             split: {int(index): InstanceDisplay(**display) for index, display in instances.items()}
             for split, instances in content.pop("shown").items()
@@ -208,9 +196,14 @@ class Results:
         again = folder / "retraining.safetensors"
         curves = {task: Curve(**curve) for task, curve in content.pop("curves", {}).items()}
         content["warnings"] = tuple(content["warnings"])
+        withheld = content.pop("without_bars", {})
+        stored = {
+            name: found if found.method else _earlier(name, found, evaluation, optional, withheld)
+            for name, found in stored.items()
+        }
         return cls(
             sensitivity=sensitivity,
-            scores={name: scores[name] for name in order if name in scores},
+            scores={name: stored[name] for name in order if name in stored},
             evaluation=evaluation,
             cost=pd.read_csv(folder / "cost.csv", **EXACT),
             config=_read_config(folder / ".hydra" / "config.yaml"),
@@ -224,14 +217,27 @@ class Results:
             },
             curves=curves,
             has_raw=has_raw,
-            errors={
-                name: bars
-                for name, found in stored.items()
-                if (bars := found.bars(sensitivity.subtract_mean)) is not None
-            },
             **optional,
             **content,
         )
+
+
+def _earlier(
+    name: str,
+    scores: Scores,
+    evaluation: pd.DataFrame,
+    tables: Mapping[str, pd.DataFrame],
+    withheld: Mapping[str, str],
+) -> Scores:
+    """Return scores of a run whose files held values alone, with what its tables say of them."""
+    access = dict(zip(evaluation["method"], evaluation["access"], strict=True))
+    return dataclasses.replace(
+        scores,
+        method=name,
+        access=Access(access[name]) if name in access else scores.access,
+        predicts_loss_change="slopes" in tables and name in set(tables["slopes"]["method"]),
+        withheld=withheld.get(name, ""),
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -74,10 +74,11 @@ def coverage(run: Results, method: str, points: Sequence[int] = (0, -1)) -> list
 
 def combined_error(run: Results, method: str, point: int) -> Tensor | None:
     """Return the standard error ``[J, L]`` of score minus sensitivity at a point, taken as independent."""
-    if method not in run.errors or not run.has_raw or len(run.sensitivity.seeds) < 2:
+    bars = run.errors(method)
+    if bars is None or not run.has_raw or len(run.sensitivity.seeds) < 2:
         return None
     changes = adjust(run.sensitivity.raw[:, point], run.sensitivity.subtract_mean).double()
-    return (changes.var(0) / len(changes) + run.errors[method][point].double().square()).sqrt()
+    return (changes.var(0) / len(changes) + bars[point].double().square()).sqrt()
 
 
 def departures(run: Results, method: str, most: int = 5) -> list[Departure]:
