@@ -68,7 +68,7 @@ def train_final_model(
         best_on = data.test if keeps_best(trainer) else None
         everything = {**settings, "seed": seed, "batch_size": data.batch_size}
         batches = type(data).train_dataloader
-        return training_key(module.network, module.loss, everything, data.train, batches, best_on)
+        return training_key(module.network, module.loss.definition, everything, data.train, batches, best_on)
 
     cost.gradient_evaluations = len(data.train) * (trainer.max_epochs or 0)
     # several jobs of a sweep want the same model

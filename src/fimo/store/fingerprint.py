@@ -108,12 +108,10 @@ def training_key(
     Raises:
         Indescribable: naming the part of the network or loss.
     """
-    from fimo.models.loss_function import Loss  # which imports torch
-
     parts = {
         **settings,
         "network": describe(network, "network"),
-        "loss": describe(Loss.of(loss).definition, "loss"),
+        "loss": describe(loss, "loss"),
         "train": data_hash(train),
         "batches": describe(batches, "dataset.train_dataloader"),
         "best_on": None if best_on is None else data_hash(best_on),
