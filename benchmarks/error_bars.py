@@ -7,12 +7,17 @@
 prints, for each data set, optimizer and method, and for raw scores and scores minus their mean over left-out
 instances, at each amount of further training
 
-    share within one standard error / within two (root mean square error / root mean square standard error)
+    share within one standard error / within two, each with a mark
 
 The truth is the mean over 60 seeds that no method followed; its own standard error is added in squares. Each
 method follows several disjoint sets of seeds, and shares are means over them: an error that all left-out
-instances share is a single draw in each. A normal error gives .68 / .95 (1.0). Networks are small MLPs, data
-at most 192 training instances.
+instances share is a single draw in each. A normal error gives .68 / .95. Networks are small MLPs, data at
+most 192 training instances.
+
+A share is itself known only so far: its standard error is that of a mean over sets of seeds, test and left-
+out instances at once (Cameron, Gelbach and Miller, 2011, without the interactions). A share within .68 ± .08
+or .95 ± .04 has no mark, one outside by less than two standard errors "?", by more "!". Shares are of the
+entries whose bar isn't withheld, where those are a quarter or more; "-" otherwise.
 """
 
 from __future__ import annotations
@@ -51,6 +56,12 @@ METHODS: dict[str, Callable[[], FollowingMethod]] = {
 SETS = {"response": 6, "calibrated": 6, "best": 3, "unrolled": 2}
 """Disjoint sets of seeds that a method follows."""
 
+BAND = torch.tensor([[0.60, 0.76], [0.91, 0.99]], dtype=torch.float64)
+"""Shares within one and within two standard errors that are right."""
+
+FEWEST = 0.25
+"""Of a cell's entries that have a bar, below which no share is given."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -88,24 +99,33 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     wanted = a.settings or [f"{d}/{o}" for d in SETTINGS for o in EPOCHS]
     found: dict[tuple[str, bool], list[Tensor]] = {}
-    print(f"{'':34s}" + "".join(f"{f'epoch {e}':>17s}" for e in SHOWN) + f"{'withheld':>10s}")
+    print(f"{'':34s}" + "".join(f"{f'epoch {e}':>14s}" for e in SHOWN) + f"{'withheld':>10s}")
     for name, optimizer in (setting.split("/") for setting in wanted):
         if name == "concrete" and not a.path:
             continue
         for (method, adjusted), table in show(a, name, optimizer).items():
             found.setdefault((method, adjusted), []).append(table)
-    print("mean over settings")
+    print("means over settings and amounts, and shares of these")
     for (method, adjusted), tables in found.items():
-        every = torch.cat([table[:, :2] for table in tables]).nanmean(0)
-        inside = torch.cat([inside_band(table) for table in tables]).double().mean(0)
+        every = torch.cat(tables)
+        known = every[every[:, 0].isfinite()]
+        right, unsure = marks(known)
+        both = (right | unsure).all(1).double().mean()
         print(
-            f"{method:12s}{'adjusted' if adjusted else 'raw':9s} {every[0]:.2f}/{every[1]:.2f}; of settings"
-            f" and amounts within .68 ± .08: {inside[0]:.2f}, within .95 ± .04: {inside[1]:.2f}"
+            f"{method:12s}{'adjusted' if adjusted else 'raw':9s}"
+            + "/".join(f"{x:.2f}" for x in known[:, :2].mean(0))
+            + "; in .68 ± .08 and .95 ± .04: "
+            + ", ".join(f"{x:.2f}" for x in right.double().mean(0))
+            + f" (both {right.all(1).double().mean():.2f}); there or not surely outside: "
+            + ", ".join(f"{x:.2f}" for x in (right | unsure).double().mean(0))
+            + f" (both {both:.2f}); bars withheld: {every[:, 4].mean():.2f}, in {len(every) - len(known)} of"
+            f" {len(every)} cells nearly all",
+            flush=True,
         )
 
 
 def show(a: argparse.Namespace, name: str, optimizer: str) -> dict[tuple[str, bool], Tensor]:
-    """Print a setting's rows, and return them ``[points, 3]`` by method and whether scores are adjusted."""
+    """Print a setting's rows, and return them ``[points, 5]`` by method and whether scores are adjusted."""
     setting = SETTINGS[name]
     model, train, test = problem(a, name, setting)
     protocol = Protocol(
@@ -121,7 +141,7 @@ def show(a: argparse.Namespace, name: str, optimizer: str) -> dict[tuple[str, bo
     rows: dict[tuple[str, bool], Tensor] = {}
     for method in a.methods:
         parts: dict[bool, list[Tensor]] = {False: [], True: []}
-        withheld, start = [], time.perf_counter()
+        start = time.perf_counter()
         for k in range(a.sets or SETS[method]):
             seeds = tuple(range(k * a.seeds, (k + 1) * a.seeds))
             ft = FurtherTraining(
@@ -131,24 +151,29 @@ def show(a: argparse.Namespace, name: str, optimizer: str) -> dict[tuple[str, bo
             scores = found.values.double()
             for adjusted, sem in ((False, found.sem), (True, found.sem_adjusted)):
                 sem = torch.full_like(scores, torch.nan) if sem is None else sem.double()
-                withheld.append(sem[points].isnan().double().mean())
-                parts[adjusted].append(covered(scores, sem, truth, adjusted)[points])
-        for adjusted, tables in parts.items():
-            table = torch.stack(tables).nanmean(0)
+                parts[adjusted].append(standardised(scores, sem, truth, adjusted)[points])
+        for adjusted, errors in parts.items():
+            table = coverage(torch.stack(errors, 1))
             rows[method, adjusted] = table
-            cells = "".join(f"{one:7.2f}/{two:.2f} ({r:.1f})" for one, two, r in table.tolist())
+            right, unsure = marks(table)
+            sign = [["" if r else "?" if u else "!" for r, u in zip(*pair, strict=True)] for pair in
+                    zip(right.tolist(), unsure.tolist(), strict=True)]  # fmt: skip
+            cells = "".join(
+                f"{f'{one:.2f}{a}/{two:.2f}{b}' if one == one else '-':>14s}"
+                for (one, two, *_), (a, b) in zip(table.tolist(), sign, strict=True)
+            )
             label = f"{name} {optimizer}"
             print(
                 f"{label:19s}{method:11s}{'adj' if adjusted else 'raw':4s}{cells}"
-                f"{'':{17 * (len(SHOWN) - len(points))}s}{torch.stack(withheld).mean():10.2f}"
+                f"{'':{14 * (len(SHOWN) - len(points))}s}{table[:, 4].mean():10.2f}"
                 f" {time.perf_counter() - start:5.0f} s",
                 flush=True,
             )
     return rows
 
 
-def covered(scores: Tensor, sem: Tensor, truth: Tensor, adjusted: bool) -> Tensor:
-    """Return the shares within one and two standard errors, and rms error / rms sem, ``[E, 3]``.
+def standardised(scores: Tensor, sem: Tensor, truth: Tensor, adjusted: bool) -> Tensor:
+    """Return errors in units of their standard errors ``[E, J, L]``.
 
     Args:
         scores, sem: ``[E, J, L]``.
@@ -156,16 +181,41 @@ def covered(scores: Tensor, sem: Tensor, truth: Tensor, adjusted: bool) -> Tenso
     """
     if adjusted:
         scores, truth = (x - x.mean(-1, keepdim=True) for x in (scores, truth))
-    error = scores - truth.mean(0)
-    variance = sem.square() + truth.var(0) / len(truth)
-    z = error.abs() / variance.sqrt()
-    shares = [torch.where(z.isnan(), torch.nan, (z <= k).double()).nanmean((1, 2)) for k in (1, 2)]
-    return torch.stack([*shares, (error.square().mean((1, 2)) / variance.mean((1, 2))).sqrt()], 1)
+    return (scores - truth.mean(0)) / (sem.square() + truth.var(0) / len(truth)).sqrt()
 
 
-def inside_band(table: Tensor) -> Tensor:
-    """Return whether rows ``[n, 3]`` are within .68 ± .08 and .95 ± .04, ``[n, 2]``."""
-    return (table[:, :2] - torch.tensor([0.68, 0.95])).abs() <= torch.tensor([0.08, 0.04])
+def coverage(errors: Tensor) -> Tensor:
+    """Return shares within one and two standard errors, both shares' standard errors, and that withheld.
+
+    Args:
+        errors: ``[E, K, J, L]``, standardised, of K sets of seeds; NaN where a bar is withheld.
+
+    Returns:
+        ``[E, 5]``
+    """
+    known = ~errors.isnan()
+    columns = []
+    for k in (1, 2):
+        inside = (errors.abs() <= k).double()
+        share = (inside * known).sum((1, 2, 3)) / known.sum((1, 2, 3))
+        off = torch.where(known, inside - share[:, None, None, None], 0.0)
+        variance = torch.zeros_like(share)
+        for axis in (1, 2, 3):
+            others = tuple(x for x in (1, 2, 3) if x != axis)
+            n = errors.shape[axis]
+            variance += off.sum(others).square().sum(1) / known.sum((1, 2, 3)) ** 2 * n / max(n - 1, 1)
+        columns.append(torch.stack([share, variance.sqrt()], 1))
+    withheld = 1 - known.double().mean((1, 2, 3))
+    both = torch.stack(columns, 2).flatten(1)  # share 1, share 2, error 1, error 2
+    both[withheld > 1 - FEWEST] = torch.nan
+    return torch.cat([both, withheld[:, None]], 1)
+
+
+def marks(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which shares of ``[n, 5]`` are in their band, and which others may be: two of ``[n, 2]``."""
+    shares, errors = table[:, :2], table[:, 2:4]
+    outside = (BAND[:, 0] - shares).maximum(shares - BAND[:, 1])
+    return outside <= 1e-9, (outside > 1e-9) & (outside <= 2 * errors)
 
 
 def problem(a: argparse.Namespace, name: str, setting: Setting) -> tuple[FinalModel, Instances, Instances]:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fimo.linear_response.linearity import Discrepancy, discrepancy, heavier_tails, stratified
+from fimo.linear_response.linearity import Discrepancy, dealt, discrepancy, heavier_tails, stratified
 
 STEPS = [1, 2, 4, 8, 16]
-TESTS, LEFT_OUT, CHECKED = 12, 40, 8
+TESTS, LEFT_OUT, CHECKED = 12, 40, 16
 
 
 def drawn(seed: int, growth: float, common: float, noise: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,14 +28,17 @@ def drawn(seed: int, growth: float, common: float, noise: float) -> tuple[Tensor
     return scores, error, residual
 
 
-def estimate(scores: Tensor, residual: Tensor, count: int = CHECKED) -> Discrepancy:
-    size = (scores - scores.mean(2, keepdim=True)).square().mean((0, 1))
-    checked, weight = stratified(size, count)
-    return discrepancy(STEPS, residual[..., checked], scores, checked, weight)
+def size_of(scores: Tensor) -> Tensor:
+    return (scores - scores.mean(2, keepdim=True)).square().mean((0, 1))
+
+
+def estimate(scores: Tensor, residual: Tensor, count: int = CHECKED, seeds: int = 8) -> Discrepancy:
+    checked = dealt(size_of(scores), count, seeds)
+    return discrepancy(STEPS, residual[..., checked.instances], scores, checked)
 
 
 @pytest.mark.parametrize(
-    ("growth", "common", "noise"), [(0.5, 0.0, 0.1), (1.0, 0.0, 0.1), (0.25, 0.3, 0.1), (0.75, 0.0, 0.0)]
+    ("growth", "common", "noise"), [(0.5, 0.0, 0.1), (0.9, 0.0, 0.1), (0.25, 0.3, 0.1), (0.75, 0.0, 0.0)]
 )
 def test_the_standard_deviation_covers_the_error_as_often_as_it_says(
     growth: float, common: float, noise: float
@@ -55,14 +58,92 @@ def test_the_standard_deviation_covers_the_error_as_often_as_it_says(
     assert ((two - 0.95).abs() < 0.04).all(), two
 
 
-def test_noise_of_a_seed_is_not_taken_for_an_error_that_all_share() -> None:
-    without, much = [], []
-    for seed in range(20):
-        for noise, found in ((0.05, without), (0.6, much)):
+@pytest.mark.parametrize("noise", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("freedom", [4.0, 50.0])
+def test_noise_of_single_seeds_is_not_taken_for_an_error_that_all_share(noise: float, freedom: float) -> None:
+    """Also where it has heavy tails: half the difference of two seeds says less there than the mean shows."""
+    ratios = []
+    for seed in range(30):
+        g = torch.Generator().manual_seed(seed)
+        scores = torch.randn(TESTS, LEFT_OUT, generator=g, dtype=torch.float64).expand(len(STEPS), -1, -1)
+        error, own = (torch.randn(n, *scores.shape[1:], generator=g, dtype=torch.float64) for n in (1, 2))
+        heavy = torch.distributions.Chi2(freedom)
+        torch.manual_seed(seed)
+        own = own * (freedom / heavy.sample(own.shape)).sqrt().double()
+        missed = estimate(scores, (error + noise * own)[:, None].expand(-1, len(STEPS), -1, -1))
+        ratios.append(missed.own.median())
+    # the noise's variance in the seeds' mean, which a mean over many seeds doesn't have, is noise^2 / 2
+    assert 0.6 < torch.stack(ratios).mean().sqrt() < 1.45
+
+
+def test_the_noise_of_a_seed_that_all_its_runs_share_is_not_an_error_of_all_seeds() -> None:
+    """Two seeds can't tell it from one; four groups with seeds of their own can."""
+    found: dict[int, list[Tensor]] = {2: [], 8: []}
+    for seed in range(40):
+        scores, _, residual = drawn(seed, 0.5, 0.0, 0.1)
+        g = torch.Generator().manual_seed(seed)
+        for seeds, values in found.items():
+            checked = dealt(size_of(scores), CHECKED, seeds)
+            offset = torch.randn(2, 4, generator=g, dtype=torch.float64)[:, checked.group]
+            there = residual[..., checked.instances] + offset[:, None, None]
+            values.append(discrepancy(STEPS, there, scores, checked).common.mean())
+    # of variance 1 each, and 1/2 for the mean over two
+    assert torch.stack(found[8]).mean() < 0.1
+    assert torch.stack(found[2]).mean() > 2 * torch.stack(found[8]).mean()
+
+
+def test_where_noise_hides_the_error_its_variance_is_in_doubt() -> None:
+    clear, hidden = [], []
+    for seed in range(10):
+        for noise, found in ((0.05, clear), (3.0, hidden)):
             scores, _, residual = drawn(seed, 0.5, 0.0, noise)
-            found.append(estimate(scores, residual).own.mean())
-    # the noise's own variance in the seeds' mean is twice that of the error
-    assert torch.stack(much).mean() < 2 * torch.stack(without).mean()
+            missed = estimate(scores, residual)
+            assert missed.doubt is not None
+            found.append((missed.doubt / missed.own).median())
+    assert torch.stack(clear).median() < 0.1
+    assert torch.stack(hidden).median() > 0.4
+
+
+def test_test_instances_and_checked_ones_have_scales_of_their_own() -> None:
+    """Errors that differ by test and by left-out instance, where effects do not."""
+    shares, ratios = [], []
+    for seed in range(30):
+        g = torch.Generator().manual_seed(seed)
+        scores = torch.randn(TESTS, LEFT_OUT, generator=g, dtype=torch.float64).expand(len(STEPS), -1, -1)
+        of_test = (0.5 * torch.randn(TESTS, 1, generator=g, dtype=torch.float64)).exp()
+        of_instance = (0.5 * torch.randn(LEFT_OUT, generator=g, dtype=torch.float64)).exp()
+        error = of_test * of_instance * torch.randn(TESTS, LEFT_OUT, generator=g, dtype=torch.float64)
+        missed = estimate(scores, error.expand(2, len(STEPS), -1, -1))
+        checked = dealt(size_of(scores), CHECKED, 8).instances
+        z = error.abs() / missed.raw()[0].sqrt() / heavier_tails(CHECKED)
+        shares.append([float((z <= k).double().mean()) for k in (1, 2)])
+        of_row = missed.own[0].mean(1).log()
+        ratios.append(torch.corrcoef(torch.stack([of_row, of_test[:, 0].log()]))[0, 1])
+        assert missed.own[0, :, checked].mean(0).std() > 0
+    one, two = torch.tensor(shares).mean(0)
+    assert abs(one - 0.68) < 0.08
+    assert abs(two - 0.95) < 0.04
+    assert torch.stack(ratios).mean() > 0.7
+
+
+def test_instances_are_dealt_to_groups_of_all_sizes_with_two_seeds_each() -> None:
+    size = torch.arange(40.0)
+    checked = dealt(size, 16, 10)
+    assert torch.bincount(checked.group).tolist() == [4, 4, 4, 4]
+    for g in range(4):
+        mine = checked.instances[checked.group == g]
+        assert mine.max() > 25
+        assert mine.min() < 15
+    assert len(set(checked.runs)) == 32
+    assert checked.seeds == list(range(8))
+    for k, (i, s) in enumerate(checked.runs):
+        assert i == checked.instances[k % 16]
+        assert s == 2 * checked.group[k % 16] + k // 16
+    assert dealt(size, 16, 5).seeds == [0, 1, 2, 3]
+    assert dealt(size, 16, 3).seeds == [0, 1]
+    assert dealt(size, 6, 10).seeds == [0, 1]
+    effects = torch.arange(32.0)[:, None, None]
+    assert checked.by_instance(effects)[:, 0, 0].tolist() == torch.arange(32.0).view(2, 16).tolist()
 
 
 def test_exact_predictions_have_no_error() -> None:
@@ -70,6 +151,8 @@ def test_exact_predictions_have_no_error() -> None:
     missed = estimate(scores, torch.zeros_like(residual))
     assert not missed.raw().any()
     assert not missed.adjusted().any()
+    assert missed.doubt is not None
+    assert not missed.doubt.any()
 
 
 def test_an_error_of_all_instances_cancels_when_their_mean_is_subtracted() -> None:

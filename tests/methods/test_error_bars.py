@@ -82,6 +82,24 @@ def test_on_a_linear_model_nothing_is_missed_and_bars_are_the_seeds_spread() -> 
     torch.testing.assert_close(found.sem_adjusted, adjusted.sqrt(), rtol=1e-4, atol=1e-9)
 
 
+def test_on_a_linear_model_calibrated_misses_nothing_in_any_group_of_seeds() -> None:
+    """Losses of different seeds differ by far more than effects: only what they change by is compared."""
+    case = linear_regression()
+    protocol = Protocol(lr=0.05, batch_size=4, epochs=2, dtype="float64")
+    left_out, seeds = torch.arange(22), range(6)
+    run = (case.final_model, case.train, case.test, left_out, following(case, protocol, seeds))
+    method = CalibratedResponse(budget=0.9, kernels="own")
+    scores = method.attribute(*run)
+    spread = SeedSpread()
+    for seed in seeds:
+        one = (*run[:4], following(case, protocol, [seed]))
+        spread.add(Response(kernels="own", checks=0).attribute(*one).values)
+    for found, variance in zip((scores.sem, scores.sem_adjusted), spread.variances(), strict=True):
+        assert found is not None
+        ratio = found / variance.sqrt()
+        assert ratio.median() == pytest.approx(1, abs=0.02)
+
+
 @pytest.fixture(scope="module")
 def beyond_linear() -> tuple[Case, Protocol, Tensor]:
     """A small network, its further training far beyond linear, and the raw changes of 40 seeds."""
@@ -108,7 +126,11 @@ def test_bars_hold_the_effects_of_other_seeds(
             wanted = truth - truth.mean(-1, keepdim=True) if adjusted else truth
             error = (scores - scores.mean(-1, keepdim=True) if adjusted else scores) - wanted.mean(0)
             z = error.abs() / (sem.square() + wanted.var(0) / 40).sqrt()
-            shares.append([float((z[4:] <= bound).double().mean()) for bound in (1, 2)])
+            known = z[4:][~z[4:].isnan()]  # others are withheld
+            if adjusted:
+                assert len(known) > 0.5 * z[4:].numel()
+            if len(known):
+                shares.append([float((known <= bound).double().mean()) for bound in (1, 2)])
         plain = Response(checks=0)
         each = torch.stack([attributed(plain, case, protocol, [s]).values for s in range(6 * k, 6 * k + 6)])
         z = (each.mean(0) - truth.mean(0)).abs() / (each.var(0) / 6 + truth.var(0) / 40).sqrt()
@@ -150,11 +172,14 @@ def test_bars_are_withheld_with_the_reason_where_a_part_of_the_error_is_unknown(
 )
 def test_every_form_of_the_response_has_bars(make: Any) -> None:
     protocol = Protocol(lr=0.02, batch_size=11, epochs=2, dtype="float64")
-    found = attributed(make(), CASES["mlp_regression"](), protocol, [0, 1, 2])
-    assert found.sem is not None
-    assert found.sem.shape == found.values.shape
-    assert (found.sem > 0).all()
-    assert not found.withheld
+    found = attributed(make(), CASES["mlp_regression"](), protocol, range(6))
+    for sem in (found.sem, found.sem_adjusted):
+        assert sem is not None
+        assert sem.shape == found.values.shape
+        assert (sem[sem.isfinite()] > 0).all()
+    # eleven instances are two groups, which don't show what all instances share: raw bars may be withheld
+    assert found.sem_adjusted is not None
+    assert found.sem_adjusted.isfinite().double().mean() > 0.5
 
 
 def test_a_part_that_is_not_known_is_none_and_the_reason_says_how_much() -> None:
@@ -165,6 +190,33 @@ def test_a_part_that_is_not_known_is_none_and_the_reason_says_how_much() -> None
     assert bars.raw[1].isnan().all()
     assert bars.raw[0].isfinite().all()
     assert "50 %" in bars.withheld
+
+
+def test_a_bar_that_is_mostly_doubt_is_withheld_and_the_reason_says_why() -> None:
+    own, common, none = torch.ones(1, 3, 4), torch.full((1, 3, 1), 0.5), torch.zeros(1, 3, 1)
+    doubt = torch.zeros(1, 3, 4)
+    doubt[:, 0] = 0.9  # of a variance of about 1
+    spread = (torch.full_like(own, 0.1), torch.full_like(own, 0.1))
+    bars = error_bars(spread, Discrepancy(own, common, doubt=doubt, common_doubt=none), 16, torch.float32)
+    assert bars.raw is not None
+    assert bars.adjusted is not None
+    assert bars.adjusted[:, 0].isnan().all()
+    assert bars.adjusted[:, 1:].isfinite().all()
+    assert bars.raw[:, 1:].isfinite().all()
+    assert "noise of single" in bars.withheld
+    # what all instances share matters to raw bars alone
+    bars = error_bars(
+        spread, Discrepancy(own, common, doubt=0 * own, common_doubt=none + 2), 16, torch.float32
+    )
+    assert bars.raw is not None
+    assert bars.adjusted is not None
+    assert bars.raw.isnan().all()
+    assert bars.adjusted.isfinite().all()
+    # a doubt that seeds' spread outweighs is none
+    wide = (torch.full_like(own, 9.0), torch.full_like(own, 9.0))
+    assert not error_bars(
+        wide, Discrepancy(own, common, doubt=doubt, common_doubt=none), 16, torch.float32
+    ).withheld
 
 
 def test_the_cost_is_that_of_full_runs_kernels_and_real_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,19 @@
 
 A prediction p_is for instance i along a seed s differs from the real change r_is by
 
-    r_is - p_is = f_i d_i + c + n_is,
+    r_is - p_is = f_i d_i + c + c_s + n_is,
 
 per test instance and evaluation point: d_i and c are what the prediction misses for every seed (its error
-of linearity), in the instance alone and in all instances alike, and n_is is what it misses of this seed. A
-mean over seeds averages n away, but neither d nor c. Instances that run with two seeds tell them apart: the
-variance of the seeds' mean is f_i^2 var(d) + var(c) + var(n) / 2, that of half their difference var(n) / 2.
+of linearity), in the instance alone and in all instances alike; c_s and n_is are what it misses of this seed.
+A mean over seeds averages the latter away, but neither d nor c. Each checked instance runs with two seeds,
+and groups of instances with seeds of their own, since the noise of one seed is one draw for all instances:
 
-Errors grow with effects: f_i = s_i^gamma with s_i the size of the effect, and gamma the likeliest of a few.
+- the variance of f_i d_i is that of the mean over both seeds within groups, times the share of it that seeds
+  have in common, by the correlation of the two;
+- the variance of c is the mean product of different groups' offsets.
+
+Errors grow with effects: f_i is a product of powers of the size of i's effect, of a factor for the test
+instance, and, for checked instances, of one of their own.
 """
 
 from __future__ import annotations
@@ -23,8 +28,11 @@ from torch import Tensor
 from fimo.engine.threads import one_thread
 from fimo.linear_response.path_points import spread
 
-GROWTH = (0.25, 0.5, 0.75, 1.0)
-"""Candidates for gamma."""
+GROWTH = 0.4
+"""Power of the size of an instance's effect on a test instance with which errors grow,"""
+
+GROWTH_OF_ALL = 0.3
+"""and of the size of its effects on all test instances."""
 
 FLOOR = 0.05
 """Of sizes, relative to their root mean square over instances."""
@@ -38,15 +46,17 @@ WINDOW = 0.3
 ANCHORS = 40
 """Evaluation points at which variances are fitted; others take the nearest one's."""
 
-NEAR = 12
+NEAR = 5
 """Most evaluation points that bear on one."""
 
-PRIOR = 4
-"""Instances that count as much as the prior, by which half of a mean's variance is shared by all seeds."""
+ALIKE = 4.0
+"""Weight of the errors of a test instance, and of a checked one, in its own factor; others' weigh 1."""
 
-ALIKE = 4
-"""Test instances of one training instance tell about as much of its own scale as so many independent ones,
-and the prior, by which it is that of other instances of its size, as much again."""
+GROUPS = 4
+"""Most groups of instances, each with two seeds of its own."""
+
+FEWEST = 4
+"""Instances of a group: their common part must be told from their own."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +67,17 @@ class Discrepancy:
         own: ``[E, J, L]``, of each left-out instance's own part.
         common: ``[E, J, 1]``, of the part that all left-out instances share.
         of_mean: ``[E, J, 1]``, of the own parts' mean over left-out instances; as if independent when None.
+        noise: ``[E, 1, 1]``, share of what a checked instance's two runs show that is their seeds' noise.
+        doubt, common_doubt: ``[E, J, L]`` and ``[E, J, 1]``, standard errors of ``own`` and of ``common``,
+            since that noise is not well known; none when None.
     """
 
     own: Tensor
     common: Tensor
     of_mean: Tensor | None = None
+    noise: Tensor | None = None
+    doubt: Tensor | None = None
+    common_doubt: Tensor | None = None
 
     def raw(self) -> Tensor:
         """Return the variance ``[E, J, L]`` of a score's error."""
@@ -94,12 +110,55 @@ def stratified(size: Tensor, count: int, largest: int = 1) -> tuple[Tensor, Tens
     width = (total - largest) / strata if strata else 0.0
     middles = [largest + int((k + 0.5) * width) for k in range(strata)]
     weights = torch.tensor([1.0] * largest + [width] * strata, dtype=torch.float64)
-    return order[[*range(largest), *middles]], weights
+    return order[torch.tensor([*range(largest), *middles], dtype=torch.long)], weights
 
 
-def discrepancy(
-    steps: Sequence[int], residual: Tensor, scores: Tensor, checked: Tensor, weight: Tensor
-) -> Discrepancy:
+@dataclass(frozen=True)
+class Checked:
+    """M instances that real runs leave out.
+
+    Args:
+        instances: ``[M]``, their positions among the left-out ones.
+        weight: ``[M]``, how many instances each stands for.
+        group: ``[M]``; a group g's instances run with the seeds 2g and 2g + 1.
+    """
+
+    instances: Tensor
+    weight: Tensor
+    group: Tensor
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """``2 * M`` positions of instances and of seeds: all instances with one, then with the other."""
+        group = self.group.tolist()
+        return [(i, 2 * g + k) for k in range(2) for i, g in zip(self.instances.tolist(), group, strict=True)]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those of any run."""
+        return sorted({seed for _, seed in self.runs})
+
+    def by_instance(self, effects: Tensor) -> Tensor:
+        """Return effects ``[2 * M, E, J]`` of the runs as ``[2, E, J, M]``."""
+        found: Tensor = effects.unflatten(0, (2, -1)).permute(0, 2, 3, 1)
+        return found
+
+
+def dealt(size: Tensor, count: int, seeds: int) -> Checked:
+    """Choose instances of all sizes, and deal them to groups there and back.
+
+    Args:
+        size: ``[L]``.
+        count: M.
+        seeds: S that there are.
+    """
+    instances, weight = stratified(size, count)
+    groups = max(1, min(GROUPS, seeds // 2, len(instances) // FEWEST))
+    turn, place = (x(torch.arange(len(instances)), groups) for x in (torch.floor_divide, torch.remainder))
+    return Checked(instances, weight, torch.where(turn % 2 == 0, place, groups - 1 - place))
+
+
+def discrepancy(steps: Sequence[int], residual: Tensor, scores: Tensor, checked: Checked) -> Discrepancy:
     """Estimate the error of scores that seeds share.
 
     Variances are those of a normal distribution with as many errors within one and two standard deviations as
@@ -107,87 +166,181 @@ def discrepancy(
 
     Args:
         steps: ``[E]``, at the evaluation points.
-        residual: ``[2, E, J, M]``, real minus predicted changes of two seeds without M of the instances.
+        residual: ``[2, E, J, M]``, real minus predicted changes without the checked instances.
         scores: ``[E, J, L]``.
-        checked: ``[M]``, positions of those instances among the L.
-        weight: ``[M]``, how many instances each stands for.
     """
     residual, scores = residual.double().cpu(), scores.double().cpu()
-    own = torch.full_like(scores, torch.nan)
-    common = torch.full_like(scores[..., :1], torch.nan)
+    of_entry, of_test = scores, scores[..., :1]
+    found = [torch.full_like(x, torch.nan) for x in (of_entry, of_test, of_test[:, :1], of_entry, of_test)]
     finite = residual.isfinite().flatten(2).all(2).all(0) & scores.isfinite().flatten(1).all(1)
     known = finite.nonzero()[:, 0]
-    if not len(known) or len(checked) < 3:
-        return Discrepancy(own, common)
-    time = torch.tensor(steps, dtype=torch.float64)[known]
-    with one_thread():  # many small tensors
-        own[known], common[known] = _fit(time, residual[:, known], scores[known], checked, weight)
-    return Discrepancy(own, common)
+    if len(known) and len(checked.instances) >= 3:
+        time = torch.tensor(steps, dtype=torch.float64)[known]
+        with one_thread():  # many small tensors
+            fits = _fit(time, residual[:, known], scores[known], checked)
+        for all_points, fitted in zip(found, fits, strict=True):
+            all_points[known] = fitted
+    own, common, noise, doubt, common_doubt = found
+    return Discrepancy(own, common, noise=noise, doubt=doubt, common_doubt=common_doubt)
 
 
-def _fit(
-    time: Tensor, residual: Tensor, scores: Tensor, checked: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    mean, noise = residual.mean(0), (residual[0] - residual[1]) / 2  # [E, J, M]
+def _fit(time: Tensor, residual: Tensor, scores: Tensor, checked: Checked) -> tuple[Tensor, ...]:
+    """Return own ``[E, J, L]``, common ``[E, J, 1]``, noise ``[E, 1, 1]`` and both doubts."""
+    instances = checked.instances
+    mean = residual.mean(0)  # [E, J, M]
     unit = (scores.square().mean(2, keepdim=True) + mean.square().mean(2, keepdim=True)).sqrt()
     unit = unit.maximum(1e-9 * unit.amax(1, keepdim=True)).clamp(min=1e-150)
     square = (scores / unit).square()
-    size = ((1 - AVERAGE) * square + AVERAGE * square.mean(1, keepdim=True) + FLOOR**2).sqrt()
-    mean, noise = mean / unit, noise / unit
+    of_all = square.mean(1, keepdim=True)
+    size = ((1 - AVERAGE) * square + AVERAGE * of_all + FLOOR**2) ** (GROWTH / 2)
+    size = size * (of_all + FLOOR**2) ** (GROWTH_OF_ALL / 2)
+    residual = residual / unit
     anchors = [k - 1 for k in spread(time.tolist(), ANCHORS)]
-    own, common = torch.empty_like(scores), torch.empty_like(unit)
-    fitted = {e: _fit_near(time, e, mean, noise, size[:, :, checked], weight) for e in anchors}
+    own, doubt = torch.empty_like(scores), torch.empty_like(scores)
+    common, common_doubt, noise = (
+        torch.empty_like(unit),
+        torch.empty_like(unit),
+        torch.empty_like(unit[:, :1]),
+    )
+    fitted = {e: _fit_near(time, e, residual, size[:, :, instances], checked) for e in anchors}
     for e in range(len(time)):
-        nearest = min(anchors, key=lambda k: abs(float((time[k] / time[e]).log())))
-        growth, variance, shared, scale = fitted[nearest]
-        own[e] = variance * size[e] ** (2 * growth) * unit[e].square()
-        own[e][:, checked] *= scale
-        common[e] = shared * unit[e].square()
-    return own, common
+        fit = fitted[min(anchors, key=lambda k: abs(float((time[k] / time[e]).log())))]
+        total = fit.total * (size[e] * fit.of_test[:, None] * unit[e]).square()
+        total[:, instances] *= fit.of_checked
+        own[e], doubt[e], noise[e] = fit.share * total, fit.doubt * total, 1 - fit.share
+        common[e], common_doubt[e] = (x * unit[e].square() for x in (fit.common, fit.common_doubt))
+    return own, common, noise, doubt, common_doubt
 
 
-def _fit_near(
-    time: Tensor, e: int, mean: Tensor, noise: Tensor, size: Tensor, weight: Tensor
-) -> tuple[float, float, float, Tensor]:
-    """Return gamma, the variances of d and c, and each checked instance's scale ``[M]`` of the former."""
+@dataclass(frozen=True)
+class _Fit:
+    """At an evaluation point, in units of an instance's size and of a test instance's.
+
+    Args:
+        total: variance of the mean over two seeds, but for c.
+        share: of it that the seeds share, the variance of d.
+        doubt: standard error of that share.
+        common: variance of c.
+        common_doubt: its standard error.
+        of_test: ``[J]``, factor of errors.
+        of_checked: ``[M]``, factor of squared errors.
+    """
+
+    total: float
+    share: float
+    doubt: float
+    common: float
+    common_doubt: float
+    of_test: Tensor
+    of_checked: Tensor
+
+
+def _fit_near(time: Tensor, e: int, residual: Tensor, size: Tensor, checked: Checked) -> _Fit:
+    group = checked.group
     nearness = torch.exp(-(time / time[e]).log().abs() / WINDOW)
     points = (nearness > 0.02).nonzero()[:, 0]
     if len(points) > NEAR:
         thin = torch.linspace(0, len(points) - 1, NEAR, dtype=torch.float64).round().long()
         points = torch.cat([points[thin], torch.tensor([e])]).unique()
-    mean, noise, size = mean[points], noise[points], size[points]
-    weights = nearness[points, None, None] * weight.expand_as(mean)
-    fits = [_standardised(mean, noise, size**growth, weights) for growth in GROWTH]
-    # of Laplace distributions, which have heavy tails
-    likelihood = [
-        -_mean((size**g).log(), weights) - float(_mean(fit[0].abs(), weights).clamp(min=1e-300).log())
-        for g, fit in zip(GROWTH, fits, strict=True)
-    ]
-    best = int(torch.tensor(likelihood).argmax())
-    z, z_noise, offset, offset_noise, leak = fits[best]
-    total, passing = _scale(z, weights) ** 2, _scale(z_noise, weights) ** 2
-    share = max(-1.0, 1 - passing / total) if total > 0 else 0.0
-    count = z.shape[2]
-    variance = total * max(0.0, (count * share + PRIOR / 2) / (count + PRIOR))
-    excess = offset.square() - offset_noise.square() - variance * leak
-    shared = float(_mean(excess, nearness[points, None, None].expand_as(excess)).clamp(min=0))
-    of_each = (z.square() * weights).sum((0, 1)) / weights.sum((0, 1)) / max(total, 1e-300)
-    return GROWTH[best], variance, shared, (1 + of_each) * ALIKE / (2 * ALIKE)
+    residual, size = residual[:, points], size[points]  # [2, E', J, M], [E', J, M]
+    weights = nearness[points, None, None] * checked.weight.expand_as(size)
+    error = _standardised(residual, size, weights, group)[0].mean(0).abs()
+    of_test = _own_factor(error, float(_mean(error, weights)), weights, (0, 2))
+    size = size * of_test[:, None]
+    z, offset, leak = _standardised(residual, size, weights, group)
+    mean = z.mean(0)
+    total = _scale(mean, weights) ** 2
+    share, doubt = _shared_by_seeds(z, weights)
+    common = _common(offset, total * share * leak, nearness[points, None])
+    of_checked = _own_factor(mean.square(), total, weights, (0, 1))
+    return _Fit(total, share, doubt, *common, of_test, of_checked)
 
 
 def _standardised(
-    mean: Tensor, noise: Tensor, growth: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return residuals around their common part, and the noise in them, both in units of ``growth``.
+    residual: Tensor, size: Tensor, weights: Tensor, group: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return residuals around their groups' offsets in units of ``size``, in shape.
 
-    Also the common part ``[E, J, 1]``, the noise in it, and its variance by d alone, per variance of d.
+    Also the offsets ``[2, E', J, G]``, and their variance by d alone, per variance of d.
     """
-    share = weights / growth
-    share = share / share.sum(2, keepdim=True)
-    offset, offset_noise = ((x * share).sum(2, keepdim=True) for x in (mean, noise))
-    leak = (share * growth).square().sum(2, keepdim=True)
-    kept = (1 - 2 * share + leak / growth.square()).clamp(min=0.05).sqrt()
-    return (mean - offset) / growth / kept, (noise - offset_noise) / growth / kept, offset, offset_noise, leak
+    of_group = torch.nn.functional.one_hot(group).double()  # [M, G]
+    share = weights / size
+    share = share / (share @ of_group @ of_group.T)
+    offset = (residual * share) @ of_group
+    leak = (share * size).square() @ of_group
+    kept = (1 - 2 * share + (leak @ of_group.T) / size.square()).clamp(min=0.05).sqrt()
+    return (residual - offset @ of_group.T) / size / kept, offset, leak
+
+
+def _own_factor(error: Tensor, usual: float, weights: Tensor, others: tuple[int, int]) -> Tensor:
+    """Return the mean error of each test or checked instance, relative to the usual, drawn towards 1."""
+    of_each = (error * weights).sum(others) / weights.sum(others)
+    return (1 + ALIKE * of_each / max(usual, 1e-300)) / (1 + ALIKE)
+
+
+def _shared_by_seeds(z: Tensor, weights: Tensor) -> tuple[float, float]:
+    """Return the share of the variance of the mean over two seeds that they share, and its standard error.
+
+    By the correlation of the seeds' residuals, clipped at their scale, since those of single seeds have heavy
+    tails; its error is the jackknife's over instances; and knowing that a share is from 0 to 1.
+
+    Args:
+        z: ``[2, E', J, M]``.
+    """
+    most = _scale(z, weights.expand_as(z))
+    first, second = z.clamp(-most, most)
+    sums = torch.stack([first * second, first.square(), second.square()])
+    sums = (sums * weights).sum((1, 2))  # [3, M]
+    total = sums.sum(1, keepdim=True)
+    if not (total[1:] > 0).all():
+        return 1.0, 0.0  # nothing is missed at all
+    product, *squares = torch.cat([total, total - sums], 1)  # [1 + M], all and without each
+    correlation = (product / (squares[0] * squares[1]).sqrt().clamp(min=1e-300)).clamp(-0.5, 1)
+    share = 2 * correlation / (1 + correlation)
+    without, count = share[1:], z.shape[3]
+    error = ((count - 1) / count * (without - without.mean()).square().sum()).sqrt()
+    return _within_0_and_1(float(share[0]), float(error))
+
+
+def _within_0_and_1(estimate: float, error: float) -> tuple[float, float]:
+    """Return mean and standard deviation of what lies there by a normal estimate."""
+    values = torch.linspace(0, 1, 101, dtype=torch.float64)
+    weights = (-((values - estimate) / max(error, 0.02)).square() / 2).softmax(0)
+    mean = (weights * values).sum()
+    return float(mean), float((weights * (values - mean).square()).sum().sqrt())
+
+
+def _common(offset: Tensor, leak: Tensor, nearness: Tensor) -> tuple[float, float]:
+    """Return the variance of what all instances share, and its standard error.
+
+    By the mean product of different groups' offsets; its error is the jackknife's over groups. A single group
+    shows the square beyond what its seeds' difference and d explain, with an error as large as both.
+
+    Args:
+        offset: ``[2, E', J, G]``.
+        leak: ``[E', J, G]``, variance of offsets by d.
+        nearness: ``[E', 1]``, weight.
+    """
+
+    def mean(values: Tensor) -> float:
+        return float(_mean(values, nearness.expand_as(values)))
+
+    both, count = offset.mean(0), offset.shape[3]
+    if count == 1:
+        square, noise = mean(both[..., 0].square()), mean((offset.diff(dim=0)[0] / 2).square()[..., 0])
+        return max(0.0, square - noise - mean(leak[..., 0])), square + noise
+    product = mean(_product(both))
+    if count == 2:
+        return max(0.0, product), mean(both.mean(2).square())
+    without = torch.tensor([mean(_product(both[..., torch.arange(count) != g])) for g in range(count)])
+    error = ((count - 1) / count * (without - without.mean()).square().sum()).sqrt()
+    return max(0.0, product), float(error)
+
+
+def _product(offset: Tensor) -> Tensor:
+    """Return the mean product ``[E', J]`` of the offsets ``[E', J, G]`` of different groups."""
+    count = offset.shape[2]
+    return (offset.sum(2).square() - offset.square().sum(2)) / (count * (count - 1))
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Best(FollowingMethod):
     use = "when in doubt and a protocol is known: nearest to the ceiling at every amount"
 
     def __init__(
-        self, short: float = 5, budget: float = 0.1, memory_mb: float = 1024, checks: int = 16
+        self, short: float = 5, budget: float = 0.1, memory_mb: float = 1024, checks: int = 32
     ) -> None:
         if short < 0:
             raise InputError("short", f"expected at least 0 but got {short}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,11 +14,20 @@ from torch import Tensor
 from fimo.errors import InputError
 from fimo.further_training.trajectory import Trajectory
 from fimo.linear_response.discrepancy import OWN, Correction, correct, correlations
-from fimo.linear_response.linearity import Discrepancy, discrepancy, stratified
+from fimo.linear_response.linearity import (
+    ALIKE,
+    GROUPS,
+    Checked,
+    Discrepancy,
+    discrepancy,
+    heavier_tails,
+    stratified,
+)
+from fimo.linear_response.linearity import FEWEST as FEWEST_OF_GROUP
 from fimo.linear_response.real_runs import worthwhile
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.error_bars import ErrorBars, SeedSpread, error_bars
-from fimo.methods.following import CHECKED_SEEDS, Tally, real_losses, relative_size
+from fimo.methods.following import CHECKED_SEEDS, Tally, named, real_losses, relative_size
 from fimo.methods.response import Response
 from fimo.scores import Scores
 
@@ -36,21 +45,17 @@ class Pilot:
     """What the first real runs show.
 
     Args:
-        runs: K pairs of an instance's position and a seed's, seed by seed.
-        instances: ``[M]``, positions of those instances.
-        weight: ``[M]``, how many instances each stands for.
+        checked: instances for error bars, of which those of group 0 are the pilot's.
+        runs: K pairs of an instance's position and a seed's, those of group 0.
         size: ``[L]``, of predicted effects.
-        response: of each of the seeds, ``[E, J, L]``.
-        full: ``[2, E, J]``, test losses of the seeds' full runs.
-        real: ``[K, E, J]``, and of the runs.
+        response: of each of the pilot's two seeds, ``[E, J, L]``.
+        real: ``[K, E, J]``, test losses of the runs.
     """
 
+    checked: Checked
     runs: list[tuple[int, int]]
-    instances: Tensor
-    weight: Tensor
     size: Tensor
     response: list[Tensor]
-    full: Tensor
     real: Tensor
 
 
@@ -108,6 +113,7 @@ class CalibratedResponse(Response):
        agree (``trust``), and how large its errors are.
     2. All seeds' response is followed until then. Later predictions are its last ones.
     3. What is left of the budget goes into more real runs, first where most is gained by one.
+    4. Others, with other seeds, show together with the pilot's the error that is left (error bars).
 
     The scores are a · response + z, fitted to the real runs around each evaluation point
     (:func:`fimo.linear_response.discrepancy.correct`): z is what changes slowly along a run, since what real
@@ -117,8 +123,9 @@ class CalibratedResponse(Response):
         budget: of everything (full runs, the response, real runs) as a share of what the gold standard takes,
             in steps of a run. Full runs and a response that is trusted throughout may alone exceed it where
             few instances are left out; at 0 scores are the response's.
-        checks: fewest real runs of the pilot, from which error bars are estimated (a small budget is exceeded
-            by them); also where the budget buys none and scores are the response's.
+        checks: real runs from which error bars are estimated. Half are the pilot's (which may exceed a small
+            budget), half and their full runs come on top of the budget. They are made also where the budget
+            buys no runs and scores are the response's.
         trust: correlation of predicted with real effects, plus its standard error, below which the response
             isn't followed further.
         propagate, segments, kernels, max_rows, memory_mb: see :class:`~fimo.methods.response.Response`.
@@ -137,7 +144,7 @@ class CalibratedResponse(Response):
         kernels: Literal["auto", "own", "shared"] = "auto",
         max_rows: int = 3000,
         memory_mb: float = 1024,
-        checks: int = 16,
+        checks: int = 32,
     ) -> None:
         super().__init__(
             "path", propagate, segments, kernels, max_rows, memory_mb, form="kernel", checks=checks
@@ -165,11 +172,13 @@ class CalibratedResponse(Response):
         pilot = self._pilot(problem, trajectories, units, tally)
         trusted = self._trusted(given.steps, pilot)
         more = self._worthwhile(problem, pilot, units, trusted)
-        response = self._followed(problem, trajectories, pilot, [*pilot.runs, *more], trusted, tally)
+        later = [*more, *(run for run in pilot.checked.runs if run not in set(pilot.runs))]
+        response = self._followed(problem, trajectories, pilot, [*pilot.runs, *later], trusted, tally)
+        full = real_losses(problem, [(None, given.seeds[s]) for s in pilot.checked.seeds], tally)
         real = pilot.real
-        if more:
-            real = torch.cat([real, real_losses(problem, named(problem, more), tally)])
-        return self._corrected(problem, pilot, response, real, trusted)
+        if later:
+            real = torch.cat([real, real_losses(problem, named(problem, later), tally)])
+        return self._corrected(problem, pilot, response, real, full, trusted)
 
     def _pilot(
         self, problem: AttributionProblem, trajectories: Iterator[Trajectory], units: float, tally: Tally
@@ -179,20 +188,35 @@ class CalibratedResponse(Response):
         seeds = given.seeds[:CHECKED_SEEDS]
         first = itertools.islice(trajectories, len(seeds))
         part = problem.along(given.part(first, seeds, len(given.steps)))
-        response = list(self.by_seed(part, tally))
+        # or the pilot's seeds had fewer kernels than others, and other errors
+        response = list(self.by_seed(part, tally, len(given.seeds)))
         size = relative_size(torch.stack(response).mean(0))
-        number = max(FEWEST, self.checks, round(PILOT * units)) // len(seeds)
-        instances, weight = stratified(size, number, largest=(number + 1) // 2)
-        runs = [(i, s) for s in range(len(seeds)) for i in instances.tolist()]
-        losses = real_losses(problem, [*((None, s) for s in seeds), *named(problem, runs)], tally)
-        return Pilot(runs, instances, weight, size, response, losses[: len(seeds)], losses[len(seeds) :])
+        number = max(FEWEST, self.checks // 2, round(PILOT * units)) // len(seeds)
+        checked = self._to_check(size, number, len(given.seeds))
+        runs = [run for run in checked.runs if run[1] < len(seeds)]
+        return Pilot(checked, runs, size, response, real_losses(problem, named(problem, runs), tally))
+
+    def _to_check(self, size: Tensor, number: int, seeds: int) -> Checked:
+        """Return the pilot's instances, half of them the largest, and further groups of all sizes."""
+        others = min(self.checks // 2 // CHECKED_SEEDS, len(size) - number)
+        groups = max(0, min(min(GROUPS, seeds // 2) - 1, others // FEWEST_OF_GROUP))
+        largest = (number + 1) // 2
+        instances, weight = stratified(size, number + (others if groups else 0), largest)
+        group = torch.zeros(len(instances), dtype=torch.long)
+        if groups:
+            of_pilot = torch.linspace(largest, len(instances) - 1, number - largest + 2)[1:-1].round().long()
+            place = torch.ones_like(group, dtype=torch.bool)
+            place[:largest] = False
+            place[of_pilot] = False
+            group[place] = 1 + torch.arange(int(place.sum())) % groups
+        return Checked(instances, weight, group)
 
     def _trusted(self, steps: Sequence[int], pilot: Pilot) -> int:
         """Return the evaluation points to which the response agrees with the pilot's real runs."""
         predicted = torch.stack([pilot.response[s][:, :, i] for i, s in pilot.runs]).cpu()
         seed = torch.tensor([s for _, s in pilot.runs])
         agree = correlations(steps, pilot.real, predicted, seed)
-        error = (1 - agree.square()) / (2 * (len(pilot.runs) - len(pilot.full))) ** 0.5
+        error = (1 - agree.square()) / (2 * (len(pilot.runs) - CHECKED_SEEDS)) ** 0.5
         trusted = (agree + error >= self.trust).nonzero()
         points = int(trusted.max()) + 1 if len(trusted) else 1
         log.info(
@@ -206,11 +230,11 @@ class CalibratedResponse(Response):
         self, problem: AttributionProblem, pilot: Pilot, units: float, trusted: int
     ) -> list[tuple[int, int]]:
         """Return the real runs that the rest of the budget buys after the pilot's."""
-        steps, seeds, first = problem.followed.steps, len(problem.followed.seeds), len(pilot.full)
+        steps, seeds, first = problem.followed.steps, len(problem.followed.seeds), CHECKED_SEEDS
         share = steps[trusted - 1] / steps[-1]
         following = self.following_cost(problem) * (first + (seeds - first) * share)
         rest = units - seeds - following - first - len(pilot.runs)
-        done = set(pilot.runs)
+        done = set(pilot.checked.runs)
         order = [run for run in worthwhile(pilot.size, seeds, OWN) if run not in done]
         return order[: max(0, int(rest))]
 
@@ -225,9 +249,9 @@ class CalibratedResponse(Response):
     ) -> Followed:
         """Follow the response along the other seeds, as far as it is trusted."""
         given = problem.followed
-        others = given.seeds[len(pilot.full) :]
+        others = given.seeds[CHECKED_SEEDS:]
         part = problem.along(given.part(trajectories, others, trusted))
-        rest = self.by_seed(part, tally) if others else iter(())
+        rest = self.by_seed(part, tally, len(given.seeds)) if others else iter(())
         spread = SeedSpread()
         of_run: dict[tuple[int, int], Tensor] = {}
         for s, scores in enumerate(itertools.chain((x[:trusted] for x in pilot.response), rest)):
@@ -237,46 +261,59 @@ class CalibratedResponse(Response):
         return Followed(spread, list(runs), torch.stack([of_run[run] for run in runs]))
 
     def _corrected(
-        self, problem: AttributionProblem, pilot: Pilot, response: Followed, real: Tensor, trusted: int
+        self,
+        problem: AttributionProblem,
+        pilot: Pilot,
+        response: Followed,
+        real: Tensor,
+        full: Tensor,
+        trusted: int,
     ) -> Calibrated:
         """Return the scores that all real runs support, with their error bars.
 
         Args:
             real: ``[K, E, J]``, test losses of the runs of ``response``.
+            full: ``[S', E, J]``, of the full runs of the checked seeds.
         """
         mean, count, steps = response.spread.mean, len(problem.index), problem.followed.steps
         instance, seed = torch.tensor(response.runs).T
         average = mean.cpu()[:, :, instance].permute(2, 0, 1)
-        correction = correct(steps, real, response.predicted, average, instance, seed, count)
-        scale = correction.scale[:, None, None]
-        explained = scale * mean.cpu()
-        bars = self._bars(problem, pilot, response, explained, correction)
+        # the checks share no seed with other runs, and without one their level is unknown
+        n = len(response.runs) - len(pilot.checked.runs) + len(pilot.runs)
+        correction = correct(
+            steps, real[:n], response.predicted[:n], average[:n], instance[:n], seed[:n], count
+        )
+        scale = correction.scale[:, None]
+        explained = scale[..., None] * mean.cpu()
+        runs = [response.runs.index(run) for run in pilot.checked.runs]
+        of_seed = [pilot.checked.seeds.index(s) for _, s in pilot.checked.runs]
+        own = response.predicted[runs] - average[runs]
+        residual = real[runs] - full[of_seed] - scale * average[runs] - correction.own_scale[:, None] * own
+        bars = self._bars(problem, pilot.checked, response.spread, residual, explained, correction)
         values = (explained + correction.remainder).to(mean.device, problem.dtype)
-        return Calibrated(values, bars, trusted, correction, len(response.runs), steps)
+        return Calibrated(values, bars, trusted, correction, n, steps)
 
     def _bars(
         self,
         problem: AttributionProblem,
-        pilot: Pilot,
-        response: Followed,
+        checked: Checked,
+        spread: SeedSpread,
+        residual: Tensor,
         explained: Tensor,
         correction: Correction,
     ) -> ErrorBars:
         """Return the error bars.
 
-        What the response misses is estimated from the pilot's instances as if none had been run (their
+        What the response misses is estimated from the checked instances as if none had been run (their
         remainders are not used), and is that for instances without a run; see :func:`after_runs` for others.
+
+        Args:
+            residual: ``[2 * M, E, J]``, what of the checked instances' real runs the response misses.
         """
-        seeds, number, scale = len(pilot.full), len(pilot.instances), correction.scale[:, None, None]
-        by_seed = (seeds, number)
-        changes = (pilot.real.unflatten(0, by_seed) - pilot.full[:, None]).permute(0, 2, 3, 1)
-        own = response.predicted[: len(pilot.runs)].unflatten(0, by_seed).permute(0, 2, 3, 1)
-        average = response.spread.mean.cpu()[..., pilot.instances]
-        residual = changes - scale * average - correction.own_scale[:, None, None] * (own - average)
-        missed = discrepancy(problem.followed.steps, residual, explained, pilot.instances, pilot.weight)
+        missed = discrepancy(problem.followed.steps, checked.by_instance(residual), explained, checked)
         missed = after_runs(missed, correction.unexplained)
-        raw, adjusted = (x.cpu() * scale.square() for x in response.spread.variances())
-        return error_bars((raw, adjusted), missed, number, problem.dtype)
+        raw, adjusted = (x.cpu() * correction.scale.square()[:, None, None] for x in spread.variances())
+        return error_bars((raw, adjusted), missed, len(checked.instances), problem.dtype)
 
     def following_cost(self, problem: AttributionProblem) -> float:
         """Return about how many steps of a run the response's step along a seed costs.
@@ -288,11 +325,6 @@ class CalibratedResponse(Response):
         rows = min(self.max_rows, n * outputs)
         share = rows**2 * len(problem.index) / (n * problem.final_model.size)
         return 1.7 + 0.7 * share
-
-
-def named(problem: AttributionProblem, runs: Sequence[tuple[int, int]]) -> list[tuple[int | None, int]]:
-    """Return runs, as positions of instances and seeds, as training instances and seeds."""
-    return [(int(problem.index[i]), problem.followed.seeds[s]) for i, s in runs]
 
 
 def prolonged(scores: Tensor, steps: Sequence[int]) -> Tensor:
@@ -310,9 +342,10 @@ def prolonged(scores: Tensor, steps: Sequence[int]) -> Tensor:
 def after_runs(missed: Discrepancy, unexplained: Tensor) -> Discrepancy:
     """Return what scores miss after the remainders of instances with real runs.
 
-    Runs leave the unexplained share of an instance's own part. Remainders are known up to their mean over
-    the instances that were run, which is taken as 0: that mean is missed by each of them, and the mean over
-    all left-out instances stays what it was.
+    Runs leave the unexplained share of an instance's own part, or as much as two of them have of noise, known
+    by few degrees of freedom. Remainders are known up to their mean over the instances that were run, which
+    is taken as 0: that mean is missed by each of them, and the mean over all left-out instances stays what it
+    was.
 
     Args:
         missed: by predictions alone.
@@ -320,7 +353,9 @@ def after_runs(missed: Discrepancy, unexplained: Tensor) -> Discrepancy:
     """
     count = missed.own.shape[-1]
     share = unexplained[:, None]
+    left = share if missed.noise is None else heavier_tails(ALIKE) ** 2 * share.maximum(missed.noise)
     run = (unexplained < 1).any(0)
     of_run = missed.own[..., run].sum(-1, keepdim=True) / max(int(run.sum()), 1) ** 2
-    own = missed.own * share + of_run * (1 - share).square()
-    return Discrepancy(own, missed.common, missed.own.mean(-1, keepdim=True) / count)
+    own = missed.own * left.clamp(max=1) + of_run * (1 - share).square()
+    of_mean = missed.own.mean(-1, keepdim=True) / count
+    return replace(missed, own=own, of_mean=of_mean)

@@ -12,6 +12,9 @@ from fimo.linear_response.linearity import Discrepancy, heavier_tails
 PRIOR_FREEDOM = 4.0
 """Degrees of freedom that the pooled variance over seeds counts for in each score's own."""
 
+DOUBT = 0.6
+"""Standard error of the variance of what all seeds miss, relative to a bar's, above which it is withheld."""
+
 
 @dataclass(frozen=True)
 class ErrorBars:
@@ -91,9 +94,19 @@ def error_bars(
         instances: with real runs, from which the latter was estimated.
     """
     widened = heavier_tails(max(instances, 4)) ** 2
-    raw, adjusted = widened * missed.raw(), widened * missed.adjusted()
+    variances = [widened * missed.raw(), widened * missed.adjusted()]
     if spread is not None:
-        raw, adjusted = spread[0].cpu() + raw, spread[1].cpu() + adjusted
-    share = float(raw.isnan().double().mean())
-    reason = f"{100 * share:.0f} % of them: real runs or scores there are not finite" if share else ""
-    return ErrorBars(raw.sqrt().to(dtype), adjusted.sqrt().to(dtype), reason)
+        variances = [seeds.cpu() + rest for seeds, rest in zip(spread, variances, strict=True)]
+    unknown = float(variances[0].isnan().double().mean())
+    reasons = [(unknown, "real runs or scores there are not finite")]
+    if missed.doubt is not None and missed.common_doubt is not None:
+        doubts = (missed.doubt + missed.common_doubt, missed.doubt)
+        # what is rounding for other instances of a test instance is no reason
+        least = [variance.maximum(1e-6 * variance.mean(-1, keepdim=True)) for variance in variances]
+        withheld = [widened * x > DOUBT * variance for x, variance in zip(doubts, least, strict=True)]
+        variances = [x.masked_fill(w, torch.nan) for x, w in zip(variances, withheld, strict=True)]
+        share = float(torch.stack(withheld).double().mean())
+        reasons.append((share, "what all seeds miss there can't be told from the noise of single ones"))
+    raw, adjusted = (x.sqrt().to(dtype) for x in variances)
+    reason = "; ".join(f"{100 * share:.0f} % of them: {why}" for share, why in reasons if share)
+    return ErrorBars(raw, adjusted, reason)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fimo.linear_response.linearity import discrepancy, stratified
+from fimo.linear_response.linearity import FEWEST, Checked, dealt, discrepancy
 from fimo.linear_response.real_runs import run_without
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.base import AttributionMethod
@@ -19,9 +19,6 @@ log = logging.getLogger(__name__)
 
 CHECKED_SEEDS = 2
 """Seeds with which each checked instance is left out."""
-
-FEWEST_CHECKED = 4
-"""Instances with fewer of which the error of linearity can't be told from noise."""
 
 
 class Tally:
@@ -68,64 +65,85 @@ class FollowingMethod(AttributionMethod):
         )
 
     def average(
-        self, problem: AttributionProblem, seeds: Iterator[Tensor], tally: Tally
+        self, problem: AttributionProblem, seeds: Iterator[Tensor], tally: Tally, count: int | None = None
     ) -> tuple[Tensor, ErrorBars]:
-        """Return the mean of each seed's scores ``[E, J, L]``, and its error bars."""
+        """Return the mean of each seed's scores ``[E, J, L]``, and its error bars.
+
+        Args:
+            count: how many seeds are followed; all when None.
+        """
         spread = SeedSpread()
         first: list[Tensor] = []
+        checked: Checked | None = None
+        predicted: list[Tensor] = []
         for scores in seeds:
-            if len(first) < CHECKED_SEEDS:
-                first.append(scores)
             spread.add(scores)
-        return spread.mean, self.measured_bars(problem, spread.mean, first, spread, tally)
+            if checked is None:
+                first.append(scores)
+                if len(first) == CHECKED_SEEDS:
+                    checked = self.to_check(spread.mean, count or len(problem.followed.seeds))
+                    predicted, first = [x[..., checked.instances.to(x.device)].cpu() for x in first], []
+            else:
+                predicted.append(scores[..., checked.instances.to(scores.device)].cpu())
+        return spread.mean, self.measured_bars(problem, spread.mean, checked, predicted, spread, tally)
+
+    def to_check(self, scores: Tensor, seeds: int) -> Checked:
+        """Return the instances to be checked by real runs, by the size of scores ``[E, J, L]``."""
+        return dealt(relative_size(scores), self.checks // CHECKED_SEEDS, seeds)
 
     def measured_bars(
         self,
         problem: AttributionProblem,
         scores: Tensor,
-        first: Sequence[Tensor],
+        checked: Checked | None,
+        predicted: Sequence[Tensor],
         spread: SeedSpread | None,
         tally: Tally,
     ) -> ErrorBars:
         """Return the error bars of scores ``[E, J, L]``, measured by real runs.
 
         Args:
-            first: of the first followed seeds.
-            spread: of all; None where scores don't depend on seeds.
+            checked: None where too few seeds are followed.
+            predicted: S of ``[E, J, M]``, each seed's scores of the checked instances.
+            spread: of seeds' scores; None where scores don't depend on seeds.
         """
-        count, further_training = self.checks // CHECKED_SEEDS, problem.followed
-        if reason := self._unmeasured(count, len(first), len(problem.index)):
+        reason = self._unmeasured(checked)
+        if checked is None or reason:
             log.info("%s: no error bars, since %s", type(self).__name__, reason)
             return ErrorBars(withheld=reason)
-        checked, weight = stratified(relative_size(scores), count)
-        real = real_changes(problem, checked.tolist(), further_training.seeds[:CHECKED_SEEDS], tally)
-        predicted = torch.stack([x[..., checked.to(x.device)].double().cpu() for x in first])
-        missed = discrepancy(further_training.steps, real - predicted, scores, checked, weight)
+        count = len(checked.instances)
+        expected = torch.stack([predicted[s][..., k % count] for k, (_, s) in enumerate(checked.runs)])
+        residual = checked.by_instance(real_changes(problem, checked, tally) - expected.double())
+        missed = discrepancy(problem.followed.steps, residual, scores, checked)
         variances = None if spread is None else spread.variances()
-        bars = error_bars(variances, missed, len(checked), problem.dtype)
+        bars = error_bars(variances, missed, count, problem.dtype)
         if bars.withheld:
             log.info("%s: no error bars for %s", type(self).__name__, bars.withheld)
         return bars
 
-    def _unmeasured(self, count: int, seeds: int, left_out: int) -> str:
+    def _unmeasured(self, checked: Checked | None) -> str:
         """Return why bars must be withheld, or nothing."""
-        if not count:
+        if not self.checks // CHECKED_SEEDS:
             return "the error of linearity is not measured (checks: 0)"
-        if seeds < CHECKED_SEEDS:
+        if checked is None:
             return "a single followed seed doesn't show the noise of seeds"
-        if min(count, left_out) < FEWEST_CHECKED:
-            return f"fewer than {FEWEST_CHECKED} instances don't show the error of linearity"
+        if len(checked.instances) < FEWEST:
+            return f"fewer than {FEWEST} instances don't show the error of linearity"
         return ""
 
 
-def real_changes(
-    problem: AttributionProblem, positions: Sequence[int], seeds: Sequence[int], tally: Tally
-) -> Tensor:
-    """Return real changes of test losses ``[S, E, J, M]`` without each of some left-out instances."""
-    named = [(i, s) for s in seeds for i in (None, *(int(problem.index[p]) for p in positions))]
-    losses = real_losses(problem, named, tally).unflatten(0, (len(seeds), -1))
-    changes: Tensor = losses[:, 1:] - losses[:, :1]
-    return changes.permute(0, 2, 3, 1)
+def real_changes(problem: AttributionProblem, checked: Checked, tally: Tally) -> Tensor:
+    """Return real changes of test losses ``[2 * M, E, J]`` in the runs without checked instances."""
+    seeds, runs = checked.seeds, checked.runs
+    full = [(None, problem.followed.seeds[s]) for s in seeds]
+    losses = real_losses(problem, [*full, *named(problem, runs)], tally)
+    of_seed = dict(zip(seeds, losses, strict=False))
+    return losses[len(seeds) :] - torch.stack([of_seed[s] for _, s in runs])
+
+
+def named(problem: AttributionProblem, runs: Sequence[tuple[int, int]]) -> list[tuple[int | None, int]]:
+    """Return runs, as positions of instances and seeds, as training instances and seeds."""
+    return [(int(problem.index[i]), problem.followed.seeds[s]) for i, s in runs]
 
 
 def real_losses(problem: AttributionProblem, runs: Sequence[tuple[int | None, int]], tally: Tally) -> Tensor:

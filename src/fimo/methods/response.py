@@ -63,8 +63,8 @@ class Response(FollowingMethod):
             left-out instances allows.
         max_rows: most training outputs that are followed; beyond it the less curved directions are dropped.
         memory_mb: of Jacobians held at once.
-        checks: real leave-one-out runs that measure the response's error, for error bars; two full runs come
-            with them. At 0 bars are withheld.
+        checks: real leave-one-out runs that measure the response's error, for error bars; up to eight full
+            runs come with them. At 0 bars are withheld.
         form: ``kernel`` between training outputs; ``ekfac``: phi of EK-FAC's eigenvalues instead, with mean
             batches, at the final model or (``path`` and ``end``) at the seeds' mean parameters at the nearest
             of ``segments`` points; ``auto``: the kernel unless outputs (or its eigenproblem) are too many.
@@ -83,7 +83,7 @@ class Response(FollowingMethod):
         max_rows: int = 3000,
         memory_mb: float = 1024,
         form: Literal["auto", "kernel", "ekfac"] = "auto",
-        checks: int = 16,
+        checks: int = 32,
     ) -> None:
         for key, choice, allowed in (
             ("form", form, ("auto", "kernel", "ekfac")),
@@ -145,13 +145,21 @@ class Response(FollowingMethod):
             ends = (response.at_ends(t, test, removed) for t in further_training.full_runs())
             values, bars = self.average(problem, ends, tally)
         if by_factors or self.along == "final":  # one score for all seeds
-            first = [values] * min(CHECKED_SEEDS, len(further_training.seeds))
-            bars = self.measured_bars(problem, values, first, None, tally)
+            seeds = len(further_training.seeds)
+            checked = self.to_check(values, seeds) if seeds >= CHECKED_SEEDS else None
+            predicted = [] if checked is None else [values[..., checked.instances].cpu()] * seeds
+            bars = self.measured_bars(problem, values, checked, predicted, None, tally)
         tally.add(response.gradient_evaluations)
         return self.with_bars(problem, values, bars, tally, *notes)
 
-    def by_seed(self, problem: AttributionProblem, tally: Tally) -> Iterator[Tensor]:
-        """Yield each seed's scores ``[E, J, L]`` (float64)."""
+    def by_seed(
+        self, problem: AttributionProblem, tally: Tally, of_seeds: int | None = None
+    ) -> Iterator[Tensor]:
+        """Yield each seed's scores ``[E, J, L]`` (float64).
+
+        Args:
+            of_seeds: how many there are, where the problem has a part of them: as many kernels are planned.
+        """
         given = problem.followed
         for ignored in ignored_parts(problem.final_model, given.protocol):
             log.warning("the response ignores %s", ignored)
@@ -160,7 +168,7 @@ class Response(FollowingMethod):
         model, train = problem.final_model.to(dtype=dtype), problem.train.to(dtype=dtype)
         test = problem.test.to(dtype=dtype)
         workers = torch.get_num_threads() if train.targets.device.type == "cpu" else 1
-        share, most = self._kernel_plan(problem)
+        share, most = self._kernel_plan(problem, of_seeds or len(given.seeds))
         cut = segments(given.steps, most)
         trajectories: Iterator[Trajectory] = given.full_runs()
         first = next(trajectories)
@@ -198,7 +206,7 @@ class Response(FollowingMethod):
             for found in side_by_side(follow, runs, workers):
                 yield from found
 
-    def _kernel_plan(self, problem: AttributionProblem) -> tuple[bool, int]:
+    def _kernel_plan(self, problem: AttributionProblem, seeds: int) -> tuple[bool, int]:
         """Return whether seeds share kernels, and the number of segments."""
         model, given, test = problem.final_model, problem.followed, problem.test
         p, n = model.size, len(problem.train)
@@ -209,12 +217,12 @@ class Response(FollowingMethod):
         factored = not weighted or linear_layers(model.network) is not None
         width = 4 * p**0.5 if factored else p
         one = 2.0 * rows * (rows + len(test) * outputs) * width
-        runs = len(given.seeds) * len(problem.index) * given.steps[-1]
+        runs = seeds * len(problem.index) * given.steps[-1]
         whole = 6.0 * runs * min(given.protocol.batch_size, n) * p
         affordable = KERNEL_SHARE * whole / one
-        share = self.kernels == "shared" or (self.kernels == "auto" and affordable < 2 * len(given.seeds))
+        share = self.kernels == "shared" or (self.kernels == "auto" and affordable < 2 * seeds)
         if self.kernels == "auto":
-            each = affordable if share else affordable / len(given.seeds)
+            each = affordable if share else affordable / seeds
             return share, max(1, min(self.segments, int(each)))
         return share, self.segments
 

@@ -57,7 +57,7 @@ class Unrolled(FollowingMethod):
         propagate: Literal["outputs", "loss"] = "outputs",
         seeds: int | None = 1,
         chunk: int = 32,
-        checks: int = 16,
+        checks: int = 32,
     ) -> None:
         if mode not in ("auto", "forward", "reverse"):
             raise InputError("mode", f"expected one of auto, forward, reverse but got {mode!r}")
@@ -85,7 +85,8 @@ class Unrolled(FollowingMethod):
 
     def scores(self, problem: AttributionProblem) -> Scores:
         tally = Tally()
-        values, bars = self.average(problem, self._by_seed(problem, tally), tally)
+        seeds = len(problem.followed.seeds[: self.seeds])
+        values, bars = self.average(problem, self._by_seed(problem, tally), tally, seeds)
         return self.with_bars(problem, values, bars, tally)
 
     def _by_seed(self, problem: AttributionProblem, tally: Tally) -> Iterator[Tensor]:
