@@ -11,7 +11,8 @@ from fimo.curvature.kronecker import KroneckerFactors, fit_factors
 from fimo.data.instances import Instances
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import cross_entropy, language_modelling, mean_squared_error
-from tests.cases import CASES, Transformer
+from fimo.testing.cases import Transformer
+from tests.cases import CASES
 from tests.reference import attribution as dense
 
 
