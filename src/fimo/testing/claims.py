@@ -92,7 +92,7 @@ def check_method(
     Args:
         method: an object, a class, or a name.
         cases: names of :data:`~fimo.testing.CASES`; all when None.
-        skip: claims (see :data:`CLAIMS`) that are no claims of this method: ``sign`` of a baseline, say.
+        skip: claims (see :data:`~fimo.testing.CLAIMS`) that are no claims of this method: ``sign`` of a baseline, say.
         strict: raise where a claim fails.
 
     Returns:
