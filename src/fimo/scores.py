@@ -268,7 +268,7 @@ class Scores:
         axes.axvline(0, color="0.3", linewidth=0.8)
         axes.set_ylabel("training instance")
         unit = "rise of the test loss when removed" if self.predicts_loss_change else "score"
-        axes.set_xlabel(f"{unit} (positive: the instance helps)")
+        axes.set_xlabel(f"{unit}\n(positive: the instance helps)")  # beside the axis's power of ten
         of = "mean over test instances" if test is None else f"test instance {test}"
         axes.set_title(f"{self.method or 'scores'}: {of}")
         return figure

@@ -92,8 +92,8 @@ def check_method(
     Args:
         method: an object, a class, or a name.
         cases: names of :data:`~fimo.testing.CASES`; all when None.
-        skip: claims (see :data:`~fimo.testing.CLAIMS`) that are no claims of this method: ``sign`` of a baseline, say.
-        strict: raise where a claim fails.
+        skip: claims (see :data:`~fimo.testing.CLAIMS`) that are no claims of this method: ``sign`` of a
+            baseline, say.
 
     Returns:
         A row for each claim and case.
