@@ -52,7 +52,9 @@ def test_every_public_name_is_there_and_documented() -> None:
     assert not hasattr(fimo, "nothing")
 
 
-@pytest.mark.parametrize("module", [api, scores, final_model, conversion], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [api, scores, final_model, conversion, fimo.methods], ids=lambda m: m.__name__
+)
 def test_examples_of_the_documentation_run(module: Any) -> None:
     found = doctest.testmod(module, extraglobs={"fimo": fimo, "torch": torch})
     assert found.failed == 0

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,13 +17,13 @@ from torch import Tensor
 from fimo.cost import Cost, cost_table
 from fimo.data.conversion import to_instances
 from fimo.engine.protocol import Protocol
-from fimo.errors import InputError, nearest, reason
+from fimo.errors import InputError
 from fimo.further_training.gold_standard import evaluation_points
 from fimo.further_training.gold_standard import further_train as _further_train
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.further_training.trajectory_recorder import full_runs
-from fimo.methods.base import AttributionMethod
+from fimo.methods.catalogue import method_of
 from fimo.models.final_model import FinalModel
 from fimo.scores import Scores
 from fimo.store.files import Store
@@ -33,9 +31,9 @@ from fimo.validation import choices
 from fimo.validation.admission import admit
 
 if TYPE_CHECKING:
+    from fimo.methods.catalogue import Method
     from fimo.reporting.results import Results
 
-Method = str | AttributionMethod | type[AttributionMethod]
 Judged = Scores | Tensor | tuple[str, Tensor]
 
 
@@ -197,26 +195,6 @@ def evaluate(
     return assess(judged, truth, tuple(metrics or METRICS), resamples=0).table[COLUMNS]  # type: ignore[arg-type]
 
 
-def methods() -> pd.DataFrame:
-    """Return what methods there are: their names, what they are, need and cost, and when to use them.
-
-    Returns:
-        ``summary, access, needs, cost, use`` by name.
-
-    Example:
-        >>> fimo.methods().loc["graddot", "access"]
-        'FiMO'
-    """
-    rows = []
-    for name, settings in _settings().items():
-        kind = _class_of(settings)
-        line = (inspect.getdoc(kind) or "").splitlines()[0]
-        access = str(method_of(name, {})[1].access)
-        rows.append((name, _plain(line), access, kind.needs, kind.cost, kind.use))
-    table = pd.DataFrame(rows, columns=["name", "summary", "access", "needs", "cost", "use"])
-    return table.set_index("name")
-
-
 def load_run(folder: str | Path) -> Results:
     """Read the results of a finished run of the command line.
 
@@ -281,60 +259,6 @@ def followed(
         full_runs, model, train, protocol, numbers, store=place, device=train.targets.device
     )
     return FurtherTraining(protocol, steps, tuple(numbers), runs)
-
-
-def method_of(method: Method, settings: Mapping[str, Any]) -> tuple[str, AttributionMethod]:
-    """Return a method's name, and the method.
-
-    Raises:
-        InputError: no such method, or a setting that it does not have.
-    """
-    if isinstance(method, AttributionMethod):
-        if settings:
-            raise InputError(next(iter(settings)), "settings go with a method's name or class, not an object")
-        return type(method).__name__, method
-    if isinstance(method, str):
-        known = _settings()
-        if method not in known:
-            raise InputError("method", f"there is no {method!r}; {nearest(method, list(known))}")
-        name, kind, given = method, _class_of(known[method]), {**known[method], **settings}
-        given.pop("_target_")
-    elif isinstance(method, type) and issubclass(method, AttributionMethod):
-        name, kind, given = method.__name__, method, dict(settings)
-    else:
-        raise InputError("method", f"expected a name, a class or an object but got {method!r}")
-    parameters = inspect.signature(kind).parameters
-    for key in given:
-        if key not in parameters:
-            raise InputError(key, f"{name} has no such setting; {nearest(key, list(parameters))}")
-    try:
-        return name, kind(**given)
-    except TypeError as error:
-        raise InputError("method", f"{name}: {reason(error)}") from error
-
-
-@functools.cache
-def _settings() -> dict[str, dict[str, Any]]:
-    """Return each method's settings, by name, as the command line has them."""
-    from omegaconf import OmegaConf
-
-    from fimo.app.config import all_methods, packaged_conf
-
-    found = OmegaConf.to_container(all_methods(packaged_conf()))
-    assert isinstance(found, dict)
-    return {str(name): dict(settings) for name, settings in found.items()}
-
-
-def _class_of(settings: Mapping[str, Any]) -> type[AttributionMethod]:
-    from fimo.app.arguments import imported
-
-    found: type[AttributionMethod] = imported(settings["_target_"], "method")
-    return found
-
-
-def _plain(text: str) -> str:
-    """Return a docstring's text without markup."""
-    return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", text).replace("``", "")
 
 
 def _store(store: Store | str | Path | None) -> Store | None:

@@ -22,12 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fimo import __version__
-from fimo.app.config import packaged_conf, plain, validated
+from fimo.app.config import plain, validated
 from fimo.app.jobs import run_once
 from fimo.app.mistakes import in_one_line, readable
 from fimo.app.run_folder import RunFolder, given_folder
 from fimo.app.sweep import Sweep, is_sweep, only_shows, resolved
 from fimo.errors import CheckFailedError, InputError, nearest, shortened
+from fimo.methods.catalogue import packaged_conf
 from fimo.store import inventory
 
 # the launchers' settings have the plugins' own names, so that Hydra checks them against the plugins' schemas

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fimo.app.moved import with_present_paths
 from fimo.app.values import check_values
 from fimo.errors import InputError, nearest, shortened
+from fimo.methods.catalogue import all_methods
 
 
 @dataclass
@@ -155,12 +156,6 @@ def validated(config: DictConfig, conf: Path) -> DictConfig:
     return checked
 
 
-def packaged_conf() -> Path:
-    """Return the folder of configuration groups: an installed wheel's, else the repository's."""
-    packaged = Path(__file__).parents[1] / "conf"
-    return packaged if packaged.is_dir() else Path(__file__).parents[3] / "conf"
-
-
 def chosen_methods(methods: Any, conf: Path) -> DictConfig:
     """Return the settings of the methods that run: those chosen, or all of ``conf/method``.
 
@@ -180,14 +175,6 @@ def chosen_methods(methods: Any, conf: Path) -> DictConfig:
                 raise InputError(f"methods.{name}", f"does not run; there are {shortened(running)}; {both}")
             raise InputError(f"methods.{name}", f"no such method; {nearest(str(name), there)}")
     merged = OmegaConf.merge(known, methods)
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def all_methods(conf: Path) -> DictConfig:
-    """Return the settings of every method that has a file in ``conf/method``, by name."""
-    files = sorted((conf / "method").glob("*.yaml"))
-    merged = OmegaConf.merge({}, *(OmegaConf.load(file) for file in files))
     assert isinstance(merged, DictConfig)
     return merged
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +15,7 @@ from fimo.data.datamodule import InstancesModule, Split
 from fimo.evaluation import Evaluation
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.methods.base import AttributionMethod
+from fimo.methods.catalogue import first_sentence
 from fimo.models.final_model import FinalModel
 from fimo.models.training import Quality
 from fimo.reporting.instance_table import InstanceDisplay, collect
@@ -65,19 +64,13 @@ def summarise(
             "classes": list(data.class_names),
         },
         shown=collect(sensitivity, show, config["evaluation"]["shown"]),
-        descriptions={name: first_sentence(method) for name, method in methods.items()},
+        descriptions={name: first_sentence(type(method)) for name, method in methods.items()},
         skipped=skipped,
         warnings=evaluation.notes,
         bootstrap=evaluation.bootstrap,
         slopes=evaluation.slopes,
         distance=distance_table(sensitivity, final_model),
     )
-
-
-def first_sentence(method: AttributionMethod) -> str:
-    """Return the first line of a method's docstring, without markup."""
-    line = (inspect.getdoc(type(method)) or type(method).__name__).splitlines()[0]
-    return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", line).replace("``", "")
 
 
 def distance_table(sensitivity: Sensitivity, final_model: FinalModel) -> pd.DataFrame | None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -190,12 +188,3 @@ def _activations(final_model: FinalModel, train: Instances, engine: Engine) -> i
         for handle in handles:
             handle.remove()
     return max(1, sum(sizes))
-
-
-def trainer_device(trainer: Mapping[str, Any] | None) -> torch.device:
-    """Return the device on which a Trainer of these arguments would run."""
-    if trainer is None or trainer.get("accelerator", "cpu") == "cpu":
-        return torch.device("cpu")
-    from fimo.engine.driver import make_trainer  # Lightning takes seconds to import
-
-    return make_trainer(trainer).strategy.root_device

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fimo.cost import Cost
 from fimo.data.instances import Instances
-from fimo.engine.context import Setting, chunk_size, trainer_device
+from fimo.engine.context import Setting, chunk_size
+from fimo.engine.devices import trainer_device
 from fimo.engine.job import Job
 from fimo.engine.protocol import Protocol
 from fimo.engine.records import Records

@@ -19,7 +19,8 @@ from torch import Tensor
 from fimo.cost import Cost
 from fimo.data.instances import Instances
 from fimo.engine.chunk import Chunk
-from fimo.engine.context import Setting, chunk_size, trainer_device, worker_threads
+from fimo.engine.context import Setting, chunk_size, worker_threads
+from fimo.engine.devices import trainer_device
 from fimo.engine.protocol import Protocol
 from fimo.engine.replicas import Replica
 from fimo.engine.threads import one_thread

@@ -14,9 +14,18 @@ class _Methods(types.ModuleType):
     """The package as a function too, so that ``fimo.methods()`` and ``fimo.methods.tracin`` both work."""
 
     def __call__(self) -> pd.DataFrame:
-        from fimo.api import methods
+        """Return what methods there are: what they are, need and cost, and when to use them.
 
-        return methods()
+        Returns:
+            ``summary, access, needs, cost, use`` by name.
+
+        Example:
+            >>> fimo.methods().loc["graddot", "access"]
+            'FiMO'
+        """
+        from fimo.methods.catalogue import table
+
+        return table()
 
 
 sys.modules[__name__].__class__ = _Methods

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fimo.api import Method, followed, further_train, method_of
+from fimo.api import followed, further_train
 from fimo.data.instances import Instances
 from fimo.engine.protocol import Protocol
 from fimo.errors import InputError, reason
 from fimo.methods.base import AttributionMethod
+from fimo.methods.catalogue import method_of
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import mean_squared_error
 from fimo.scores import Scores
@@ -24,6 +25,7 @@ from fimo.testing.cases import CASES, Case
 
 if TYPE_CHECKING:
     from fimo.further_training.sensitivity import Sensitivity
+    from fimo.methods.catalogue import Method
 
 PROTOCOL = Protocol(optimizer="sgd", lr=0.05, batch_size=8, epochs=2, leave_out="mask", dtype="float64")
 """The further training that methods are given which follow one."""

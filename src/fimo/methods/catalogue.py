@@ -1,0 +1,106 @@
+"""Which methods there are: their files of settings, by name."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+
+from fimo.errors import InputError, nearest, reason
+
+if TYPE_CHECKING:
+    from fimo.methods.base import AttributionMethod
+
+    Method = str | AttributionMethod | type[AttributionMethod]
+
+
+def packaged_conf() -> Path:
+    """Return the folder of configuration groups: an installed wheel's, else the repository's."""
+    packaged = Path(__file__).parents[1] / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).parents[3] / "conf"
+
+
+def all_methods(conf: Path) -> DictConfig:
+    """Return the settings of every method that has a file in ``conf/method``, by name."""
+    files = sorted((conf / "method").glob("*.yaml"))
+    merged = OmegaConf.merge({}, *(OmegaConf.load(file) for file in files))
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def method_of(method: Method, settings: Mapping[str, Any]) -> tuple[str, AttributionMethod]:
+    """Return a method's name, and the method.
+
+    Args:
+        method: a name, a class, or an object.
+        settings: arguments of a name's class or of a class.
+
+    Raises:
+        InputError: no such method, or a setting that it does not have.
+    """
+    from fimo.methods.base import AttributionMethod
+
+    if isinstance(method, AttributionMethod):
+        if settings:
+            raise InputError(next(iter(settings)), "settings go with a method's name or class, not an object")
+        return type(method).__name__, method
+    if isinstance(method, str):
+        known = _settings()
+        if method not in known:
+            raise InputError("method", f"there is no {method!r}; {nearest(method, list(known))}")
+        name, kind, given = method, _class_of(known[method]), {**known[method], **settings}
+        given.pop("_target_")
+    elif isinstance(method, type) and issubclass(method, AttributionMethod):
+        name, kind, given = method.__name__, method, dict(settings)
+    else:
+        raise InputError("method", f"expected a name, a class or an object but got {method!r}")
+    parameters = inspect.signature(kind).parameters
+    for key in given:
+        if key not in parameters:
+            raise InputError(key, f"{name} has no such setting; {nearest(key, list(parameters))}")
+    try:
+        return name, kind(**given)
+    except TypeError as error:
+        raise InputError("method", f"{name}: {reason(error)}") from error
+
+
+def table() -> pd.DataFrame:
+    """Return what methods there are: their names, what they are, need and cost, and when to use them.
+
+    Returns:
+        ``summary, access, needs, cost, use`` by name.
+    """
+    rows = []
+    for name, settings in _settings().items():
+        kind = _class_of(settings)
+        access = str(method_of(name, {})[1].access)
+        rows.append((name, first_sentence(kind), access, kind.needs, kind.cost, kind.use))
+    frame = pd.DataFrame(rows, columns=["name", "summary", "access", "needs", "cost", "use"])
+    return frame.set_index("name")
+
+
+def first_sentence(kind: type[AttributionMethod]) -> str:
+    """Return the first line of a method's docstring, without markup."""
+    line = (inspect.getdoc(kind) or kind.__name__).splitlines()[0]
+    return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", line).replace("``", "")
+
+
+@functools.cache
+def _settings() -> dict[str, dict[str, Any]]:
+    """Return each method's settings, by name, as the command line has them."""
+    found = OmegaConf.to_container(all_methods(packaged_conf()))
+    assert isinstance(found, dict)
+    return {str(name): dict(settings) for name, settings in found.items()}
+
+
+def _class_of(settings: Mapping[str, Any]) -> type[AttributionMethod]:
+    module, _, name = str(settings["_target_"]).rpartition(".")
+    found: type[AttributionMethod] = getattr(importlib.import_module(module), name)
+    return found
