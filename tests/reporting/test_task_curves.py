@@ -9,12 +9,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from fimo.app.summary import with_findings
 from fimo.reporting import Results, write_figures, write_report
 from fimo.reporting.dashboard import one_value
 from fimo.reporting.interactive import all_figures
 from fimo.reporting.task_curves import Curve
 from fimo.reporting.wandb import summary
-from fimo.tasks import Judged, Task, with_findings
+from fimo.tasks import Judged, Task
 from tests.reporting.example import example, example_tasks
 
 CURVE = Curve(

@@ -17,23 +17,24 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from fimo.app.plan import Plan
+from fimo.app.run import Run, joined
+from fimo.app.summary import with_findings
 from fimo.cost import Cost
 from fimo.data.instances import Instances
 from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.scores import Scores
-from fimo.tasks import Datamodeling, Judged, Mislabelled, Removal, Retraining, base, datamodeling, mislabelled
-from fimo.tasks.base import seeds_of, with_findings
+from fimo.tasks import Datamodeling, Mislabelled, Removal, Retraining, datamodeling, mislabelled
+from fimo.tasks.base import seeds_of
 from fimo.tasks.mislabelled import GOLD_STANDARD, own
-from fimo.tasks.retraining import joined
 
 CONF = Path(__file__).parents[2] / "conf" / "evaluation"
 
 PLAN = Plan(Protocol(epochs=1), [7, 8, 9], [1, 2], [(0,), (3,)], [1, 0], True, 3)
 
 
-def judged(**changes: Any) -> Judged:
+def judged(**changes: Any) -> Run:
     """A run whose parts only stand for what they are."""
     whole = Instances(torch.randn(30, 2), torch.arange(30) % 3)
     data = SimpleNamespace(train=whole[:20], test=whole[20:], outputs=3, task="classification")
@@ -43,10 +44,11 @@ def judged(**changes: Any) -> Judged:
     }
     model = SimpleNamespace(to=lambda device: f"model on {device}")
     given: dict[str, Any] = {
-        "config": SimpleNamespace(trainer={}), "data": data, "plan": PLAN, "final_model": model,
-        "methods": methods, "store": "store", "device": torch.device("cpu"), "cost": Cost("task"), **changes,
+        "data": data, "final_model": model, "plan": PLAN, "methods": methods, "settings": {},
+        "store": "store", "device": torch.device("cpu"), "seed": 5, "trainer": {"accelerator": "cpu"},
+        "final_models": SimpleNamespace(trained_here=True), "cost": Cost("task"), **changes,
     }  # fmt: skip
-    return Judged(**given)
+    return Run(**given)
 
 
 # what a task is handed
@@ -68,11 +70,12 @@ def test_scores_are_asked_for_each_method_and_their_cost_is_the_tasks(
             cost.gradient_evaluations = 10
             return f"scores of {name}"
 
-    monkeypatch.setattr(base, "Scoring", Asked)
+    monkeypatch.setattr("fimo.app.run.Scoring", Asked)
     methods = {"following": {"a": 1}, "plain": {"b": 2}, "other": {}}
-    run = judged(config=OmegaConf.create({"methods": methods, "seed": 5}))
+    run = judged(settings=methods)
     assert run.scores([2, 5]) == {"following": "scores of following", "plain": "scores of plain"}
-    (model, data, plan, seed, store, device), *each = asked
+    (model, data, plan, seed, store, device, problem), *each = asked
+    assert problem is None
     assert (model, data, seed, store, device) == (run.final_model, run.data, 5, "store", run.device)
     assert plan == dataclasses.replace(PLAN, left_out=[2, 5])
     assert each == [(name, run.methods[name], methods[name]) for name in ("following", "plain")]
@@ -93,8 +96,7 @@ def test_leaving_out_takes_the_runs_protocol_seeds_and_test_instances(
         calls.append((arguments, named))
         return "sensitivity"
 
-    monkeypatch.setattr(base, "further_train", further_train)
-    monkeypatch.setattr(base, "trainer_settings", lambda config: {"accelerator": "cpu"})
+    monkeypatch.setattr("fimo.app.run.further_train", further_train)
     run = judged()
     for seeds, expected in ((None, [7, 8, 9]), ([4], [4])):
         assert run.leave_out([[1, 2]], seeds) == "sensitivity"
@@ -105,17 +107,18 @@ def test_leaving_out_takes_the_runs_protocol_seeds_and_test_instances(
         assert torch.equal(test.targets, run.data.test.targets[[1, 0]])
         assert named == {
             "test_index": [1, 0], "store": "store", "chunk": 3, "subtract_mean": True,
-            "trainer": {"accelerator": "cpu"},
+            "trainer": {"accelerator": "cpu"}, "problem": None, "keep_states": True,
         }  # fmt: skip
     assert run.cost.gradient_evaluations == 10
 
 
 def test_the_first_so_many_seeds_of_the_run_are_taken() -> None:
-    assert seeds_of(None, PLAN, "key") == [7, 8, 9]
-    assert [seeds_of(k, PLAN, "key") for k in (1, 3)] == [[7], [7, 8, 9]]
+    run = judged()
+    assert seeds_of(None, run, "key") == [7, 8, 9]
+    assert [seeds_of(k, run, "key") for k in (1, 3)] == [[7], [7, 8, 9]]
     for wrong in (0, 4):
         with pytest.raises(InputError, match=r"key: expected 1 to 3 \(further_training.seeds\)") as refused:
-            seeds_of(wrong, PLAN, "key")
+            seeds_of(wrong, run, "key")
         assert refused.value.problem.endswith(f"got {wrong}")
 
 
@@ -177,7 +180,7 @@ def test_a_task_and_its_file_have_the_same_defaults(name: str) -> None:
 
 
 def test_seeds_that_there_are_not_are_named_with_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Judged, "scores", lambda self, left_out=None: {})
+    monkeypatch.setattr(Run, "scores", lambda self, left_out=None: {})
     tasks = {"datamodeling": Datamodeling, "removal": Removal, "retraining": Retraining}
     for name, task in tasks.items():
         with pytest.raises(InputError, match=rf"evaluation\.tasks\.{name}\.seeds: expected 1 to 3"):
@@ -189,26 +192,23 @@ def test_seeds_that_there_are_not_are_named_with_the_task(monkeypatch: pytest.Mo
 def test_labels_are_flipped_of_classes_before_a_training_that_is_made_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config: Any = SimpleNamespace(model=SimpleNamespace(checkpoint=None))
-    data: Any = judged().data
-    Mislabelled().check(config, data)
+    Mislabelled().check(judged())
     with pytest.raises(InputError, match=r"without model\.checkpoint"):
-        Mislabelled().check(SimpleNamespace(model=SimpleNamespace(checkpoint="file")), data)  # type: ignore[arg-type]
-    regression: Any = SimpleNamespace(task="regression")
+        Mislabelled().check(judged(final_models=SimpleNamespace(trained_here=False)))
     with pytest.raises(InputError, match="this is regression"):
-        Mislabelled().check(config, regression)
+        Mislabelled().check(judged(data=SimpleNamespace(task="regression")))
 
 
 def test_training_from_scratch_is_checked_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[Any] = []
     for module in ("datamodeling", "retraining"):
         monkeypatch.setattr(f"fimo.tasks.{module}.check_retraining", lambda *a: checked.append(a))
-    config, data = object(), object()
-    Datamodeling(start="random").check(config, data)  # type: ignore[arg-type]
-    Datamodeling().check(config, data)  # type: ignore[arg-type]
-    Retraining().check(config, data)  # type: ignore[arg-type]
+    run = judged()
+    Datamodeling(start="random").check(run)
+    Datamodeling().check(run)
+    Retraining().check(run)
     assert checked == [
-        (config, data, "evaluation.tasks.datamodeling.start"), (config, data, "evaluation.tasks.retraining"),
+        (run, "evaluation.tasks.datamodeling.start"), (run, "evaluation.tasks.retraining"),
     ]  # fmt: skip
 
 
@@ -235,11 +235,10 @@ def test_trainings_of_one_seed_each_are_joined_at_their_last_evaluation_point() 
 
 
 def test_as_many_as_all_training_instances_are_not_removed_together() -> None:
-    data: Any = judged().data
-    Removal(counts=[19, 3, 3]).check({}, data)  # type: ignore[arg-type]
+    Removal(counts=[19, 3, 3]).check(judged())
     assert Removal(counts=[19, 3, 3]).counts == [3, 19]
     with pytest.raises(InputError, match="expected fewer than all 20 but got 20"):
-        Removal(counts=[20, 3]).check({}, data)  # type: ignore[arg-type]
+        Removal(counts=[20, 3]).check(judged())
 
 
 def test_candidates_are_evenly_spaced_and_at_most_all() -> None:
@@ -264,7 +263,7 @@ def test_every_repeat_and_seed_flips_other_labels_and_candidates_alone_are_judge
     def flips(**arguments: Any) -> list[list[int]]:
         targets: list[Tensor] = []
         judged_on: list[Any] = []
-        monkeypatch.setattr(Mislabelled, "_flipped", lambda self, run, t: targets.append(t) or run)
+        monkeypatch.setattr(Run, "with_targets", lambda self, t: targets.append(t) or self)
         monkeypatch.setattr(Mislabelled, "_found", lambda self, run, c: {"m": torch.zeros(len(c))})
         monkeypatch.setattr(mislabelled, "detection", lambda repeats: judged_on.extend(repeats))
         run = judged()
@@ -286,13 +285,13 @@ def test_suspicion_is_harm_to_test_instances_or_influence_on_oneself(monkeypatch
     raw[0, 0] = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     asked: list[Any] = []
 
-    def scores(self: Judged, left_out: Sequence[int]) -> Any:
+    def scores(self: Run, left_out: Sequence[int]) -> Any:
         asked.append((self, left_out))
         return {"m": Scores(torch.eye(4) * torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor(left_out))}
 
-    monkeypatch.setattr(Judged, "scores", scores)
+    monkeypatch.setattr(Run, "scores", scores)
     monkeypatch.setattr(
-        Judged,
+        Run,
         "leave_out",
         lambda self, groups, seeds: asked.append((groups, seeds)) or SimpleNamespace(raw=raw),
     )
@@ -321,9 +320,9 @@ def test_sets_are_left_out_by_further_training_or_from_scratch(
         "a": Scores(torch.stack([torch.zeros(2, 20), torch.ones(2, 20)]), torch.arange(20)),
         "b": Scores(torch.ones(2, 20), torch.arange(20)),
     }
-    monkeypatch.setattr(Judged, "scores", lambda self: both)
-    monkeypatch.setattr(Judged, "leave_out", lambda self, groups, seeds: ("further", groups, seeds))
-    monkeypatch.setattr(datamodeling, "retrain", lambda run, groups, seeds: (run.store, groups, seeds))
+    monkeypatch.setattr(Run, "scores", lambda self: both)
+    monkeypatch.setattr(Run, "leave_out", lambda self, groups, seeds: ("further", groups, seeds))
+    monkeypatch.setattr(Run, "retrain", lambda self, groups, seeds: (self.store, groups, seeds))
     monkeypatch.setattr(datamodeling, "datamodeling_score", lambda *a: given.append(a) or "table")
     assert Datamodeling(6, 0.25, start, 2, 4)(judged()) == "table"
     scores, leave_out, *rest = given[0]
@@ -338,14 +337,14 @@ def test_sets_are_left_out_by_further_training_or_from_scratch(
 
 def test_curves_and_retraining_take_the_runs_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(Judged, "scores", lambda self: "scores")
-    monkeypatch.setattr(Judged, "leave_out", lambda self, groups, seeds: (groups, seeds))
+    monkeypatch.setattr(Run, "scores", lambda self: "scores")
+    monkeypatch.setattr(Run, "leave_out", lambda self, groups, seeds: (groups, seeds))
     monkeypatch.setattr("fimo.tasks.removal.removal_curves", lambda *a: given.append(a) or "curves")
     assert Removal([2, 1], 3, 1, 5)(judged()) == "curves"
     scores, leave_out, *rest = given[0]
     assert (scores, rest) == ("scores", [20, [1, 2], 3, 5])
     assert leave_out([[4]]) == ([[4]], [7])
-    monkeypatch.setattr("fimo.tasks.retraining.retrain", lambda *a: a)
+    monkeypatch.setattr(Run, "retrain", lambda *a: a)
     run = judged()
     assert Retraining(2)(run) == (run, PLAN.left_out, [7, 8])
     assert Retraining()(run) == (run, PLAN.left_out, [7, 8, 9])

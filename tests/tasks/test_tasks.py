@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pandas as pd
@@ -12,15 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import nn
 
-from fimo.app.build import build_data, build_final_model, build_methods, build_module
+from fimo.app.build import build_final_model, build_module, build_tasks
 from fimo.app.config import validated
-from fimo.app.experiment import run_experiment
-from fimo.app.plan import Plan
-from fimo.cost import Cost
+from fimo.app.experiment import prepare, run_experiment
+from fimo.app.final_models import FinalModels
+from fimo.app.journal import Journal
+from fimo.app.run import Run
 from fimo.errors import InputError
 from fimo.further_training import Protocol
-from fimo.store.files import Store
-from fimo.tasks import Datamodeling, Judged, Mislabelled, build_tasks, retrain
+from fimo.tasks import Datamodeling, Mislabelled
 from fimo.tasks.mislabelled import GOLD_STANDARD
 from fimo.tasks.retraining import check_retraining
 from tests.reference.further_training import plain_sensitivity
@@ -39,13 +40,9 @@ def configured(store: Path, *overrides: str) -> DictConfig:
         return validated(compose("config", overrides=[*SMALL, f"store={store}", *overrides]), CONF)
 
 
-def judged(config: DictConfig) -> Judged:
+def judged(config: DictConfig) -> Run:
     """Return a run whose final model is untrained."""
-    data = build_data(config)
-    final_model = build_final_model(build_module(config, data), config)
-    methods = build_methods(config)
-    plan, device = Plan.of(config, data), torch.device("cpu")
-    return Judged(config, data, plan, final_model, methods, Store(config.store), device, Cost("task"))
+    return prepare(config, Journal(Path(config.store))).run
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +92,7 @@ def test_retraining_equals_plain_training_from_each_seeds_initial_parameters(
         f"trainer.gradient_clip_val={'null' if clip is None else clip}",
     )  # fmt: skip
     run = judged(config)
-    found = retrain(run, run.plan.left_out, [0, 5])
+    found = run.retrain(run.plan.left_out, [0, 5])
     protocol = Protocol(
         "adam", lr=0.001, batch_size=32, epochs=2, weight_decay=0.01, clip_norm=clip, dtype="float64"
     )
@@ -124,7 +121,7 @@ def test_flipped_labels_train_another_model_and_leave_the_runs_data_alone(tmp_pa
     run = judged(configured(tmp_path))
     before = run.data.train.targets.clone()
     targets = (before + 1) % 10
-    other = Mislabelled()._flipped(run, targets)
+    other = run.with_targets(targets)
     assert torch.equal(run.data.train.targets, before)
     assert torch.equal(other.data.train.targets, targets)
     right, wrong = (float(m.losses(run.data.test).mean()) for m in (run.final_model, other.final_model))
@@ -155,8 +152,10 @@ def test_a_task_that_does_not_apply_is_refused_before_any_training(
     tmp_path: Path, overrides: list[str], key: str, said: str
 ) -> None:
     config = configured(tmp_path, *overrides)
+    of_data = [o for o in overrides if o.startswith("dataset")]
+    run = dataclasses.replace(judged(configured(tmp_path, *of_data)), final_models=FinalModels(config))
     with pytest.raises(InputError) as refused:
-        build_tasks(config, build_data(config))
+        build_tasks(config, run)
     assert refused.value.key == f"evaluation.tasks.{key}"
     assert said in refused.value.problem
 
@@ -166,10 +165,11 @@ def test_batch_statistics_are_not_trained_from_scratch(
 ) -> None:
     config = configured(tmp_path, "evaluation=retraining")
     network = nn.Sequential(nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 10))
-    data = build_data(config)
+    run = judged(configured(tmp_path))
     monkeypatch.setattr("fimo.app.build.build", lambda node, key, **_: network)
+    run = dataclasses.replace(run, final_models=FinalModels(config))
     with pytest.raises(InputError, match="batch normalisation"):
-        check_retraining(config, data, "evaluation.tasks.retraining")
+        check_retraining(run, "evaluation.tasks.retraining")
 
 
 def test_several_ways_to_judge_compose(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from fimo.models.lightning_module import FinalModelModule
 from fimo.models.loss_function import Loss, LossFunction
 from fimo.models.losses import LOSSES, MEASUREMENTS
 from fimo.models.progress import EpochProgress
+from fimo.tasks.base import Judged, Task
 from fimo.validation.admission import admit, tried
 
 PROTOCOL_FIELDS = tuple(f.name for f in dataclasses.fields(Protocol))
@@ -223,6 +224,25 @@ def build_methods(config: DictConfig) -> dict[str, AttributionMethod]:
             )
         methods[str(name)] = method
     return methods
+
+
+def build_tasks(config: DictConfig, run: Judged) -> dict[str, Task]:
+    """Build every configured task by name, and check that it applies.
+
+    Args:
+        run: with an untrained final model.
+
+    Raises:
+        InputError: naming the key under ``evaluation.tasks`` at fault.
+    """
+    tasks = {}
+    for name, node in (config.evaluation.tasks or {}).items():
+        task = build(node, f"evaluation.tasks.{name}", _convert_="all")
+        if not isinstance(task, Task):
+            raise InputError(f"evaluation.tasks.{name}", f"expected a Task but got {type(task).__name__}")
+        task.check(run)
+        tasks[str(name)] = task
+    return tasks
 
 
 def check_evaluation(config: DictConfig, seeds: int) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -18,6 +21,7 @@ from fimo.app.build import (
     build_final_model,
     build_methods,
     build_module,
+    build_tasks,
     build_trainer,
     check_evaluation,
     training_settings,
@@ -25,23 +29,25 @@ from fimo.app.build import (
 from fimo.app.check_run import check_run
 from fimo.app.config import plain
 from fimo.app.environment import quiet_libraries, trainer_settings
+from fimo.app.final_models import FinalModels
+from fimo.app.journal import Journal
 from fimo.app.plan import Plan
-from fimo.app.scoring import Scoring, applicable
-from fimo.app.summary import summarise
+from fimo.app.run import Run
+from fimo.app.scoring import applicable
+from fimo.app.summary import summarise, with_findings
 from fimo.cost import Cost, measured, write_costs
-from fimo.curvature.solvers import DivergenceError
 from fimo.data.datamodule import InstancesModule
-from fimo.errors import InputError, reason
-from fimo.evaluation import assess
-from fimo.further_training import further_train
+from fimo.errors import InputError
+from fimo.evaluation import Evaluation, assess
+from fimo.further_training.sensitivity import Sensitivity
 from fimo.models.final_model import FinalModel
-from fimo.models.frozen import without_frozen_part
-from fimo.models.training import quality, save_checkpoint, train_final_model
+from fimo.models.lightning_module import FinalModelModule
+from fimo.models.training import Quality, quality, save_checkpoint, train_final_model
+from fimo.reporting.results import Results
 from fimo.reporting.wandb import log_run
 from fimo.scores import Scores
-from fimo.store.description import Indescribable
 from fimo.store.files import Store
-from fimo.tasks import Judged, build_tasks, with_findings
+from fimo.tasks.base import Task
 from fimo.validation.poor import Comparison, compared, untold
 
 log = logging.getLogger(__name__)
@@ -60,133 +66,168 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     """
     quiet_libraries()
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    store = Store(config.store)
-    costs: list[Cost] = []
-
-    data = build_data(config)
-    plan = Plan.of(config, data)
-    check_evaluation(config, len(plan.seeds))
-    module = build_module(config, data)
-    methods, skipped = applicable(
-        build_methods(config), build_final_model(module, config), data.train, plan.protocol
-    )
-    for name, why in skipped.items():
-        log.warning("%s is skipped: %s", name, why)
-    tasks = build_tasks(config, data)
-    trainer = build_trainer(config)
-    device = trainer.strategy.root_device
-
-    with measured("final_model") as cost:
-        if config.model.checkpoint is None:
-            train_final_model(module, data, trainer, store, training_settings(config), config.seed, cost)
-        final_model = build_final_model(module, config)
-        save_checkpoint(module, trainer, run_dir / "final_model.ckpt")
-        final_quality = quality(final_model, data)
-    costs.append(cost)
-    if not math.isfinite(final_quality.train_loss):
-        raise InputError("model", f"the final model's loss is {final_quality.train_loss}; lower model.lr?")
-    log.info("final model: %s", final_quality)
-    trained, seen = without_frozen_part(final_model, data)  # what no run changes is computed once
-
+    journal = Journal(run_dir)
+    prepared = prepare(config, journal)
+    run, final_quality = with_final_model(prepared, config, journal)
+    trained = run.of_trained_part()
     if config.until == "check":
-        check_run(trained, seen, plan, methods, device, run_dir)
-        write_costs(costs, run_dir / "cost.csv")
-        return math.nan
+        check_run(trained.final_model, trained.data, run.plan, run.methods, run.device, run_dir)
+        return journal.end()
 
     if not config.model.accept_poor:
-        refuse_poor(final_model, data)
-        trained = dataclasses.replace(trained, accept_poor=True)  # not to be judged again with every part
-    scoring = Scoring.of(trained, seen, plan, config.seed, store, device)
-    with measured("further_training") as cost:
-        sensitivity = further_train(
-            trained,
-            seen.train,
-            seen.test[plan.test],
-            plan.protocol,
-            plan.seeds,
-            plan.left_out,
-            test_index=plan.test,
-            store=store,
-            chunk=plan.chunk,
-            subtract_mean=plan.subtract_mean,
-            trainer=trainer_settings(config),
-            cost=cost,
-            problem=None if isinstance(scoring.problem, Indescribable) else scoring.problem,
-        )
-        sensitivity.save(run_dir / "sensitivity.safetensors", with_raw=config.further_training.save_raw)
-    costs.append(cost)
-    check_finite(sensitivity.sensitivity)
+        refuse_poor(run.final_model, run.data)
+        known = dataclasses.replace(trained.final_model, accept_poor=True)  # not judged with every part again
+        trained = dataclasses.replace(trained, final_model=known)
+    trained = trained.with_description()
+    sensitivity = gold_standard(trained, config.further_training.save_raw, journal)
     if config.until == "further_training":
-        write_costs(costs, run_dir / "cost.csv")
-        return math.nan
+        return journal.end()
 
-    settings = plain(config.methods)
-    scores: dict[str, Scores] = {}
-    for name, method in methods.items():
-        with measured(name) as cost:
-            try:
-                scores[name] = scoring.scores(name, method, settings[name], cost)
-            except OSError:  # a full disk fails everything that follows too
-                raise
-            except Exception as error:  # whatever it is, the others' results are not lost with it
-                problem = failure(name, error, run_dir)
-                if len(methods) == 1:
-                    raise InputError(f"methods.{name}", problem) from error
-                log.error("%s failed: %s", name, problem)
-                skipped[name] = f"failed: {problem}"
-                continue
-            scores[name].save(run_dir / "scores" / f"{name}.safetensors")
-        costs.append(cost)
-        log.info("%s: %.1f s", name, cost.seconds)
-
-    methods = {name: method for name, method in methods.items() if name in scores}
-    if not scores:
-        raise InputError("method", "; ".join(f"{name} {why}" for name, why in skipped.items()))
-
-    findings = {}
-    for name, task in tasks.items():
-        with measured(name) as cost:
-            try:
-                findings[name] = task(Judged(config, data, plan, final_model, methods, store, device, cost))
-            except OSError:
-                raise
-            except Exception as error:  # what was measured and scored before is still judged and reported
-                problem = failure(name, error, run_dir)
-                log.error("%s failed: %s", name, problem)
-                skipped[name] = f"failed: {problem}"
-                continue
-        costs.append(cost)
-        log.info("%s: %.1f s", name, cost.seconds)
-
-    with measured("evaluation") as cost:
-        evaluation = assess(
-            scores,
-            sensitivity,
-            list(config.evaluation.metrics),
-            config.evaluation.seed_counts,
-            resamples=config.evaluation.bootstrap,
-        )
-        evaluation.save(run_dir)
-    costs.append(cost)
-
+    scores = scored(trained, journal)
+    run = run.of_methods(scores)
+    findings = judged(run, prepared.tasks, journal)
+    evaluation = evaluated(scores, sensitivity, config, journal)
     with measured("report") as cost:
         results = summarise(
-            plain(config), data, final_model, final_quality, sensitivity, methods, scores, evaluation,
-            costs, skipped,
+            plain(config), run.data, run.final_model, final_quality, sensitivity, run.methods, scores,
+            evaluation, journal.costs, journal.skipped,
         )  # fmt: skip
-        results = with_findings(results, findings, run_dir, tasks)
-        results.save(run_dir)
-        write_costs(costs, run_dir / "cost.csv")
-        if config.report:
-            from fimo.reporting import write_report  # with packages that nothing else needs
-
-            write_report(results, run_dir / "report.html")
-        log_run(results, config.logger, run_dir)
-    write_costs([*costs, cost], run_dir / "cost.csv")
+        results = with_findings(results, findings, run_dir, prepared.tasks)
+        report(results, config, journal)
+    journal.costs.append(cost)
+    journal.end()
     for note in evaluation.notes:
         log.warning("%s", note)
     log.info("results: %s", run_dir / "report.html" if config.report else run_dir)
     return best_agreement(evaluation.table, config.evaluation.metrics[0])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before any training, every part of which was checked.
+
+    Args:
+        run: with an untrained final model.
+        module: that the Trainer trains.
+        tasks: more ways to judge, by name.
+    """
+
+    run: Run
+    module: FinalModelModule
+    trainer: pl.Trainer
+    tasks: Mapping[str, Task]
+
+
+def prepare(config: DictConfig, journal: Journal) -> Prepared:
+    """Build all that a configuration names; every mistake in it is an error here.
+
+    Raises:
+        InputError: naming the key at fault.
+    """
+    data = build_data(config)
+    plan = Plan.of(config, data)
+    check_evaluation(config, len(plan.seeds))
+    module = build_module(config, data)
+    untrained = build_final_model(module, config)
+    methods, skipped = applicable(build_methods(config), untrained, data.train, plan.protocol)
+    for name, why in skipped.items():
+        log.warning("%s is skipped: %s", name, why)
+    journal.skipped.update(skipped)
+    trainer = build_trainer(config)
+    run = Run(
+        data, untrained, plan, methods, plain(config.methods), Store(config.store),
+        trainer.strategy.root_device, config.seed, trainer_settings(config), FinalModels(config),
+    )  # fmt: skip
+    return Prepared(run, module, trainer, build_tasks(config, run))
+
+
+def with_final_model(prepared: Prepared, config: DictConfig, journal: Journal) -> tuple[Run, Quality]:
+    """Train the final model where it is trained here, and write it.
+
+    Raises:
+        InputError: its loss is not finite.
+    """
+    run, module, trainer = prepared.run, prepared.module, prepared.trainer
+    with journal.stage("final_model") as cost:
+        if run.trained_here:
+            settings = training_settings(config)
+            train_final_model(module, run.data, trainer, run.store, settings, run.seed, cost)
+        final_model = build_final_model(module, config)
+        save_checkpoint(module, trainer, journal.folder / "final_model.ckpt")
+        found = quality(final_model, run.data)
+    if not math.isfinite(found.train_loss):
+        raise InputError("model", f"the final model's loss is {found.train_loss}; lower model.lr?")
+    log.info("final model: %s", found)
+    return dataclasses.replace(run, final_model=final_model), found
+
+
+def gold_standard(run: Run, save_raw: bool, journal: Journal) -> Sensitivity:
+    """Further train without each of the left-out instances, and write the sensitivity."""
+    with journal.stage("further_training") as cost:
+        sensitivity = run.gold_standard(cost)
+        sensitivity.save(journal.folder / "sensitivity.safetensors", with_raw=save_raw)
+    check_finite(sensitivity.sensitivity)
+    return sensitivity
+
+
+def scored(run: Run, journal: Journal) -> dict[str, Scores]:
+    """Return every method's scores, and write them; those of methods that fail are missing.
+
+    Raises:
+        InputError: all failed.
+    """
+    scoring, found = run.scoring(), {}
+
+    def score(name: str, cost: Cost) -> Scores:
+        scores = scoring.scores(name, run.methods[name], run.settings[name], cost)
+        scores.save(journal.folder / "scores" / f"{name}.safetensors")
+        return scores
+
+    for name in run.methods:
+        scores = journal.tried(name, partial(score, name), only=len(run.methods) == 1)
+        if scores is not None:
+            found[name] = scores
+    if not found:
+        raise InputError("method", "; ".join(f"{name} {why}" for name, why in journal.skipped.items()))
+    return found
+
+
+def judged(run: Run, tasks: Mapping[str, Task], journal: Journal) -> dict[str, pd.DataFrame | Sensitivity]:
+    """Return what every task finds; what was measured and scored before is judged though one fails."""
+    found = {}
+
+    def judge(task: Task, cost: Cost) -> pd.DataFrame | Sensitivity:
+        return task(dataclasses.replace(run, cost=cost))
+
+    for name, task in tasks.items():
+        finding = journal.tried(name, partial(judge, task))
+        if finding is not None:
+            found[name] = finding
+    return found
+
+
+def evaluated(
+    scores: Mapping[str, Scores], sensitivity: Sensitivity, config: DictConfig, journal: Journal
+) -> Evaluation:
+    """Judge scores by the sensitivity, and write the tables."""
+    node = config.evaluation
+    with journal.stage("evaluation"):
+        evaluation = assess(
+            scores, sensitivity, list(node.metrics), node.seed_counts, resamples=node.bootstrap
+        )
+        evaluation.save(journal.folder)
+    return evaluation
+
+
+def report(results: Results, config: DictConfig, journal: Journal) -> None:
+    """Write what is shown of a run, and log it."""
+    results.save(journal.folder)
+    write_costs(journal.costs, journal.folder / "cost.csv")
+    if config.report:
+        from fimo.reporting import write_report  # with packages that nothing else needs
+
+        write_report(results, journal.folder / "report.html")
+    log_run(results, config.logger, journal.folder)
 
 
 def refuse_poor(final_model: FinalModel, data: InstancesModule) -> None:
@@ -200,16 +241,6 @@ def refuse_poor(final_model: FinalModel, data: InstancesModule) -> None:
         log.info("%s", untold(found))
     elif found.poor is not None:
         raise InputError("model", f"{found.poor} model.accept_poor=true explains it all the same")
-
-
-def failure(name: str, error: Exception, run_dir: Path) -> str:
-    """Return a method's failure in one line; its traceback is in ``failures/`` where it needs one."""
-    if isinstance(error, InputError | DivergenceError):
-        return str(error).splitlines()[0]
-    path = run_dir / "failures" / f"{name}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(traceback.format_exception(error)))
-    return f"{reason(error)}; the traceback is in {path}"
 
 
 def check_finite(sensitivity: Tensor) -> None:

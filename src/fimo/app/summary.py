@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,8 +21,12 @@ from fimo.methods.catalogue import first_sentence
 from fimo.models.final_model import FinalModel
 from fimo.models.training import Quality
 from fimo.reporting.instance_table import InstanceDisplay, collect
-from fimo.reporting.results import Results
+from fimo.reporting.results import TASKS, Results, task_file
 from fimo.scores import Scores
+from fimo.store.files import written_aside
+from fimo.tasks.base import Task
+
+log = logging.getLogger(__name__)
 
 
 def summarise(
@@ -84,3 +90,31 @@ def distance_table(sensitivity: Sensitivity, final_model: FinalModel) -> pd.Data
         for e, d in enumerate(distances)
     ]
     return pd.DataFrame(rows, columns=["step", "epoch", "seed", "distance", "relative"])
+
+
+def with_findings(
+    results: Results,
+    findings: Mapping[str, pd.DataFrame | Sensitivity],
+    folder: Path,
+    tasks: Mapping[str, Task] | None = None,
+) -> Results:
+    """Add what tasks found to a run's results; tables that nothing draws are only written.
+
+    Args:
+        tasks: by name, those that say as what their tables are drawn.
+    """
+    tables = {n: found for n, found in findings.items() if isinstance(found, pd.DataFrame)}
+    curves = {}
+    for name, table in tables.items():
+        curve = tasks[name].curve if tasks and name in tasks else None
+        if curve is not None and (missing := curve.missing(table.columns)):
+            log.warning("%s is not drawn: its table has no column %s", name, ", ".join(missing))
+        elif curve is not None:
+            curves[name] = curve
+    drawn = {name: table for name, table in tables.items() if name in curves or name in TASKS}
+    for name in tables.keys() - drawn.keys():
+        with written_aside(task_file(folder, name)) as path:
+            tables[name].to_csv(path, index=False)
+    again = next((f for f in findings.values() if isinstance(f, Sensitivity)), None)
+    results = replace(results, tasks=drawn, retraining=again)
+    return replace(results, curves=curves) if curves else results

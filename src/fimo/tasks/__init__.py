@@ -1,10 +1,10 @@
 """More ways to judge methods: tasks that run the engine again, each a choice under ``evaluation``."""
 
-from fimo.tasks.base import Judged, Task, build_tasks, with_findings
+from fimo.tasks.base import Judged, Task
 from fimo.tasks.datamodeling import Datamodeling
 from fimo.tasks.mislabelled import Mislabelled
 from fimo.tasks.removal import Removal
-from fimo.tasks.retraining import Retraining, retrain
+from fimo.tasks.retraining import Retraining
 
 __all__ = [
     "Datamodeling",
@@ -13,7 +13,4 @@ __all__ = [
     "Removal",
     "Retraining",
     "Task",
-    "build_tasks",
-    "retrain",
-    "with_findings",
 ]

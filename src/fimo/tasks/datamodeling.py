@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import pandas as pd
-from omegaconf import DictConfig
 
-from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError
 from fimo.evaluation.lds import datamodeling_score
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.reporting.task_curves import DATAMODELING
 from fimo.tasks.base import Judged, Task, seeds_of
-from fimo.tasks.retraining import check_retraining, retrain
+from fimo.tasks.retraining import check_retraining
 
 KEY = "evaluation.tasks.datamodeling"
 
@@ -47,16 +45,16 @@ class Datamodeling(Task):
         self.subsets, self.share, self.start = subsets, share, start
         self.seeds, self.seed = seeds, seed
 
-    def check(self, config: DictConfig, data: InstancesModule) -> None:
+    def check(self, run: Judged) -> None:
         if self.start == "random":
-            check_retraining(config, data, f"{KEY}.start")
+            check_retraining(run, f"{KEY}.start")
 
     def __call__(self, run: Judged) -> pd.DataFrame:
-        seeds = seeds_of(self.seeds, run.plan, f"{KEY}.seeds")
+        seeds = seeds_of(self.seeds, run, f"{KEY}.seeds")
 
         def leave_out(groups: list[list[int]]) -> Sensitivity:
             if self.start == "random":
-                return retrain(run, groups, seeds)
+                return run.retrain(groups, seeds)
             return run.leave_out(groups, seeds)
 
         scores = run.scores()

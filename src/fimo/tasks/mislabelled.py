@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import pandas as pd
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
-from fimo.app.build import build_final_model, build_module, build_trainer, training_settings
-from fimo.cost import Cost
-from fimo.data.datamodule import InstancesModule
-from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.evaluation.label_errors import detection, flip_labels, suspicion
-from fimo.models.training import train_final_model
 from fimo.tasks.base import Judged, Task, seeds_of
 
 KEY = "evaluation.tasks.mislabelled"
@@ -59,10 +51,10 @@ class Mislabelled(Task):
         self.share, self.candidates, self.order_by = share, candidates, order_by
         self.repeats, self.seeds, self.seed = repeats, seeds, seed
 
-    def check(self, config: DictConfig, data: InstancesModule) -> None:
-        if data.task != "classification":
-            raise InputError(KEY, f"labels can only be flipped in classification; this is {data.task}")
-        if config.model.checkpoint is not None:
+    def check(self, run: Judged) -> None:
+        if run.data.task != "classification":
+            raise InputError(KEY, f"labels can only be flipped in classification; this is {run.data.task}")
+        if not run.trained_here:
             raise InputError(KEY, "needs a final model that is trained here, without model.checkpoint")
 
     def __call__(self, run: Judged) -> pd.DataFrame:
@@ -71,34 +63,22 @@ class Mislabelled(Task):
         for repeat in range(self.repeats):
             generator = torch.Generator().manual_seed(1000 * self.seed + repeat)
             targets, flipped = flip_labels(run.data.train.targets, self.share, run.data.outputs, generator)
-            repeats.append((self._found(self._flipped(run, targets), candidates), flipped[candidates]))
+            repeats.append((self._found(run.with_targets(targets), candidates), flipped[candidates]))
         return detection(repeats)
 
     def _candidates(self, instances: int) -> list[int]:
         count = min(self.candidates or instances, instances)
         return [k * instances // count for k in range(count)]
 
-    def _flipped(self, run: Judged, targets: Tensor) -> Judged:
-        """Return the run with other training targets, and a final model that was trained on them."""
-        data = copy.copy(run.data)
-        data.train = Instances(run.data.train.inputs, targets)
-        module = build_module(run.config, data)
-        settings, cost = training_settings(run.config), Cost("final_model")
-        train_final_model(module, data, build_trainer(run.config), run.store, settings, run.config.seed, cost)
-        run.cost.gradient_evaluations += cost.gradient_evaluations
-        return replace(run, data=data, final_model=build_final_model(module, run.config))
-
     def _found(self, run: Judged, candidates: Sequence[int]) -> dict[str, Tensor]:
         """Return by method the suspicion ``[L]`` of each candidate."""
         measure: Callable[[Tensor], Tensor] = suspicion
         if self.order_by == "self":
-            data = copy.copy(run.data)
-            data.test = run.data.train[list(candidates)]
-            run = replace(run, data=data, plan=replace(run.plan, test=list(range(len(candidates)))))
+            run = run.explaining(run.data.train[list(candidates)])
             measure = own
         found = {name: measure(scores.values) for name, scores in run.scores(candidates).items()}
         if self.seeds != 0:
-            seeds = seeds_of(self.seeds, run.plan, f"{KEY}.seeds")
+            seeds = seeds_of(self.seeds, run, f"{KEY}.seeds")
             found[GOLD_STANDARD] = measure(run.leave_out(list(candidates), seeds).raw.mean(0))
         return found
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
-from omegaconf import DictConfig
 
-from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError
 from fimo.evaluation.counterfactual import removal_curves
 from fimo.reporting.task_curves import REMOVAL
@@ -42,14 +40,14 @@ class Removal(Task):
         self.counts, self.random_sets = sorted(set(counts)), random_sets
         self.seeds, self.seed = seeds, seed
 
-    def check(self, config: DictConfig, data: InstancesModule) -> None:
-        if self.counts[-1] >= len(data.train):
+    def check(self, run: Judged) -> None:
+        if self.counts[-1] >= len(run.data.train):
             raise InputError(
-                f"{KEY}.counts", f"expected fewer than all {len(data.train)} but got {self.counts[-1]}"
+                f"{KEY}.counts", f"expected fewer than all {len(run.data.train)} but got {self.counts[-1]}"
             )
 
     def __call__(self, run: Judged) -> pd.DataFrame:
-        seeds = seeds_of(self.seeds, run.plan, f"{KEY}.seeds")
+        seeds = seeds_of(self.seeds, run, f"{KEY}.seeds")
         return removal_curves(
             run.scores(),
             lambda groups: run.leave_out(groups, seeds),
