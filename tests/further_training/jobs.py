@@ -28,14 +28,18 @@ def run(
     """Run a small job whose chunks save their state after nearly every step, or more seldom."""
     from fimo.engine import driver, records
 
+    before = driver.BLOCK_SECONDS, records.SAVE_SECONDS, driver.POLL_SECONDS
     driver.BLOCK_SECONDS, records.SAVE_SECONDS, driver.POLL_SECONDS = 1e-4, save_seconds, 0.01
     torch.set_num_threads(1)
     case = CASES[name]().to(torch.float32)
     settings = {"batch_size": 5, "epochs": 6, "optimizer": "adam", "lr": 0.01, **protocol}
-    return further_train(
-        case.final_model, case.train, case.test, Protocol(**settings), SEEDS, UNITS,
-        store=None if store is None else Store(store), chunk=3,
-    )  # fmt: skip
+    try:
+        return further_train(
+            case.final_model, case.train, case.test, Protocol(**settings), SEEDS, UNITS,
+            store=None if store is None else Store(store), chunk=3,
+        )  # fmt: skip
+    finally:
+        driver.BLOCK_SECONDS, records.SAVE_SECONDS, driver.POLL_SECONDS = before
 
 
 def run_and_count(

@@ -84,3 +84,21 @@ def test_planning_a_chunk_takes_as_many_calls_however_many_runs_there_are(
 
     few, many = most_calls(10, tmp_path / "few"), most_calls(240, tmp_path / "many")
     assert many <= 1.01 * few
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0])
+def test_runs_come_to_their_end_in_blocks_that_are_over_before_they_begin(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers: one with a chunk that is not finished, one that waits for what it needs of it."""
+    case = CASES["mlp_regression"]().to(torch.float32)
+    protocol = Protocol(batch_size=5, epochs=1, lr=0.01)
+    data = (case.final_model, case.train, case.test, protocol, [0, 1], range(6))
+    expected = further_train(*data, chunk=2)
+    monkeypatch.setattr("fimo.engine.driver.BLOCK_SECONDS", seconds)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(further_train(*data, chunk=2).raw, expected.raw)
+    finally:
+        torch.set_num_threads(threads)

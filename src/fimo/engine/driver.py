@@ -122,8 +122,7 @@ class FurtherTrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         assert self.job is not None
-        until = time.monotonic() + BLOCK_SECONDS
-        steps = list(self.pool.map(lambda slot: self._block(slot, until), range(self.workers)))
+        steps = list(self.pool.map(self._block, range(self.workers)))
         self.replica_steps += sum(steps)
         idle = not self.work
         # together: Lightning's processes must take equally many training steps
@@ -131,17 +130,21 @@ class FurtherTrainingModule(pl.LightningModule):
         if idle and not self.finished:
             time.sleep(POLL_SECONDS)  # another process works on all that is left
 
-    def _block(self, slot: int, until: float) -> int:
-        """Advance chunks, one after another, until a time; return the replica-steps."""
+    def _block(self, slot: int) -> int:
+        """Advance chunks, one after another, for the time of a block; return the replica-steps."""
         assert self.job is not None
         steps = 0
-        while time.monotonic() < until and not self.stop.is_set():
+        until = time.monotonic() + BLOCK_SECONDS
+        # at least once: a time that is over before this thread runs would leave its chunk where it is
+        while not self.stop.is_set():
             if slot not in self.work:
                 work = self.job.next_work()
                 if work is None:
                     if not self.work:
                         break
                     self.stop.wait(WAIT_SECONDS)  # others may need the full run that another worker takes
+                    if time.monotonic() >= until:
+                        break
                     continue
                 self.work[slot] = work
                 # taken before, or by the full run
@@ -153,6 +156,8 @@ class FurtherTrainingModule(pl.LightningModule):
             if work.done == len(self.job.points):
                 self.job.finish(work)
                 del self.work[slot], work  # its memory, before the next takes its own
+            if time.monotonic() >= until:
+                break
         return steps
 
     def on_fit_end(self) -> None:
@@ -187,7 +192,7 @@ def _start_worker(threads: int, device: torch.device) -> None:
 def advance(work: Work, points: int, seconds: float, stop: threading.Event | None = None) -> int:
     """Advance a chunk through evaluation points, for about the given time; return its replica-steps.
 
-    What is computed does not depend on the time.
+    What is computed does not depend on the time. At least one step is made, however short it is.
 
     Args:
         stop: set to end at the next block of optimizer steps.
@@ -195,7 +200,7 @@ def advance(work: Work, points: int, seconds: float, stop: threading.Event | Non
     chunk, began = work.chunk, time.monotonic()
     first = chunk.step
     work.sound = False  # an error may leave a step half made
-    while work.done < points and time.monotonic() - began < seconds:
+    while work.done < points:
         target = chunk.evaluation_steps[work.done]
         pace = (chunk.step - first) / max(time.monotonic() - began, 1e-9)
         block = max(1, int(pace * (began + seconds - time.monotonic()))) if chunk.step > first else 1
@@ -208,7 +213,7 @@ def advance(work: Work, points: int, seconds: float, stop: threading.Event | Non
             work.done += 1
         elif chunk.network.device.type == "cuda":
             torch.cuda.synchronize(chunk.network.device)  # launches return at once
-        if stop is not None and stop.is_set():
+        if time.monotonic() - began >= seconds or (stop is not None and stop.is_set()):
             break
     work.sound = True
     return (chunk.step - first) * len(chunk.replicas)
