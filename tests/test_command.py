@@ -67,7 +67,7 @@ def table(folder: Path, rows: str) -> str:
         ("model.trainable=[head.*]", "model.trainable: no parameter matches 'head.*'"),
         ("dataset.test_size=1.5", "dataset.test_size: expected a share between 0 and 1"),
         ("+method=datainf methods.datainf.damping=-1", "damping"),
-        ("evaluation.metrics=[kendall]", "kendall"),
+        ("evaluation.metrics=[hoeffding]", "hoeffding"),
         ("+dataset.typo=1", "dataset.typo: unknown argument"),
         ("+method=tracin methods.tracin.lrr=1", "methods.tracin.lrr: unknown argument; did you mean lr"),
         ("+method=graddot methods.tracin.lr=1", "methods.tracin: does not run; there are graddot"),

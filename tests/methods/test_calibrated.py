@@ -11,6 +11,7 @@ from torch import Tensor
 from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
 from fimo.evaluation import agreement
+from fimo.linear_response.linearity import Checked
 from fimo.linear_response.real_runs import run_without
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.calibrated import CalibratedResponse, Pilot
@@ -108,8 +109,9 @@ def test_a_response_that_is_followed_for_less_leaves_more_of_the_budget_for_real
     protocol = Protocol(lr=0.1, batch_size=11, epochs=60, leave_out="mask", dtype="float64")
     ft = following(case, protocol, seeds)
     problem = AttributionProblem(case.final_model, case.train, case.test, left_out, ft)
-    none, made = torch.zeros(0), [(k, s) for s in (0, 1) for k in range(4)]
-    pilot = Pilot(made, none, none, torch.linspace(1, 2, 11), [], torch.zeros(2, 60, 1), none)
+    checked = Checked(torch.arange(4), torch.ones(4), torch.zeros(4, dtype=torch.int64))
+    made = [(k, s) for s in (0, 1) for k in range(4)]
+    pilot = Pilot(checked, made, torch.linspace(1, 2, 11), [], torch.zeros(8, 60, 1))
     method, units = CalibratedResponse(), 36.0
     cost, counts = method.following_cost(problem), []
     for trusted in (60, 15):  # of the other two of four seeds, followed throughout or for a quarter
