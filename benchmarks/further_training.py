@@ -58,8 +58,9 @@ from tests.reference.further_training import plain_run
 
 from fimo.cost import measured, peak_memory_mb
 from fimo.data.instances import Instances
+from fimo.engine import driver
 from fimo.engine.context import Setting
-from fimo.further_training import Protocol, driver, further_train, tangent_outputs
+from fimo.further_training import Protocol, further_train, tangent_outputs
 from fimo.further_training.adjoint import adjoint
 from fimo.models.final_model import FinalModel, apply
 from fimo.models.losses import Loss, cross_entropy, mean_squared_error
