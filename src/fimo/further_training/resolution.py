@@ -13,7 +13,7 @@ Adam, learning rates over three decades, and 3 to 40 steps. It is a lower bound:
 amplifies is not in it. In 200 steps of Adam at a learning rate of 0.1 a small network made half of its
 effects from rounding, where 5e-9 of them was foretold.
 
-So a few of the runs are repeated in float64, at most a twentieth of all by cost, and the changes that they
+So a few of the runs are repeated in float64, at most a fiftieth of all by steps, and the changes that they
 give are compared with those that were measured: that is the noise itself, on these runs.
 """
 
@@ -37,8 +37,9 @@ from fimo.validation import choices
 
 log = logging.getLogger(__name__)
 
-REPEATED = 0.05
-"""Share of a gold standard's cost that repeating some of its runs in float64 may take."""
+REPEATED = 0.02
+"""Share of a gold standard's replica-steps, float64's counted twice, that repeating some of its runs may
+take. They are too few for all workers, and a convolution in float64 may take four times as long."""
 
 MOST_REPEATED = 16
 """Runs that are repeated."""
