@@ -228,3 +228,20 @@ def test_a_report_of_scores_opens_without_a_run(
         fimo.report(found, tmp_path / "report.html")
     with pytest.raises(fimo.InputError, match="is missing: this is no folder of a finished run"):
         fimo.load_run(tmp_path)
+
+
+def test_what_is_a_little_wrong_is_said_in_one_line(model: fimo.FinalModel, truth: fimo.Sensitivity) -> None:
+    data = (X, Y)
+    with pytest.raises(fimo.InputError, match=r"further_training: expected a fimo\.Protocol.* but got 'sgd'"):
+        fimo.further_train(model, data, data, "sgd", 2, [0])  # type: ignore[arg-type]
+    with pytest.raises(fimo.InputError, match=r"further_training: expected a fimo\.Protocol"):
+        fimo.attribute(model, data, data, "response", further_training={"lr": 0.1})  # type: ignore[arg-type]
+    if not torch.cuda.is_available():
+        with pytest.raises(fimo.InputError, match=r"device: cuda is not here .*there are cpu"):
+            fimo.attribute(model, data, data, "graddot", device="cuda")
+    found = fimo.attribute(model, data, (X[:4], Y[:4]), "graddot")
+    with pytest.raises(fimo.InputError, match=r"scores: expected scores by name"):
+        fimo.evaluate(found, truth)  # type: ignore[arg-type]
+    assert set(fimo.evaluate({"graddot": found}, truth, "cosine")["metric"]) == {"cosine"}
+    with pytest.raises(fimo.InputError, match="test: expected 0 to 3 but got first"):
+        found.top(test="first")  # type: ignore[arg-type]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fimo.cost import Cost, cost_table
-from fimo.data.conversion import to_instances
+from fimo.data.conversion import train_and_test
 from fimo.engine.protocol import Protocol
-from fimo.errors import InputError
+from fimo.errors import InputError, reason
 from fimo.further_training.gold_standard import evaluation_points
 from fimo.further_training.gold_standard import further_train as _further_train
 from fimo.further_training.sensitivity import Sensitivity
@@ -85,10 +85,14 @@ def further_train(
         >>> truth.sensitivity.shape  # two evaluation points, five test instances, four left out
         torch.Size([2, 5, 4])
     """
+    if not isinstance(further_training, Protocol):
+        raise InputError("further_training", _no_protocol(further_training))
+    check_device(device)
+    train, test = train_and_test(train, test, inputs, target, ("train", "test"))
     return _further_train(
         model,
-        to_instances(train, inputs, target, "train"),
-        to_instances(test, inputs, target, "test"),
+        train,
+        test,
         further_training,
         seeds,
         left_out,  # type: ignore[arg-type]
@@ -145,9 +149,11 @@ def attribute(
     """
     name, chosen = method_of(method, settings)
     where = torch.device(device)
-    train_instances = to_instances(train, inputs, target, "train")
-    test_instances = train_instances if test is train else to_instances(test, inputs, target, "test")
-    train_instances, test_instances = admit(model, train_instances, test_instances)
+    check_device(where)
+    if not isinstance(further_training, Protocol | FurtherTraining | None):
+        raise InputError("further_training", _no_protocol(further_training))
+    given = train_and_test(train, test, inputs, target, ("train", "test"))
+    train_instances, test_instances = admit(model, *given)
     if where.type != "cpu":
         model, train_instances = model.to(where), train_instances.to(where)
         test_instances = test_instances.to(where)
@@ -189,6 +195,11 @@ def evaluate(
         >>> float(table.query("metric == 'cosine' and seeds == 4")["mean"].iloc[0])
         1.0
     """
+    if not isinstance(scores, Mapping):
+        raise InputError(
+            "scores", f"expected scores by name, {{'ekfac': scores}}, but got {type(scores).__name__}"
+        )
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     from fimo.evaluation import COLUMNS, METRICS, assess  # torchmetrics takes seconds to import
 
     judged = {name: ("", found) if isinstance(found, Tensor) else found for name, found in scores.items()}
@@ -210,7 +221,7 @@ def load_run(folder: str | Path) -> Results:
 
 
 def report(
-    what: Results | Sequence[Results] | Mapping[str, Scores],
+    what: Results | Sequence[Results] | Scores | Mapping[str, Scores],
     path: str | Path = "report.html",
     truth: Sensitivity | None = None,
 ) -> Path:
@@ -230,6 +241,8 @@ def report(
     from fimo.reporting import write_report
     from fimo.reporting.results import Results
 
+    if isinstance(what, Scores):
+        what = {what.method or "scores": what}
     if isinstance(what, Results):
         runs = [what]
     elif isinstance(what, Mapping):
@@ -259,6 +272,25 @@ def followed(
         full_runs, model, train, protocol, numbers, store=place, device=train.targets.device
     )
     return FurtherTraining(protocol, steps, tuple(numbers), runs)
+
+
+def check_device(device: str | torch.device) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        InputError: with what is.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        there = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
+        raise InputError(
+            "device", f"{device} is not here ({reason(error)}); there are {', '.join(there)}"
+        ) from error
+
+
+def _no_protocol(given: Any) -> str:
+    return f"expected a fimo.Protocol(optimizer=..., lr=..., epochs=...) but got {given!r}"
 
 
 def _store(store: Store | str | Path | None) -> Store | None:

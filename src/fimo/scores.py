@@ -278,7 +278,7 @@ class Scores:
         last = (values[-1] if values.ndim == 3 else values).double()
         if test is None:
             return last.mean(0)
-        if isinstance(test, bool) or not 0 <= int(test) < len(last):
+        if isinstance(test, bool | str) or not 0 <= int(test) < len(last):
             raise InputError("test", f"expected 0 to {len(last) - 1} but got {test}")
         return last[int(test)]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from fimo.data.conversion import to_instances
+from fimo.data.conversion import to_instances, train_and_test
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 
@@ -94,3 +94,18 @@ def test_instances_are_tensors_of_one_length() -> None:
         Instances(X, Y[:4])
     with pytest.raises(InputError, match=r"expected a tensor .* but got ndarray; to_instances"):
         Instances(X.numpy(), Y)  # type: ignore[arg-type]
+
+
+def test_a_test_frame_s_columns_are_those_of_the_training_frame_by_name() -> None:
+    frame = FRAME.drop(columns="name")
+    other = frame[["b", "y", "a"]].assign(more="text")[:2]
+    train, test = train_and_test(frame, other, target="y")
+    assert torch.equal(test.inputs, train.inputs[:2])  # type: ignore[arg-type,index]
+    x = frame[["a", "b"]]
+    train, test = train_and_test((x, Y), (x[["b", "a"]][:2], Y[:2]))
+    assert torch.equal(test.inputs, train.inputs[:2])  # type: ignore[arg-type,index]
+    for lacking in ((frame, frame.drop(columns="a")), ((x, Y), (x[["b"]], Y))):
+        with pytest.raises(InputError, match=r"^dataset\.test: .*no column 'a'"):
+            train_and_test(*lacking, target="y")
+    with pytest.raises(InputError, match="several columns named 'a'"):
+        to_instances(pd.concat([frame, frame[["a"]]], axis=1), target="y")

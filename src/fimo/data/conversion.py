@@ -72,6 +72,37 @@ def to_instances(
     return instances
 
 
+def train_and_test(
+    train: Any,
+    test: Any,
+    inputs: str | Sequence[str] | None = None,
+    target: str | None = None,
+    keys: tuple[str, str] = ("dataset.train", "dataset.test"),
+    text: str | None = None,
+) -> tuple[Instances, Instances]:
+    """Return training and test instances, a test set's columns in the order of the training set's.
+
+    Args:
+        train, test, inputs, target, text: see :func:`to_instances`; DataFrames, also as X of ``(X, y)``, are
+            matched by the names of their columns.
+        keys: of the two, for errors.
+
+    Raises:
+        InputError: as :func:`to_instances`; or a column of the training set is missing from the test set.
+    """
+    first = to_instances(train, inputs, target, keys[0], text)
+    if test is train:
+        return first, first
+    if _is_frame(train) and _is_frame(test) and not isinstance(inputs, str):
+        inputs, target = _columns(list(train.columns), inputs, target, keys[0], text)
+    elif _is_pair(train) and _is_pair(test) and _is_frame(train[0]) and _is_frame(test[0]):
+        there = list(test[0].columns)
+        if lacking := [c for c in train[0].columns if c not in there]:
+            raise InputError(keys[1], f"has no column {lacking[0]!r}; there are {shortened(there)}")
+        test = (test[0][list(train[0].columns)], test[1])
+    return first, to_instances(test, inputs, target, keys[1], text)
+
+
 def is_array(value: Any) -> bool:
     """Return whether a value is a tensor, an array, or a pandas Series or DataFrame."""
     return isinstance(value, Tensor | np.ndarray) or _is_frame(value) or _is_series(value)
@@ -218,6 +249,9 @@ def _array(value: Any, key: str, name: str) -> Tensor:
         return _typed(value, from_tensor=True)
     if _is_frame(value) or _is_series(value):
         frame = value.to_frame() if _is_series(value) else value
+        if not frame.columns.is_unique:
+            twice = frame.columns[frame.columns.duplicated()][0]
+            raise InputError(key, f"has several columns named {twice!r}; rename or drop all but one")
         for column in frame.columns:
             if not (_numeric(frame[column])):
                 raise InputError(
@@ -226,8 +260,7 @@ def _array(value: Any, key: str, name: str) -> Tensor:
             if missing := frame[column].isna().to_numpy().nonzero()[0].tolist():
                 raise InputError(key, f"column {column!r} has no value in row {missing[0]}")
         if _is_frame(value) and name == "inputs":
-            return torch.tensor(value.to_numpy(dtype=np.float64)).to(torch.get_default_dtype())
-        value = value.to_numpy()
+            return torch.tensor(np.ascontiguousarray(value, np.float64)).to(torch.get_default_dtype())
     try:
         tensor = torch.tensor(np.ascontiguousarray(value))
     except TypeError:

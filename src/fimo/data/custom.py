@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from fimo.data.conversion import to_instances
+from fimo.data.conversion import train_and_test
 from fimo.data.datamodule import InstancesModule, Split, Task
 from fimo.data.display import Display
 from fimo.data.instances import Instances
@@ -45,9 +45,8 @@ class CustomData(InstancesModule):
         self._given_task, self.class_names = task, tuple(class_names)
 
     def load(self) -> None:
-        self.train, self.test = (
-            to_instances(self._sources[split], self.input_columns, self.target, f"dataset.{split}", self.text)
-            for split in ("train", "test")
+        self.train, self.test = train_and_test(
+            self._sources["train"], self._sources["test"], self.input_columns, self.target, text=self.text
         )
         targets = self.train.targets
         found = "classification" if targets.ndim == 1 and not targets.is_floating_point() else "regression"

@@ -50,8 +50,13 @@ def admit(final_model: FinalModel, train: Any, test: Any = None) -> tuple[Instan
     if not isinstance(final_model, FinalModel):
         kind = type(final_model).__name__
         raise InputError("model", f"expected a FinalModel(network, loss) but got {kind}")
-    train = as_instances(train, "dataset.train")
-    test = None if test is None else as_instances(test, "dataset.test")
+    if test is None or (isinstance(train, Instances) and isinstance(test, Instances)):
+        train = as_instances(train, "dataset.train")
+        test = None if test is None else as_instances(test, "dataset.test")
+    else:
+        from fimo.data.conversion import train_and_test
+
+        train, test = (as_instances(part, "dataset") for part in train_and_test(train, test))
     memory: list[_Admitted] = final_model.admitted
     for known in memory:
         if known.is_for(train, test):
