@@ -245,3 +245,21 @@ def test_what_is_a_little_wrong_is_said_in_one_line(model: fimo.FinalModel, trut
     assert set(fimo.evaluate({"graddot": found}, truth, "cosine")["metric"]) == {"cosine"}
     with pytest.raises(fimo.InputError, match="test: expected 0 to 3 but got first"):
         found.top(test="first")  # type: ignore[arg-type]
+
+
+def test_scores_of_other_test_instances_or_of_other_further_training_are_refused(
+    model: fimo.FinalModel, truth: fimo.Sensitivity, tmp_path: Path
+) -> None:
+    other = fimo.attribute(model, (X, Y), (X[4:8], Y[4:8]), "graddot")
+    truth.save(tmp_path / "truth.safetensors")
+    other.save(tmp_path / "scores.safetensors")
+    read = fimo.Sensitivity.load(tmp_path / "truth.safetensors")
+    for scores_, gold in ((other, truth), (fimo.Scores.load(tmp_path / "scores.safetensors"), read)):
+        with pytest.raises(fimo.InputError, match="scores of g: they explain other test instances"):
+            fimo.evaluate({"g": scores_}, gold)
+    arrays = fimo.attribute(model, (X, Y), (X[:4].double().numpy(), Y[:4].numpy()), "graddot")
+    assert len(fimo.evaluate({"g": arrays}, read))
+    longer = fimo.Protocol(optimizer="sgd", lr=0.05, batch_size=10, epochs=3, evaluate_every=2)
+    found = fimo.attribute(model, (X, Y), (X[:4], Y[:4]), "response", further_training=longer, seeds=2)
+    with pytest.raises(fimo.InputError, match=r"they predict \[2, 4, 6, 8, 9\] steps .* not \[3, 6, 9\]"):
+        fimo.evaluate({"response": found}, truth)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fimo.cost import Cost, cost_table
 from fimo.data.conversion import train_and_test
+from fimo.data.instances import Instances
 from fimo.engine.protocol import Protocol
 from fimo.errors import InputError, reason
 from fimo.further_training.gold_standard import evaluation_points
@@ -27,6 +28,7 @@ from fimo.methods.catalogue import method_of
 from fimo.models.final_model import FinalModel
 from fimo.scores import Scores
 from fimo.store.files import Store
+from fimo.store.fingerprint import data_hash
 from fimo.validation import choices
 from fimo.validation.admission import admit
 
@@ -88,8 +90,8 @@ def further_train(
     if not isinstance(further_training, Protocol):
         raise InputError("further_training", _no_protocol(further_training))
     check_device(device)
-    train, test = train_and_test(train, test, inputs, target, ("train", "test"))
-    return _further_train(
+    train, test = admit(model, *train_and_test(train, test, inputs, target, ("train", "test")))
+    found = _further_train(
         model,
         train,
         test,
@@ -99,6 +101,7 @@ def further_train(
         store=_store(store),
         trainer={**_trainer(device), "enable_progress_bar": progress},
     )
+    return replace(found, test_hash=_content(test))
 
 
 def attribute(
@@ -165,7 +168,10 @@ def attribute(
     scores = chosen.attribute(model, train_instances, test_instances, left_out, further_training)
     indices = choices.indices(left_out, len(train_instances), "left_out")
     same = _same_instances(test_instances, train_instances, indices)
-    return replace(scores.to("cpu"), method=name, of_themselves=same, seconds=time.perf_counter() - began)
+    return replace(
+        scores.to("cpu"), method=name, of_themselves=same, test_hash=_content(test_instances),
+        seconds=time.perf_counter() - began,
+    )  # fmt: skip
 
 
 def evaluate(
@@ -302,6 +308,11 @@ def _trainer(device: str | torch.device) -> dict[str, Any]:
     if where.type == "cpu":
         return {"accelerator": "cpu", "devices": 1}
     return {"accelerator": "gpu" if where.type == "cuda" else where.type, "devices": [where.index or 0]}
+
+
+def _content(instances: Instances) -> str:
+    """Return a hash of instances that is the same for a model in another precision."""
+    return data_hash(instances.to("cpu", torch.float32))
 
 
 def _same_instances(test: Any, train: Any, indices: Tensor) -> bool:

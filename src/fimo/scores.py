@@ -56,6 +56,7 @@ class Scores:
         groups: ``[L, G]`` int64, members of left-out groups, padded with -1; None for single instances.
         test: ``[J]`` int64, which instances of a larger test set these are, where that is known.
         seconds: wall-clock time of computing them, full runs included; NaN where it wasn't measured.
+        test_hash: of the test instances' content, where it is known; see :class:`fimo.Sensitivity`.
         of_themselves: whether test instance k is left-out instance k, so that the diagonal is self-influence.
 
     Raises:
@@ -78,6 +79,7 @@ class Scores:
     groups: Tensor | None = None
     test: Tensor | None = None
     of_themselves: bool = False
+    test_hash: str = ""
     seconds: float = math.nan
 
     def __post_init__(self) -> None:
@@ -318,6 +320,7 @@ TENSORS = {
 
 METADATA = (
     "method",
+    "test_hash",
     "access",
     "predicts_loss_change",
     "withheld",

@@ -223,8 +223,12 @@ def aligned(scores: Scores, sensitivity: Sensitivity, name: str = "method") -> S
     Raises:
         InputError: there are none of some of them, or they are of other test instances.
     """
-    if scores.test is not None and not torch.equal(scores.test, sensitivity.test):
+    hashes = {scores.test_hash, sensitivity.test_hash} - {""}
+    if len(hashes) > 1 or (scores.test is not None and not torch.equal(scores.test, sensitivity.test)):
         raise InputError(f"scores of {name}", "they explain other test instances than the sensitivity's")
+    if scores.step is not None and scores.step.tolist() != sensitivity.step.tolist():
+        said = f"{scores.step.tolist()} steps of further training, not {sensitivity.step.tolist()}"
+        raise InputError(f"scores of {name}", f"they predict {said}")
     if torch.equal(scores.left_out.cpu(), sensitivity.left_out) and _same(scores.groups, sensitivity.groups):
         return scores
     if scores.groups is not None:

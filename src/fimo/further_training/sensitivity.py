@@ -34,6 +34,7 @@ class Sensitivity:
         full_losses: ``[S, E, J]`` float64, test losses of the full runs.
         groups: ``[L, G]`` int64, where groups are left out: their members, padded with -1 (``left_out`` then
             holds the first of each).
+        test_hash: of the test instances' content, where it is known, so that scores of others are refused.
     """
 
     raw: Tensor
@@ -47,6 +48,7 @@ class Sensitivity:
     distance: Tensor | None = None
     full_losses: Tensor | None = None
     groups: Tensor | None = None
+    test_hash: str = ""
 
     @property
     def adjusted(self) -> Tensor:
@@ -73,7 +75,10 @@ class Sensitivity:
                 tensors[name] = tensor
         if with_raw:
             tensors["raw"] = self.raw
-        write_in_pieces(Path(path), tensors, {"subtract_mean": str(self.subtract_mean).lower()})
+        metadata = {"subtract_mean": str(self.subtract_mean).lower()}
+        write_in_pieces(
+            Path(path), tensors, metadata | ({"test_hash": self.test_hash} if self.test_hash else {})
+        )
 
     @classmethod
     def load(cls, path: Path | str, subtract_mean: bool | None = None) -> Sensitivity:
@@ -106,12 +111,14 @@ def load_sensitivity(path: Path | str) -> tuple[Sensitivity, bool]:
     """
     tensors = read_tensors(Path(path))
     with safe_open(path, "pt") as file:
-        adjusted = (file.metadata() or {}).get("subtract_mean", "true") == "true"
+        metadata = file.metadata() or {}
+    adjusted = metadata.get("subtract_mean", "true") == "true"
     mean = tensors.pop("sensitivity")
     has_raw = "raw" in tensors
     if not has_raw:
         tensors["raw"] = mean[None]
-    return Sensitivity(**tensors, subtract_mean=adjusted), has_raw
+    found = Sensitivity(**tensors, subtract_mean=adjusted, test_hash=metadata.get("test_hash", ""))
+    return found, has_raw
 
 
 def adjust(raw: Tensor, subtract_mean: bool = True) -> Tensor:
