@@ -1,0 +1,83 @@
+"""Where instances came from: rows of the user's file, their names, and what else it says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from fimo.errors import InputError, shortened
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Names of n instances, kept through dropping, splitting and drawing.
+
+    Args:
+        row: ``[n]`` int64, the 0-based data row of the file or source (its header not counted).
+        id: ``[n]``, the user's identifiers (``dataset.id``) as text; None where there are rows only.
+        source: the file's name, where there is one.
+        first_line: the file's line of data row 0, where rows are lines; for error messages.
+        beside: ``[n]`` rows of columns that are no features, shown only; None where there are none.
+
+    Raises:
+        InputError: an identifier that occurs twice.
+    """
+
+    row: np.ndarray
+    id: tuple[str, ...] | None = None
+    source: str = ""
+    first_line: int | None = None
+    beside: pd.DataFrame | None = None
+
+    def __post_init__(self) -> None:
+        for name, part in (("id", self.id), ("beside", self.beside)):
+            if part is not None and len(part) != len(self.row):
+                raise InputError(f"dataset.{name}", f"expected {len(self.row)} values but got {len(part)}")
+        if self.id is not None and len(set(self.id)) < len(self.id):
+            twice = pd.Series(self.id)
+            found = twice[twice.duplicated()].unique().tolist()
+            raise InputError("dataset.id", f"several rows are called {shortened(found)}")
+
+    @classmethod
+    def counted(cls, n: int) -> Origin:
+        """Return the origin of instances that are known by their position alone."""
+        return cls(np.arange(n, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def ids(self) -> list[str]:
+        """Each instance's identifier; its row where none was given."""
+        return [str(row) for row in self.row.tolist()] if self.id is None else list(self.id)
+
+    def __getitem__(self, index: Sequence[int] | np.ndarray | slice) -> Origin:
+        """Return the origin of some of the instances, by position."""
+        positions = np.arange(len(self))[index]
+        return Origin(
+            self.row[positions],
+            None if self.id is None else tuple(self.id[k] for k in positions),
+            self.source,
+            self.first_line,
+            None if self.beside is None else self.beside.iloc[positions].reset_index(drop=True),
+        )
+
+    def position(self, name: int | str, key: str) -> int:
+        """Return the position of the instance with an identifier, or else with a row.
+
+        Args:
+            key: that errors name.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.id is not None and str(name) in self.id:
+            return self.id.index(str(name))
+        rows = self.row.tolist()
+        if (isinstance(name, int) or str(name).isdigit()) and int(name) in rows:
+            return rows.index(int(name))
+        kind = "row" if self.id is None else "id or row"
+        raise InputError(key, f"there is no {kind} {name!r}; there are {shortened(self.ids)}")
