@@ -76,7 +76,7 @@ class Origin:
         """
         if self.id is not None and str(name) in self.id:
             return self.id.index(str(name))
-        rows = self.row.tolist()
+        rows: list[int] = self.row.tolist()
         if (isinstance(name, int) or str(name).isdigit()) and int(name) in rows:
             return rows.index(int(name))
         kind = "row" if self.id is None else "id or row"
