@@ -17,9 +17,10 @@ from torch import Tensor
 from fimo.models.own_tensors import FollowingOutputs, following_outputs
 from fimo.models.own_tensors import LossFunction as LossFunction
 
-Targets = Literal["classes", "tokens", "labels", "values", "probabilities"]
+Targets = Literal["classes", "tokens", "labels", "values", "probabilities", "quantities"]
 """``classes [n]`` of outputs ``[n, C]``; ``tokens [n, T]`` of ``[n, T, V]``; ``labels``: either of these;
-``values`` in the outputs' shape; ``probabilities``: values from 0 to 1."""
+``values`` in the outputs' shape; ``probabilities``: values from 0 to 1; ``quantities``: those of a loss, with
+what is measured before them (:mod:`fimo.models.quantities`)."""
 
 
 class Loss(ABC):

@@ -146,6 +146,8 @@ def _is(identity: Identity, instances: Instances) -> bool:
 
 
 def _checked(model: FinalModel, train: Instances, test: Instances | None) -> tuple[Instances, Instances]:
+    if model.measurement is not None and model.measurement.targets == "quantities":
+        return _with_quantities(model, train, test)
     sets = {"dataset.train": train} | ({} if test is None else {"dataset.test": test})
     for key, instances in sets.items():
         _check_numbers(instances, key)
@@ -178,6 +180,21 @@ def _checked(model: FinalModel, train: Instances, test: Instances | None) -> tup
     if not model.accept_poor and last is not train:
         _judge(model, train, last)
     return train, last
+
+
+def _with_quantities(
+    model: FinalModel, train: Instances, test: Instances | None
+) -> tuple[Instances, Instances]:
+    """Check test instances whose targets say what is measured of them: no targets of the loss."""
+    bare = FinalModel(model.network, model.loss, None, model.trainable, accept_poor=True)
+    train, _ = _checked(bare, train, None)
+    if test is None:
+        return train, train
+    _check_numbers(test, "dataset.test")
+    test = _in_dtype_of(model, test)
+    assert model.measurement is not None
+    _refuse(model, model.measurement, test, "model.measurement")
+    return train, test
 
 
 def _judge(model: FinalModel, train: Instances, test: Instances) -> None:
