@@ -90,7 +90,7 @@ def test_figures_stay_interactive_and_instances_are_a_table(logged: tuple[Offlin
     figure = json.loads((files / media["figures/agreement/cosine"]["path"]).read_text())
     assert any(trace.get("name") == "noise ceiling" for trace in figure["data"])
     table = json.loads((files / media["instances"]["path"]).read_text())
-    assert {"split", "index", "effect", "target", "age", "blood pressure", "sex"} <= set(table["columns"])
+    assert {"split", "row", "id", "effect", "target", "age", "blood pressure", "sex"} <= set(table["columns"])
     columns, rows = instance_rows(example())
     assert table["data"] == json.loads(json.dumps(rows))
     assert len(columns) == len(rows[0])

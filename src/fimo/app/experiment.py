@@ -28,6 +28,7 @@ from fimo.app.build import (
 )
 from fimo.app.check_run import check_run
 from fimo.app.config import plain
+from fimo.app.effects import with_rows, write_effects
 from fimo.app.environment import quiet_libraries, trainer_settings
 from fimo.app.final_models import FinalModels
 from fimo.app.journal import Journal
@@ -87,6 +88,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     run = run.of_methods(scores)
     findings = judged(run, prepared.tasks, journal)
     evaluation = evaluated(scores, sensitivity, config, journal)
+    write_effects(journal.folder / "effects.csv", sensitivity, scores, run.data)
     with measured("report") as cost:
         results = summarise(
             plain(config), run.data, run.final_model, final_quality, sensitivity, run.methods, scores,
@@ -164,7 +166,7 @@ def with_final_model(prepared: Prepared, config: DictConfig, journal: Journal) -
 def gold_standard(run: Run, save_raw: bool, journal: Journal) -> Sensitivity:
     """Further train without each of the left-out instances, and write the sensitivity."""
     with journal.stage("further_training") as cost:
-        sensitivity = run.gold_standard(cost)
+        sensitivity = with_rows(run.gold_standard(cost), run.data)
         sensitivity.save(journal.folder / "sensitivity.safetensors", with_raw=save_raw)
     check_finite(sensitivity.sensitivity)
     return sensitivity

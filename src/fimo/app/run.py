@@ -169,6 +169,7 @@ class Run:
         """Return the run of other test instances."""
         data = copy.copy(self.data)
         data.test = test
+        data.origins = {split: origin for split, origin in data.origins.items() if split != "test"}
         return replace(self, data=data, plan=replace(self.plan, test=list(range(len(test)))))
 
     def _further_trained(

@@ -17,8 +17,8 @@ KEY = "hydra.run.dir"
 RECORD = "run.json"
 LOCK = ".run.lock"
 RESULTS = (
-    "final_model.ckpt", "sensitivity.safetensors", "scores", "evaluation.csv", "evaluation_*.csv", "cost.csv",
-    "report.json", "report.html", "failures",
+    "final_model.ckpt", "sensitivity.safetensors", "scores", "evaluation.csv", "evaluation_*.csv",
+    "effects.csv", "cost.csv", "report.json", "report.html", "failures",
 )  # fmt: skip
 """What the stages of a run leave behind."""
 

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from fimo.app.effects import ids_of
 from fimo.app.environment import versions
 from fimo.cost import Cost, cost_table
 from fimo.data.datamodule import InstancesModule, Split
@@ -25,6 +26,8 @@ from fimo.reporting.results import TASKS, Results, task_file
 from fimo.scores import Scores
 from fimo.store.files import written_aside
 from fimo.tasks.base import Task
+
+SPLITS: tuple[Split, ...] = ("train", "test")
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ def summarise(
     def show(split: Split, index: int) -> InstanceDisplay:
         instance = getattr(data, split)[[index]]
         return InstanceDisplay(
-            **asdict(data.display(split, index)),
+            **asdict(data.named(split, index)),
             prediction=data.prediction(final_model.outputs(instance)[0]),
             loss=float(final_model.losses(instance)),
         )
@@ -68,6 +71,9 @@ def summarise(
             "train": len(data.train),
             "test": len(data.test),
             "classes": list(data.class_names),
+        },
+        ids={
+            split: ids_of(sensitivity, data, split) for split in SPLITS if data.origin(split).id is not None
         },
         shown=collect(sensitivity, show, config["evaluation"]["shown"]),
         descriptions={name: first_sentence(type(method)) for name, method in methods.items()},

@@ -17,16 +17,18 @@ from fimo.errors import InputError, shortened
 if TYPE_CHECKING:
     import pandas as pd
 
+Columns = str | Sequence[str] | None
+
 TARGETS = ("label", "labels", "target")
 """Columns that are taken for the target where none is named."""
 
 
 def to_instances(
     source: Any,
-    inputs: str | Sequence[str] | None = None,
+    inputs: Columns = None,
     target: str | None = None,
     key: str = "dataset",
-    text: str | None = None,
+    text: Columns = None,
 ) -> Instances:
     """Return what holds instances as instances in memory, in the same order.
 
@@ -45,7 +47,7 @@ def to_instances(
             every column but ``target``.
         target: their target's column; ``label``, ``labels`` or ``target`` when None.
         key: for errors.
-        text: a column that is no input.
+        text: a column, or columns, that are no input.
 
     Returns:
         Floating-point arrays and Python floats in torch's default dtype, tensors in their own, whole numbers
@@ -75,10 +77,10 @@ def to_instances(
 def train_and_test(
     train: Any,
     test: Any,
-    inputs: str | Sequence[str] | None = None,
+    inputs: Columns = None,
     target: str | None = None,
     keys: tuple[str, str] = ("dataset.train", "dataset.test"),
-    text: str | None = None,
+    text: Columns = None,
 ) -> tuple[Instances, Instances]:
     """Return training and test instances, a test set's columns in the order of the training set's.
 
@@ -109,7 +111,11 @@ def is_array(value: Any) -> bool:
 
 
 def _of_elements(
-    source: Any, inputs: str | Sequence[str] | None, target: str | None, key: str, text: str | None
+    source: Any,
+    inputs: Columns,
+    target: str | None,
+    key: str,
+    text: Columns,
 ) -> Instances:
     try:
         elements = [source[i] for i in range(len(source))]
@@ -141,10 +147,10 @@ def _of_elements(
 
 def _of_loader(
     loader: DataLoader[Any],
-    inputs: str | Sequence[str] | None,
+    inputs: Columns,
     target: str | None,
     key: str,
-    text: str | None,
+    text: Columns,
 ) -> Instances:
     if not isinstance(loader.sampler, SequentialSampler):
         raise InputError(
@@ -177,7 +183,11 @@ def _of_loader(
 
 
 def _of_frame(
-    frame: pd.DataFrame, inputs: str | Sequence[str] | None, target: str | None, key: str, text: str | None
+    frame: pd.DataFrame,
+    inputs: Columns,
+    target: str | None,
+    key: str,
+    text: Columns,
 ) -> Instances:
     if not len(frame):
         raise InputError(key, "the data set is empty")
@@ -221,7 +231,11 @@ def _is_series(value: Any) -> bool:
 
 
 def _columns(
-    there: list[Any], inputs: str | Sequence[str] | None, target: str | None, key: str, text: str | None
+    there: list[Any],
+    inputs: Columns,
+    target: str | None,
+    key: str,
+    text: Columns,
 ) -> tuple[list[Any], str]:
     """Return the columns of inputs, and the target's.
 
@@ -236,7 +250,8 @@ def _columns(
             )
         target = usual[0]
     wanted = [inputs] if isinstance(inputs, str) else list(inputs or [])
-    wanted = wanted or [c for c in there if c not in (target, text)]
+    aside = [text] if isinstance(text, str) else list(text or [])
+    wanted = wanted or [c for c in there if c not in (target, *aside)]
     for column in (*wanted, target):
         if column not in there:
             raise InputError(key, f"elements have no column {column!r}; there are {shortened(there)}")

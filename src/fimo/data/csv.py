@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fimo.data.origin import Origin, first_line
 from fimo.data.tabular import Table, TabularModule, pick_target
 from fimo.errors import InputError, nearest
 
@@ -38,6 +39,7 @@ class CsvData(TabularModule):
         drop: names of columns that are no features, such as a row's number or date.
         one_hot: names of columns of categories; each becomes a column of zeros and ones per category.
         missing: ``refuse`` a table with empty cells, or ``drop`` their rows.
+        id: name of the column that says what a row is called; it is no feature.
     """
 
     def __init__(
@@ -55,18 +57,25 @@ class CsvData(TabularModule):
         batch_size: int = 32,
         test_size: float = 0.1,
         split_seed: int = 0,
+        id: str | int | None = None,
     ) -> None:
         super().__init__(name or Path(path).stem, task, batch_size, test_size, split_seed)
         if missing not in ("refuse", "drop"):
             raise InputError("dataset.missing", f"expected refuse or drop but got {missing!r}")
         self.path, self.target, self.header, self.separator = Path(path), target, header, separator
         self.encoding, self.missing = encoding, missing
+        self.id = None if id is None else str(id)
         self.drop, self.one_hot = list(map(str, drop)), list(map(str, one_hot))
 
     def read(self) -> Table:
-        features, target = pick_target(
-            read_frame(self.path, self.header, self.separator, self.encoding), self.target
-        )
+        frame = read_frame(self.path, self.header, self.separator, self.encoding)
+        features, target = pick_target(frame, self.target)
+        read = [c for c in frame.columns if c not in self.drop]
+        line = first_line(self.path.read_text(self.encoding), len(frame), self.header)
+        origin = Origin.of_frame(frame, self.id, read, self.path.name, line)
+        if self.id == target.name:
+            raise InputError("dataset.id", f"column {self.id!r} is the target")
+        features = features.drop(columns=[] if self.id is None else [self.id])
         for key, columns in (("drop", self.drop), ("one_hot", self.one_hot)):
             for column in columns:
                 if column not in features:
@@ -77,16 +86,15 @@ class CsvData(TabularModule):
             kept = features.notna().all(axis=1) & target.notna()
             log.info("%d of %d rows have empty cells and are dropped", len(kept) - kept.sum(), len(kept))
             features, target = features[kept].reset_index(drop=True), target[kept].reset_index(drop=True)
+            origin = origin[np.flatnonzero(kept)]
         for column in self.one_hot:
             if features[column].isna().any():
-                row = int(np.flatnonzero(features[column].isna())[0])
-                raise InputError(
-                    "dataset.one_hot", f"column {column!r} has a missing value in data row {row}"
-                )
+                where = origin.where(int(np.flatnonzero(features[column].isna())[0]))
+                raise InputError("dataset.one_hot", f"column {column!r} has a missing value in {where}")
         numbers = list(features.columns.difference(self.one_hot, sort=False))
         encoded = pd.get_dummies(features, columns=self.one_hot, prefix_sep="=", dtype=float)
         indicators = tuple(c for c in encoded.columns if c not in numbers)
-        return Table(encoded, target, indicators=indicators)
+        return Table(encoded, target, indicators=indicators, origin=origin)
 
 
 def read_frame(path: Path, header: bool | None, separator: str, encoding: str = "utf-8") -> pd.DataFrame:

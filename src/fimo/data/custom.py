@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
+import pandas as pd
+
 from fimo.data.conversion import train_and_test
 from fimo.data.datamodule import InstancesModule, Split, Task
 from fimo.data.display import Display
 from fimo.data.instances import Instances
-from fimo.errors import InputError
+from fimo.data.origin import Origin, named
+from fimo.errors import InputError, nearest
 
 TASKS = ("regression", "classification", "language_modelling")
 
@@ -23,6 +27,7 @@ class CustomData(InstancesModule):
             whole numbers are classes.
         class_names: by class index, for display.
         text: of mappings: a column that is shown to people and is no input.
+        id: of mappings and DataFrames: the column that says what an instance is called; no input.
     """
 
     def __init__(
@@ -36,18 +41,23 @@ class CustomData(InstancesModule):
         text: str | None = None,
         name: str = "custom",
         batch_size: int = 32,
+        id: str | None = None,
     ) -> None:
         super().__init__(name, batch_size)
         if task is not None and task not in TASKS:
             raise InputError("dataset.task", f"expected one of {', '.join(TASKS)} or null but got {task!r}")
         self._sources = {"train": train, "test": test}
-        self.input_columns, self.target, self.text = inputs, target, text
+        self.input_columns, self.target, self.text, self.id = inputs, target, text, id
         self._given_task, self.class_names = task, tuple(class_names)
 
     def load(self) -> None:
+        if self.id is not None:
+            self._element("train", 0, self.id, "id")  # a wrong name would be taken for an input
+        aside = [c for c in (self.text, self.id) if c is not None]
         self.train, self.test = train_and_test(
-            self._sources["train"], self._sources["test"], self.input_columns, self.target, text=self.text
+            self._sources["train"], self._sources["test"], self.input_columns, self.target, text=aside
         )
+        self.origins = {"train": self._origin("train"), "test": self._origin("test")}
         targets = self.train.targets
         found = "classification" if targets.ndim == 1 and not targets.is_floating_point() else "regression"
         self.task = cast(Task, self._given_task or found)
@@ -60,6 +70,30 @@ class CustomData(InstancesModule):
                 "dataset.task", f"{self.task} needs whole numbers as targets but got {targets.dtype}"
             )
         self._check_classes()
+
+    def _origin(self, split: Split) -> Origin:
+        rows = np.arange(len(getattr(self, split)), dtype=np.int64)
+        if self.id is None:
+            return Origin(rows)
+        source = self._sources[split]
+        if isinstance(source, pd.DataFrame) and self.id in source:
+            return Origin(rows, named(source[self.id]))
+        values = [self._element(split, k, self.id, "id") for k in rows.tolist()]
+        return Origin(rows, named(pd.Series(values, name=self.id, dtype=object)))
+
+    def _element(self, split: Split, index: int, column: str, key: str) -> Any:
+        """Return what a source's element has in a column.
+
+        Raises:
+            InputError: it has none, or no columns.
+        """
+        source = getattr(self._sources[split], "dataset", self._sources[split])  # of a DataLoader
+        row = source.iloc[index] if hasattr(source, "iloc") else source[index]
+        columns = list(row.keys()) if hasattr(row, "keys") else []
+        if column not in columns:
+            hint = nearest(column, list(map(str, columns))) if columns else "its elements are no mappings"
+            raise InputError(f"dataset.{key}", f"no column {column!r} in dataset.{split}; {hint}")
+        return row[column]
 
     def _check_classes(self) -> None:
         largest = int(self.train.targets.max()) + 1
@@ -86,9 +120,7 @@ class CustomData(InstancesModule):
         else:
             shown = ", ".join(f"{v:.4g}" for v in target.flatten()[:3].tolist())
         if self.text is not None:
-            source = getattr(self._sources[split], "dataset", self._sources[split])  # of a DataLoader
-            row = source.iloc[index] if hasattr(source, "iloc") else source[index]
-            return Display(shown, text=str(row[self.text]))
+            return Display(shown, text=str(self._element(split, index, self.text, "text")))
         parts = instances.inputs if isinstance(instances.inputs, dict) else {"x": instances.inputs}
         numbers = {
             f"{name}[{k}]" if part[index].numel() > 1 else name: round(float(v), 6)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -14,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from fimo.data.display import Display
 from fimo.data.instances import Instances
+from fimo.data.origin import Origin
 from fimo.errors import InputError
 
 Task = Literal["regression", "classification", "language_modelling"]
@@ -35,6 +38,7 @@ class InstancesModule(pl.LightningDataModule):
         task: what is predicted.
         outputs: width of the network's output (classes, or regression targets).
         class_names: by class index; empty for regression.
+        origins: where the instances of a part came from; counted by position where nothing is said.
     """
 
     train: Instances
@@ -42,10 +46,12 @@ class InstancesModule(pl.LightningDataModule):
     task: Task
     outputs: int
     class_names: tuple[str, ...] = ()
+    origins: Mapping[Split, Origin]
 
     def __init__(self, name: str, batch_size: int) -> None:
         super().__init__()
         self.name, self.batch_size = name, batch_size
+        self.origins = {}
         self._loaded = False
 
     @abstractmethod
@@ -55,6 +61,21 @@ class InstancesModule(pl.LightningDataModule):
     @abstractmethod
     def display(self, split: Split, index: int) -> Display:
         """Return an instance as a person reads it, in original units."""
+
+    def origin(self, split: Split) -> Origin:
+        """Return where the instances of a part came from: their rows in the user's file, and their names."""
+        return self.origins[split] if split in self.origins else Origin.counted(len(getattr(self, split)))
+
+    def named(self, split: Split, index: int) -> Display:
+        """Return an instance as a person reads it, under its own name, with what its source says beside."""
+        shown, origin = self.display(split, index), self.origin(split)
+        row = dict(shown.row or {})
+        if origin.beside is not None:
+            row |= {str(c): plain(v) for c, v in origin.beside.iloc[index].items() if str(c) not in row}
+        identifier = None if origin.id is None else origin.id[index]
+        return dataclasses.replace(
+            shown, row=row or shown.row, data_row=int(origin.row[index]), id=identifier
+        )
 
     def prediction(self, outputs: Tensor) -> str:
         """Return one instance's network outputs as a person reads them: the class, or the values."""
@@ -104,6 +125,17 @@ def held_out(total: int, test_size: float, seed: int) -> tuple[np.ndarray, np.nd
     except ValueError:
         raise InputError("dataset.test_size", f"{test_size} of {total} instances can't be held out") from None
     return train, test
+
+
+def plain(value: Any) -> float | int | str:
+    """Return a table's value as a display holds it: a number of Python's own, or text."""
+    if isinstance(value, (bool, np.bool_)):
+        return str(value)
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return float(value)
+    return str(value)
 
 
 def _loader(instances: Instances, sampler: BatchSampler) -> DataLoader[Instances]:

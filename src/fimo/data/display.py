@@ -12,12 +12,16 @@ class Display:
 
     Args:
         target: its target in words or original units, e.g. ``'151.0'`` or ``'malignant'``.
-        row: of a table: column to value in original units.
+        row: of a table: column to value in original units; else what a text's or picture's table says of it.
         text: of a text data set.
         image: of an image data set, a ``data:image/png;base64,...`` address.
+        data_row: the 0-based data row of the user's file or source, where it is known.
+        id: the user's own identifier.
     """
 
     target: float | int | str
     row: Mapping[str, float | int | str] | None = None
     text: str | None = None
     image: str | None = None
+    data_row: int | None = None
+    id: str | None = None

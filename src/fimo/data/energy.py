@@ -6,9 +6,11 @@ import zipfile
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import pandas as pd
 
 from fimo.data.csv import EXACT, read_frame
+from fimo.data.origin import Origin
 from fimo.data.remote import cached_download
 from fimo.data.tabular import Table, TabularModule
 from fimo.errors import InputError
@@ -48,9 +50,9 @@ class EnergyData(TabularModule):
 
     def read(self) -> Table:
         frame = self._from_home() if self.path is None else read_sheet(Path(self.path))
-        frame = (
-            frame.dropna(how="all").dropna(axis=1, how="all").reset_index(drop=True)
-        )  # Excel's blank margin
+        frame = frame.dropna(how="all").dropna(axis=1, how="all")  # Excel's blank margin
+        origin = Origin(frame.index.to_numpy(np.int64), source=Path(self.path).name if self.path else "")
+        frame = frame.reset_index(drop=True)
         allowed = (len(FEATURES) + 1, len(FEATURES) + 2)
         if frame.shape[1] not in allowed:
             raise InputError(
@@ -61,7 +63,8 @@ class EnergyData(TabularModule):
         if self.target not in loads:
             raise InputError("dataset.target", f"{self.path} holds the {loads[0]} load only")
         frame.columns = pd.Index([*FEATURES, *loads])
-        return Table(frame[list(FEATURES)], frame[self.target].rename(f"{self.target} load"), unit="kWh/m²")
+        target = frame[self.target].rename(f"{self.target} load")
+        return Table(frame[list(FEATURES)], target, unit="kWh/m²", origin=origin)
 
     def _from_home(self) -> pd.DataFrame:
         require("dataset.path", XLSX, AS_TEXT)

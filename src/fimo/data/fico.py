@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from fimo.data.csv import read_frame
+from fimo.data.origin import Origin
 from fimo.data.tabular import Table, TabularModule, check_numeric
 from fimo.errors import InputError, shortened
 
@@ -48,7 +50,8 @@ class FicoData(TabularModule):
         check_numeric(frame[list(FEATURES)])
         features = without_special_codes(frame[list(FEATURES)].astype(float))
         target = frame[TARGET].loc[features.index]
-        return Table(features.reset_index(drop=True), target.reset_index(drop=True))
+        origin = Origin(features.index.to_numpy(np.int64), source=Path(self.path).name)
+        return Table(features.reset_index(drop=True), target.reset_index(drop=True), origin=origin)
 
 
 def without_special_codes(features: pd.DataFrame) -> pd.DataFrame:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from fimo.data.csv import read_frame
+from fimo.data.origin import Origin
 from fimo.data.tabular import Table, TabularModule
 from fimo.errors import InputError, shortened
 
@@ -51,7 +52,8 @@ class FolktablesData(TabularModule):
         hot = one_hot(adults)
         target = pd.Series(np.where(adults[INCOME] > THRESHOLD, "over 50k", "50k or less"), name="income")
         indicators = tuple(str(c) for c in hot if c not in NUMERIC)
-        return Table(hot.reset_index(drop=True), target, indicators=indicators)
+        origin = Origin(hot.index.to_numpy(np.int64), source=Path(self.path).name if self.path else "")
+        return Table(hot.reset_index(drop=True), target, indicators=indicators, origin=origin)
 
     def _from_home(self) -> pd.DataFrame:
         try:

@@ -18,6 +18,7 @@ from fimo.data.datamodule import InstancesModule, Split
 from fimo.data.display import Display
 from fimo.data.hub import require_hub
 from fimo.data.instances import Instances
+from fimo.data.origin import Origin
 from fimo.errors import InputError, shortened
 from fimo.extras import IMAGES, require
 
@@ -34,16 +35,20 @@ class Pictures:
     Args:
         contents: a file's path, or its bytes.
         labels: class names.
+        origin: rows of the table, or positions among the folder's files in the order of their names, whose
+            identifiers are their paths.
     """
 
     contents: list[Path | bytes]
     labels: list[str]
+    origin: Origin
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, rows: Sequence[int]) -> Pictures:
-        return Pictures([self.contents[i] for i in rows], [self.labels[i] for i in rows])
+        contents, labels = [self.contents[i] for i in rows], [self.labels[i] for i in rows]
+        return Pictures(contents, labels, self.origin[rows])
 
 
 class ImageData(InstancesModule):
@@ -58,6 +63,7 @@ class ImageData(InstancesModule):
         size: height and width that images are resized to; None keeps them, which must then be alike.
         channels: 3 (colours) or 1 (greys).
         image, label: columns of parquet files and hub data sets.
+        id: their column of identifiers; files in folders are called by their path.
         class_names: of integer labels 0, 1, ...; None takes the labels found in the training set.
         train_size, test_size: how many instances, drawn at random; None for all.
         split_seed: of the draws.
@@ -77,6 +83,7 @@ class ImageData(InstancesModule):
         name: str = "images",
         batch_size: int = 128,
         split_seed: int = 0,
+        id: str | None = None,
     ) -> None:
         super().__init__(name, batch_size)
         for key, value in (("size", size), ("train_size", train_size), ("test_size", test_size)):
@@ -86,7 +93,7 @@ class ImageData(InstancesModule):
             raise InputError("dataset.channels", f"expected 1 or 3 but got {channels}")
         self.task = "classification"
         self.path, self.hub, self.size, self.channels = path, hub, size, channels
-        self.image, self.label = image, label
+        self.image, self.label, self.id = image, label, id
         self.train_size, self.test_size, self.split_seed = train_size, test_size, split_seed
         self._given_names = tuple(class_names) if class_names is not None else None
 
@@ -100,6 +107,7 @@ class ImageData(InstancesModule):
         generator = np.random.default_rng(self.split_seed)
         train = drawn(train, self.train_size, generator)
         test = drawn(test, self.test_size, generator)
+        self.origins = {"train": train.origin, "test": test.origin}
         targets = {"train": self._indices(train, "train"), "test": self._indices(test, "test")}
         self._pixels = {"train": self._decode(train), "test": self._decode(test)}
         if self._pixels["train"].shape[1:] != self._pixels["test"].shape[1:]:
@@ -150,7 +158,8 @@ class ImageData(InstancesModule):
                     f"no column {column!r} in {files[0]}; there are {shortened(list(frame.columns))}",
                 )
         contents: list[Any] = [c.get("bytes") if isinstance(c, dict) else c for c in frame[self.image]]
-        return Pictures(contents, [self._name(label) for label in frame[self.label]])
+        origin = Origin.of_frame(frame, self.id, (self.image, self.label), path.name)
+        return Pictures(contents, [self._name(label) for label in frame[self.label]], origin)
 
     def _from_hub(self) -> tuple[Pictures, Pictures]:
         if self.hub is None:
@@ -165,7 +174,11 @@ class ImageData(InstancesModule):
         except Exception as error:
             raise InputError("dataset.hub", f"{self.hub!r} can't be read ({error})".splitlines()[0]) from None
         return tuple(  # type: ignore[return-value]
-            Pictures([c["bytes"] for c in s[self.image]], [self._name(label) for label in s[self.label]])
+            Pictures(
+                [c["bytes"] for c in s[self.image]],
+                [self._name(label) for label in s[self.label]],
+                Origin.of_frame(s.remove_columns(self.image).to_pandas(), self.id, (self.label,), self.hub),
+            )
             for s in splits
         )
 
@@ -208,7 +221,8 @@ def folder(path: Path) -> Pictures:
     files = [f for f in files if f.suffix.lower() in SUFFIXES]
     if not files:
         raise InputError("dataset.path", f"no image in {path}/CLASS/")
-    return Pictures(list(files), [f.parent.name for f in files])
+    origin = Origin(np.arange(len(files)), tuple(f.relative_to(path).as_posix() for f in files), path.name)
+    return Pictures(list(files), [f.parent.name for f in files], origin)
 
 
 def drawn(pictures: Pictures, size: int | None, generator: np.random.Generator) -> Pictures:

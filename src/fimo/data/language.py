@@ -13,6 +13,7 @@ from torch import Tensor
 from fimo.data.datamodule import InstancesModule, Split, held_out
 from fimo.data.display import Display
 from fimo.data.instances import IGNORED, Instances
+from fimo.data.origin import Origin
 from fimo.data.text import read_table
 from fimo.data.tokens import BYTES, make_tokens
 from fimo.errors import InputError
@@ -72,6 +73,8 @@ class LanguageData(InstancesModule):
             rows = held_out(len(passages), self.test_size, self.split_seed)
             train, test = ([passages[i] for i in part] for part in rows)
             starts = [0] * len(test)
+            whole = Origin.counted(len(passages))
+            self.origins = {"train": whole[rows[0]], "test": whole[rows[1]]}
         else:
             train = passages
             test, starts = self._completions(Path(self.prompts))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from fimo.errors import InputError, shortened
+from fimo.errors import InputError, nearest, shortened
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,32 @@ class Origin:
         """Return the origin of instances that are known by their position alone."""
         return cls(np.arange(n, dtype=np.int64))
 
+    @classmethod
+    def of_frame(
+        cls,
+        frame: pd.DataFrame,
+        identifier: str | int | None,
+        read: Sequence[str],
+        source: str = "",
+        first_line: int | None = None,
+    ) -> Origin:
+        """Return the origin of a whole table's rows.
+
+        Args:
+            identifier: the column that names rows.
+            read: columns that are features or targets; all others are shown beside.
+
+        Raises:
+            InputError: ``dataset.id``: no such column, an empty cell, or a name that occurs twice.
+        """
+        columns = list(frame.columns)
+        if identifier is not None and identifier not in columns:
+            raise InputError("dataset.id", f"no column {identifier!r}; {nearest(str(identifier), columns)}")
+        ids = None if identifier is None else named(frame[identifier])
+        rest = [c for c in columns if c not in read and c != identifier]
+        beside = frame[rest].reset_index(drop=True) if rest else None
+        return cls(np.arange(len(frame), dtype=np.int64), ids, source, first_line, beside)
+
     def __len__(self) -> int:
         return len(self.row)
 
@@ -53,6 +79,15 @@ class Origin:
     def ids(self) -> list[str]:
         """Each instance's identifier; its row where none was given."""
         return [str(row) for row in self.row.tolist()] if self.id is None else list(self.id)
+
+    def name(self, position: int) -> str:
+        """Return what an instance is called: its identifier, or its row."""
+        return f"row {self.row[position]}" if self.id is None else self.id[position]
+
+    def where(self, position: int) -> str:
+        """Return the place of an instance in its file, for errors: ``data row 3 (line 5)``."""
+        row = int(self.row[position])
+        return f"data row {row}" + (f" (line {row + self.first_line})" if self.first_line is not None else "")
 
     def __getitem__(self, index: Sequence[int] | np.ndarray | slice) -> Origin:
         """Return the origin of some of the instances, by position."""
@@ -81,3 +116,23 @@ class Origin:
             return rows.index(int(name))
         kind = "row" if self.id is None else "id or row"
         raise InputError(key, f"there is no {kind} {name!r}; there are {shortened(self.ids)}")
+
+
+def first_line(text: str, rows: int, header: bool) -> int | None:
+    """Return the line of data row 0 of a text table; None where rows are not one line each."""
+    numbers = [k for k, line in enumerate(text.split("\n"), 1) if line.strip()][int(header) :]
+    one_each = len(numbers) == rows and bool(rows) and numbers[-1] - numbers[0] == rows - 1
+    return numbers[0] if one_each else None
+
+
+def named(column: pd.Series) -> tuple[str, ...]:
+    """Return a column of identifiers as text.
+
+    Raises:
+        InputError: ``dataset.id``: an empty cell.
+    """
+    blank = column.isna() | (column.astype(str).str.strip() == "")
+    if blank.any():
+        row = int(np.flatnonzero(blank)[0])
+        raise InputError("dataset.id", f"column {str(column.name)!r} is empty in data row {row}")
+    return tuple(str(value) for value in column.tolist())

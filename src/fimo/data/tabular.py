@@ -15,6 +15,7 @@ from torch import Tensor
 from fimo.data.datamodule import InstancesModule, Split, held_out
 from fimo.data.display import Display
 from fimo.data.instances import Instances
+from fimo.data.origin import Origin
 from fimo.errors import InputError, shortened
 
 log = logging.getLogger(__name__)
@@ -32,12 +33,14 @@ class Table:
         target: ``[n]``, values, or class names as text or numbers.
         unit: of a regression target, for display.
         indicators: columns of zeros and ones that are left as they are, not standardised.
+        origin: ``[n]``, of which rows of the source; None where they are all of them, in their order.
     """
 
     features: pd.DataFrame
     target: pd.Series
     unit: str = ""
     indicators: tuple[str, ...] = ()
+    origin: Origin | None = None
 
 
 class TabularModule(InstancesModule):
@@ -69,13 +72,15 @@ class TabularModule(InstancesModule):
 
     def load(self) -> None:
         table = self.read()
-        check_numeric(table.features)
+        origin = table.origin or Origin.counted(len(table.features))
+        check_numeric(table.features, origin=origin)
         self._features, self.unit = table.features, table.unit
         if len(table.features) < 4:
             raise InputError("dataset", f"expected at least 4 rows but got {len(table.features)}")
         train, test = held_out(len(table.features), self.test_size, self.split_seed)
         self._rows = {"train": train, "test": test}
-        targets = self._encode(table.target)
+        self.origins = {"train": origin[train], "test": origin[test]}
+        targets = self._encode(table.target, origin)
         features = table.features.to_numpy(dtype=np.float64)
         inputs = standardise(features, train)
         kept = table.features.columns.isin(table.indicators)
@@ -93,15 +98,15 @@ class TabularModule(InstancesModule):
         )
         self.outputs = len(self.class_names) if self.task == "classification" else 1
 
-    def _encode(self, target: pd.Series) -> np.ndarray:
+    def _encode(self, target: pd.Series, origin: Origin) -> np.ndarray:
         """Return the target as values, or as class indices; keeps what displays show."""
         name = str(target.name)
         if target.isna().any():
             row = int(np.flatnonzero(target.isna())[0])
-            raise InputError("dataset.target", f"column {name!r} has a missing value in data row {row}")
+            raise InputError("dataset.target", f"column {name!r} has a missing value in {origin.where(row)}")
         self._shown_target = target
         if self.task == "regression":
-            check_numeric(target.to_frame(), key="dataset.target")
+            check_numeric(target.to_frame(), "dataset.target", origin)
             values = target.to_numpy(dtype=np.float64)
             if np.ptp(values) == 0:
                 raise InputError("dataset.target", f"column {name!r} has one value only ({values[0]:g})")
@@ -150,12 +155,16 @@ def standardise(values: np.ndarray, train: np.ndarray) -> np.ndarray:
     return standard
 
 
-def check_numeric(frame: pd.DataFrame, key: str = "dataset.path") -> None:
+def check_numeric(frame: pd.DataFrame, key: str = "dataset.path", origin: Origin | None = None) -> None:
     """Refuse text, missing and infinite values, naming the first column and row at fault.
+
+    Args:
+        origin: of the rows; counted when None.
 
     Raises:
         InputError: with ``key``.
     """
+    origin = origin or Origin.counted(len(frame))
     if frame.shape[1] == 0:
         raise InputError(key, "there is no feature column besides the target")
     for column in frame:
@@ -164,15 +173,14 @@ def check_numeric(frame: pd.DataFrame, key: str = "dataset.path") -> None:
         bad = ~np.isfinite(numbers)
         if not bad.any() and (large := np.abs(numbers) > LARGEST).any():
             row = int(np.flatnonzero(large)[0])
-            problem = f"{numbers[row]:g} in data row {row} (from 0), too large to be standardised"
+            problem = f"{numbers[row]:g} in {origin.where(row)}, too large to be standardised"
             raise InputError(key, f"column {column!r} has {problem}")
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
             found = frame[column].iloc[row]
             what = "a missing value (NaN)" if pd.isna(found) else repr(str(found))
-            raise InputError(
-                key, f"column {column!r} has {what} in data row {row} (from 0); expected finite numbers only"
-            )
+            where = origin.where(row)
+            raise InputError(key, f"column {column!r} has {what} in {where}; expected finite numbers only")
 
 
 def pick_target(frame: pd.DataFrame, target: str | int) -> tuple[pd.DataFrame, pd.Series]:

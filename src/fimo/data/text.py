@@ -16,6 +16,7 @@ from fimo.data.datamodule import InstancesModule, Split, held_out
 from fimo.data.display import Display
 from fimo.data.hub import require_hub
 from fimo.data.instances import Instances
+from fimo.data.origin import Origin, first_line
 from fimo.data.tokens import Tokens, make_tokens
 from fimo.errors import InputError, shortened
 
@@ -23,6 +24,10 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".tsv", ".csv", ".parquet", ".jsonl", ".json")
 TEST_NAMES = ("validation", "valid", "dev", "test")
+LINES = {".tsv": True, ".csv": True, ".jsonl": False}
+"""Files whose rows are lines, and whether the first one names the columns."""
+
+Part = tuple[pd.DataFrame, Origin]
 
 
 class TextData(InstancesModule):
@@ -37,6 +42,7 @@ class TextData(InstancesModule):
             ``path`` is None.
         tokenizer: ``bytes``, or a model's folder, package or hub name.
         text, label: columns.
+        id: column of identifiers; all others are shown beside.
         class_names: in the order of the labels 0, 1, ...; None takes the labels found in the training set.
         max_length: most tokens of a text, special ones included; longer texts are cut. None: the model's.
         train_size: training instances, drawn at random; None for all.
@@ -59,6 +65,7 @@ class TextData(InstancesModule):
         name: str = "text",
         batch_size: int = 32,
         split_seed: int = 0,
+        id: str | None = None,
     ) -> None:
         super().__init__(name, batch_size)
         for key, value in (("max_length", max_length), ("train_size", train_size), ("test_size", test_size)):
@@ -66,7 +73,7 @@ class TextData(InstancesModule):
                 raise InputError(f"dataset.{key}", f"expected a positive number or null but got {value}")
         self.task = "classification"
         self.path, self.hub, self.tokenizer = path, hub, tokenizer
-        self.text, self.label = text, label
+        self.text, self.label, self.id = text, label, id
         self.max_length, self.train_size, self.test_size = max_length, train_size, test_size
         self.split_seed = split_seed
         self._given_names = tuple(class_names) if class_names is not None else None
@@ -74,20 +81,25 @@ class TextData(InstancesModule):
     def load(self) -> None:
         tokens = make_tokens(self.tokenizer)
         self._vocabulary = tokens.vocabulary
-        train, test = self._read()
-        for split, frame in (("train", train), ("test", test)):
-            self._check(frame, split)
+        read = self._read()
+        for split, (frame, origin) in zip(("train", "test"), read, strict=True):
+            self._check(frame, split, origin)
+        (train, known), (test, known_test) = read
         if self.train_size is not None and self.train_size < len(train):
             rows = np.random.default_rng(self.split_seed).choice(len(train), self.train_size, replace=False)
-            train = train.iloc[np.sort(rows)].reset_index(drop=True)
+            train, known = train.iloc[np.sort(rows)].reset_index(drop=True), known[np.sort(rows)]
         if isinstance(self.test_size, int):
-            test = test.iloc[: self.test_size]
+            test, known_test = test.iloc[: self.test_size], known_test[: self.test_size]
+        self.origins = {"train": known, "test": known_test}
         self._set_classes(train[self.label])
         self._frames = {"train": train, "test": test}
         texts = [str(t) for frame in (train, test) for t in frame[self.text]]
         inputs = padded(self._cut(tokens, texts), tokens.padding)
         targets = torch.tensor(
-            [*self._indices(train[self.label], "train"), *self._indices(test[self.label], "test")]
+            [
+                *self._indices(train[self.label], "train", known),
+                *self._indices(test[self.label], "test", known_test),
+            ]
         )
         everything = Instances(inputs, targets)
         self.train, self.test = everything[: len(train)], everything[len(train) :]
@@ -103,19 +115,35 @@ class TextData(InstancesModule):
         target = int(getattr(self, split).targets[index])
         return Display(self.class_names[target], text=str(row[self.text]).strip())
 
-    def _read(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+    def _read(self) -> tuple[Part, Part]:
+        """Return the training and the test part, each with its origin."""
         if self.path is None:
-            return self._from_hub()
+            frames = self._from_hub()
+            return self._with_origin(frames[0], self.hub or ""), self._with_origin(frames[1], self.hub or "")
         path = Path(self.path)
         if not path.is_dir():
             whole = read_table(path)
             share = 0.1 if self.test_size is None else self.test_size
             if len(whole) < 4 or share >= len(whole):
                 raise InputError("dataset.path", f"{path} has {len(whole)} rows, too few to hold out {share}")
-            self._check(whole, "whole")  # before the split, whose rows are not the file's
-            train, test = held_out(len(whole), share, self.split_seed)
-            return whole.iloc[train].reset_index(drop=True), whole.iloc[test].reset_index(drop=True)
-        return read_table(_member(path, ("train",))), read_table(_member(path, TEST_NAMES))
+            _, origin = self._with_origin(whole, path)
+            self._check(whole, "whole", origin)
+            train, test = (
+                (whole.iloc[rows].reset_index(drop=True), origin[rows])
+                for rows in held_out(len(whole), share, self.split_seed)
+            )
+            return train, test
+        files = _member(path, ("train",)), _member(path, TEST_NAMES)
+        train, test = (self._with_origin(read_table(file), file) for file in files)
+        return train, test
+
+    def _with_origin(self, frame: pd.DataFrame, source: Path | str) -> Part:
+        line = None
+        if isinstance(source, Path) and source.suffix.lower() in LINES:
+            header = LINES[source.suffix.lower()]
+            line = first_line(source.read_text("utf-8", errors="replace"), len(frame), header)
+        name = source.name if isinstance(source, Path) else source
+        return frame, Origin.of_frame(frame, self.id, (self.text, self.label), name, line)
 
     def _from_hub(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         if self.hub is None:
@@ -133,7 +161,7 @@ class TextData(InstancesModule):
         except Exception as error:
             raise InputError("dataset.hub", f"{self.hub!r} can't be read ({error})".splitlines()[0]) from None
 
-    def _check(self, frame: pd.DataFrame, split: str) -> None:
+    def _check(self, frame: pd.DataFrame, split: str, origin: Origin) -> None:
         for key, column in (("text", self.text), ("label", self.label)):
             if column not in frame:
                 raise InputError(
@@ -146,9 +174,8 @@ class TextData(InstancesModule):
             blank = frame[column].isna() | (frame[column].astype(str).str.strip() == "")
             if blank.any():
                 row = int(np.flatnonzero(blank)[0])
-                raise InputError(
-                    f"dataset.{key}", f"the {column} in row {row} (from 0) of the {split} data is empty"
-                )
+                where = f"{origin.where(row)} of the {split} data"
+                raise InputError(f"dataset.{key}", f"the {column} in {where} is empty")
 
     def _set_classes(self, labels: pd.Series) -> None:
         if self._given_names is not None:
@@ -162,12 +189,12 @@ class TextData(InstancesModule):
         self.class_names = tuple(map(str, found))
         self._classes = {name: k for k, name in enumerate(self.class_names)}
 
-    def _indices(self, labels: pd.Series, split: str) -> list[int]:
+    def _indices(self, labels: pd.Series, split: str, origin: Origin) -> list[int]:
         for row, label in enumerate(labels.astype(str)):
             if label not in self._classes:
                 raise InputError(
                     "dataset.label",
-                    f"label {label!r} in row {row} of the {split} data is not among the classes "
+                    f"label {label!r} in {origin.where(row)} of the {split} data is not among the classes "
                     f"{shortened(self.class_names)}",
                 )
         return [self._classes[label] for label in labels.astype(str)]

@@ -34,6 +34,8 @@ class Sensitivity:
         full_losses: ``[S, E, J]`` float64, test losses of the full runs.
         groups: ``[L, G]`` int64, where groups are left out: their members, padded with -1 (``left_out`` then
             holds the first of each).
+        left_out_row, test_row: ``[L]``, ``[J]`` int64, where it is known, the 0-based data rows of the user's
+            file that they are; of groups, as ``left_out``, their first members'.
         test_hash: of the test instances' content, where it is known, so that scores of others are refused.
     """
 
@@ -48,6 +50,8 @@ class Sensitivity:
     distance: Tensor | None = None
     full_losses: Tensor | None = None
     groups: Tensor | None = None
+    left_out_row: Tensor | None = None
+    test_row: Tensor | None = None
     test_hash: str = ""
 
     @property
@@ -70,7 +74,7 @@ class Sensitivity:
             "test": self.test,
             "seeds": self.seeds,
         }
-        for name in ("distance_full", "distance", "full_losses", "groups"):
+        for name in ("distance_full", "distance", "full_losses", "groups", "left_out_row", "test_row"):
             if (tensor := getattr(self, name)) is not None:
                 tensors[name] = tensor
         if with_raw:

@@ -18,9 +18,10 @@ MOST_NUMBERS = 400_000
 def explorer_data(run: Results, per_test: int = 5) -> dict[str, Any]:
     """Return the last evaluation point's sensitivities and scores of the test instances to choose from.
 
-    Keys: ``left_out [L]``; ``tests``, each with ``index``, ``display``, ``sensitivity [L]``, ``scores`` by
-    method ``[L]`` (and ``errors`` where it has them), ``agreement`` by method, ``helpful`` and ``harmful``
-    (``index, effect, error, seeds_agreeing``); ``train``: displays by index; ``methods``, best first.
+    Keys: ``left_out [L]``, ``names [L]``; ``tests``, each with ``index``, ``name``, ``display``,
+    ``sensitivity [L]``, ``scores`` by method ``[L]`` (and ``errors`` where it has them), ``agreement`` by
+    method, ``helpful`` and ``harmful`` (``index, name, effect, error, seeds_agreeing``); ``train``: displays
+    by index; ``methods``, best first.
     """
     methods = scored_methods(run)
     left_out = len(run.sensitivity.left_out)
@@ -44,18 +45,20 @@ def explorer_data(run: Results, per_test: int = 5) -> dict[str, Any]:
         tests.append(
             {
                 "index": index,
+                "name": run.called("test", index),
                 "display": display.as_dict() if display else None,
                 "sensitivity": rounded(last[j]),
                 "scores": {m: rounded(s[j]) for m, s in scores.items()},
                 "errors": {m: rounded(bars[-1, j]) for m in methods if (bars := run.errors(m)) is not None},
                 "agreement": {m: round(v[j].item(), 3) for m, v in values.items()},
-                "helpful": [vars(row) for row in helpful],
-                "harmful": [vars(row) for row in harmful],
+                "helpful": [{**vars(row), "name": run.called("train", row.index)} for row in helpful],
+                "harmful": [{**vars(row), "name": run.called("train", row.index)} for row in harmful],
             }
         )
     shown = {i: d.as_dict() for i, d in run.shown.get("train", {}).items() if i in mentioned}
     return {
         "left_out": run.sensitivity.left_out.tolist(),
+        "names": [run.called("train", i) for i in run.sensitivity.left_out.tolist()],
         "tests": tests,
         "train": shown,
         "methods": methods,

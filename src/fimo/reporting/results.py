@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ JSON_FIELDS = (
     "descriptions",
     "skipped",
     "warnings",
+    "ids",
 )
 OPTIONAL_TABLES = {"bootstrap": "evaluation_bootstrap.csv", "slopes": "evaluation_slopes.csv"}
 FILES = ("sensitivity.safetensors", "evaluation.csv", "cost.csv", "report.json")
@@ -71,6 +73,9 @@ class Results:
         tasks: further evaluations by name: ``datamodeling``, ``removal``, ``mislabelled``, as the
             modules of those names in :mod:`fimo.evaluation` return them, and tables with a curve.
         curves: by task, as what its table is drawn.
+        ids: by split (``train``: of what was left out), the user's identifiers in the sensitivity's order;
+            those of a group's members with spaces between them. Missing where there are rows only.
+        folder: that it was read from.
         has_raw: whether the sensitivity holds every seed; else its one "seed" is the mean over all.
     """
 
@@ -93,6 +98,8 @@ class Results:
     retraining: Sensitivity | None = None
     tasks: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     has_raw: bool = True
+    ids: Mapping[str, list[str]] = field(default_factory=dict)
+    folder: Path | None = None
     curves: Mapping[str, Curve] = field(default_factory=dict)
 
     def curve(self, task: str) -> Curve | None:
@@ -102,6 +109,41 @@ class Results:
     def errors(self, method: str) -> Tensor | None:
         """Return the standard errors of a method's scores as they are judged, NaN where withheld."""
         return self.scores[method].bars(self.sensitivity.subtract_mean)
+
+    @functools.cached_property
+    def effects(self) -> pd.DataFrame:
+        """``effects.csv``: the measured effect and the scores of every pair, under the user's own names.
+
+        Raises:
+            InputError: the run was not read from a folder that holds it.
+        """
+        path = (self.folder or Path()) / "effects.csv"
+        if self.folder is None or not path.exists():
+            raise InputError(
+                "effects.csv", f"is not in {self.folder or 'a folder'}: an earlier version's run"
+            )
+        text = {"test_id": str, "train_id": str}
+        as_written: dict[str, Any] = {"keep_default_na": False, "na_values": {"effect_sem": [""]}}
+        table: pd.DataFrame = pd.read_csv(path, dtype=text, **as_written, **EXACT)
+        return table
+
+    def called(self, split: str, index: int) -> str:
+        """Return what a left-out or test instance is called: its id, its row, or its position in its part."""
+        return self._names[split].get(index, f"#{index}")
+
+    @functools.cached_property
+    def _names(self) -> dict[str, dict[int, str]]:
+        found: dict[str, dict[int, str]] = {}
+        one, many = self.sensitivity, "group of " if self.sensitivity.groups is not None else ""
+        for split, index, rows in (
+            ("train", one.left_out, one.left_out_row),
+            ("test", one.test, one.test_row),
+        ):
+            names = self.ids.get(split)
+            if names is None and rows is not None:
+                names = [f"{many if split == 'train' else ''}row {row}" for row in rows.tolist()]
+            found[split] = dict(zip(index.tolist(), names or [], strict=False))
+        return found
 
     @property
     def metrics(self) -> list[str]:
@@ -217,6 +259,7 @@ class Results:
             },
             curves=curves,
             has_raw=has_raw,
+            folder=folder,
             **optional,
             **content,
         )

@@ -103,7 +103,8 @@ def sorted_figure(runs: Runs, tests: int = 4) -> Figure | None:
         for axes, j in zip(row, chosen_tests(run.sensitivity, columns), strict=True):
             _sorted_panel(axes, run, j, palette)
             name = f"{run.name}, " if len(runs) > 1 else ""
-            axes.set_title(f"{name}test instance {int(run.sensitivity.test[j])}", fontsize=9)
+            instance = run.called("test", int(run.sensitivity.test[j]))
+            axes.set_title(f"{name}test instance {instance}", fontsize=9)
         row[0].set_ylabel("change of the test loss")
     for axes in panels[-1]:
         axes.set_xlabel("left-out instances, sorted")

@@ -202,12 +202,20 @@ def instance_rows(results: Results) -> tuple[list[str], list[list[Any]]]:
     ]
     features = list(dict.fromkeys(name for _, _, d in shown for name in d.row or {}))
     content = [kind for kind in ("text", "image") if any(getattr(d, kind) for _, _, d in shown)]
-    columns = ["split", "index", "effect", "standard_error", "target", "prediction", "loss"]
+    columns = ["split", "row", "id", "effect", "standard_error", "target", "prediction", "loss"]
     rows = []
     for split, index, d in shown:
         effect = effects.get(index) if split == "train" else None
         numbers = [effect.effect, effect.error] if effect else [None, None]
-        cells = [split, index, *numbers, d.target, d.prediction, d.loss]
+        cells = [
+            split,
+            index if d.data_row is None else d.data_row,
+            d.id,
+            *numbers,
+            d.target,
+            d.prediction,
+            d.loss,
+        ]
         cells += [_content(d, kind) for kind in content]
         rows.append([*map(_finite, cells), *((d.row or {}).get(name) for name in features)])
     return [*columns, *content, *features], rows

@@ -106,7 +106,7 @@
   };
 
   function showInstance(box, test) {
-    box.replaceChildren(make("b", `test instance #${test.index}`));
+    box.replaceChildren(make("b", `test instance ${test.name}`));
     const display = test.display;
     if (!display) return;
     if (display.image) {
@@ -132,6 +132,7 @@
     if (!rows.length) return make("p", "None.", "quiet");
     const displays = rows.map((row) => train[row.index]);
     const columns = [...new Set(displays.flatMap((d) => Object.keys((d && d.row) || {})))];
+    const content = !columns.length || displays.some((d) => d && (d.text || d.image));
     const seeds = rows[0].seeds > 1 && rows[0].error !== null;
     const says = displays.some((d) => d && d.prediction !== undefined);
     const exponent = Math.floor(Math.log10(Math.max(...rows.map((row) => Math.abs(row.effect)))));
@@ -139,12 +140,12 @@
     const fixed = (value) => (size === 1 ? number(value, 3) : (value / size).toFixed(2).replace("-", "\u2212"));
     const table = make("table", null, `rows ${kind}`);
     const head = make("tr");
-    const titles = [`training ${noun}`, `effect on its loss${size === 1 ? "" : ` (${power(exponent).trim()})`}`, ...(seeds ? ["seeds"] : []), "target", ...(says ? ["model says"] : []), ...(columns.length ? columns : ["instance"])];
+    const titles = [`training ${noun}`, `effect on its loss${size === 1 ? "" : ` (${power(exponent).trim()})`}`, ...(seeds ? ["seeds"] : []), "target", ...(says ? ["model says"] : []), ...(content ? ["instance"] : []), ...columns];
     titles.forEach((title, i) => head.append(make("th", title, i === 1 || columns.includes(title) ? "number" : "")));
     const body = make("tbody");
     rows.forEach((row, i) => {
       const tr = make("tr", null, row.error !== null && Math.abs(row.effect) <= 2 * row.error ? "unclear" : "");
-      tr.append(make("td", `#${row.index}`, "id"));
+      tr.append(make("td", row.name, "id"));
       const effect = make("td", null, "number");
       effect.append(make("b", (row.effect > 0 ? "+" : "") + fixed(row.effect)));
       if (row.error !== null) effect.append(make("span", ` ± ${fixed(row.error)}`, "quiet"));
@@ -153,15 +154,15 @@
       const display = displays[i];
       tr.append(make("td", number(display && display.target)));
       if (says) tr.append(make("td", number(display && display.prediction)));
-      if (columns.length) columns.forEach((c) => tr.append(make("td", number(display && display.row && display.row[c]), "number")));
-      else if (display && display.image) {
+      if (content && display && display.image) {
         const image = make("img", null, "instance");
         image.src = display.image;
         image.alt = "training instance";
         const cell = make("td");
         cell.append(image);
         tr.append(cell);
-      } else tr.append(make("td", display ? display.text : "not kept", "sentence"));
+      } else if (content) tr.append(make("td", display ? display.text : "not kept", "sentence"));
+      columns.forEach((c) => tr.append(make("td", number(display && display.row && display.row[c]), "number")));
       body.append(tr);
     });
     const thead = make("thead");
@@ -177,7 +178,7 @@
     const pickTest = element.querySelector(".pick-test");
     const pickMethod = element.querySelector(".pick-method");
     if (!pickTest.options.length) {
-      source.tests.forEach((test, i) => pickTest.add(new Option(`#${test.index}${short(test.display)}`, i)));
+      source.tests.forEach((test, i) => pickTest.add(new Option(`${test.name}${short(test.display)}`, i)));
       source.methods.forEach((name) => pickMethod.add(new Option(name, name)));
       pickTest.addEventListener("change", () => explore(element));
       pickMethod.addEventListener("change", () => explore(element));
@@ -190,7 +191,7 @@
     const scores = order.map((i) => test.scores[method][i]);
     const errors = test.errors[method] && order.map((i) => test.errors[method][i]);
     const factor = scale(sensitivity) / scale(scores.filter((v) => v !== null));
-    const ids = order.map((i) => `training ${noun} #${source.left_out[i]}`);
+    const ids = order.map((i) => source.names[i]);
     const rank = order.map((_, i) => i + 1);
     showInstance(element.querySelector(".instance-shown"), test);
     const base = { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 64, r: 12, t: 30, b: 48 }, hovermode: "closest" };
