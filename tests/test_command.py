@@ -243,5 +243,10 @@ def test_help_explains_the_groups_without_importing_torch() -> None:
     printed = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    for group in ("dataset: breast_cancer", "further_training: ", "+method=[tracin,datainf]", "logger: none"):
+    for group in (
+        "dataset: breast_cancer",
+        "further_training: ",
+        "+method=[tracin,datainf]",
+        "logger: csv, none",
+    ):
         assert group in printed.stdout

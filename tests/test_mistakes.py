@@ -53,7 +53,10 @@ def test_methods_and_their_settings_are_additions() -> None:
             "further_trainin.lr: unknown key; did you mean model.lr or further_training",
         ),
         ("model.network.hiden=[8]", "model.network.hiden: unknown key; did you mean hidden?"),
-        ("logger=none logger.tags=[a]", "logger.tags: is not in the chosen file; +logger.tags=VALUE sets it"),
+        (
+            "logger=none logger.wandb.tags=[a]",
+            "logger.wandb.tags: unknown key of the chosen file; a key of logger=wandb",
+        ),
         ("seed=1,2", "seed: got several values; [1,2] is a list, -m sweeps over them"),
         ("nonsense", "nonsense: expected KEY=VALUE"),
         ("dataset.name=[", "dataset.name: '[' can't be read"),
@@ -69,3 +72,10 @@ def test_what_hydra_refuses_is_one_line_with_the_key(override: str, said: str) -
 
 def test_the_nearest_key_of_a_method_is_known() -> None:
     assert "damping" in nearest_key("methods.datainf.dampin", CONF)
+
+
+def test_w_and_bs_settings_may_be_given_in_short() -> None:
+    assert readable("logger.mode=online") == "logger.wandb.mode=online"
+    assert readable("logger.wandb.mode=online") == "logger.wandb.mode=online"
+    assert readable("logger.csv.name=x") == "logger.csv.name=x"
+    assert readable("logger=none") == "logger=none"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -176,10 +176,13 @@ def build_final_model(module: FinalModelModule, config: DictConfig) -> FinalMode
     )
 
 
-def build_trainer(config: DictConfig) -> pl.Trainer:
+def build_trainer(config: DictConfig, more: Sequence[pl.Callback] = ()) -> pl.Trainer:
     """Build the Trainer of the final model's training, on the first of the devices.
 
     The others serve further training: on several, a final model's batches would be larger.
+
+    Args:
+        more: callbacks besides those configured.
     """
     settings = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(settings, dict)
@@ -192,7 +195,7 @@ def build_trainer(config: DictConfig) -> pl.Trainer:
     try:
         return pl.Trainer(
             **{str(k): v for k, v in settings.items() if k not in ("enable_progress_bar", "keep")},
-            callbacks=callbacks,
+            callbacks=[*callbacks, *more],
             num_sanity_val_steps=0,
             enable_progress_bar=False,
             enable_checkpointing=False,

@@ -92,28 +92,18 @@ class Evaluation:
 
 
 @dataclass
-class Logger:
-    """``logger``: Weights & Biases; offline unless asked otherwise."""
-
-    enabled: bool = True
-    mode: str = "offline"
-    project: str = "fimo"
-    entity: str | None = None
-    group: str | None = None
-    name: str | None = None
-    tags: list[str] = field(default_factory=list)
-
-
-@dataclass
 class Config:
-    """The whole configuration; ``dataset`` and each of ``methods`` are arguments of their ``_target_``."""
+    """The whole configuration.
+
+    ``dataset`` and each of ``methods`` and ``logger`` are arguments of their ``_target_``.
+    """
 
     dataset: Any = MISSING
     model: Model = field(default_factory=Model)
     trainer: Trainer = field(default_factory=Trainer)
     further_training: FurtherTraining = field(default_factory=FurtherTraining)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    logger: Logger = field(default_factory=Logger)
+    logger: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     threads: int | None = None

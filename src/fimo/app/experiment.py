@@ -32,6 +32,7 @@ from fimo.app.effects import with_rows, write_effects
 from fimo.app.environment import quiet_libraries, trainer_settings
 from fimo.app.final_models import FinalModels
 from fimo.app.journal import Journal
+from fimo.app.loggers import about, logged
 from fimo.app.plan import Plan
 from fimo.app.run import Run
 from fimo.app.scoring import applicable
@@ -41,11 +42,12 @@ from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError
 from fimo.evaluation import Evaluation, assess
 from fimo.further_training.sensitivity import Sensitivity
+from fimo.live.callbacks import LogsFurtherTraining, LogsTraining
 from fimo.models.final_model import FinalModel
 from fimo.models.lightning_module import FinalModelModule
 from fimo.models.training import Quality, quality, save_checkpoint, train_final_model
 from fimo.reporting.results import Results
-from fimo.reporting.wandb import log_run
+from fimo.reporting.wandb import tell
 from fimo.scores import Scores
 from fimo.store.files import Store
 from fimo.tasks.base import Task
@@ -67,8 +69,15 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     """
     quiet_libraries()
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    journal = Journal(run_dir)
+    with logged(config, run_dir) as live:
+        return told(config, Journal(run_dir, log=live))
+
+
+def told(config: DictConfig, journal: Journal) -> float:
+    """Run all stages; see :func:`run_experiment`."""
+    run_dir = journal.folder
     prepared = prepare(config, journal)
+    journal.log.begin(about(prepared.run, config, run_dir))
     run, final_quality = with_final_model(prepared, config, journal)
     trained = run.of_trained_part()
     if config.until == "check":
@@ -135,10 +144,14 @@ def prepare(config: DictConfig, journal: Journal) -> Prepared:
     for name, why in skipped.items():
         log.warning("%s is skipped: %s", name, why)
     journal.skipped.update(skipped)
-    trainer = build_trainer(config)
+    trainer = build_trainer(config, [LogsTraining(journal.log, data.test)])
+    further = LogsFurtherTraining(
+        journal.log, config.evaluation.metrics[0], config.further_training.subtract_mean
+    )
     run = Run(
         data, untrained, plan, methods, plain(config.methods), Store(config.store),
-        trainer.strategy.root_device, config.seed, trainer_settings(config), FinalModels(config),
+        trainer.strategy.root_device, config.seed, {**trainer_settings(config), "callbacks": [further]},
+        FinalModels(config),
     )  # fmt: skip
     return Prepared(run, module, trainer, build_tasks(config, run))
 
@@ -229,7 +242,7 @@ def report(results: Results, config: DictConfig, journal: Journal) -> None:
         from fimo.reporting import write_report  # with packages that nothing else needs
 
         write_report(results, journal.folder / "report.html")
-    log_run(results, config.logger, journal.folder)
+    tell(journal.log, results, journal.folder / "report.html")
 
 
 def refuse_poor(final_model: FinalModel, data: InstancesModule) -> None:

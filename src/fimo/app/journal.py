@@ -14,6 +14,7 @@ from typing import TypeVar
 from fimo.cost import Cost, measured, write_costs
 from fimo.curvature.solvers import DivergenceError
 from fimo.errors import InputError, reason
+from fimo.live import Log
 
 log = logging.getLogger(__name__)
 
@@ -28,15 +29,24 @@ class Journal:
         folder: of the run.
         costs: of the stages that ended.
         skipped: by method or task, why it has no result.
+        log: is told of each stage.
     """
 
     folder: Path
     costs: list[Cost] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    log: Log = field(default_factory=Log)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Cost]:
         """Measure a stage; its cost counts where it ends well."""
+        with self._counted(name) as cost:
+            yield cost
+        self.log.summarise({f"cost/{name}/seconds": cost.seconds})
+
+    @contextlib.contextmanager
+    def _counted(self, name: str) -> Iterator[Cost]:
+        self.log.stage(name)
         with measured(name) as cost:
             yield cost
         self.costs.append(cost)
@@ -52,7 +62,7 @@ class Journal:
             InputError: the only one failed.
         """
         try:
-            with self.stage(name) as cost:
+            with self._counted(name) as cost:
                 found = make(cost)
         except OSError:
             raise
@@ -64,6 +74,7 @@ class Journal:
             self.skipped[name] = f"failed: {problem}"
             return None
         log.info("%s: %.1f s", name, cost.seconds)
+        self.log.log({f"method/{name}/seconds": cost.seconds})
         return found
 
     def end(self) -> float:

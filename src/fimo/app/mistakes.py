@@ -16,6 +16,9 @@ from fimo.errors import InputError, nearest
 FOLDER_KEYS = ("store", "hydra.run.dir", "hydra.sweep.dir")
 """Settings that are one path each, whether or not it is there yet."""
 
+OF_WANDB = ("mode", "project", "entity", "group", "name", "tags", "notes", "alerts")
+"""Settings of W&B that may be given as ``logger.NAME``."""
+
 SPECIAL = re.compile(r"[\s,=~(){}\[\]:'\"\\]")
 """Characters that mean something to Hydra."""
 
@@ -32,6 +35,8 @@ def readable(argument: str) -> str:
         return argument
     if key == "method" or key.startswith("method@"):
         return f"+{argument}"
+    if key.removeprefix("logger.") in OF_WANDB and key.startswith("logger."):
+        key = key.replace("logger.", "logger.wandb.")
     if key.startswith("methods."):
         key = f"++{key}"
     if value[:1] not in ("'", '"') and "${" not in value and SPECIAL.search(value):

@@ -22,6 +22,9 @@ RESULTS = (
 )  # fmt: skip
 """What the stages of a run leave behind."""
 
+LOGGED = ("metrics.csv", "wandb_id")
+"""What a run that goes on adds to; another one in its folder begins them anew."""
+
 ASIDE = (
     "threads", "store", "logger", "trainer.enable_progress_bar", "further_training.chunk", "until", "report",
 )  # fmt: skip
@@ -32,6 +35,13 @@ def clear(folder: Path) -> None:
     """Delete the results that a folder holds."""
     for path in results(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    forget(folder)
+
+
+def forget(folder: Path) -> None:
+    """Let the next run in a folder begin its log anew."""
+    for name in LOGGED:
+        (folder / name).unlink(missing_ok=True)
 
 
 class RunFolder:
@@ -79,6 +89,8 @@ class RunFolder:
                     f"{self.folder} holds the results of another run ({_difference(before, asked)}); "
                     "choose another folder, or delete it",
                 )
+        elif (self._read() or record).get("identity") != record["identity"]:
+            forget(self.folder)
         (self.folder / RECORD).write_text(json.dumps(record, indent=1, default=str))
 
     def end(self) -> None:

@@ -13,7 +13,7 @@ from fimo.extras import FIGURES, WANDB, available, require
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "until": ("check", "further_training", "report"),
-    "logger.mode": ("offline", "online", "disabled"),
+    "logger.wandb.mode": (None, "offline", "online", "disabled", "dryrun", "run"),  # the last two were W&B's
     "model.optimizer": OPTIMIZERS,
     "trainer.keep": ("last", "best"),
     "trainer.accelerator": ("cpu", "gpu", "cuda", "mps", "auto"),
@@ -77,14 +77,13 @@ def check_values(config: DictConfig) -> None:
 
 def _check_packages(config: DictConfig) -> None:
     """Refuse a report or a logger whose packages are not installed, both in one line."""
-    if config.until != "report":
-        return
     needed: dict[str, tuple[str, ...]] = {}
     without = []
-    if config.report and not available(FIGURES):
+    if config.report and config.until == "report" and not available(FIGURES):
         needed |= FIGURES
         without.append("report=false")
-    if config.logger.enabled and config.logger.mode != "disabled" and not available(WANDB):
+    wandb = config.logger.get("wandb")
+    if wandb is not None and wandb.get("mode") != "disabled" and not available(WANDB):
         needed |= WANDB
         without.append("logger=none")
     require("report" if "figures" in needed else "logger", needed, f"or without: {' '.join(without)}")

@@ -236,7 +236,19 @@ class Job:
             return self._full_losses[seed]
 
     def _full_record(self, seed: int) -> dict[str, Tensor]:
-        replica = Replica(seed)
+        return self.row(Replica(seed))
+
+    def is_done(self, replica: Replica) -> bool:
+        """Whether a run was finished when the store was last looked at."""
+        return replica in self._done
+
+    def finished_seeds(self) -> int:
+        """Return of how many seeds, from the first on, all runs are."""
+        first = next(iter(self._waiting_runs or self._waiting_full), None)
+        return len(self.full) if first is None else self.full.index(Replica(first.seed))
+
+    def row(self, replica: Replica) -> dict[str, Tensor]:
+        """Return a finished replica's ``values [E, J]`` and ``distance [E]``."""
         return self.rows({replica: self._done[replica]})[replica]
 
     def rows(self, which: dict[Replica, Record]) -> dict[Replica, dict[str, Tensor]]:

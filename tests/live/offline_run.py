@@ -25,6 +25,7 @@ HEADER = 7
 class OfflineRun:
     """What a run's file says."""
 
+    id: str = ""
     name: str = ""
     project: str = ""
     group: str = ""
@@ -35,28 +36,37 @@ class OfflineRun:
     metrics: dict[str, str] = field(default_factory=dict)
     """Step metric by metric or pattern."""
     exit_code: int | None = None
+    hidden: set[str] = field(default_factory=set)
+    artifacts: list[Any] = field(default_factory=list)
+    alerts: list[str] = field(default_factory=list)
+    console: str = ""
+    system: int = 0
+    """How many records of the system's metrics."""
 
 
-def read_offline_run(run_dir: Path) -> OfflineRun:
-    """Read the one offline run under a run's folder.
+def read_offline_run(run_dir: Path, which: int | None = None) -> OfflineRun:
+    """Read the one offline run under a run's folder, or one of several.
 
     W&B's own process may write for a moment after ``finish`` returned, so the exit record is waited for.
     """
-    (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    paths = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    assert which is not None or len(paths) == 1, paths
+    path = paths[which or 0]
     for _ in range(200):
-        found = _parse(path.read_bytes())
+        found = parsed(path.read_bytes())
         if found.exit_code is not None:
             return found
         time.sleep(0.1)
     raise AssertionError(f"{path} has no exit record")
 
 
-def _parse(content: bytes) -> OfflineRun:
+def parsed(content: bytes) -> OfflineRun:
     found = OfflineRun()
     for data in records(content):
         record = wandb_internal_pb2.Record.FromString(data)
         kind = record.WhichOneof("record_type")
         if kind == "run":
+            found.id = record.run.run_id
             found.name, found.project = record.run.display_name, record.run.project
             found.group, found.tags = record.run.run_group, list(record.run.tags)
             found.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
@@ -66,6 +76,16 @@ def _parse(content: bytes) -> OfflineRun:
             found.summary |= _nested(record.summary.update)
         elif kind == "metric":
             found.metrics[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+            if record.metric.options.hidden:
+                found.hidden.add(record.metric.name)
+        elif kind == "artifact":
+            found.artifacts.append(record.artifact)
+        elif kind == "alert":
+            found.alerts.append(f"{record.alert.title}: {record.alert.text}")
+        elif kind in ("output", "output_raw", "output_logger"):
+            found.console += getattr(record, kind).line
+        elif kind == "stats":
+            found.system += 1
         elif kind == "exit":
             found.exit_code = record.exit.exit_code
     return found
