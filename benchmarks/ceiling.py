@@ -53,6 +53,12 @@ def uneven(truth: Tensor) -> Tensor:
     return torch.exp(0.4 * torch.randn(truth.shape[-1])) * (0.5 + 0.5 * truth.abs())
 
 
+def scaled(truth: Tensor, seeds: int) -> Tensor:
+    """The whole effect of another size with each seed, as where some seeds move much further than others."""
+    size = torch.exp(torch.randn(seeds, 1, 1))
+    return truth * size / math.exp(0.5)
+
+
 KINDS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor], Callable[..., Tensor], bool]] = {
     "noise .3": (normal, alike(0.3), normal, False),
     "noise 1": (normal, alike(1.0), normal, False),
@@ -64,6 +70,8 @@ KINDS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor], Callab
     "heavy truth, noise 3": (heavy(2.5), alike(3.0), normal, False),
     "heavy noise 1": (normal, alike(1.0), heavy(2.2), False),
     "heavy noise 3": (normal, alike(3.0), heavy(2.2), False),
+    "scaled, noise .3": (normal, alike(0.3), normal, False),
+    "scaled, noise 3": (normal, alike(3.0), normal, False),
     "shared, raw": (normal, alike(1.0), normal, True),
 }
 """Truth, size of noise, its distribution, and whether the full run's noise is shared and not subtracted."""
@@ -74,6 +82,8 @@ def simulate(kind: str, metric: MetricName, seeds: int, tests: int, left_out: in
     draw_truth, size, draw_noise, raw_change = KINDS[kind]
     truth = draw_truth(tests, left_out)
     noise = size(truth) * draw_noise(2 * seeds, tests, left_out)
+    if kind.startswith("scaled"):
+        noise = noise + scaled(truth, 2 * seeds) - truth
     if raw_change:
         noise = noise + 3 * torch.randn(2 * seeds, tests, 1)
     raw = (truth + noise)[:, None]
@@ -155,6 +165,7 @@ def main() -> None:
     p.add_argument("--draws", type=int, default=20)
     p.add_argument("--real", action="store_true")
     p.add_argument("--pool", type=int, default=120, help="seeds of real data")
+    p.add_argument("--kinds", nargs="+", choices=KINDS)
     p.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
     a = p.parse_args()
     torch.set_num_threads(1)
@@ -167,7 +178,7 @@ def main() -> None:
                     torch.manual_seed(0)
                     show(name, metric, seeds, [measure(raw, metric, seeds) for _ in range(a.draws)])
         return
-    for kind in KINDS:
+    for kind in a.kinds or KINDS:
         for metric in a.metrics:
             for seeds in SEEDS:
                 torch.manual_seed(0)

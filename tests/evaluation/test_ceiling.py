@@ -151,6 +151,21 @@ def test_the_variance_ratio_is_that_of_an_analysis_of_variance() -> None:
         assert ratio[j].item() == pytest.approx(float(between / within))
 
 
+def test_a_seed_with_larger_effects_lowers_no_ceiling() -> None:
+    """It turns no cosine; the variance between seeds took it for noise, and the ceiling was .85 for .99."""
+    generator = torch.Generator().manual_seed(0)
+    size = torch.randn(
+        20, 1, 1, generator=generator
+    ).exp()  # of all effects of a seed, up to ten times another
+    truth, noise = torch.randn(100, 30, generator=generator), torch.randn(20, 100, 30, generator=generator)
+    for seeds, tolerance in ((6, 0.03), (10, 0.01), (20, 0.005)):
+        raw = (size * truth + 0.3 * noise)[:seeds, None]
+        real = agreement(adjust(truth), adjust(raw.mean(0)), "cosine").mean().item()
+        assert noise_ceilings(raw, "cosine", seed_counts=[seeds]).upper.item() == pytest.approx(
+            real, abs=tolerance
+        )
+
+
 def test_few_noisy_left_out_instances_count_for_more_than_many_quiet_ones() -> None:
     noise = torch.randn(40, 50, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert variance_ratio(noise, 29)[1].item() == pytest.approx(29, abs=1)

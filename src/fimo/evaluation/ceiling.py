@@ -22,6 +22,14 @@ TOO_LOW = 0.5
 WANTED = 0.9
 """A ceiling to aim for."""
 
+SCALED = 0.15
+"""Mean difference of log(1 + F) from which halves and the variance between seeds are told to differ.
+Simulated noise, normal and heavy-tailed, alike and of different sizes, shows .00 to .13; effects of other
+sizes with each seed .3 to 3, where that matters."""
+
+PRECISE = 1e4
+"""F of which differences matter to no ceiling."""
+
 FEWEST_ELEMENTS = 4
 """Independent elements of a vector's noise that are assumed at least."""
 
@@ -82,9 +90,10 @@ def noise_ceilings(
     λ is estimated from the seeds' mean square over the variance between seeds; for other metrics than cosines
     (``spearman``, ``kendall``) from their mean between halves of the seeds, as the Pearson correlation that
     has it under normality (in closed form where the metric knows it, else by simulation); for
-    cosines of raw changes from that of halves, since the full run's noise is in all left-out instances. As
-    this is noisy, and the ceiling's root is not linear, each test instance's ceiling is the posterior mean
-    under the distribution of λ over test instances
+    cosines of raw changes from that of halves, since the full run's noise is in all left-out instances, and
+    so where halves agree clearly more than that variance tells (:data:`SCALED`): a seed with which all
+    effects are larger adds to it, but turns no cosine. As this is noisy, and the ceiling's root is not
+    linear, each test instance's ceiling is the posterior mean under the distribution of λ over test instances
     (:func:`~fimo.evaluation.deconvolution.signal_strengths`); then it is averaged over test instances as the
     agreement itself is.
 
@@ -95,7 +104,9 @@ def noise_ceilings(
     to .03 for more, since noise differs between left-out instances there. Noise without a variance to
     speak of (t with 2.2 degrees of freedom): .00 to .04 too high, Spearman .02 to .08. A cosine of raw
     changes (``subtract_mean=False``), where all left-out instances share the full run's noise: -.11 to
-    +.01 for S ≤ 5. The lower ceiling's errors are up to twice these.
+    +.01 for S ≤ 5. All effects larger with some seeds than others (log-normal, sd 1): -.08 and -.05 for S = 2
+    and 3, -.02 to .00 for more, under noise of .3; -.07 to -.03 under noise of 3. The lower ceiling's errors
+    are up to twice these.
 
     Args:
         raw: ``[S, E, J, L]``.
@@ -132,13 +143,14 @@ def instance_ceilings(
     kind = metric_of(metric)
     law, offset = not kind.by_cosine, not kind.centred and not subtract_mean
     freedom = left_out if offset else left_out - 1
-    halves = half_agreements(raw, metric, subtract_mean, splits, generator) if law or offset else None
+    halves = half_agreements(raw, metric, subtract_mean, splits, generator)
     for e in range(points):
         ratio, elements = variance_ratio(adjust(raw[:, e].double(), not offset), freedom)
-        if halves is not None:
-            ratio = ratio_of_halves(kind.correlation_of(halves[e], left_out) if law else halves[e], seeds)
-            # ranks, say, tell as much as so many fewer values would
-            elements = elements * kind.efficiency(left_out) if law else elements
+        of_halves = ratio_of_halves(kind.correlation_of(halves[e], left_out) if law else halves[e], seeds)
+        if law or offset or more_agree(of_halves, ratio):
+            ratio = of_halves
+        # ranks, say, tell as much as so many fewer values would
+        elements = elements * kind.efficiency(left_out) if law else elements
         strength, probability = signal_strengths(ratio, elements, seeds)
         strength = strength * freedom / elements  # fewer independent elements, but of the same reliability
         with_all = expected_cosine(strength, freedom)
@@ -181,6 +193,12 @@ def ratio_of_halves(correlation: Tensor, seeds: int) -> Tensor:
     """Return the F of S seeds at which means over half of them have this correlation."""
     more = seeds / (seeds // 2)  # halves of an odd number leave one out
     return (1 + (more - 1) * correlation).clamp(min=0) / (1 - correlation)
+
+
+def more_agree(of_halves: Tensor, ratio: Tensor) -> bool:
+    """Return whether halves of the seeds agree clearly more than the variance between seeds tells (as F)."""
+    first, second = (x.clamp(0, PRECISE).log1p() for x in (of_halves, ratio))
+    return bool((first - second).nanmean() > SCALED)
 
 
 def half_agreements(
