@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from fimo.cost import Cost
 from fimo.data.instances import Instances
+from fimo.engine.context import Setting
 from fimo.errors import InputError
 from fimo.further_training import Protocol, further_train
 from fimo.methods.catalogue import method_of
 from fimo.models.final_model import FinalModel
-from fimo.models.quantities import CORRECT, MEASUREMENT, measuring, predicted
+from fimo.models.quantities import CLASS, CORRECT, MEASUREMENT, measuring, predicted
 from fimo.store.files import Store
 from fimo.validation.admission import admit
 from tests.cases import CASES, Case, mlp
@@ -52,7 +53,11 @@ def test_predictions_change_as_in_a_plain_loop_beside_the_same_losses(name: str)
     named = case.test[[1, 2]]
     classes = not case.test.targets.is_floating_point()
     which = [2, 0] if classes else [0, 0]
-    parts = [(case.test, MEASUREMENT), (named, which), *([(case.test, CORRECT)] if classes else [])]
+    parts = [
+        (case.test, MEASUREMENT),
+        (named, which),
+        *([(case.test, k) for k in (CORRECT, CLASS) if classes]),
+    ]
     model, test = measuring(case.final_model, parts)
     found = further_train(model, case.train, test, PROTOCOL, 2, UNITS, chunk=2)
     plain = further_train(case.final_model, case.train, case.test, PROTOCOL, 2, UNITS, chunk=2)
@@ -67,7 +72,8 @@ def test_predictions_change_as_in_a_plain_loop_beside_the_same_losses(name: str)
             return outputs[[1, 2], 0], torch.empty(0)
         odds = outputs.exp()
         chances = odds / odds.sum(1, keepdim=True)
-        return chances[[1, 2], which], (outputs.argmax(1) == case.test.targets).double()
+        best = outputs.argmax(1)
+        return chances[[1, 2], which], torch.cat([best == case.test.targets, best]).double()
 
     for s in range(2):
         full, right = shown(networks(case, s))
@@ -77,6 +83,12 @@ def test_predictions_change_as_in_a_plain_loop_beside_the_same_losses(name: str)
             change = torch.cat([without - full, right_without - right]).float()
             torch.testing.assert_close(found.raw[s, -1, j:, k], change, rtol=1e-5, atol=1e-9)
             assert found.raw[s, -1, j : j + 2, k].abs().min() > 0
+
+
+def test_replicas_are_advanced_together_as_ever() -> None:
+    case = CASES["conv_net"]()
+    model, test = measuring(case.final_model, [(case.test, MEASUREMENT), (case.test, 1)])
+    assert Setting.build(model, case.train, test, PROTOCOL).engine == "functional"
 
 
 def test_a_binary_networks_prediction_is_the_probability_of_its_label() -> None:

@@ -32,6 +32,9 @@ MEASUREMENT = -1
 CORRECT = -2
 """One where the most probable class is the target, else zero."""
 
+CLASS = -3
+"""The number of the most probable class."""
+
 
 @dataclass(frozen=True)
 class Quantities(Loss):
@@ -57,7 +60,9 @@ class Quantities(Loss):
         values = torch.where(which == MEASUREMENT, self.measurement(outputs, own), predicted)
         if self.link != "softmax":
             return values
-        return torch.where(which == CORRECT, (shown.argmax(1) == own).to(values), values)
+        best = shown.argmax(1)
+        values = torch.where(which == CORRECT, (best == own).to(values), values)
+        return torch.where(which == CLASS, best.to(values), values)
 
     def following(self, device: torch.device, dtype: torch.dtype) -> Quantities:
         return replace(self, measurement=self.measurement.following(device, dtype))
@@ -111,8 +116,8 @@ def measuring(
     """Return a final model and test instances whose measurement is one quantity of each.
 
     Args:
-        parts: instances, as admitted, and of each (or of all) which quantity: :data:`MEASUREMENT`,
-            :data:`CORRECT`, or the number of a prediction.
+        parts: instances, as admitted, and of each (or of all) which quantity: :data:`MEASUREMENT`, the number
+            of a prediction, and of classes :data:`CORRECT` and :data:`CLASS`.
 
     Returns:
         The final model with this measurement, and all parts' instances, one part after another.
@@ -129,7 +134,7 @@ def measuring(
         numbers = [which] * len(instances) if isinstance(which, int) else list(which)
         if len(numbers) != len(instances):
             raise InputError("quantities", f"expected {len(instances)} numbers but got {len(numbers)}")
-        least = CORRECT if link == "softmax" else MEASUREMENT
+        least = CLASS if link == "softmax" else MEASUREMENT
         if bad := [number for number in numbers if not least <= number < width]:
             raise InputError("quantities", f"expected numbers from {least} to {width - 1} but got {bad[0]}")
         targets = instances.targets

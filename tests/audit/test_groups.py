@@ -1,0 +1,184 @@
+"""Rows that act together, against planted duplicates, known clusters and groups left out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from tests.cases import CASES
+from tests.reference.further_training import plain_run
+
+from fimo.audit.clusters import clusters, cosines, inner_products
+from fimo.audit.duplicates import duplicates, near_duplicates
+from fimo.audit.groups import Effects, Group, find_groups, group_table, measure_groups
+from fimo.audit.removal import Removal
+from fimo.audit.result import GROUPS
+from fimo.audit.shared import shared
+from fimo.data.display import Display
+from fimo.data.instances import Instances
+from fimo.data.origin import Origin
+from fimo.engine.protocol import Protocol
+
+
+def planted() -> Instances:
+    """Rows 3, 9 and 20 the same, 5 and 6 the same with other targets, 30 nearly 31."""
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = 7.0  # a constant
+    x[9] = x[20] = x[3]
+    x[6] = x[5]
+    x[31] = x[30] + 0.02
+    x[31, 3] = 7.0
+    y = torch.arange(60) % 3
+    y[[9, 20]] = 0
+    return Instances(x, y)
+
+
+def test_planted_duplicates_are_found_whatever_their_targets_are() -> None:
+    assert duplicates(planted()) in ([(3, 9, 20), (5, 6)], [(5, 6), (3, 9, 20)])
+    words = {"input_ids": torch.tensor([[1, 2], [1, 3], [1, 2]]), "mask": torch.ones(3, 2)}
+    assert duplicates(Instances(words, torch.zeros(3))) == [(0, 2)]
+
+
+def test_near_duplicates_are_within_a_twentieth_of_a_deviation_and_no_exact_ones() -> None:
+    train = planted()
+    assert near_duplicates(train, [31, 30, 3, 0]) == [(30, 31)]
+    assert near_duplicates(train, [0, 1, 2]) == []
+    scaled = Instances(train.inputs * torch.tensor([1e-3, 50.0, 1.0, 1.0]), train.targets)
+    assert near_duplicates(scaled, [30]) == [(30, 31)]
+    assert near_duplicates(Instances({"ids": torch.ones(5, 2)}, torch.zeros(5)), [0]) == []
+
+
+def test_groups_around_a_leader_do_not_grow_along_chains() -> None:
+    x = torch.linspace(0, 10, 500)[:, None]  # neighbours are 0.007 deviations apart
+    groups = near_duplicates(Instances(x, torch.zeros(500)), [250, 251, 400])
+    assert [len(g) for g in groups] == [15, 15]
+    spacing = float(10 / 499 / x.std())
+    assert max(groups[0]) - 250 == int(0.05 / spacing)
+
+
+def test_products_of_noisy_effects_are_on_average_those_without_noise() -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    true = normal(40, 6)
+    # a seed's own noise in all rows, as of the full run that they are compared with, and each row's
+    noisy = [true + 2 * normal(8, 40, 1) + normal(8, 40, 6) for _ in range(200)]
+    each = torch.stack([inner_products(effects) for effects in noisy])
+    errors = (each.mean(0) - true.T @ true) / (each.std(0) / 200**0.5)
+    assert errors.abs().max() < 4
+    plain = torch.stack([effects.mean(0).T @ effects.mean(0) for effects in noisy])
+    assert ((plain.mean(0) - true.T @ true) / (plain.std(0) / 200**0.5)).min() > 15
+    normed = true / true.norm(dim=0)
+    torch.testing.assert_close(cosines(true), normed.T @ normed)
+
+
+def test_rows_with_effects_along_known_directions_become_these_clusters() -> None:
+    generator = torch.Generator().manual_seed(2)
+    directions = torch.linalg.qr(torch.randn(30, 3, generator=generator, dtype=torch.float64))[0]
+    of = torch.tensor([0, 1, 0, 2, 1, 0, 1, 2, 0])
+    sizes = torch.rand(9, generator=generator, dtype=torch.float64) + 0.5
+    effects = directions[:, of] * sizes
+    noisy = effects + 0.2 * torch.randn(20, 30, 9, generator=generator, dtype=torch.float64)
+    rows = [10, 11, 12, 13, 14, 15, 16, 17, 18]
+    assert clusters(noisy, rows) == [(10, 12, 15, 18), (11, 14, 16)]  # the two of direction 2 are too few
+    opposite = effects.clone()
+    opposite[:, 0] *= -1  # acts against the others
+    assert clusters(opposite, rows) == [(11, 14, 16), (12, 15, 18)]
+    nothing = torch.randn(20, 30, 9, generator=generator, dtype=torch.float64)
+    assert clusters(nothing, rows) == []
+
+
+def test_groups_are_one_of_each_set_the_largest_summed_scores_first() -> None:
+    train, score = planted(), torch.zeros(60)
+    score[[3, 9, 20]], score[[5, 6]], score[[40, 41, 42]] = 1.0, -2.0, 0.1
+    effects = torch.zeros(8, 4)
+    effects[0, :3], effects[1, 3] = 1.0, 1.0
+    found = find_groups(train, score, effects, [40, 41, 42, 43])
+    assert found == [
+        Group("duplicates with other targets", (5, 6)),
+        Group("duplicates", (3, 9, 20)),
+        Group("cluster", (40, 41, 42)),
+        Group("near duplicates", (30, 31)),
+    ]
+    assert find_groups(train, score, effects, [40, 41, 42, 43], most=0) == []
+    same = torch.zeros(8, 3)
+    same[0] = 1.0
+    again = find_groups(train, score, same, [3, 9, 20])
+    assert [g.kind for g in again if g.rows == (3, 9, 20)] == ["duplicates"]
+
+
+def test_a_groups_effect_is_that_of_leaving_it_out_by_hand() -> None:
+    case = CASES["mlp_regression"]()
+    protocol = Protocol(lr=0.1, batch_size=5, epochs=3, dtype="float64", leave_out="mask")
+    groups, seeds = [Group("cluster", (1, 4, 7)), Group("duplicates", (0, 9))], [0, 2, 3]
+    effects = measure_groups(groups, case.final_model, case.test, Removal(case.train, protocol, seeds))
+    p = []
+    for k, group in enumerate(groups):
+        changes = []
+        for seed in seeds:
+            runs = [
+                plain_run(case.final_model, case.train, case.test, protocol, seed, unit)[0][-1]
+                for unit in ((), group.rows)
+            ]
+            changes.append(float((runs[1] - runs[0]).mean()))
+        assert float(effects.mean[k]) == pytest.approx(np.mean(changes), rel=1e-5)
+        assert float(effects.sem[k]) == pytest.approx(stats.sem(changes), rel=1e-4)
+        p.append(stats.ttest_1samp(changes, 0).pvalue)
+    expected = [min(2 * min(p), max(p)) if v == min(p) else max(p) for v in p]
+    assert effects.q.tolist() == pytest.approx(expected, rel=1e-3)
+    three = Effects(torch.tensor([0.2, -0.1, 0.3]), torch.ones(3), torch.full((3,), 0.05))
+    assert three.verdicts(0.1) == ["helpful", "harmful", "helpful"]
+    assert Effects(torch.tensor([0.2]), torch.ones(1), torch.tensor([0.2])).verdicts(0.1) == ["unclear"]
+
+
+def test_what_members_share_is_said_and_what_all_have_is_not() -> None:
+    rng = np.random.default_rng(0)
+
+    def person(age: float, work: str, label: str, text: str = "") -> Display:
+        row = {"age": age, "height": float(rng.normal(170, 10)), "work": work, "one": 1.0}
+        return Display(label, row, text or None)
+
+    others = [
+        person(float(rng.uniform(20, 60)), "ab"[k % 2] * 3, "no" if k % 3 else "yes") for k in range(200)
+    ]
+    members = [person(85.0 + k, "rare", "yes") for k in range(4)]
+    said = shared(members, others)
+    assert said.startswith("all yes; ")
+    assert "work rare (0% of the others)" in said
+    assert "age 85 to 88 (others mostly " in said
+    assert "height" not in said
+    assert "one" not in said.replace("none", "")
+    assert shared(others[:50], others[50:]) == ""
+
+
+def test_words_that_members_share_are_said() -> None:
+    others = [Display("spam", text=f"the meeting number {k} is on monday") for k in range(100)]
+    members = [Display("spam", text=f"the Refund for order {k} was refused") for k in range(5)]
+    assert shared(members, others) == "words for, order, refund, refused, was"
+    assert shared(others[:3], others[3:]) == ""
+
+
+def test_the_table_names_members_by_the_users_rows_and_ids() -> None:
+    origin = Origin(np.arange(100, 106), tuple("abcdef"))
+    effects = Effects(torch.tensor([0.2]), torch.tensor([0.01]), torch.tensor([0.03]))
+    table = group_table(
+        [Group("cluster", (1, 3))],
+        effects,
+        torch.arange(6.0),
+        origin,
+        lambda k: Display("x", {"v": float(k)}),
+        0.1,
+    )
+    assert list(table) == list(GROUPS)
+    line = table.iloc[0]
+    assert (line["rows"], line["ids"], line["size"], line["score"]) == ("101 103", "b d", 2, 4.0)
+    assert line["verdict"] == "helpful"
+    nothing = torch.empty(0)
+    empty = group_table([], Effects(nothing, nothing, nothing), nothing, origin, lambda k: Display("x"), 0.1)
+    assert list(empty) == list(GROUPS)
+    assert isinstance(empty, pd.DataFrame)
+    assert len(empty) == 0
