@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fimo.api import attribute, evaluate, further_train, load_run, report
+    from fimo.api import attribute, audit, evaluate, further_train, load_run, report
+    from fimo.audit.result import Audit
     from fimo.checking.check import check
     from fimo.data.instances import Instances
     from fimo.engine.protocol import Protocol
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttributionMethod",
+    "Audit",
     "FinalModel",
     "InputError",
     "Instances",
@@ -31,6 +33,7 @@ __all__ = [
     "Scores",
     "Sensitivity",
     "attribute",
+    "audit",
     "check",
     "evaluate",
     "further_train",
@@ -41,6 +44,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Audit": "fimo.audit.result",
     "AttributionMethod": "fimo.methods.base",
     "FinalModel": "fimo.models.final_model",
     "InputError": "fimo.errors",
@@ -59,8 +63,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "methods":
-        return importlib.import_module("fimo.methods")  # a package that is called as a function
+    if name in ("audit", "methods"):
+        return importlib.import_module(f"fimo.{name}")  # packages that are called as functions
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -14,9 +14,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from fimo.audit import Audit
+from fimo.audit.audit import audit as _audit
+from fimo.audit.question import Question, Resources, Settings, origin_of, positions
 from fimo.cost import Cost, cost_table
 from fimo.data.conversion import train_and_test
 from fimo.data.instances import Instances
+from fimo.data.origin import Origin
 from fimo.engine.protocol import Protocol
 from fimo.errors import InputError, reason
 from fimo.further_training.gold_standard import evaluation_points
@@ -172,6 +176,75 @@ def attribute(
         scores.to("cpu"), method=name, of_themselves=same, test_hash=_content(test_instances),
         seconds=time.perf_counter() - began,
     )  # fmt: skip
+
+
+def audit(
+    model: FinalModel,
+    train: Any,
+    test: Any,
+    further_training: Protocol,
+    *,
+    tests: Sequence[int | str] = (),
+    top: int = 20,
+    q: float = 0.1,
+    verify: bool = True,
+    minutes: float | None = None,
+    seeds: int = 10,
+    controls: int | None = None,
+    names: Origin | Sequence[Any] | None = None,
+    test_names: Origin | Sequence[Any] | None = None,
+    inputs: str | Sequence[str] | None = None,
+    target: str | None = None,
+    store: Store | str | Path | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> Audit:
+    """Say which of all training rows matter, surely.
+
+    Every row's effect on the mean test loss (and on the losses of the test instances named by ``tests``) is
+    predicted; the rows with the largest predictions are then left out of real further training, with as many
+    random ones, until the signs of their effects are known at a false discovery rate of ``q``.
+
+    Args:
+        model, train, test, further_training, inputs, target, store, device, progress: as for
+            :func:`further_train`.
+        tests: test instances that are explained one by one, by name or position.
+        top: rows that are verified on each side of each target.
+        q: false discovery rate at which verdicts shall hold.
+        verify: make real runs; else only predictions.
+        minutes: no further round of seeds is begun that would end later.
+        seeds: most seeds with which a row is left out; predictions follow as many others.
+        controls: random rows that are left out besides; twice ``top`` when None.
+        names, test_names: of the rows, as a list or an :class:`~fimo.data.origin.Origin`; a DataFrame's index
+            where it is no plain range, else their positions.
+
+    Returns:
+        ``.rows`` with one line for each of the N training rows, ``.pairs``, ``.summary`` …; see
+        :class:`~fimo.audit.result.Audit`. Positive effects: removing the row raises the test loss.
+
+    Raises:
+        InputError: as :func:`further_train`; or, with ``audit.KEY``, a setting that can't be.
+
+    Example:
+        >>> x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+        >>> model = fimo.FinalModel(torch.nn.Linear(3, 1), "mse", accept_poor=True)
+        >>> ft = fimo.Protocol(lr=0.05, batch_size=8, epochs=2)
+        >>> found = fimo.audit(model, (x, x.sum(1)), (x[:5], x[:5].sum(1)), ft, top=3, seeds=4)
+        >>> len(found.rows), len(found.rows[found.rows["verdict"] != ""])
+        (60, 12)
+    """
+    if not isinstance(further_training, Protocol):
+        raise InputError("further_training", _no_protocol(further_training))
+    check_device(device)
+    settings = Settings(top, q, verify, minutes, seeds, controls)
+    given = (train, test)
+    train, test = admit(model, *train_and_test(train, test, inputs, target, ("train", "test")))
+    train_origin = origin_of(names, given[0], len(train), "names")
+    test_origin = origin_of(test_names, given[1], len(test), "test_names")
+    asked = positions(tests, test_origin, "audit.test")
+    question = Question(model, train, test, further_training, asked, train_origin, test_origin)
+    trainer = {**_trainer(device), "enable_progress_bar": progress}
+    return _audit(question, settings, Resources(_store(store), torch.device(device), trainer))
 
 
 def evaluate(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fimo.data.instances import Instances
+from fimo.errors import InputError
 from fimo.further_training import Protocol, tangent_outputs
 from fimo.further_training.adjoint import adjoint
 from fimo.further_training.unrolled_step import FullRun
@@ -122,6 +125,25 @@ def test_reverse_mode_equals_forward_mode(optimizer: str, rule: str) -> None:
     outputs = adjoint(*data, of="outputs", points=[2, 0])
     expected = forward.derivative.transpose(2, 3)[[2, 0]]
     torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-10 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("rule", ["mask", "shift", "every_batch"])
+def test_the_adjoint_of_a_weighted_sum_of_test_losses_is_the_sum_of_their_adjoints(rule: str) -> None:
+    case, protocol = CASES["mlp_regression"](), protocol_of("momentum", leave_out=rule)
+    data = (case.final_model, case.train, case.test, protocol, 1)
+    weight = torch.tensor([[0.2] * 5, [0.0, 0.0, 1.0, 0.0, -2.0]], dtype=torch.float64)
+    each = adjoint(*data)
+    found = adjoint(*data, weight=weight)
+    torch.testing.assert_close(found, torch.einsum("mj,ejn->emn", weight, each), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(adjoint(*data, weight=weight, chunk=1), found, rtol=1e-10, atol=1e-14)
+    end = replace(protocol, evaluate_every="end")
+    torch.testing.assert_close(adjoint(*data[:3], end, 1, weight=weight), found[-1:], rtol=1e-10, atol=1e-14)
+
+
+def test_weights_of_other_test_instances_than_there_are_are_refused() -> None:
+    case = CASES["mlp_regression"]()
+    with pytest.raises(InputError, match=r"weight: expected weights \[M, 5\] of test losses"):
+        adjoint(case.final_model, case.train, case.test, protocol_of("sgd"), 0, weight=torch.ones(1, 4))
 
 
 @pytest.mark.parametrize("name", ["mlp_classification", "conv_net", "transformer"])

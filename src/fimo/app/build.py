@@ -206,6 +206,10 @@ def build_trainer(config: DictConfig, more: Sequence[pl.Callback] = ()) -> pl.Tr
         raise InputError("trainer", f"accelerator={settings['accelerator']}: {reason(error)}") from error
 
 
+AUDIT_FIELDS = ("top", "q", "verify", "minutes", "seeds", "controls")
+"""Settings of an audit that are keys under ``audit``, with the same names."""
+
+
 def build_protocol(config: DictConfig) -> Protocol:
     """Build the protocol of further training."""
     node = config.further_training

@@ -92,6 +92,19 @@ class Evaluation:
 
 
 @dataclass
+class AuditSettings:
+    """``audit``: which rows ``mode=audit`` verifies, and how surely."""
+
+    test: list[Any] = field(default_factory=list)
+    top: int = 20
+    q: float = 0.1
+    verify: bool = True
+    minutes: float | None = None
+    seeds: int = 10
+    controls: int | None = None
+
+
+@dataclass
 class Config:
     """The whole configuration.
 
@@ -103,12 +116,14 @@ class Config:
     trainer: Trainer = field(default_factory=Trainer)
     further_training: FurtherTraining = field(default_factory=FurtherTraining)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    audit: AuditSettings = field(default_factory=AuditSettings)
     logger: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     threads: int | None = None
     store: str = "outputs/store"
     scale: float = 1.0
+    mode: str = "study"
     until: str = "report"
     report: bool = True
 

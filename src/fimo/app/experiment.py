@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from fimo.app.audited import audited, settings_of
 from fimo.app.build import (
     build_data,
     build_final_model,
@@ -43,6 +44,7 @@ from fimo.errors import InputError
 from fimo.evaluation import Evaluation, assess
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.live.callbacks import LogsFurtherTraining, LogsTraining
+from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
 from fimo.models.lightning_module import FinalModelModule
 from fimo.models.training import Quality, quality, save_checkpoint, train_final_model
@@ -89,6 +91,9 @@ def told(config: DictConfig, journal: Journal) -> float:
         known = dataclasses.replace(trained.final_model, accept_poor=True)  # not judged with every part again
         trained = dataclasses.replace(trained, final_model=known)
     trained = trained.with_description()
+    if config.mode == "audit":
+        audited(trained, config, journal)
+        return math.nan
     sensitivity = gold_standard(trained, config.further_training.save_raw, journal)
     if config.until == "further_training":
         return journal.end()
@@ -140,7 +145,12 @@ def prepare(config: DictConfig, journal: Journal) -> Prepared:
     check_evaluation(config, len(plan.seeds))
     module = build_module(config, data)
     untrained = build_final_model(module, config)
-    methods, skipped = applicable(build_methods(config), untrained, data.train, plan.protocol)
+    methods: Mapping[str, AttributionMethod] = {}
+    skipped: Mapping[str, str] = {}
+    if config.mode == "audit":
+        settings_of(config, data)
+    else:
+        methods, skipped = applicable(build_methods(config), untrained, data.train, plan.protocol)
     for name, why in skipped.items():
         log.warning("%s is skipped: %s", name, why)
     journal.skipped.update(skipped)

@@ -55,7 +55,9 @@ class Plan:
         node = config.further_training
         seeds = choices.seeds(scaled(node.seeds, config.scale, least=2), "further_training.seeds")
         followed = followed_seeds(node.followed_seeds, seeds, config.scale)
-        left_out = choices.units(scaled(node.left_out, config.scale, least=3), len(data.train))
+        # an audit looks at all rows
+        chosen = None if config.mode == "audit" else scaled(node.left_out, config.scale, least=3)
+        left_out = choices.units(chosen, len(data.train))
         if node.shard is not None:
             seeds, left_out = shard(node.shard, seeds, left_out)
         key = "further_training.test"

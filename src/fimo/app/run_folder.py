@@ -19,6 +19,7 @@ LOCK = ".run.lock"
 RESULTS = (
     "final_model.ckpt", "sensitivity.safetensors", "scores", "evaluation.csv", "evaluation_*.csv",
     "effects.csv", "cost.csv", "report.json", "report.html", "failures",
+    "audit.json", "rows.csv", "pairs.csv", "groups.csv", "proof.csv", "cleaned.csv",
 )  # fmt: skip
 """What the stages of a run leave behind."""
 

@@ -12,6 +12,7 @@ from fimo.errors import InputError
 from fimo.extras import FIGURES, WANDB, available, require
 
 CHOICES: dict[str, tuple[Any, ...]] = {
+    "mode": ("study", "audit"),
     "until": ("check", "further_training", "report"),
     "logger.wandb.mode": (None, "offline", "online", "disabled", "dryrun", "run"),  # the last two were W&B's
     "model.optimizer": OPTIMIZERS,
@@ -69,6 +70,8 @@ def check_values(config: DictConfig) -> None:
                 "0 leaves the network at its random initial parameters; give model.checkpoint, or at least 1"
             )
             raise InputError("trainer.max_epochs", problem)
+    if config.mode == "audit" and config.until == "further_training":
+        raise InputError("until", "further_training is the gold standard of mode=study; an audit has none")
     if config.further_training.shard is not None and config.until != "further_training":
         raise InputError("further_training.shard", "is for runs with until=further_training")
     _check_devices(config.trainer.devices)

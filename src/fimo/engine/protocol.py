@@ -43,7 +43,7 @@ class Protocol:
             up by one; ``mask`` keeps the batches and drops the instance's loss where it occurs, the divisor
             staying the batch's full size; ``every_batch`` subtracts its loss / N from every batch's mean
             loss; ``with_duplicates`` is ``mask`` for the instance and all its exact duplicates.
-        evaluate_every: ``epoch``, or a number of optimizer steps.
+        evaluate_every: ``epoch``, a number of optimizer steps, or ``end`` for the end alone.
         momentum, nesterov: of SGD.
         betas, eps: of Adam and AdamW; betas of Lion, whose authors take (0.9, 0.99).
         weight_decay: as the optimizer defines it (L2 for SGD and Adam, decoupled for AdamW and Lion).
@@ -65,7 +65,7 @@ class Protocol:
     epochs: int | None = None
     steps: int | None = None
     leave_out: LeaveOutRule = "shift"
-    evaluate_every: Literal["epoch"] | int = "epoch"
+    evaluate_every: Literal["epoch", "end"] | int = "epoch"
     momentum: float = 0.0
     nesterov: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
@@ -111,9 +111,9 @@ class Protocol:
         )
         _require(
             "evaluate_every",
-            self.evaluate_every == "epoch"
+            self.evaluate_every in ("epoch", "end")
             or (isinstance(self.evaluate_every, int) and self.evaluate_every >= 1),
-            f"expected 'epoch' or a number of steps but got {self.evaluate_every!r}",
+            f"expected 'epoch', 'end' or a number of steps but got {self.evaluate_every!r}",
         )
         _require(  # last, so that a bad value is named before a missing one
             "epochs",
@@ -157,6 +157,8 @@ class Protocol:
             total: N.
         """
         full_epoch, epoch = self.batches_per_epoch(total), self.batches_per_epoch(instances)
+        if self.evaluate_every == "end":
+            return [replace(self, evaluate_every="epoch").evaluation_steps(instances, total)[-1]]
         if self.evaluate_every == "epoch":
             if self.epochs is not None:
                 return [epoch * (e + 1) for e in range(self.epochs)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -26,6 +27,7 @@ def adjoint(
     seed: int,
     *,
     of: Literal["loss", "outputs"] = "loss",
+    weight: Tensor | None = None,
     points: Sequence[int] | None = None,
     chunk: int = 32,
     device: torch.device | str = "cpu",
@@ -47,14 +49,18 @@ def adjoint(
     Args:
         seed: whose batches (and dropout masks) are followed.
         of: test losses (the final model's measurement), or all D outputs, flattened.
+        weight: ``[M, J]``, of sums of test losses whose derivatives are asked for instead of each one's, by
+            linearity at the cost of M: their mean costs as much as one test instance.
         points: which evaluation points, as indices into the E of the protocol; all when None.
         chunk: adjoints carried back together; memory grows with it.
         dtype: of run and adjoints; the protocol's when None.
 
     Returns:
-        ``[E, J, N]``, or ``[E, J, D, N]`` of outputs: the derivative in w_i. Leaving i out takes w_i from 1
-        to 0, so to first order the raw change is its negative.
+        ``[E, J, N]`` (``[E, M, N]`` of sums), or ``[E, J, D, N]`` of outputs: the derivative in w_i. Leaving
+        i out takes w_i from 1 to 0, so to first order the raw change is its negative.
     """
+    if weight is not None and (of != "loss" or weight.ndim != 2 or weight.shape[1] != len(test)):
+        raise InputError("weight", f"expected weights [M, {len(test)}] of test losses")
     run = FullRun(final_model, train, protocol, seed, None, device, dtype)
     chosen = list(range(len(run.points))) if points is None else list(points)
     if not chosen or any(not 0 <= e < len(run.points) for e in chosen):
@@ -62,11 +68,13 @@ def adjoint(
     kept = _States(run, run.points[max(chosen)])
     wide = DTYPES[protocol.evaluation_dtype]
     model, test = final_model.to(device, wide), test.to(device, wide)
+    together = max(1, chunk // len(chosen))
+    if weight is None:
+        starts = [_TestGradients(model, batch, of) for batch in test.batches(together)]
+    else:
+        starts = [_TestGradients(model, test, of, w) for w in weight.to(device, wide).split(together)]
     with torch.no_grad():
-        parts = [
-            _sweep(run, kept, model, batch, of, chosen)
-            for batch in test.batches(max(1, chunk // len(chosen)))
-        ]
+        parts = [_sweep(run, kept, start, chosen) for start in starts]
     found = run.rule.of_units(torch.cat(parts, 1))
     return found if of == "outputs" else found[:, :, 0]
 
@@ -104,10 +112,8 @@ class _States:
             yield from reversed(made)
 
 
-def _sweep(
-    run: FullRun, kept: _States, model: FinalModel, test: Instances, of: str, chosen: Sequence[int]
-) -> Tensor:
-    """Carry the adjoints of some test instances back; return ``[E, J, D or 1, N]`` in the order of chosen."""
+def _sweep(run: FullRun, kept: _States, start: _TestGradients, chosen: Sequence[int]) -> Tensor:
+    """Carry some adjoints back; return ``[E, J or M, D or 1, N]`` in the order of chosen."""
     starts = {run.points[e]: e for e in chosen}
     adjoints: State | None = None
     order: list[int] = []
@@ -116,7 +122,8 @@ def _sweep(
 
     def begin(step: int, state: State) -> None:
         nonlocal adjoints, found, rows, outputs
-        fresh, outputs = _test_gradients(run, model, state["parameters"], test, of)
+        with run.randomness(0):
+            fresh, outputs = start(state["parameters"], run.dtype)
         rows = len(next(iter(fresh.values())))
         order.append(starts[step])
         new = {k: {n: t.new_zeros(rows, *t.shape) for n, t in ts.items()} for k, ts in state.items()}
@@ -134,17 +141,16 @@ def _sweep(
         begin(kept.steps, kept.last)
     for state, batch in kept.backwards():
         if adjoints is not None and found is not None:
-            adjoints, contribution = _pull_back(run, state, batch, adjoints)
-            found += contribution
+            adjoints = _pull_back(run, state, batch, adjoints, found)
         if batch.step in starts:
             begin(batch.step, state)
     assert found is not None
-    by_point = found.view(len(order), len(test), outputs, -1)
+    by_point = found.view(len(order), -1, outputs, len(run.train))
     return by_point[[order.index(e) for e in chosen]]
 
 
-def _pull_back(run: FullRun, state: State, batch: StepBatch, adjoints: State) -> tuple[State, Tensor]:
-    """Carry adjoints ``[M, ...]`` through one step; return them and the weights' derivatives ``[M, N]``."""
+def _pull_back(run: FullRun, state: State, batch: StepBatch, adjoints: State, into: Tensor) -> State:
+    """Carry adjoints ``[M, ...]`` through one step, and add the weights' derivatives to ``[M, N]``."""
     with run.randomness(batch.step):
         # the gradient is needed to linearise the optimizer, its derivatives only in what comes back
         gradient = run.gradient(state["parameters"], batch)
@@ -153,33 +159,40 @@ def _pull_back(run: FullRun, state: State, batch: StepBatch, adjoints: State) ->
     with run.randomness(batch.step):
         none = torch.zeros_like(batch.weight).expand(len(next(iter(of_gradient.values()))), -1)
         _, curved, d_losses = run.gradient_and_tangents(state["parameters"], of_gradient, batch, none)
-    through["parameters"] = {n: t + curved[n] for n, t in through["parameters"].items()}
-    return through, _spread(run, batch, d_losses)
-
-
-def _spread(run: FullRun, batch: StepBatch, d_losses: Tensor) -> Tensor:
-    """Return the weights' derivatives ``[M, N]`` of a step from those of its losses ``[M, B + G]``."""
-    found = torch.zeros(len(d_losses), len(run.train), dtype=run.dtype, device=run.device)
+    found: State = through
+    found["parameters"] = {n: t + curved[n] for n, t in found["parameters"].items()}
     places, derivative = run.rule.in_own_weights(d_losses, batch.weight, len(batch.index))
-    return found.index_add_(1, torch.cat([batch.index, batch.extra])[places], derivative)
+    into.index_add_(1, torch.cat([batch.index, batch.extra])[places], derivative)
+    return found
 
 
-def _test_gradients(
-    run: FullRun, model: FinalModel, parameters: Tensors, test: Instances, of: str
-) -> tuple[Tensors, int]:
-    """Return gradients ``[J * D, ...]`` of test losses (D = 1) or outputs in the parameters, and D."""
-    wide = next(iter(model.parameters().values())).dtype
-    measurement = model.measurement or model.loss
+@dataclass(frozen=True)
+class _TestGradients:
+    """What adjoints start as.
 
-    def values(p: Tensors) -> Tensor:
-        outputs = evaluate_outputs(model, p, test.inputs)
-        return (
-            outputs.reshape(len(outputs), -1)
-            if of == "outputs"
-            else measurement(outputs, test.targets)[:, None]
-        )
+    Args:
+        model: in the dtype of test losses.
+        weight: ``[M, J]``, see :func:`adjoint`.
+    """
 
-    with run.randomness(0):
-        jacobian = jacrev(values)({n: p.to(wide) for n, p in parameters.items()})
-    d = next(iter(jacobian.values())).shape[1]
-    return {n: t.flatten(0, 1).to(run.dtype) for n, t in jacobian.items()}, d
+    model: FinalModel
+    test: Instances
+    of: str
+    weight: Tensor | None = None
+
+    def __call__(self, parameters: Tensors, dtype: torch.dtype) -> tuple[Tensors, int]:
+        """Return gradients ``[J * D, ...]`` of test losses (D = 1) or outputs in the parameters, and D.
+
+        Of sums of losses, ``[M, ...]``, with D = 1.
+        """
+        wide = next(iter(self.model.parameters().values())).dtype
+        jacobian = jacrev(self._values)({n: p.to(wide) for n, p in parameters.items()})
+        d = next(iter(jacobian.values())).shape[1]
+        return {n: t.flatten(0, 1).to(dtype) for n, t in jacobian.items()}, d
+
+    def _values(self, parameters: Tensors) -> Tensor:
+        outputs = evaluate_outputs(self.model, parameters, self.test.inputs)
+        if self.of == "outputs":
+            return outputs.reshape(len(outputs), -1)
+        losses = (self.model.measurement or self.model.loss)(outputs, self.test.targets)
+        return losses[:, None] if self.weight is None else (self.weight @ losses)[:, None]

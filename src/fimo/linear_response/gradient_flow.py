@@ -15,6 +15,7 @@ from fimo.data.instances import Instances
 from fimo.further_training.trajectory import FurtherTraining, Trajectory
 from fimo.linear_response.coefficient_optimizer import preconditioner
 from fimo.linear_response.kronecker_response import kronecker_response
+from fimo.linear_response.own_response import own_response
 from fimo.linear_response.path_points import spread
 from fimo.linear_response.phi import relaxation, times
 from fimo.linear_response.recursion import outputs_at, with_parameters
@@ -108,6 +109,20 @@ class MeanBatchResponse:
             model, time = with_parameters(self.final_model, means[k]), [paces[k] * self.time[e] for e in mine]
             found.append(self._by_factors_at(model, test, left_out, time))
         return torch.cat(found)
+
+    def of_themselves(self) -> Tensor:
+        """Return the training instances' scores for their own losses ``[N]``, after all further training.
+
+        By phi of EK-FAC's eigenvalues at the final model, in a time linear in N.
+        """
+        pace = 1.0
+        if self.rule.preconditions:
+            pace = self.rule.mean_pace(self._estimated_preconditioner())
+        phi = relaxation(pace * self.time[-1], self.rule.flow_decay)
+        gradients = InstanceGradients(self.final_model, self.memory_mb)
+        found = own_response(self.final_model, self.train, phi, self.copies, gradients)
+        self.gradient_evaluations += gradients.evaluations
+        return found
 
     def _shares(self) -> list[tuple[int, list[int]]]:
         """Return points of a run at which curvature is taken, each with the evaluation points nearest to it.

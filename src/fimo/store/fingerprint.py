@@ -28,7 +28,7 @@ from fimo.store.description import Indescribable, describe
 from fimo.store.sources import PACKAGE_SOURCES, Sources, origin, package_code, user_code
 
 if TYPE_CHECKING:  # a sweep's jobs have a fingerprint before torch is imported
-    from torch import nn
+    from torch import Tensor, nn
 
     from fimo.data.instances import Instances
     from fimo.engine.protocol import Protocol
@@ -140,6 +140,22 @@ def trajectory_key(problem: Problem, protocol: Protocol, seed: int) -> Key:
         **computed_by("fimo.further_training.trajectory_recorder"),
     }
     return Key(parts, f"{problem.about}, seed {seed}, {_protocol(protocol)}")
+
+
+def adjoint_key(
+    problem: Problem, test: Instances, weight: Tensor, protocol: Protocol, step: int, seed: int
+) -> Key:
+    """Return what the derivatives of weighted test losses along a full run depend on, after so many steps."""
+    parts = {
+        **problem.parts,
+        "test": data_hash(test),
+        "weight": describe(weight, "weight"),
+        "protocol": protocol.key(),
+        "step": step,
+        "seed": seed,
+        **computed_by("fimo.further_training.adjoint"),
+    }
+    return Key(parts, f"{problem.about}, {len(weight)} adjoints of seed {seed}, {_protocol(protocol)}")
 
 
 def scores_key(

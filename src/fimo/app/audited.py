@@ -1,0 +1,54 @@
+"""``mode=audit``: which of all training rows matter, surely."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from omegaconf import DictConfig
+
+from fimo.app.build import AUDIT_FIELDS
+from fimo.app.journal import Journal
+from fimo.app.run import Run
+from fimo.audit import Audit
+from fimo.audit.audit import audit
+from fimo.audit.question import Question, Resources, Settings, positions
+from fimo.cost import Cost, write_costs
+from fimo.data.datamodule import InstancesModule
+
+log = logging.getLogger(__name__)
+
+
+def settings_of(config: DictConfig, data: InstancesModule) -> Settings:
+    """Read what an audit shall do, and check it against the data.
+
+    Raises:
+        InputError: naming the key under ``audit`` at fault.
+    """
+    values: dict[str, Any] = {name: config.audit[name] for name in AUDIT_FIELDS}
+    settings = Settings(**values)
+    settings.fitting(len(data.train))
+    named_tests(config, data)
+    return settings
+
+
+def named_tests(config: DictConfig, data: InstancesModule) -> tuple[int, ...]:
+    """Return the positions of the test instances that are explained one by one."""
+    return positions(list(config.audit.test), data.origin("test"), "audit.test")
+
+
+def audited(run: Run, config: DictConfig, journal: Journal) -> Audit:
+    """Audit a run's training rows, and write the tables."""
+    data = run.data
+    question = Question(
+        run.final_model, data.train, data.test, run.plan.protocol, named_tests(config, data),
+        data.origin("train"), data.origin("test"),
+        tuple(data.display("train", k).target for k in range(len(data.train))),
+    )  # fmt: skip
+    resources = Resources(run.store, run.device, run.trainer, run.problem)
+    found = audit(question, settings_of(config, data), resources)
+    journal.costs.extend(Cost(stage, seconds) for stage, seconds in found.summary["stages"].items())
+    found.save(journal.folder)
+    write_costs(journal.costs, journal.folder / "cost.csv")
+    log.info("results: %s", journal.folder)
+    return found

@@ -1,0 +1,178 @@
+"""An audit from the screen to the verdicts, on rows whose effects are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fimo
+from fimo import FinalModel, Protocol
+from fimo.audit import Audit
+from fimo.audit.audit import audit
+from fimo.audit.question import Question, Resources, Settings
+from fimo.audit.verify import choose, joined, without_common
+from fimo.data.instances import Instances
+from fimo.data.origin import Origin
+from fimo.errors import InputError
+
+
+def classification(n: int = 80, ignored: int = 6) -> tuple[FinalModel, Instances, Instances]:
+    """Three classes in four dimensions; the first rows have the target that losses ignore."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n + 20, 4, generator=generator)
+    y = (x[:, :3] + 0.7 * torch.randn(n + 20, 3, generator=generator)).argmax(1)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(network.parameters(), 0.5)
+    for _ in range(100):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(x[:n]), y[:n]).backward()
+        optimizer.step()
+    model = FinalModel(network, nn.CrossEntropyLoss(reduction="none"), accept_poor=True)
+    y[:ignored] = -100
+    return model, Instances(x[:n], y[:n]), Instances(x[n:], y[n:])
+
+
+def protocol(**changed: object) -> Protocol:
+    return Protocol(**{"lr": 0.1, "batch_size": 10, "epochs": 4, "leave_out": "mask"} | changed)  # type: ignore[arg-type]
+
+
+def asked(tests: tuple[int, ...] = (), **changed: object) -> Question:
+    model, train, test = classification()
+    origins = (Origin.counted(len(train)), Origin.counted(len(test)))
+    return Question(model, train, test, protocol(**changed), tests, *origins)
+
+
+@pytest.mark.parametrize("rule", ["mask", "every_batch"])
+def test_rows_without_any_effect_never_get_a_verdict(rule: str) -> None:
+    found = audit(asked((4,), leave_out=rule), Settings(top=40, seeds=6), Resources())
+    ignored = found.rows["row"] < 6
+    assert (found.rows.loc[ignored, "verdict"] == "unclear").all()
+    assert (found.rows.loc[ignored, ["score", "effect", "self_effect"]] == 0).all(axis=None)
+    assert (found.rows.loc[ignored, "q"] == 1).all()
+    assert (found.pairs.loc[found.pairs["row"] < 6, "verdict"] == "unclear").all()
+    assert (found.rows["verdict"] == "helpful").sum() > 5
+
+
+def test_a_positive_effect_is_a_loss_that_rises_without_the_row() -> None:
+    question = asked((4,))
+    found = audit(question, Settings(top=5, seeds=4), Resources())
+    measured = found.rows[found.rows["verdict"] != ""]
+    data = (question.final_model, question.train, question.test, question.protocol)
+    truth = fimo.further_train(*data, seeds=4, left_out=measured["row"].tolist())
+    effects = truth.raw[:, -1].double().mean(0)
+    # float32 runs in other chunks
+    np.testing.assert_allclose(measured["effect"], effects.mean(0), rtol=1e-3, atol=1e-7)
+    pairs = found.pairs[found.pairs["verdict"] != ""].sort_values("row")
+    np.testing.assert_allclose(pairs["effect"], effects[4], rtol=1e-3, atol=1e-7)
+    own = fimo.further_train(
+        question.final_model, question.train, question.train[measured["row"].tolist()], question.protocol,
+        seeds=4, left_out=measured["row"].tolist(),
+    )  # fmt: skip
+    diagonal = own.raw[:, -1].double().mean(0).diagonal()
+    np.testing.assert_allclose(measured["self_effect"], diagonal, rtol=1e-3, atol=1e-7)
+    assert np.corrcoef(measured["effect"], measured["score"])[0, 1] > 0.9
+
+
+def test_a_common_change_is_taken_from_random_rows_by_their_scores() -> None:
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randn(2, 60, generator=generator, dtype=torch.float64)
+    common = torch.randn(5, 2, generator=generator, dtype=torch.float64)
+    change = common[:, :, None] + 0.8 * score + 5.0 * (torch.arange(60) >= 40)
+    reference = torch.arange(60) < 40
+    found, shared = without_common(change, score, reference)
+    torch.testing.assert_close(found[..., :40], (0.8 * score[:, :40]).expand(5, -1, -1))
+    torch.testing.assert_close(found[..., 40:], (0.8 * score[:, 40:] + 5).expand(5, -1, -1))
+    assert shared.max() < 1e-20
+
+
+def test_what_the_line_misses_is_an_error_that_all_seeds_share() -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    score = normal(1, 400)
+    change = score + 0.5 * normal(1, 400) + 2.0 * normal(20, 1, 400)
+    _, shared = without_common(change, score, torch.ones(400, dtype=torch.bool))
+    assert float(shared) == pytest.approx(0.25 / 400, rel=0.35)
+
+
+def test_rows_are_chosen_at_both_ends_and_at_random_between() -> None:
+    score = torch.stack([torch.arange(50.0), torch.arange(50.0).roll(10)])
+    chosen = choose(score, 3, 12, torch.Generator().manual_seed(0))
+    assert chosen.rows[chosen.own[0]].tolist() == [0, 1, 2, 47, 48, 49]
+    assert chosen.rows[chosen.own[1]].tolist() == [7, 8, 9, 10, 11, 12]
+    assert int(chosen.control.sum()) == 12
+    assert not (chosen.control & chosen.own.any(0)).any()
+    assert len(chosen.rows) == 24
+
+
+def test_instances_by_name_are_joined() -> None:
+    part = Instances({"a": torch.arange(3), "b": torch.ones(3, 2)}, torch.arange(3))
+    both = joined(part, part[[2, 0]])
+    assert both.targets.tolist() == [0, 1, 2, 2, 0]
+    assert isinstance(both.inputs, dict)
+
+
+def same(first: Path, second: Path) -> bool:
+    return all((first / n).read_bytes() == (second / n).read_bytes() for n in ("rows.csv", "pairs.csv"))
+
+
+def test_what_is_in_the_store_is_not_made_again_and_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question, settings = asked((1,), leave_out="shift"), Settings(top=4, seeds=4)
+    store = fimo.api.Store(tmp_path / "store")
+    audit(question, settings, Resources(store)).save(tmp_path / "first")
+    monkeypatch.setattr("fimo.audit.screen.adjoint", None)
+    monkeypatch.setattr("fimo.engine.driver.advance", None)
+    audit(question, settings, Resources(store)).save(tmp_path / "again")
+    assert same(tmp_path / "first", tmp_path / "again")
+
+
+def data() -> tuple[FinalModel, tuple[pd.DataFrame, Tensor], tuple[Tensor, Tensor]]:
+    model, train, test = classification(40, 0)
+    assert isinstance(train.inputs, Tensor)
+    assert isinstance(test.inputs, Tensor)
+    frame = pd.DataFrame(train.inputs.numpy(), index=[f"p{k}" for k in range(40)])
+    return model, (frame, train.targets), (test.inputs, test.targets)
+
+
+def test_rows_and_pairs_have_the_names_of_a_frames_index() -> None:
+    found = fimo.audit(*data(), protocol(), tests=["t3"], top=3, verify=False, seeds=2,
+                       test_names=[f"t{k}" for k in range(20)])  # fmt: skip
+    assert isinstance(found, Audit)
+    assert found.rows["id"].tolist() == [f"p{k}" for k in range(40)]
+    assert set(found.pairs["test_id"]) == {"t3"}
+    assert set(found.pairs["test_row"]) == {3}
+    assert (found.rows["verdict"] == "").all()
+    assert found.rows["effect"].isna().all()
+    assert found.summary["targets"][1] == {"name": "t3", "test_row": 3, "test_id": "t3"}
+    assert found.pairs["score"].abs().is_monotonic_decreasing
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"top": 41}, "audit.top: expected at most 40, the number of training rows, but got 41"),
+        ({"top": 0}, "audit.top: expected a whole number from 1 on but got 0"),
+        ({"q": 1.5}, "audit.q: expected a rate"),
+        ({"seeds": 1}, "audit.seeds: expected a whole number from 2 on but got 1"),
+        ({"minutes": 0}, "audit.minutes: expected more than 0"),
+        ({"tests": [20]}, "audit.test: there is no row 20"),
+        ({"tests": [2, "2"]}, "audit.test: '2' is named twice"),
+        ({"test_names": ["a"] * 20}, "test_names: several rows are called a"),
+        ({"names": ["a", "b"]}, "names: expected 40 names but got 2"),
+    ],
+)
+def test_bad_input_is_one_line(changed: dict[str, object], problem: str) -> None:
+    with pytest.raises(InputError) as error:
+        fimo.audit(*data(), protocol(), **changed)
+    assert str(error.value).startswith(problem)
+    assert "\n" not in str(error.value)
