@@ -44,7 +44,7 @@ def screen(question: Question, seeds: Sequence[int], resources: Resources) -> Sc
 
     score[m, i] = - mean over seeds of d loss_m / d w_i, by the adjoint of the seed's full run
     (:func:`~fimo.further_training.adjoint.adjoint`): to first order in the weight w_i that leaving i out
-    takes from 1 to 0, and exact in batches, optimizer and curvature along the run. A target is a weighted mean of
+    takes from 1 to 0, and exact in batches, optimizer and curvature. A target is a weighted mean of
     test losses, and so costs about three runs for each seed, whatever N and J are.
 
     Args:
