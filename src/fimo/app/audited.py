@@ -13,7 +13,7 @@ from fimo.app.run import Run
 from fimo.audit import Audit
 from fimo.audit.audit import audit
 from fimo.audit.question import Question, Resources, Settings, positions
-from fimo.cost import Cost, write_costs
+from fimo.cost import Cost
 from fimo.data.datamodule import InstancesModule
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,5 @@ def audited(run: Run, config: DictConfig, journal: Journal) -> Audit:
     found = audit(question, settings_of(config, data), resources)
     journal.costs.extend(Cost(stage, seconds) for stage, seconds in found.summary["stages"].items())
     found.save(journal.folder)
-    write_costs(journal.costs, journal.folder / "cost.csv")
     log.info("results: %s", journal.folder)
     return found

@@ -93,7 +93,7 @@ def told(config: DictConfig, journal: Journal) -> float:
     trained = trained.with_description()
     if config.mode == "audit":
         audited(trained, config, journal)
-        return math.nan
+        return journal.end()
     sensitivity = gold_standard(trained, config.further_training.save_raw, journal)
     if config.until == "further_training":
         return journal.end()
