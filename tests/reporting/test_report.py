@@ -15,18 +15,14 @@ from fimo.evaluation import seeds_for
 from fimo.reporting import Results, write_report
 from fimo.reporting.explorer import explorer_data
 from fimo.reporting.findings import (
-    ABSENT,
-    MINUS,
-    Unit,
     above_ceiling,
     all_warnings,
-    duration,
     further_training_warnings,
     influences,
-    number,
 )
 from fimo.reporting.instance_table import collect
 from fimo.reporting.interactive import agreement_figure, cost_figure
+from fimo.reporting.numbers import ABSENT, MINUS, Unit, duration, number
 from tests.reporting.example import example, example_tasks, show_row, show_text
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -54,26 +50,34 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_is_one_file_that_asks_nothing_of_a_network(report: Path) -> None:
     text = page_text(report)
-    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert not re.search(r'(src|href)="(?!data:|#)', text)
     assert "@import" not in text
     assert "url(" not in text
     assert report.read_text("utf-8").count("plotly.js v") == 1
     assert report.stat().st_mode & 0o444 == 0o444, "others may read it"
 
 
-def test_the_headline_names_the_rows_with_the_largest_and_smallest_effect(report: Path) -> None:
+def test_the_first_screen_names_the_rows_with_the_largest_and_smallest_effect(report: Path) -> None:
     run = example()
     effect = run.sensitivity.sensitivity[-1].mean(0)
     most, least = (int(run.sensitivity.left_out[i]) for i in (effect.argmax(), effect.argmin()))
-    cards = re.findall(r'<p class="big">(.*?)</p>', page_text(report))
-    assert cards[:3] == [f"#{most}", f"#{least}", "follows"]
-    assert f"<td>{100 + most} mg</td>" in page_text(report), "the row is shown in its own units"
+    first = page_text(report).partition('<nav class="contents"')[0]
+    helpful, harmful = first.split('<div class="side harmful">')
+    for index, side in ((most, helpful), (least, harmful)):
+        assert re.findall(r'data-find="(.*?)"', side)[0] == f"#{index}"
+        assert f'target <span class="told">{100 + index} mg</span>' in side, "in its own units"
+        assert f"age {48 + index} · blood pressure" in side
 
 
-def test_rows_show_every_feature_with_its_name(report: Path) -> None:
-    text = page_text(report)
-    for column in ("age", "blood pressure", "sex"):
-        assert re.search(rf"<th[^>]*>{column}</th>", text)
+def test_every_measured_row_is_listed_with_each_feature_under_its_name(report: Path) -> None:
+    run, table = example(), page_data(report)["runs"][0]["rows"]
+    labels = [c["label"] for c in table["columns"]]
+    assert {"age", "blood pressure", "sex"} <= {*labels}
+    named = {row[0]: row for row in table["rows"]}
+    assert named.keys() == {f"#{i}" for i in run.sensitivity.left_out.tolist()}
+    effects = run.sensitivity.sensitivity[-1].mean(0).tolist()
+    for i, effect in zip(run.sensitivity.left_out.tolist(), effects, strict=True):
+        assert named[f"#{i}"][labels.index("effect")][0] == pytest.approx(effect, rel=1e-5)
 
 
 def test_everything_a_reader_needs_is_there(report: Path) -> None:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fimo import __version__
+from fimo.app import show
 from fimo.app.config import plain, validated
 from fimo.app.jobs import run_once
 from fimo.app.mistakes import in_one_line, readable
@@ -48,6 +49,9 @@ def main(conf: Path) -> None:
         return
     if sys.argv[1:2] == ["store"]:
         inventory.console(sys.argv[2:])
+    if sys.argv[1:2] == ["show"]:
+        with _open_output():
+            show.console(sys.argv[2:])
     conf = conf.resolve()  # Hydra would take a relative folder as relative to this file
     sys.argv[1:] = sorted(map(readable, sys.argv[1:]), key=lambda argument: argument not in MULTIRUN)
     try:

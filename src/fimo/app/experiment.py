@@ -37,6 +37,7 @@ from fimo.app.loggers import about, logged
 from fimo.app.plan import Plan
 from fimo.app.run import Run
 from fimo.app.scoring import applicable
+from fimo.app.show import shown
 from fimo.app.summary import summarise, with_findings
 from fimo.cost import Cost, measured, write_costs
 from fimo.data.datamodule import InstancesModule
@@ -49,6 +50,7 @@ from fimo.models.final_model import FinalModel
 from fimo.models.lightning_module import FinalModelModule
 from fimo.models.training import Quality, quality, save_checkpoint, train_final_model
 from fimo.reporting.results import Results
+from fimo.reporting.study_answer import study_answer
 from fimo.reporting.wandb import tell
 from fimo.scores import Scores
 from fimo.store.files import Store
@@ -115,6 +117,7 @@ def told(config: DictConfig, journal: Journal) -> float:
     for note in evaluation.notes:
         log.warning("%s", note)
     log.info("results: %s", run_dir / "report.html" if config.report else run_dir)
+    print(f"\n{shown(run_dir)}\n")
     return best_agreement(evaluation.table, config.evaluation.metrics[0])
 
 
@@ -247,6 +250,7 @@ def evaluated(
 def report(results: Results, config: DictConfig, journal: Journal) -> None:
     """Write what is shown of a run, and log it."""
     results.save(journal.folder)
+    study_answer(results).save(journal.folder)
     write_costs(journal.costs, journal.folder / "cost.csv")
     if config.report:
         from fimo.reporting import write_report  # with packages that nothing else needs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from fimo.errors import InputError
 from fimo.store.fingerprint import code_identity, contents, digest
 
 SWEEP_FOLDER = "hydra.sweep.dir="
+SWEEP = "sweep.json"
+"""Of a sweep's folder."""
 
 
 class Sweep:
@@ -41,14 +43,14 @@ class Sweep:
             if not self._hold():
                 raise InputError("hydra.sweep.dir", f"another sweep is running in {self.folder}")
         else:
-            earlier = [p for p in _earlier(pattern) if _read(p / "sweep.json").get("identity") == identity]
+            earlier = [p for p in _earlier(pattern) if _read(p / SWEEP).get("identity") == identity]
             for self.folder in [*earlier, Path(resolved(pattern))]:
                 if self._hold():
                     break
             self.arguments = [f"{SWEEP_FOLDER}'{self.folder}'"]
         content = {"identity": identity, "command": list(arguments)}
-        (self.folder / "sweep.json").write_text(json.dumps(content, indent=1))
-        records = list(self._records())
+        (self.folder / SWEEP).write_text(json.dumps(content, indent=1))
+        records = jobs_of(self.folder)
         for folder, record in records:
             record.status = "waiting"
             record.write(folder)
@@ -64,7 +66,7 @@ class Sweep:
         while self._alive():
             time.sleep(0.5)
         self.lock.release()
-        records = list(self._records())
+        records = jobs_of(self.folder)
         if not records:
             return not self.jobs
         by_status: dict[str, list[tuple[Path, JobRecord]]] = {}
@@ -81,7 +83,7 @@ class Sweep:
         }
         parts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         print(f"sweep of {self._total(records)} jobs in {self.folder}: {parts}")
-        names = _what_differs([record for _, record in records])
+        names = what_differs([record for _, record in records])
         for _, record in by_status.get("skipped", []):
             print(f"  {names[record.number]}: done before, skipped")
         for folder, record in by_status.get("failed", []):
@@ -96,13 +98,8 @@ class Sweep:
     def _total(self, records: Sequence[Any]) -> int:
         return max(len(self.jobs), len(records))
 
-    def _records(self) -> Iterator[tuple[Path, JobRecord]]:
-        found = [(path.parent, JobRecord.read(path.parent)) for path in self.folder.rglob(RECORD)]
-        kept = [(folder, record) for folder, record in found if record is not None]
-        yield from sorted(kept, key=lambda pair: pair[1].number)
-
     def _alive(self) -> bool:
-        for folder, record in self._records():
+        for folder, record in jobs_of(self.folder):
             if record.status == "running":
                 try:
                     FileLock(folder / LOCK, blocking=False).acquire().lock.release()
@@ -120,7 +117,14 @@ class Sweep:
         return True
 
 
-def _what_differs(records: Sequence[JobRecord]) -> dict[int, str]:
+def jobs_of(sweep: Path) -> list[tuple[Path, JobRecord]]:
+    """Return the folders of a sweep's jobs that have begun, with their records, by number."""
+    found = [(path.parent, JobRecord.read(path.parent)) for path in sweep.rglob(RECORD)]
+    kept = [(folder, record) for folder, record in found if record is not None]
+    return sorted(kept, key=lambda pair: pair[1].number)
+
+
+def what_differs(records: Sequence[JobRecord]) -> dict[int, str]:
     """Return by job a name for people: its number, and the overrides that not all jobs share."""
     shared = set.intersection(*(set(r.overrides) for r in records)) if len(records) > 1 else set()
     return {
@@ -187,8 +191,8 @@ def _earlier(pattern: str) -> list[Path]:
     root, _, rest = pattern.partition("${")
     depth = 1 + rest.count("/") if rest else 0
     start = Path(root) if root.endswith("/") or not rest else Path(root).parent
-    found = [p.parent for p in start.glob("*/" * depth + "sweep.json")] if start.is_dir() else []
-    return sorted(found, key=lambda p: (p / "sweep.json").stat().st_mtime, reverse=True)
+    found = [p.parent for p in start.glob("*/" * depth + SWEEP)] if start.is_dir() else []
+    return sorted(found, key=lambda p: (p / SWEEP).stat().st_mtime, reverse=True)
 
 
 def _read(path: Path) -> dict[str, Any]:

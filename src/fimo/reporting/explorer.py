@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fimo.evaluation.metrics import agreement
 from fimo.reporting.findings import influences, scored_methods
-from fimo.reporting.instance_table import chosen_tests
+from fimo.reporting.instance_lines import folded
+from fimo.reporting.instance_table import InstanceDisplay, chosen_tests
 from fimo.reporting.results import Results
 
 MOST_NUMBERS = 400_000
@@ -18,17 +19,17 @@ MOST_NUMBERS = 400_000
 def explorer_data(run: Results, per_test: int = 5) -> dict[str, Any]:
     """Return the last evaluation point's sensitivities and scores of the test instances to choose from.
 
-    Keys: ``left_out [L]``, ``names [L]``; ``tests``, each with ``index``, ``name``, ``display``,
+    Keys: ``left_out [L]``; ``names [L]``; ``tests``, each with ``index``, ``name``, ``display``,
     ``sensitivity [L]``, ``scores`` by method ``[L]`` (and ``errors`` where it has them), ``agreement`` by
-    method, ``helpful`` and ``harmful`` (``index, name, effect, error, seeds_agreeing``); ``train``: displays
-    by index; ``methods``, best first.
+    method, ``helpful`` and ``harmful`` (``index, name, effect, error, seeds_agreeing``); ``train``: displays by
+    index; ``methods``, best first.
     """
     methods = scored_methods(run)
-    left_out = len(run.sensitivity.left_out)
+    measured = len(run.sensitivity.left_out)
     shown_tests = run.shown.get("test", {})
     wanted = [k for k, j in enumerate(run.sensitivity.test.tolist()) if j in shown_tests]
     wanted = wanted or chosen_tests(run.sensitivity)
-    most = max(1, min(len(wanted), MOST_NUMBERS // ((len(methods) + 1) * left_out)))
+    most = max(1, min(len(wanted), MOST_NUMBERS // ((len(methods) + 1) * measured)))
     wanted = [wanted[k * len(wanted) // most] for k in range(most)]
     last = run.sensitivity.sensitivity[-1]
     judged = {m: run.judged_scores(m) for m in methods}
@@ -46,7 +47,7 @@ def explorer_data(run: Results, per_test: int = 5) -> dict[str, Any]:
             {
                 "index": index,
                 "name": run.called("test", index),
-                "display": display.as_dict() if display else None,
+                "display": as_shown(display),
                 "sensitivity": rounded(last[j]),
                 "scores": {m: rounded(s[j]) for m, s in scores.items()},
                 "errors": {m: rounded(bars[-1, j]) for m in methods if (bars := run.errors(m)) is not None},
@@ -55,15 +56,23 @@ def explorer_data(run: Results, per_test: int = 5) -> dict[str, Any]:
                 "harmful": [{**vars(row), "name": run.called("train", row.index)} for row in harmful],
             }
         )
-    shown = {i: d.as_dict() for i, d in run.shown.get("train", {}).items() if i in mentioned}
+    shown = {i: as_shown(d) for i, d in run.shown.get("train", {}).items() if i in mentioned}
+    left_out = run.sensitivity.left_out.tolist()
     return {
-        "left_out": run.sensitivity.left_out.tolist(),
-        "names": [run.called("train", i) for i in run.sensitivity.left_out.tolist()],
+        "left_out": left_out,
+        "names": [run.called("train", i) for i in left_out],
         "tests": tests,
         "train": shown,
         "methods": methods,
         "metric": metric,
     }
+
+
+def as_shown(display: InstanceDisplay | None) -> dict[str, Any] | None:
+    """Return an instance for the page's script, one-hot columns put together."""
+    if display is None:
+        return None
+    return display.as_dict() | ({"row": folded(display.row)} if display.row else {})
 
 
 def rounded(values: Tensor, digits: int = 4) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -14,10 +14,6 @@ from fimo.evaluation.ceiling import WANTED, not_enough_seeds, seeds_for
 from fimo.further_training.sensitivity import adjust
 from fimo.reporting.results import Results
 from fimo.reporting.style import BASELINES
-
-ABSENT = "\N{EN DASH}"
-MINUS = "\N{MINUS SIGN}"
-SUPERSCRIPTS = "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"
 
 
 @dataclass(frozen=True)
@@ -180,10 +176,13 @@ def mean_test_loss(results: Results) -> float:
     return float(results.final_model.get("test_loss") or math.nan)
 
 
-def model_warnings(results: Results) -> list[str]:
-    """Return what is wrong with the final model: a reader should not trust attributions of a bad one."""
+def poor_model(numbers: Mapping[str, float]) -> list[str]:
+    """Return what is wrong with the final model: a reader should not trust attributions of a bad one.
+
+    Args:
+        numbers: ``train_loss, test_loss, baseline_loss, test_accuracy, baseline_accuracy``, where known.
+    """
     found = []
-    numbers = results.final_model
     test, train, baseline = (numbers.get(k) for k in ("test_loss", "train_loss", "baseline_loss"))
     if test is not None and baseline is not None and test >= baseline:
         found.append(
@@ -228,52 +227,7 @@ def further_training_warnings(results: Results) -> list[str]:
 def all_warnings(results: Results) -> list[str]:
     """Return every warning, the gravest first, each once."""
     return list(
-        dict.fromkeys([*model_warnings(results), *further_training_warnings(results), *results.warnings])
+        dict.fromkeys(
+            [*poor_model(results.final_model), *further_training_warnings(results), *results.warnings]
+        )
     )
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as people say them: 0.35 s, 12 s, 3 min 20 s, 2 h 5 min."""
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
-def number(value: float | int | str | None, digits: int = 4) -> str:
-    """Return a value for a table's cell; a true minus sign, no needless zeros."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ABSENT
-    if isinstance(value, bool | str):
-        return str(value)
-    if isinstance(value, int) or float(value).is_integer():
-        return f"{int(value)}".replace("-", MINUS)
-    mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
-    return mantissa.replace("-", MINUS) + (
-        f" \N{MULTIPLICATION SIGN} {power(int(exponent))}" if exponent else ""
-    )
-
-
-def power(exponent: int) -> str:
-    """Return a power of ten in superscript digits."""
-    return "10" + str(exponent).translate(str.maketrans("-0123456789", SUPERSCRIPTS))
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A power of ten that a column of small numbers shares; ``label`` is empty where none is needed."""
-
-    size: float
-    label: str
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Unit:
-        largest = max(map(abs, values), default=0.0)
-        exponent = math.floor(math.log10(largest)) if largest > 0 else 0
-        if -1 <= exponent <= 3:
-            return cls(1.0, "")
-        return cls(10.0**exponent, f"\N{MULTIPLICATION SIGN} {power(exponent)}")

@@ -74,3 +74,12 @@ def extremes(values: Tensor, k: int) -> Iterable[int]:
     """Return the positions of the k largest and k smallest values ``[L]``."""
     order = values.argsort(descending=True).tolist()
     return [*order[:k], *order[-k:]]
+
+
+def noun(shown: Shown) -> str:
+    """Return what an instance of a data set is called: ``row``, ``text`` or ``picture``."""
+    displays = [d for instances in shown.values() for d in instances.values()]
+    for kind, word in (("image", "picture"), ("text", "text")):
+        if any(getattr(display, kind) for display in displays):
+            return word
+    return "row"

@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import plotly.offline
+import pandas as pd
 
 from fimo.reporting.curves import drawn_tasks, figure_of_task
 from fimo.reporting.explorer import explorer_data
 from fimo.reporting.findings import (
-    ABSENT,
-    MINUS,
-    Unit,
     above_ceiling,
-    all_warnings,
     at_last_point,
-    duration,
     highlighted,
-    influences,
-    mean_test_loss,
     method_order,
-    number,
     same_scores,
     same_seeds,
 )
 from fimo.reporting.flat import flat
-from fimo.reporting.instance_table import InstanceDisplay
+from fimo.reporting.html_page import write_page
 from fimo.reporting.interactive import all_figures
+from fimo.reporting.measured_rows import measured_rows
 from fimo.reporting.naming import differences
 from fimo.reporting.panels import MOST_POINTS, Palette
 from fimo.reporting.results import Results, plain
+from fimo.reporting.study_answer import best_method, follows, study_answer, within_class
+from fimo.reporting.tables import Column, effects, instance_columns, table
 from fimo.reporting.trust import coverage, departures, trusted_methods
-from fimo.store.files import written_aside
+
+EFFECT = "change of the mean test loss when it is left out, ± standard error over seeds; positive: it helps"
 
 
 def write_report(results: Results | Sequence[Results], path: str | Path) -> Path:
@@ -48,36 +42,28 @@ def write_report(results: Results | Sequence[Results], path: str | Path) -> Path
         its path.
     """
     runs = [results] if isinstance(results, Results) else list(results)
-    page = files("fimo.reporting") / "page"
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (page / name).read_text("utf-8")),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # columns keep their order
-    environment.filters |= {"number": number, "duration": duration, "decimals": decimals}
     comparison = figures(runs) if len(runs) > 1 else None
-    html = environment.get_template("report.html").render(
-        runs=[run_context(run) for run in runs],
+    measured = [measured_rows(run) for run in runs]
+    return write_page(
+        "report.html",
+        Path(path),
+        {
+            "runs": [
+                {
+                    "figures": figures([run]),
+                    "explorer": plain(explorer_data(run)),
+                    "rows": rows_table(run, rows),
+                }
+                for run, rows in zip(runs, measured, strict=True)
+            ],
+            "comparison": comparison,
+        },
+        title=f"fimo: {' | '.join(run.name for run in runs)}",
+        runs=[run_context(run, rows) for run, rows in zip(runs, measured, strict=True)],
         comparison=comparison,
         differing=differences(runs),
         most_points=MOST_POINTS,
-        data={
-            "runs": [{"figures": figures([run]), "explorer": plain(explorer_data(run))} for run in runs],
-            "comparison": comparison,
-        },
-        plotly=plotly.offline.get_plotlyjs(),
-        style=(page / "report.css").read_text("utf-8"),
-        script=(page / "report.js").read_text("utf-8"),
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as aside:
-        aside.write_text(html, encoding="utf-8")
-    path.chmod(0o644)
-    return path
 
 
 def figures(runs: Sequence[Results]) -> dict[str, dict[str, Any]]:
@@ -88,9 +74,42 @@ def figures(runs: Sequence[Results]) -> dict[str, dict[str, Any]]:
     }
 
 
-def run_context(run: Results) -> dict[str, Any]:
-    """Return what the template says about one run."""
-    helpful, harmful = influences(run)
+def rows_table(run: Results, rows: pd.DataFrame) -> dict[str, Any]:
+    """Return the table of measured rows, the largest effects first; with the best method's mean score."""
+    best = best_method(run)["method"]
+    order = rows["effect"].abs().argsort(kind="stable")[::-1]
+    ordered = rows.iloc[order]
+    displays = [run.show("train", int(i)) for i in ordered["index"]]
+    within = within_class(run, rows)
+    scores: Sequence[Any] = [None] * len(rows)
+    if best in run.scores:
+        judged = run.judged_scores(best)
+        scores = (judged[-1] if judged.ndim == 3 else judged).double().mean(0)[order.tolist()].tolist()
+    agreeing = ordered["agreeing"] if run.seeds > 1 and run.has_raw else [None] * len(rows)
+    in_class: Sequence[Any] = [None] * len(rows)
+    if within is not None:
+        in_class = effects([within[k] for k in order], ordered["error"])
+    columns = [
+        Column(f"training {run.noun}", "name", list(ordered["name"])),
+        Column("effect", "effect", effects(ordered["effect"], ordered["error"]), EFFECT),
+        Column("within its class", "effect", in_class, "effect minus the mean effect of its class"),
+        Column("verdict", "verdict", list(ordered["verdict"])),
+        Column("q", "q", list(ordered["q"]), "smallest false discovery rate at which the verdict holds"),
+        Column("seeds", "number", list(agreeing), f"of {run.seeds}, in which the effect has this sign"),
+        Column(f"score by {best}", "number", scores, "mean over test instances"),
+        Column("target", "text", list(ordered["target"])),
+        Column("model says", "text", [d.prediction if d else None for d in displays]),
+        *instance_columns(displays),
+    ]
+    return table(columns, "measured_rows.csv", shown=15)
+
+
+def run_context(run: Results, rows: pd.DataFrame) -> dict[str, Any]:
+    """Return what the template says about one run.
+
+    Args:
+        rows: of :func:`~fimo.reporting.measured_rows.measured_rows`.
+    """
     metric = run.metrics[0]
     ranking = at_last_point(run, metric)
     further = run.config.get("further_training")
@@ -99,18 +118,14 @@ def run_context(run: Results) -> dict[str, Any]:
         "metric": metric,
         "ranking": ranking.to_dict("records"),
         "best": ranking.iloc[0].to_dict(),
-        "helpful": [(row, run.show("train", row.index)) for row in helpful],
-        "harmful": [(row, run.show("train", row.index)) for row in harmful],
-        "noun": noun(run),
+        "answer": study_answer(run, rows),
+        "follows": follows(run, rows),
+        "noun": run.noun,
         "same": same_scores(run),
         "above": above_ceiling(run),
         "same_seeds": same_seeds([run]),
         "predicting": trusted_methods(run),
         "trust": trust_rows(run),
-        "columns": columns([run.show("train", row.index) for row in [*helpful, *harmful]]),
-        "unit": Unit.of([row.effect for row in [*helpful, *harmful]]),
-        "test_loss": mean_test_loss(run),
-        "warnings": all_warnings(run),
         "methods": method_rows(run),
         "others": len(method_order(run)) - len(highlighted([run])),
         "points": len(run.sensitivity.step),
@@ -181,27 +196,6 @@ def method_rows(run: Results) -> list[dict[str, Any]]:
         }
         for method in method_order(run)
     ]
-
-
-def noun(run: Results) -> str:
-    """Return what an instance of this data set is called."""
-    displays = [d for instances in run.shown.values() for d in instances.values()]
-    for kind, name in (("image", "picture"), ("text", "text")):
-        if any(getattr(display, kind) for display in displays):
-            return name
-    return "row"
-
-
-def decimals(value: float | None, digits: int = 3) -> str:
-    """Return an agreement with fixed decimals, so that a column lines up."""
-    return ABSENT if value is None or value != value else f"{value:.{digits}f}".replace("-", MINUS)
-
-
-def columns(displays: Sequence[InstanceDisplay | None]) -> list[str]:
-    """Return the columns of tabular displays, in their order."""
-    return list(
-        dict.fromkeys(name for display in displays if display and display.row for name in display.row)
-    )
 
 
 def final_model_facts(numbers: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from fimo.data.csv import EXACT
 from fimo.errors import InputError
 from fimo.evaluation.assessment import adjusted_scores
 from fimo.further_training.sensitivity import Sensitivity, load_sensitivity
-from fimo.reporting.instance_table import InstanceDisplay, Shown
+from fimo.reporting.instance_table import InstanceDisplay, Shown, Split, noun
 from fimo.reporting.task_curves import KNOWN, Curve
 from fimo.scores import Access, Scores
 from fimo.store.files import written_aside
@@ -164,9 +164,14 @@ class Results:
         """Return whether scores are loss changes at each amount of further training."""
         return self.scores[method].predicts_loss_change and self.scores[method].values.ndim == 3
 
-    def show(self, split: str, index: int) -> InstanceDisplay | None:
+    def show(self, split: Split, index: int) -> InstanceDisplay | None:
         """Return an instance as people read it, or None where it was not kept."""
         return self.shown.get(split, {}).get(index)
+
+    @property
+    def noun(self) -> str:
+        """What an instance of this data set is called: ``row``, ``text`` or ``picture``."""
+        return noun(self.shown)
 
     def save(self, folder: Path, everything: bool = False) -> None:
         """Write ``report.json``: what no other file of the run's folder holds.

@@ -1,0 +1,90 @@
+"""What a run answers, in sentences and short lists: its page's first screen, and its end in the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILE = "answer.json"
+"""Of a finished run's folder; :func:`fimo.reporting.show.show` prints it without importing torch."""
+
+
+@dataclass(frozen=True)
+class NamedRow:
+    """A training instance that a reader should look at.
+
+    Args:
+        name: the user's identifier; else ``row 407``, the data row of the user's file.
+        effect: change of the test loss by removal: positive where the row helps.
+        error: standard error of the effect; None where it is unknown.
+        verdict: ``helpful``, ``harmful`` or ``unclear``; ``predicted`` where it was not measured.
+        target, prediction: as people read them; empty where unknown.
+        line: its values (or its text) on one line.
+        image: a ``data:`` address, where it is a picture.
+    """
+
+    name: str
+    effect: float
+    error: float | None = None
+    verdict: str = "unclear"
+    target: str = ""
+    prediction: str = ""
+    line: str = ""
+    image: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The first screen.
+
+    Args:
+        question: the title.
+        about: data set, sizes, model, on one line.
+        verdict: how many rows were measured, and which clearly matter.
+        helpful, harmful: rows, the largest effects first.
+        effects: of what the rows' effects are, e.g. ``mean test loss``.
+        others: how good the ranking of rows that were not measured is.
+        do, distrust: sentences.
+        files: by name in the run's folder, what each holds.
+    """
+
+    question: str
+    about: str
+    verdict: Sequence[str]
+    helpful: Sequence[NamedRow] = ()
+    harmful: Sequence[NamedRow] = ()
+    effects: str = "mean test loss"
+    others: Sequence[str] = ()
+    do: Sequence[str] = ()
+    distrust: Sequence[str] = ()
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write ``answer.json``."""
+        text = json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)
+        (folder / FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Answer:
+        """Read what :meth:`save` wrote."""
+        content: dict[str, Any] = json.loads((folder / FILE).read_text("utf-8"))
+        for side in ("helpful", "harmful"):
+            content[side] = tuple(NamedRow(**row) for row in content[side])
+        return cls(**content)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return ``1 row`` or ``2,000 rows``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return names as a sentence lists them: the first few, and how many more there are."""
+    shown = list(names[:most])
+    if more := len(names) - len(shown):
+        return f"{', '.join(shown)} and {more} more"
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)

@@ -1,0 +1,144 @@
+// Tables that are sorted, searched and downloaded: data from the page's JSON, rows drawn as far as they are shown.
+const lead = (value) => (Array.isArray(value) ? value[0] : value); // an effect's value, without its error
+const words = (value) => (value === null || value === undefined ? "" : typeof value === "object" && !Array.isArray(value) ? value.text || "" : String(lead(value)));
+
+const numeric = (column) => ["effect", "number", "q"].includes(column.kind);
+
+function compare(a, b, descending) {
+  const [x, y] = [lead(a), lead(b)];
+  const [noX, noY] = [x === null || x === undefined || x === "", y === null || y === undefined || y === ""];
+  if (noX || noY) return noX - noY; // what is absent comes last either way
+  const order = typeof x === "number" && typeof y === "number" ? x - y : words(a).localeCompare(words(b), undefined, { numeric: true });
+  return descending ? -order : order;
+}
+
+function csvOf(table, rows) {
+  const quoted = (value) => (/[",\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
+  const head = table.columns.flatMap((c) => (c.kind === "effect" ? [c.label, `${c.label}, standard error`] : [c.label]));
+  const cells = (row) => row.flatMap((value, k) => (table.columns[k].kind === "effect" ? [value?.[0] ?? "", value?.[1] ?? ""] : [words(value)]));
+  return [head, ...rows.map(cells)].map((line) => line.map((value) => quoted(String(value))).join(",")).join("\r\n");
+}
+
+function download(name, text) {
+  const link = make("a");
+  link.href = URL.createObjectURL(new Blob(["\ufeff", text], { type: "text/csv" })); // the mark tells spreadsheets that it is UTF-8
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+function unitOf(values) {
+  const most = Math.max(0, ...values.map(Math.abs).filter(Number.isFinite));
+  const exponent = most > 0 ? Math.floor(Math.log10(most)) : 0;
+  return exponent >= 0 && exponent <= 4 ? { size: 1, label: "", digits: exponent > 1 ? 0 : 2 } : { size: 10 ** exponent, label: power(exponent).trim(), digits: 2 };
+}
+
+function dataTable(box, table) {
+  const { columns, rows } = table;
+  const step = table.shown || 15;
+  const state = { sort: table.sort ?? -1, descending: table.descending ?? true, shown: step, text: "", verdict: "" };
+  const units = columns.map((c, k) => (c.kind === "effect" ? unitOf(rows.map((r) => r[k]?.[0] ?? 0)) : null));
+  const haystack = rows.map((row) => row.map(words).join("\u0000").toLowerCase());
+  const verdict = columns.findIndex((c) => c.kind === "verdict");
+
+  const bar = make("div", null, "tools");
+  const search = make("input");
+  search.type = "search";
+  search.placeholder = "search";
+  search.setAttribute("aria-label", "search the table");
+  const count = make("span", null, "quiet count");
+  const save = make("button", "download CSV", "plain");
+  save.type = "button";
+  const choose = make("select");
+  choose.setAttribute("aria-label", "verdict");
+  choose.add(new Option("all verdicts", ""));
+  [...new Set(rows.map((r) => r[verdict]).filter(Boolean))].sort().forEach((v) => choose.add(new Option(v, v)));
+  if (rows.length > 10) bar.append(search, ...(verdict >= 0 && choose.options.length > 2 ? [choose] : []), count);
+  bar.append(save);
+
+  const scroll = make("div", null, "scroll");
+  const element = make("table", null, "rows");
+  const head = make("tr");
+  const heads = columns.map((c, k) => {
+    const th = make("th", null, numeric(c) ? "number" : "");
+    const button = make("button", c.label, "sorter");
+    if (units[k]?.label) button.append(" ", make("span", `(${units[k].label})`, "unit"));
+    button.type = "button";
+    if (c.hint) button.title = c.hint;
+    button.addEventListener("click", () => {
+      state.descending = state.sort === k ? !state.descending : numeric(c) && c.kind !== "q";
+      state.sort = k;
+      draw();
+    });
+    th.append(button);
+    head.append(th);
+    return th;
+  });
+  const thead = make("thead");
+  thead.append(head);
+  const body = make("tbody");
+  element.append(thead, body);
+  scroll.append(element);
+  const more = make("p", null, "more");
+  box.replaceChildren(bar, scroll, more);
+
+  function cell(value, k) {
+    const { kind } = columns[k];
+    if (kind === "name") return make("td", words(value), "id");
+    if (kind === "verdict") return make("td", value || "", value === "helpful" ? "good" : value === "harmful" ? "bad" : "quiet");
+    if (kind === "q") return make("td", value === null ? "" : value < 0.001 ? "< 0.001" : value.toFixed(3), "number");
+    if (kind === "number") return make("td", value === null ? "" : number(value, 3), "number");
+    if (kind === "effect") {
+      const td = make("td", null, "number");
+      if (!value) return td;
+      const fixed = (v) => (v / units[k].size).toFixed(units[k].digits).replace("-", "\u2212");
+      td.append(make("b", (value[0] > 0 ? "+" : "") + fixed(value[0])));
+      if (value[1] !== null) td.append(make("span", ` ± ${fixed(value[1])}`, "quiet"));
+      return td;
+    }
+    if (kind === "instance") {
+      const td = make("td", null, "sentence");
+      if (value?.text) td.append(make("div", value.text, "clamp"));
+      if (value?.image) td.append(picture(value.image, "instance"));
+      return td;
+    }
+    const td = make("td", value === null ? "" : number(value, 6));
+    if (words(value).length > 40) td.className = "sentence";
+    return td;
+  }
+
+  function found() {
+    const kept = rows.map((_, i) => i).filter((i) => haystack[i].includes(state.text) && (!state.verdict || rows[i][verdict] === state.verdict));
+    if (state.sort >= 0) kept.sort((a, b) => compare(rows[a][state.sort], rows[b][state.sort], state.descending));
+    return kept;
+  }
+
+  function draw() {
+    const kept = found();
+    heads.forEach((th, k) => th.setAttribute("aria-sort", k !== state.sort ? "none" : state.descending ? "descending" : "ascending"));
+    body.replaceChildren(
+      ...kept.slice(0, state.shown).map((i) => {
+        const tr = make("tr", null, verdict >= 0 && rows[i][verdict] === "unclear" ? "unclear" : "");
+        tr.append(...rows[i].map(cell));
+        return tr;
+      }),
+    );
+    count.textContent = kept.length === rows.length ? `${rows.length.toLocaleString("en")} in all` : `${kept.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")}`;
+    const rest = kept.length - state.shown;
+    more.replaceChildren(...(rest > 0 ? [[`show ${Math.min(rest, 50)} more`, state.shown + 50], ...(rest > 50 ? [[`show all ${kept.length.toLocaleString("en")}`, kept.length]] : [])] : []).map(([text, shown]) => {
+      const button = make("button", text, "plain");
+      button.type = "button";
+      button.addEventListener("click", () => { state.shown = shown; draw(); });
+      return button;
+    }));
+  }
+
+  search.addEventListener("input", () => { state.text = search.value.trim().toLowerCase(); state.shown = step; draw(); });
+  choose.addEventListener("change", () => { state.verdict = choose.value; state.shown = step; draw(); });
+  save.addEventListener("click", () => download(table.file, csvOf(table, found().map((i) => rows[i]))));
+  draw();
+  return {
+    find(text) { search.value = text; search.dispatchEvent(new Event("input")); box.scrollIntoView({ block: "start" }); },
+    sortBy(label) { state.sort = columns.findIndex((c) => c.label === label); state.descending = true; draw(); },
+  };
+}

@@ -1,0 +1,83 @@
+"""Tables that a page's reader sorts, searches and downloads, as the page's script takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from fimo.data.display import Display
+from fimo.reporting.instance_lines import folded
+from fimo.reporting.results import plain
+
+Kind = Literal["name", "effect", "number", "q", "text", "verdict", "instance"]
+MOST_COLUMNS = 60
+"""Of a table's own values; the rest is in the user's file."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Args:
+        label: its head.
+        kind: how a value is shown: ``q`` is a false discovery rate, an ``effect`` is ``[value, standard
+            error]``, an ``instance`` is ``{"text": …}`` or ``{"image": …}``.
+        values: ``[n]``; None where there is none.
+        hint: what it means, in a sentence.
+    """
+
+    label: str
+    kind: Kind
+    values: Sequence[Any]
+    hint: str = ""
+
+
+def table(columns: Iterable[Column], file: str, **about: Any) -> dict[str, Any]:
+    """Return a table for the page's script; columns without any value are left out.
+
+    Args:
+        file: name of the CSV file that a reader downloads.
+        about: ``sort`` and ``descending``, at first; ``shown``, rows at first.
+    """
+    kept = [c for c in columns if any(_known(value) for value in c.values)]
+    cells = [[plain(_short(value)) for value in c.values] for c in kept]
+    return {
+        "file": file,
+        "columns": [{"label": c.label, "kind": c.kind, "hint": c.hint} for c in kept],
+        "rows": [list(row) for row in zip(*cells, strict=True)],
+        **about,
+    }
+
+
+def effects(values: Iterable[float], errors: Iterable[float]) -> list[list[float] | None]:
+    """Return an effect column's values; None where nothing was measured."""
+    return [None if v != v else [v, e] for v, e in zip(map(float, values), map(float, errors), strict=True)]
+
+
+def instance_columns(displays: Sequence[Display | None]) -> list[Column]:
+    """Return the columns that show instances: text or picture, then values (one-hot columns put together)."""
+    parts = [{k: v for k in ("image", "text") if (v := getattr(d, k, None))} or None for d in displays]
+    rows: list[Mapping[str, Any]] = [folded(d.row) if d and d.row else {} for d in displays]
+    names = list(dict.fromkeys(name for row in rows for name in row))[:MOST_COLUMNS]
+    values = [Column(name, _kind(rows, name), [row.get(name) for row in rows]) for name in names]
+    return [Column("instance", "instance", parts), *values]
+
+
+def _kind(rows: Sequence[Mapping[str, Any]], name: str) -> Kind:
+    return "text" if any(isinstance(row.get(name), str) for row in rows) else "number"
+
+
+def _known(value: Any) -> bool:
+    return value is not None and value == value and value != ""  # NaN differs from itself
+
+
+def _short(value: Any) -> Any:
+    """Return a number with six significant digits, so that a page stays small."""
+    if isinstance(value, list):
+        return [_short(v) for v in value]
+    if isinstance(value, float | np.floating) and value == value:
+        return float(f"{value:.6g}")
+    return value
