@@ -96,7 +96,8 @@ def test_a_run_speaks_of_the_files_own_names(tmp_path: Path) -> None:
     page = (tmp_path / "run" / "report.html").read_text()
     helpful = effects.groupby("train_id")["effect"].mean().idxmax()
     row = int(effects["train_row"][effects["train_id"] == helpful].iloc[0])
-    assert f'<p class="big">{helpful}</p>' in page
+    first = page.partition('<div class="side harmful">')[0]
+    assert f'data-find="{helpful}"' in first, "the first screen names it"
     assert f"street {row}" in page, "columns that are no features are shown"
     (tmp_path / "run" / "effects.csv").unlink()
     with pytest.raises(InputError, match=r"effects\.csv"):

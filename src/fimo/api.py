@@ -37,7 +37,9 @@ from fimo.validation import choices
 from fimo.validation.admission import admit
 
 if TYPE_CHECKING:
+    from fimo.audit.result import Audit
     from fimo.methods.catalogue import Method
+    from fimo.reporting.audit_run import AuditRun
     from fimo.reporting.results import Results
 
 Judged = Scores | Tensor | tuple[str, Tensor]
@@ -300,16 +302,20 @@ def load_run(folder: str | Path) -> Results:
 
 
 def report(
-    what: Results | Sequence[Results] | Scores | Mapping[str, Scores],
+    what: Results | Sequence[Results] | Scores | Mapping[str, Scores] | Audit | AuditRun,
     path: str | Path = "report.html",
     truth: Sensitivity | None = None,
+    *,
+    train: pd.DataFrame | None = None,
+    test: pd.DataFrame | None = None,
 ) -> Path:
     """Write a report that opens offline.
 
     Args:
-        what: a run (:func:`load_run`), several to be overlaid, or scores by name.
+        what: a run (:func:`load_run`), several to be overlaid, scores by name, or an audit.
         path: of the page.
         truth: the gold standard, where ``what`` are scores.
+        train, test: the tables that were audited, to show their values; a data row is a position in them.
 
     Returns:
         Where the page is.
@@ -317,9 +323,14 @@ def report(
     Raises:
         InputError: scores without ``truth``, or packages of the extra ``figures`` that are missing.
     """
-    from fimo.reporting import write_report
+    from fimo.audit.result import Audit
+    from fimo.reporting import AuditRun, write_audit_report, write_report
     from fimo.reporting.results import Results
 
+    if isinstance(what, Audit):
+        what = AuditRun.of_frames(what, train, test)
+    if isinstance(what, AuditRun):
+        return write_audit_report(what, Path(path))
     if isinstance(what, Scores):
         what = {what.method or "scores": what}
     if isinstance(what, Results):

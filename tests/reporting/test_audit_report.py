@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import fimo
 from fimo.reporting.audit_report import listed_rows, write_audit_report
 from fimo.reporting.audit_run import EVERY_ROW, AuditRun, suspects, train_rows
 from tests.reporting.audit_example import example_audit, example_run
@@ -113,3 +114,14 @@ def test_a_folder_gives_the_same_page_back(tmp_path: Path) -> None:
     assert page_data(one) == page_data(two)
     (tmp_path / "audit_report.json").unlink()
     assert len(AuditRun.load(tmp_path).audit.rows) == 300, "what Audit.save alone wrote"
+
+
+def test_from_python_an_audit_is_reported_with_the_rows_of_the_user_s_own_table(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"area": range(1000, 1400), "city": "Bonn", "flat": True})
+    path = fimo.report(example_audit(), tmp_path / "report.html", train=frame)
+    table = page_data(path)["tables"]["rows"]
+    labels = [c["label"] for c in table["columns"]]
+    rows = example_audit().rows.set_index("id")["row"]
+    for shown in table["rows"]:
+        assert shown[labels.index("area")] == 1000 + rows[shown[0]]
+    assert labels[-3:] == ["area", "city", "flat"]
