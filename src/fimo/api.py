@@ -17,6 +17,7 @@ from torch import Tensor
 from fimo.audit import Audit
 from fimo.audit.audit import audit as _audit
 from fimo.audit.question import Question, Resources, Settings, origin_of, positions
+from fimo.audit.reading import shown_rows
 from fimo.cost import Cost, cost_table
 from fimo.data.conversion import train_and_test
 from fimo.data.instances import Instances
@@ -193,6 +194,7 @@ def audit(
     minutes: float | None = None,
     seeds: int = 10,
     controls: int | None = None,
+    act: bool = True,
     names: Origin | Sequence[Any] | None = None,
     test_names: Origin | Sequence[Any] | None = None,
     inputs: str | Sequence[str] | None = None,
@@ -217,6 +219,8 @@ def audit(
         minutes: no further round of seeds is begun that would end later.
         seeds: most seeds with which a row is left out; predictions follow as many others.
         controls: random rows that are left out besides; twice ``top`` when None.
+        act: leave groups of rows out as well, and together the rows behind the predictions of ``tests``, and
+            prove what cleaning is worth.
         names, test_names: of the rows, as a list or an :class:`~fimo.data.origin.Origin`; a DataFrame's index
             where it is no plain range, else their positions.
 
@@ -238,13 +242,16 @@ def audit(
     if not isinstance(further_training, Protocol):
         raise InputError("further_training", _no_protocol(further_training))
     check_device(device)
-    settings = Settings(top, q, verify, minutes, seeds, controls)
+    settings = Settings(top, q, verify, minutes, seeds, controls, act)
     given = (train, test)
     train, test = admit(model, *train_and_test(train, test, inputs, target, ("train", "test")))
     train_origin = origin_of(names, given[0], len(train), "names")
     test_origin = origin_of(test_names, given[1], len(test), "test_names")
     asked = positions(tests, test_origin, "audit.test")
-    question = Question(model, train, test, further_training, asked, train_origin, test_origin)
+    question = Question(
+        model, train, test, further_training, asked, train_origin, test_origin,
+        read=shown_rows(given[0], train),
+    )  # fmt: skip
     trainer = {**_trainer(device), "enable_progress_bar": progress}
     return _audit(question, settings, Resources(_store(store), torch.device(device), trainer))
 

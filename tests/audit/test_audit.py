@@ -15,7 +15,7 @@ from fimo import FinalModel, Protocol
 from fimo.audit import Audit
 from fimo.audit.audit import audit
 from fimo.audit.question import Question, Resources, Settings
-from fimo.audit.verify import choose, joined, without_common
+from fimo.audit.verify import choose, without_common
 from fimo.data.instances import Instances
 from fimo.data.origin import Origin
 from fimo.errors import InputError
@@ -111,13 +111,6 @@ def test_rows_are_chosen_at_both_ends_and_at_random_between() -> None:
     assert int(chosen.control.sum()) == 12
     assert not (chosen.control & chosen.own.any(0)).any()
     assert len(chosen.rows) == 24
-
-
-def test_instances_by_name_are_joined() -> None:
-    part = Instances({"a": torch.arange(3), "b": torch.ones(3, 2)}, torch.arange(3))
-    both = joined(part, part[[2, 0]])
-    assert both.targets.tolist() == [0, 1, 2, 2, 0]
-    assert isinstance(both.inputs, dict)
 
 
 def same(first: Path, second: Path) -> bool:

@@ -12,9 +12,9 @@ from tests.reference.further_training import plain_run
 from torch import nn
 
 from fimo.audit.cleaning import COMPARED, HARMFUL, NOTHING, RANDOM, Halves, cleaned, halves, proof
+from fimo.audit.explained import Shown
 from fimo.audit.removal import Removal
 from fimo.audit.result import PROOF
-from fimo.audit.why import Shown
 from fimo.data.instances import Instances
 from fimo.data.origin import Origin
 from fimo.engine.protocol import Protocol

@@ -11,8 +11,9 @@ from tests.reference.further_training import plain_run
 from torch import nn
 
 from fimo.audit.answers import answer_as_json
+from fimo.audit.explained import Shown, explained, typical_error
 from fimo.audit.removal import Removal
-from fimo.audit.why import Shown, explained, foremost, typical_error, why
+from fimo.audit.why import foremost, why
 from fimo.data.instances import Instances
 from fimo.data.origin import Origin
 from fimo.engine.protocol import Protocol

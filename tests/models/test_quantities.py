@@ -15,7 +15,7 @@ from fimo.errors import InputError
 from fimo.further_training import Protocol, further_train
 from fimo.methods.catalogue import method_of
 from fimo.models.final_model import FinalModel
-from fimo.models.quantities import CLASS, CORRECT, MEASUREMENT, measuring, predicted
+from fimo.models.quantities import CLASS, CORRECT, MEASUREMENT, joined, measuring, predicted
 from fimo.store.files import Store
 from fimo.validation.admission import admit
 from tests.cases import CASES, Case, mlp
@@ -154,3 +154,11 @@ def test_a_quantity_that_is_not_there_is_refused() -> None:
         measuring(case.final_model, [(case.test, CORRECT)])
     with pytest.raises(InputError, match="expected 5 numbers but got 2"):
         measuring(case.final_model, [(case.test, [0, 0])])
+
+
+def test_instances_by_name_are_joined() -> None:
+    part = Instances({"a": torch.arange(3), "b": torch.ones(3, 2)}, torch.arange(3))
+    both = joined([part, part[[2, 0]]])
+    assert both.targets.tolist() == [0, 1, 2, 2, 0]
+    assert isinstance(both.inputs, dict)
+    assert both.inputs["a"].tolist() == [0, 1, 2, 2, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -12,6 +13,7 @@ from fimo.app.journal import Journal
 from fimo.app.run import Run
 from fimo.audit import Audit
 from fimo.audit.audit import audit
+from fimo.audit.explained import Shown
 from fimo.audit.question import Question, Resources, Settings, positions
 from fimo.cost import Cost
 from fimo.data.datamodule import InstancesModule
@@ -37,13 +39,20 @@ def named_tests(config: DictConfig, data: InstancesModule) -> tuple[int, ...]:
     return positions(list(config.audit.test), data.origin("test"), "audit.test")
 
 
+def shown_by(data: InstancesModule) -> Shown:
+    """Return how a data set's predictions and training rows are read."""
+    units, unit = getattr(data, "original", None), getattr(data, "unit", "")
+    table = getattr(data, "table", None)
+    return Shown(data.class_names, units, unit, functools.partial(data.named, "train"), table)
+
+
 def audited(run: Run, config: DictConfig, journal: Journal) -> Audit:
     """Audit a run's training rows, and write the tables."""
     data = run.data
     question = Question(
         run.final_model, data.train, data.test, run.plan.protocol, named_tests(config, data),
         data.origin("train"), data.origin("test"),
-        tuple(data.display("train", k).target for k in range(len(data.train))),
+        tuple(data.display("train", k).target for k in range(len(data.train))), shown_by(data),
     )  # fmt: skip
     resources = Resources(run.store, run.device, run.trainer, run.problem)
     found = audit(question, settings_of(config, data), resources)

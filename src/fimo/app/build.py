@@ -206,7 +206,7 @@ def build_trainer(config: DictConfig, more: Sequence[pl.Callback] = ()) -> pl.Tr
         raise InputError("trainer", f"accelerator={settings['accelerator']}: {reason(error)}") from error
 
 
-AUDIT_FIELDS = ("top", "q", "verify", "minutes", "seeds", "controls")
+AUDIT_FIELDS = ("top", "q", "verify", "minutes", "seeds", "controls", "act")
 """Settings of an audit that are keys under ``audit``, with the same names."""
 
 

@@ -102,6 +102,7 @@ class AuditSettings:
     minutes: float | None = None
     seeds: int = 10
     controls: int | None = None
+    act: bool = True
 
 
 @dataclass

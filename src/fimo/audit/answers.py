@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fimo.audit.why import Answer, Shown, Step
+from fimo.audit.explained import Shown
+from fimo.audit.why import Answer, Step
 from fimo.data.origin import Origin
 
 

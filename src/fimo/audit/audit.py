@@ -6,7 +6,9 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
+from fimo.audit.acting import Acted, Acting, judged
 from fimo.audit.findings import Findings
 from fimo.audit.question import Question, Resources, Settings
 from fimo.audit.result import Audit
@@ -20,12 +22,14 @@ log = logging.getLogger(__name__)
 
 
 def audit(question: Question, settings: Settings, resources: Resources) -> Audit:
-    """Say which training rows matter, surely.
+    """Say which training rows matter, surely, and what to do about them.
 
     Raises:
         InputError: more rows asked for than there are.
     """
     settings.fitting(len(question.train))
+    acts = settings.verify and settings.act
+    question = replace(question, judged=acts and judged(len(question.test)))
     seconds: dict[str, float] = {}
     with _stage("screen", seconds):
         screened = screen(question, other_seeds(range(settings.seeds)), resources)
@@ -34,7 +38,34 @@ def audit(question: Question, settings: Settings, resources: Resources) -> Audit
         with _stage("verify", seconds):
             verified = verify(question, screened, settings, resources)
     findings = Findings(question, settings, screened, verified, seconds)
-    return Audit(rows_of(findings), pairs_of(findings), summary=summary_of(findings))
+    acted = Acted()
+    if acts and verified is not None:
+        acted = act(Acting(findings, verified, resources), seconds)
+    summary = {**summary_of(findings), **acted.summary}
+    return Audit(rows_of(findings), pairs_of(findings), summary=summary, **acted.tables)
+
+
+def act(acting: Acting, seconds: dict[str, float]) -> Acted:
+    """Go through the stages after verification, while there is time."""
+    question, minutes = acting.findings.question, acting.findings.settings.minutes
+    found = Acted(cleaned=acting.cleaned(), removed=acting.removed)
+
+    def there_is_time(name: str) -> bool:
+        if minutes is None or sum(seconds.values()) < 60 * minutes:
+            return True
+        log.warning("no %s: audit.minutes=%g are over", name, minutes)
+        return False
+
+    if question.tests and there_is_time("answers"):
+        with _stage("answers", seconds):
+            found = replace(found, answers=acting.answers())
+    if question.judged and there_is_time("proof of cleaning"):
+        with _stage("proof", seconds):
+            found = replace(found, proof=acting.proof())
+    if there_is_time("groups"):
+        with _stage("groups", seconds):
+            found = replace(found, groups=acting.groups())
+    return found
 
 
 @contextmanager

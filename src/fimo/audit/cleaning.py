@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from fimo.audit.explained import Shown
 from fimo.audit.removal import Removal, mean_and_error
 from fimo.audit.result import PROOF
-from fimo.audit.why import Shown
 from fimo.data.instances import Instances
 from fimo.data.origin import Origin
 from fimo.models.final_model import FinalModel
@@ -43,7 +43,8 @@ def cleaned(frame: pd.DataFrame | None, origin: Origin, removed: Sequence[int]) 
         return kept.sort_values("row", kind="stable").reset_index(drop=True)
     keep = np.ones(len(frame), dtype=bool)
     keep[origin.row[out]] = False
-    return frame[keep].reset_index(drop=True)
+    kept = frame[keep]
+    return kept.reset_index(drop=True) if isinstance(frame.index, pd.RangeIndex) else kept
 
 
 def halves(tests: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -5,25 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from fimo.audit.cleaning import halves
+from fimo.audit.explained import Explained, Shown, explained
 from fimo.data.instances import Instances
 from fimo.data.origin import Origin
 from fimo.engine.leave_out import LeaveOut, make_rule
 from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
 from fimo.models.final_model import FinalModel
+from fimo.models.quantities import MEASUREMENT, measuring
 from fimo.store.description import Indescribable
 from fimo.store.files import Store
 from fimo.store.fingerprint import Problem
 
 MEAN = "mean test loss"
 """Name of the first target."""
+
+
+class Target(NamedTuple):
+    """What rows have effects on: a mean of measured quantities.
+
+    Args:
+        of: positions among all test losses, which the explained predictions follow.
+        sides: of which the top rows are verified: 1 those that help, -1 those that harm.
+    """
+
+    name: str
+    of: tuple[int, ...]
+    sides: tuple[int, ...] = (1, -1)
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,8 @@ class Question:
         train_origin, test_origin: names of the rows.
         shown: ``[N]``, the rows' labels or target values as their owner wrote them; None: as the loss is
             given them.
+        read: how predictions and rows are read.
+        judged: two halves of the test instances choose rows too, for the proof of cleaning.
     """
 
     final_model: FinalModel
@@ -47,20 +65,53 @@ class Question:
     train_origin: Origin
     test_origin: Origin
     shown: tuple[str | float, ...] | None = None
+    read: Shown = field(default_factory=Shown)
+    judged: bool = False
+
+    @cached_property
+    def targets(self) -> tuple[Target, ...]:
+        """The M explained: the mean test loss, losses of tests, their predictions, halves' mean losses."""
+        j, ids = len(self.test), self.test_origin.ids
+        mean = [Target(MEAN, tuple(range(j)))]
+        losses = [Target(ids[k], (k,)) for k in self.tests]
+        shown = [Target(f"{ids[k]}: prediction", (j + m,), ()) for m, k in enumerate(self.tests)]
+        halves = [Target(f"half {h}", tuple(half.tolist()), (-1,)) for h, half in enumerate(self.halves)]
+        return (*mean, *losses, *shown, *halves)
+
+    @cached_property
+    def predictions(self) -> tuple[Explained, ...]:
+        """How each of the explained test instances is predicted."""
+        return tuple(explained(self.final_model, self.test, self.tests, self.read)) if self.tests else ()
 
     @property
-    def targets(self) -> tuple[str, ...]:
-        """Names of the M explained losses: the mean over all test instances, then single ones."""
-        ids = self.test_origin.ids
-        return (MEAN, *(ids[j] for j in self.tests))
+    def prediction_targets(self) -> range:
+        """Which targets are predictions."""
+        return range(1 + len(self.tests), 1 + 2 * len(self.tests))
+
+    @property
+    def halves(self) -> tuple[Tensor, ...]:
+        """Positions of the test instances of the halves that choose rows; none where they don't."""
+        return halves(len(self.test)) if self.judged else ()
+
+    @cached_property
+    def measured(self) -> tuple[FinalModel, Instances]:
+        """A final model and instances that measure all test losses, and then the explained predictions."""
+        return self.measured_with()
+
+    def measured_with(self, *more: Instances) -> tuple[FinalModel, Instances]:
+        """Return the same with further instances behind, whose losses are measured."""
+        parts: list[tuple[Instances, int | Sequence[int]]] = [(self.test, MEASUREMENT)]
+        if self.tests:
+            named = self.test[torch.tensor(self.tests, device=self.test.targets.device)]
+            parts.append((named, [number.which for number in self.predictions]))
+        return measuring(self.final_model, [*parts, *((part, MEASUREMENT) for part in more)])
 
     @cached_property
     def weight(self) -> Tensor:
-        """``[M, J]`` float64, of each test loss in each explained one."""
-        rows = torch.zeros(1 + len(self.tests), len(self.test), dtype=torch.float64)
-        rows[0] = 1 / len(self.test)
-        for m, j in enumerate(self.tests, 1):
-            rows[m, j] = 1.0
+        """``[M, J + T]`` float64, of each measured quantity in each explained one."""
+        rows = torch.zeros(len(self.targets), len(self.test) + len(self.tests), dtype=torch.float64)
+        for row, target in zip(rows, self.targets, strict=True):
+            row[list(target.of)] = 1 / len(target.of)
         return rows
 
     @property
@@ -87,9 +138,11 @@ class Settings:
         top: rows verified on each side of each target.
         q: false discovery rate at which verdicts shall hold.
         verify: leave rows out by real further training; else only scores are computed.
-        minutes: after which no further round of seeds is begun; None for no limit.
+        minutes: after which no further round of seeds, and no further stage, is begun; None for no limit.
         seeds: most seeds with which a row is left out; the screen follows as many others.
         controls: random rows that are left out besides; twice ``top`` when None.
+        act: leave out groups of rows too, and the rows of named predictions together, and prove what cleaning
+            is worth.
 
     Raises:
         InputError: naming the key under ``audit`` at fault.
@@ -101,6 +154,7 @@ class Settings:
     minutes: float | None = None
     seeds: int = 10
     controls: int | None = None
+    act: bool = True
 
     def __post_init__(self) -> None:
         for key, least in (("top", 1), ("seeds", 2), ("controls", 8)):
@@ -141,15 +195,16 @@ class Resources:
     trainer: Mapping[str, Any] = field(default_factory=dict)
     problem: Problem | Indescribable | None = None
 
-    def described(self, question: Question) -> Problem:
-        """Return the description, made once per audit.
+    def described(self, final_model: FinalModel, train: Instances) -> Problem:
+        """Return the description of a final model that measures what it is asked to.
 
         Raises:
             Indescribable: a part has none.
         """
         if isinstance(self.problem, Indescribable):
             raise self.problem
-        return self.problem or Problem.of(question.final_model, question.train)
+        known = self.problem
+        return Problem.of(final_model, train) if known is None else known.measuring(final_model)
 
 
 def positions(names: Sequence[Any], origin: Origin, key: str) -> tuple[int, ...]:

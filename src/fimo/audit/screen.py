@@ -65,10 +65,11 @@ def screen(question: Question, seeds: Sequence[int], resources: Resources) -> Sc
 
 def adjoint_scores(question: Question, seed: int, resources: Resources) -> Tensor:
     """Return a seed's scores ``[M, N]``, from the store where it has them."""
+    model, measured = question.measured
 
     def key() -> object:
         return adjoint_key(
-            resources.described(question), question.test, question.weight, question.protocol,
+            resources.described(model, question.train), measured, question.weight, question.protocol,
             question.steps, seed,
         )  # fmt: skip
 
@@ -78,7 +79,7 @@ def adjoint_scores(question: Question, seed: int, resources: Resources) -> Tenso
             derivative = read_tensors(path)["derivative"]
         else:
             derivative = adjoint(
-                question.final_model, question.train, question.test, question.at_end, seed,
+                model, question.train, measured, question.at_end, seed,
                 weight=question.weight, device=resources.device,
             )[0].cpu()  # fmt: skip
             write_tensors(path, {"derivative": derivative})

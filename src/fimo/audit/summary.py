@@ -14,7 +14,7 @@ def summary_of(findings: Findings) -> dict[str, Any]:
     """Return what JSON can hold; see :class:`~fimo.audit.result.Audit`."""
     question, settings, verified = findings.question, findings.settings, findings.verified
     origin, ids = question.test_origin, question.test_origin.ids
-    targets: list[dict[str, Any]] = [{"name": question.targets[0], "test_row": None, "test_id": None}]
+    targets: list[dict[str, Any]] = [{"name": question.targets[0].name, "test_row": None, "test_id": None}]
     targets += [{"name": ids[j], "test_row": int(origin.row[j]), "test_id": ids[j]} for j in question.tests]
     summary: dict[str, Any] = {
         "n": len(question.train),

@@ -33,6 +33,11 @@ def pairs_of(findings: Findings) -> pd.DataFrame:
         table = _effects(findings, m)
         table["test_row"], table["test_id"] = int(origin.row[position]), origin.ids[position]
         table["prediction_effect"], table["prediction_effect_sem"] = np.nan, np.nan
+        if findings.verified is not None:
+            rows = findings.verified.rows.numpy()
+            shown = findings.verified.estimates[question.prediction_targets[m - 1]]
+            table.loc[rows, "prediction_effect"] = shown.mean.numpy()
+            table.loc[rows, "prediction_effect_sem"] = shown.sem.numpy()
         size = table["score"].abs()
         tables.append(table.loc[size.sort_values(ascending=False, kind="stable").index, list(PAIRS)])
     if not tables:

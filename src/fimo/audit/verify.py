@@ -22,12 +22,17 @@ from fimo.audit.verdicts import (
 )
 from fimo.data.instances import Instances
 from fimo.further_training.gold_standard import further_train
-from fimo.store.description import Indescribable
+from fimo.models.final_model import FinalModel
+from fimo.store.fingerprint import Problem
+from fimo.validation.choices import spaced
 
 log = logging.getLogger(__name__)
 
 OTHERS = 0.1
 """Weight in a target's tests of rows that were left out for another reason, its own being 1."""
+
+TESTS = 200
+"""Test instances whose changes are kept one by one."""
 
 FEWEST_CONTROLS = 8
 """Below it all rows left out stand for random ones."""
@@ -48,18 +53,27 @@ class Chosen:
     own: Tensor
 
 
-def choose(score: Tensor, top: int, controls: int, generator: torch.Generator) -> Chosen:
-    """Choose the top rows of each side of each target, and random ones of the rest.
+def choose(
+    score: Tensor,
+    top: int,
+    controls: int,
+    generator: torch.Generator,
+    sides: Sequence[Sequence[int]] | None = None,
+) -> Chosen:
+    """Choose the top rows of the sides of each target, and random ones of the rest.
 
     Args:
         score: ``[M, N]``.
+        sides: of each target, 1 for rows that help and -1 for those that harm; both when None.
     """
     n = score.shape[1]
     own = torch.zeros(len(score), n, dtype=torch.bool)
     for m, of_target in enumerate(score):
-        order = of_target.argsort(stable=True)
-        own[m, order[:top]] = True
-        own[m, order[-top:]] = True
+        order, of_interest = of_target.argsort(stable=True), (1, -1) if sides is None else sides[m]
+        if -1 in of_interest:
+            own[m, order[:top]] = True
+        if 1 in of_interest:
+            own[m, order[-top:]] = True
     rest = (~own.any(0)).nonzero().flatten()
     control = torch.zeros(n, dtype=torch.bool)
     control[rest[torch.randperm(len(rest), generator=generator)[:controls]]] = True
@@ -75,7 +89,8 @@ class Verified:
         chosen: the V rows.
         seeds: S, of the runs.
         change: ``[S, M, V]`` float64, of the targets, NaN where a row was not left out with a seed; minus
-            the common change, see :func:`common_changes`.
+            the common change, see :func:`verify`. Predictions are in the target's own units.
+        by_test: ``[S, J', V]`` float32, of the losses of at most :data:`TESTS` test instances, as measured.
         of_themselves: ``[S, V]``, the same of each row's own loss.
         estimates: of each target.
         p: ``[M, V]``, valid for any number of looks.
@@ -86,6 +101,7 @@ class Verified:
     chosen: Chosen
     seeds: tuple[int, ...]
     change: Tensor
+    by_test: Tensor
     of_themselves: Tensor
     estimates: tuple[Estimates, ...]
     p: Tensor
@@ -129,7 +145,8 @@ def verify(question: Question, screened: Screened, settings: Settings, resources
         screened: the scores of all rows, from other seeds.
     """
     count = settings.controls or 2 * settings.top
-    chosen = choose(screened.score, settings.top, count, torch.Generator().manual_seed(0))
+    sides = [target.sides for target in question.targets]
+    chosen = choose(screened.score, settings.top, count, torch.Generator().manual_seed(0), sides)
     runs = _Runs.none(question, chosen, settings.seeds, resources)
     rounds, needs_controls = looks(settings.seeds), not question.rule.shares_batches
     reference = _reference(chosen)
@@ -160,8 +177,8 @@ def verify(question: Question, screened: Screened, settings: Settings, resources
             break
         taking_part = undecided | (reference & needs_controls)
     return Verified(
-        chosen, tuple(range(done)), change, runs.of_themselves(done, reference, needs_controls), estimates,
-        p, q, time.monotonic() - began,
+        chosen, tuple(range(done)), change, runs.by_test[:done],
+        runs.of_themselves(done, reference, needs_controls), estimates, p, q, time.monotonic() - began,
     )  # fmt: skip
 
 
@@ -170,8 +187,9 @@ class _Runs:
     """Changes of all losses by the runs made so far.
 
     Args:
-        measured: the J test instances, then the V rows themselves.
+        final_model, measured: what the question measures, then the losses of the V rows themselves.
         change: ``[S, M, V]``, of the targets; NaN where no run was made.
+        by_test: ``[S, J', V]``, of some test losses.
         own: ``[S, V, V]``, of the rows' own losses by leaving out each row.
         seconds, made: of how many runs.
     """
@@ -179,8 +197,10 @@ class _Runs:
     question: Question
     chosen: Chosen
     resources: Resources
+    final_model: FinalModel
     measured: Instances
     change: Tensor
+    by_test: Tensor
     own: Tensor
     seconds: float = 0.0
     made: int = 0
@@ -188,24 +208,35 @@ class _Runs:
     @classmethod
     def none(cls, question: Question, chosen: Chosen, seeds: int, resources: Resources) -> _Runs:
         v = len(chosen.rows)
-        measured = joined(question.test, question.train[chosen.rows])
+        final_model, measured = question.measured_with(question.train[chosen.rows])
         change = torch.full((seeds, len(question.targets), v), torch.nan, dtype=torch.float64)
+        by_test = torch.full((seeds, len(_some(question)), v), torch.nan)
         own = torch.full((seeds, v, v), torch.nan, dtype=torch.float64)
-        return cls(question, chosen, resources, measured, change, own)
+        return cls(question, chosen, resources, final_model, measured, change, by_test, own)
 
     def leave_out(self, which: Tensor, seeds: Sequence[int]) -> None:
         """Make the runs without some of the rows ``[V]``."""
         question, resources, began = self.question, self.resources, time.monotonic()
         index = which.nonzero().flatten()
-        known = None if isinstance(resources.problem, Indescribable) else resources.problem
-        raw = further_train(
-            question.final_model, question.train, self.measured, question.at_end, seeds,
+        problem = resources.problem
+        known = problem.measuring(self.final_model) if isinstance(problem, Problem) else None
+        found = further_train(
+            self.final_model, question.train, self.measured, question.at_end, seeds,
             self.chosen.rows[index].tolist(), store=resources.store, trainer=resources.trainer,
             problem=known, keep_states=False,
-        ).raw[:, -1].double()  # fmt: skip
-        tests, rows = len(question.test), slice(seeds[0], seeds[-1] + 1)
-        self.change[rows, :, index] = torch.einsum("mj,sjv->smv", question.weight, raw[:, :tests])
-        self.own[rows, :, index] = raw[:, tests:]
+        )  # fmt: skip
+        assert found.full_losses is not None
+        raw, full = found.raw[:, -1].double(), found.full_losses[:, -1]
+        count, rows = question.weight.shape[1], slice(seeds[0], seeds[-1] + 1)
+        self.change[rows, :, index] = torch.einsum("mj,sjv->smv", question.weight, raw[:, :count])
+        for m, number in zip(question.prediction_targets, question.predictions, strict=True):
+            at = question.targets[m].of[0]
+            before, after = (
+                number.read(v, question.read) for v in (full[:, at, None], full[:, at, None] + raw[:, at])
+            )
+            self.change[rows, m, index] = after - before
+        self.by_test[rows, :, index] = raw[:, _some(question)].float()
+        self.own[rows, :, index] = raw[:, count:]
         self.seconds += time.monotonic() - began
         self.made += len(seeds) * len(index)
 
@@ -219,12 +250,9 @@ class _Runs:
         return found
 
 
-def joined(first: Instances, second: Instances) -> Instances:
-    """Return the instances of both."""
-    both = (first.tensors(), second.tensors())
-    parts = {name: torch.cat([part[name] for part in both]) for name in both[0]}
-    targets = parts.pop("targets")
-    return Instances(parts if isinstance(first.inputs, dict) else parts["inputs"], targets)
+def _some(question: Question) -> list[int]:
+    """Return evenly spaced test instances."""
+    return spaced(min(TESTS, len(question.test)), len(question.test))
 
 
 def without_common(change: Tensor, score: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,16 +77,27 @@ class Problem:
         Raises:
             Indescribable: naming the part of the network, the loss or the measurement.
         """
-        measurement = final_model.measurement or final_model.loss
         parts = {
             "network": describe(final_model.network, "network"),
             "trainable": list(final_model.parameters()),
             "loss": describe(final_model.loss.definition, "loss"),
-            "measurement": describe(measurement.definition, "measurement"),
+            "measurement": _measurement(final_model),
             "train": data_hash(train),
         }
         name = type(final_model.network).__name__
         return cls(parts, f"{name} of {final_model.size:,} parameters, {len(train):,} training instances")
+
+    def measuring(self, final_model: FinalModel) -> Problem:
+        """Return the description of the same final model with another measurement.
+
+        Raises:
+            Indescribable: naming the part of the measurement.
+        """
+        return Problem({**self.parts, "measurement": _measurement(final_model)}, self.about)
+
+
+def _measurement(final_model: FinalModel) -> str:
+    return describe((final_model.measurement or final_model.loss).definition, "measurement")
 
 
 def training_key(
