@@ -370,6 +370,8 @@ OTHER_VALUES = {
 }  # fmt: skip
 LENGTH = {"epochs", "steps"}
 """Of a run, which holds every shorter one."""
+LAUNCHED = {"graphs"}
+"""How operations are called, which changes none of them."""
 
 
 def _problems() -> Iterator[tuple[str, Problem]]:
@@ -406,7 +408,8 @@ def test_runs_and_trajectories_depend_on_problem_test_instances_and_every_field_
 ) -> None:
     test = regression()[2]
     base = Protocol(epochs=2, momentum=0.5)
-    assert {f.name for f in dataclasses.fields(Protocol)} == OTHER_VALUES.keys() | LENGTH
+    assert {f.name for f in dataclasses.fields(Protocol)} == OTHER_VALUES.keys() | LENGTH | LAUNCHED
+    assert runs_key(problem, test, dataclasses.replace(base, graphs=False)) == runs_key(problem, test, base)
     runs = {name: runs_key(p, test, base) for name, p in _problems()}
     runs |= {f"protocol.{name}": runs_key(problem, test, dataclasses.replace(base, **{name: value}))
              for name, value in OTHER_VALUES.items()}  # fmt: skip

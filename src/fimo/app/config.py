@@ -70,6 +70,7 @@ class FurtherTraining:
     dtype: str = "float32"
     evaluation_dtype: str = "float64"
     autocast: str | None = None
+    graphs: bool = True
     seeds: Any = 10
     followed_seeds: Any = None
     left_out: Any = 50

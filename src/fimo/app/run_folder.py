@@ -27,7 +27,8 @@ LOGGED = ("metrics.csv", "wandb_id")
 """What a run that goes on adds to; another one in its folder begins them anew."""
 
 ASIDE = (
-    "threads", "store", "logger", "trainer.enable_progress_bar", "further_training.chunk", "until", "report",
+    "threads", "store", "logger", "trainer.enable_progress_bar", "further_training.chunk",
+    "further_training.graphs", "until", "report",
 )  # fmt: skip
 """Settings that no result depends on: a rerun may change them."""
 

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from fimo.engine.choice import stack_network
 from fimo.engine.context import Setting, evaluation_batch
+from fimo.engine.devices import products
+from fimo.engine.graphs import GraphedSteps
 from fimo.engine.leave_out import Batch, BatchStream, LeaveOut
 from fimo.engine.linear import LinearNetwork
 from fimo.engine.protocol import Protocol
 from fimo.engine.replicas import Replica
 from fimo.engine.stacked import StackedNetwork
+from fimo.errors import InputError
 
 
 class StackedOptimizer:
@@ -25,13 +28,13 @@ class StackedOptimizer:
 
     Attributes:
         state: the optimizer's tensors by name, of the shape of ``flat``.
-        steps: made so far.
+        taken: steps made so far, on the device: a recorded step counts there.
     """
 
     def __init__(self, network: StackedNetwork, protocol: Protocol) -> None:
         self.network, self.rule, self.clip_norm = network, protocol.update_rule, protocol.clip_norm
         self.state = {name: torch.zeros_like(network.flat) for name in self.rule.state}
-        self.steps = 0
+        self.taken = torch.zeros((), dtype=torch.float32, device=network.device)
 
     @property
     def fusible(self) -> bool:
@@ -41,12 +44,12 @@ class StackedOptimizer:
     def step(self, lr: float) -> None:
         """Make one step along the network's gradient, which is overwritten."""
         gradient = self.network.flat_gradient
-        self.steps += 1
+        self.taken.add_(1)
         if self.clip_norm is not None:
             scale = (self.clip_norm / (self.network.norms(gradient) + 1e-6)).clamp_(max=1.0)
             for block in self.network.blocks(gradient):
                 block.mul_(scale[:, None])
-        self.rule.step_(self.network.flat, gradient, self.state, lr, self.steps)
+        self.rule.step_(self.network.flat, gradient, self.state, lr, self.taken)
 
 
 class Chunk:
@@ -58,6 +61,9 @@ class Chunk:
 
     def __init__(self, setting: Setting, replicas: Sequence[Replica]) -> None:
         self.setting, self.replicas = setting, tuple(replicas)
+        if setting.protocol.autocast == "tf32" and setting.device.type != "cuda":
+            problem = f"tf32 is a GPU's, but runs are made on {setting.device.type}"
+            raise InputError("further_training.autocast", problem)
         # libraries treat a single product or convolution otherwise: a single run has a companion, which is
         # dropped, so that its last digits are those of the same run among others
         alone = len(replicas) == 1 and setting.engine != "loop"
@@ -75,6 +81,7 @@ class Chunk:
         self.total_steps = setting.protocol.total_steps(len(setting.train))
         self.step = 0
         self._batches = self.stream.starting_at(0)
+        self._graphs = GraphedSteps(setting.record) if setting.record is not None else None
 
     def follow(self, batches: Iterator[Batch]) -> None:
         """Take further steps on other batches ``[R, B]`` than the protocol's."""
@@ -93,26 +100,36 @@ class Chunk:
 
     def advance(self, to_step: int) -> None:
         """Take optimizer steps until ``to_step``."""
-        setting, network = self.setting, self.network
-        fused = isinstance(network, LinearNetwork) and self.optimizer.fusible
-        with torch.no_grad():
+        protocol = self.setting.protocol
+        with torch.no_grad(), products(self.setting.device, protocol.autocast == "tf32"):
             while self.step < to_step:
                 batch = next(self._batches)
-                lr = setting.protocol.learning_rate(self.step, self.total_steps)
-                if fused:
-                    assert isinstance(network, LinearNetwork)
-                    network.descend(setting.train, batch, lr, self.optimizer.rule.weight_decay)
+                if self._graphs is None:
+                    self._take(batch)
                 else:
-                    network.differentiate(setting.train, batch, step_seed(self.stream.seeds[0], self.step))
-                    self.optimizer.step(lr)
+                    self._graphs.take(self._take, batch)
                 self.step += 1
+
+    def _take(self, batch: Batch) -> None:
+        setting, network = self.setting, self.network
+        lr = setting.protocol.learning_rate(self.step, self.total_steps)
+        if isinstance(network, LinearNetwork) and self.optimizer.fusible:
+            network.descend(setting.train, batch, lr, self.optimizer.rule.weight_decay)
+        else:
+            network.differentiate(setting.train, batch, step_seed(self.stream.seeds[0], self.step))
+            self.optimizer.step(lr)
 
     def evaluate(self) -> tuple[Tensor, Tensor]:
         """Return the test losses ``[R, J]`` and the distances from the final model ``[R]`` (float64)."""
+        losses, distance = self.measured()
+        return losses.cpu(), distance.cpu()
+
+    def measured(self) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`evaluate` does, on the device, without waiting for it."""
         r = len(self.replicas)
-        with torch.no_grad():
+        with torch.no_grad(), products(self.setting.device, False):
             losses = self.network.test_losses(self.setting.test, evaluation_batch(self.setting))
-            return losses[:r].double().cpu(), self.network.distance()[:r].cpu()
+            return losses[:r].double(), self.network.distance()[:r]
 
     def state(self) -> dict[str, Tensor]:
         """Return a copy of all that the rest of the runs depends on: by name, ``[R, P']``."""
@@ -126,7 +143,8 @@ class Chunk:
         for name, flat in self._buffers().items():
             rows = state[name].to(flat.device)
             self.network.load_rows(flat, rows if len(rows) == self.network.replicas else rows[:1])
-        self.step = self.optimizer.steps = step
+        self.step = step
+        self.optimizer.taken.fill_(step)
         self._batches = self.stream.starting_at(step)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fimo.data.instances import Instances
 from fimo.engine.choice import Engine, choose_engine
+from fimo.engine.graphs import Record, cuda_graph
 from fimo.engine.leave_out import RULES, LeaveOut, make_rule
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import even_parts
@@ -111,6 +112,17 @@ class Setting:
         return self.mode.stochastic
 
     @property
+    def repeatable(self) -> bool:
+        """Whether every step is the same operations on tensors, with the same numbers besides."""
+        return self.protocol.schedule == "constant" and self.engine != "loop" and not self.stochastic
+
+    @property
+    def record(self) -> Record | None:
+        """How steps are recorded; None: operations are called at every step."""
+        chosen = self.protocol.graphs and self.device.type == "cuda"
+        return cuda_graph if chosen and self.repeatable else None
+
+    @property
     def device(self) -> torch.device:
         return self.train.targets.device
 
@@ -138,7 +150,11 @@ def chunk_size(setting: Setting, runs: int) -> int:
         return even_parts(runs, 8, workers)[0]
     one = replica_bytes(setting.final_model, setting.protocol, setting.activations, setting.engine)
     if setting.device.type == "cuda":
+        n = len(setting.train)
+        # test losses stay on the device until a chunk is finished: changes, and the full run's
+        one += 12 * len(setting.protocol.evaluation_steps(n, n)) * len(setting.test)
         free, _ = torch.cuda.mem_get_info(setting.device)
+        free += torch.cuda.memory_reserved(setting.device) - torch.cuda.memory_allocated(setting.device)
         return max(2, even_parts(runs, min(4096, int(0.5 * free / one)), workers)[0])
     return max(2, even_parts(runs, min(128, int(CPU_BYTES[setting.engine] / one)), workers)[0])
 

@@ -30,6 +30,7 @@ from torch.utils.data import IterableDataset
 
 from fimo.engine import records
 from fimo.engine.context import worker_threads
+from fimo.engine.devices import Launched
 from fimo.engine.job import Job, Work
 from fimo.engine.pace import LEAST_SECONDS, about, expected_seconds, least_seconds, measure_pace
 from fimo.errors import InputError
@@ -199,22 +200,23 @@ def advance(work: Work, points: int, seconds: float, stop: threading.Event | Non
     """
     chunk, began = work.chunk, time.monotonic()
     first = chunk.step
+    launched = Launched(chunk.network.device, first)
     work.sound = False  # an error may leave a step half made
     while work.done < points:
         target = chunk.evaluation_steps[work.done]
-        pace = (chunk.step - first) / max(time.monotonic() - began, 1e-9)
+        pace = (launched.done - first) / max(time.monotonic() - began, 1e-9)
         block = max(1, int(pace * (began + seconds - time.monotonic()))) if chunk.step > first else 1
         chunk.advance(min(target, chunk.step + block))
         if chunk.step == target:
-            losses, distance = chunk.evaluate()
+            losses, distance = chunk.measured()
             e = work.done
             work.values[:, e] = losses if work.full_losses is None else losses - work.full_losses[:, e]
             work.distance[:, e] = distance
             work.done += 1
-        elif chunk.network.device.type == "cuda":
-            torch.cuda.synchronize(chunk.network.device)  # launches return at once
+        launched.block(chunk.step)
         if time.monotonic() - began >= seconds or (stop is not None and stop.is_set()):
             break
+    launched.finish()
     work.sound = True
     return (chunk.step - first) * len(chunk.replicas)
 

@@ -29,7 +29,7 @@ class Work:
             replicas are full runs themselves.
         values: ``[R, E, J]``, test losses (float64) of full runs, else their changes (float32); NaN where
             not yet evaluated.
-        distance: ``[R, E]`` from the final model (float64).
+        distance: ``[R, E]`` from the final model (float64); all three on the CPU, or a GPU that runs are on.
         done: evaluation points recorded so far.
         sound: no optimizer step is half made.
     """
@@ -171,9 +171,16 @@ class Job:
     def _set_up(self, replicas: Sequence[Replica], lock: FileLock, state: Record | None) -> Work:
         full = not replicas[0].left_out
         shape = (len(replicas), len(self.points), len(self.setting.test))
-        values = torch.full(shape, torch.nan, dtype=torch.float64 if full else torch.float32)
-        distance = torch.full(shape[:2], torch.nan, dtype=torch.float64)
-        losses = None if full else torch.stack([self.full_losses(r.seed) for r in replicas])
+        # a GPU keeps them until the chunk is finished, so that no evaluation waits for a copy
+        where = self.setting.device if self.setting.device.type == "cuda" else torch.device("cpu")
+        wide = torch.float64
+        values = torch.full(shape, torch.nan, dtype=wide if full else torch.float32, device=where)
+        distance = torch.full(shape[:2], torch.nan, dtype=wide, device=where)
+        losses = None
+        if not full:
+            seeds = sorted({r.seed for r in replicas})
+            each = torch.stack([self.full_losses(seed) for seed in seeds]).to(where)
+            losses = each[torch.tensor([seeds.index(r.seed) for r in replicas], device=where)]
         start = 0 if state else shared_steps(replicas, self.setting.rule, self.setting.protocol)
         work = Work(Chunk(self.setting, replicas), lock, losses, values, distance)
         if state:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fimo.data.instances import Instances
+from fimo.engine.devices import without_waiting
 from fimo.engine.protocol import Protocol
 from fimo.engine.replicas import Replica, Unit
 
@@ -247,7 +248,7 @@ class BatchStream:
         width = max((len(m) for m in members), default=0)
         # padded with -1, which is no instance
         rows = [list(m) + [-1] * (width - len(m)) for m in members]
-        self.left_out = torch.tensor(rows, dtype=torch.int64).view(len(replicas), width)
+        self.left_out = torch.tensor(rows, dtype=torch.int64, device=device).view(len(replicas), width)
         self.kept = rule.kept(width)
         self.dtype = dtype
         self.shared = rule.shares_batches and len(set(self.seeds)) == 1
@@ -256,32 +257,42 @@ class BatchStream:
         """Yield the batches from optimizer step ``step`` (from 0) on, without end."""
         first, skip = divmod(step, self.protocol.batches_per_epoch(self.kept))
         generators = {seed: torch.Generator().manual_seed(seed) for seed in self.seeds}
+        at = {seed: row for row, seed in enumerate(generators)}
+        row = torch.tensor([at[seed] for seed in self.seeds], device=self.device)
         epoch = 0
         while True:
-            drawn = {s: torch.randperm(self.rule.instances, generator=g) for s, g in generators.items()}
+            drawn = [torch.randperm(self.rule.instances, generator=g) for g in generators.values()]
             if epoch >= first:
-                order = torch.stack([drawn[seed] for seed in self.seeds])
-                yield from self._epoch(order, skip if epoch == first else 0)
+                orders = without_waiting(torch.stack(drawn), self.device)
+                yield from self._epoch(orders, row, skip if epoch == first else 0)
             epoch += 1
 
-    def _epoch(self, order: Tensor, skip: int) -> Iterator[Batch]:
-        rule, size = self.rule, self.protocol.batch_size
-        out = (order[:, :, None] == self.left_out[:, None, :]).any(-1)
-        unseen = rule.seen(out, size) < 0
-        weight = torch.ones(order.shape, dtype=self.dtype)
+    def _epoch(self, orders: Tensor, row: Tensor, skip: int) -> Iterator[Batch]:
+        """Yield an epoch's batches, made on the device by operations that wait for nothing.
+
+        Args:
+            orders: ``[S, N]``, of each seed.
+            row: ``[R]``, each replica's seed.
+        """
+        rule, size, n = self.rule, self.protocol.batch_size, self.rule.instances
+        order = orders[row]
+        # where each instance is in its seed's order; what is padded (-1, the last) is after all
+        place = torch.nn.functional.pad(orders.argsort(1), (0, 1), value=n)[row[:, None], self.left_out]
+        out = torch.zeros(len(row), n + 1, dtype=torch.bool, device=self.device).scatter_(1, place, True)
+        unseen = rule.seen(out[:, :n], size) < 0
+        weight = torch.ones(order.shape, dtype=self.dtype, device=self.device)
         if rule.shares_batches:
-            weight[unseen] = 0.0
-        else:
-            order = order[~unseen].view(len(order), self.kept)
+            weight.masked_fill_(unseen, 0.0)
+        else:  # those that are seen move up; a mask as an index would wait for their number
+            seen = (~unseen).cumsum(1).sub_(1).masked_fill_(unseen, self.kept)
+            order = order.new_empty(len(order), self.kept + 1).scatter_(1, seen, order)[:, : self.kept]
             weight = weight[:, : self.kept]
         extra = extra_weight = None
         if self.left_out.shape[1]:
             extra_weight = rule.outside((self.left_out >= 0).to(self.dtype))
         if extra_weight is not None:
-            extra_weight = extra_weight.to(self.device)
-            extra = self.left_out.clamp(min=0).to(self.device)
-        order, weight = order[:1] if self.shared else order, weight.to(self.device)
-        order = order.to(self.device)
+            extra = self.left_out.clamp(min=0)
+        order = order[:1] if self.shared else order
         for start in range(skip * size, order.shape[1], size):
             index = order[:, start : start + size].contiguous()
             yield Batch(index, weight[:, start : start + size] / index.shape[1], extra, extra_weight)

@@ -62,13 +62,18 @@ class Optimizer(ABC):
 
     @abstractmethod
     def step_(
-        self, parameters: Tensor, gradient: Tensor, state: Mapping[str, Tensor], lr: float, taken: int
+        self,
+        parameters: Tensor,
+        gradient: Tensor,
+        state: Mapping[str, Tensor],
+        lr: float,
+        taken: int | Tensor,
     ) -> None:
         """Make a step in place, elementwise; the gradient may be overwritten.
 
         Args:
             state: by name, as of :attr:`state`; zero before the first step.
-            taken: steps with this one.
+            taken: steps with this one; a tensor (float32, without an axis) may be counted on the device.
         """
 
     @abstractmethod
@@ -163,7 +168,12 @@ class SGD(Optimizer):
         return not self.momentum
 
     def step_(
-        self, parameters: Tensor, gradient: Tensor, state: Mapping[str, Tensor], lr: float, taken: int
+        self,
+        parameters: Tensor,
+        gradient: Tensor,
+        state: Mapping[str, Tensor],
+        lr: float,
+        taken: int | Tensor,
     ) -> None:
         # torch.optim's fused kernel: one pass over parameters, gradient and state
         torch._fused_sgd_(
@@ -237,10 +247,15 @@ class Adam(Optimizer):
         return ("first_moment", "second_moment")
 
     def step_(
-        self, parameters: Tensor, gradient: Tensor, state: Mapping[str, Tensor], lr: float, taken: int
+        self,
+        parameters: Tensor,
+        gradient: Tensor,
+        state: Mapping[str, Tensor],
+        lr: float,
+        taken: int | Tensor,
     ) -> None:
         fused = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
-        made = torch.full((), float(taken), dtype=torch.float32, device=parameters.device)
+        made = torch.as_tensor(taken, dtype=torch.float32, device=parameters.device)
         fused(
             [parameters], [gradient], [state["first_moment"]], [state["second_moment"]], [], [made], lr=lr,
             beta1=self.betas[0], beta2=self.betas[1], weight_decay=self.weight_decay, eps=self.eps,
@@ -330,7 +345,12 @@ class Lion(Optimizer):
         return ("momentum",)
 
     def step_(
-        self, parameters: Tensor, gradient: Tensor, state: Mapping[str, Tensor], lr: float, taken: int
+        self,
+        parameters: Tensor,
+        gradient: Tensor,
+        state: Mapping[str, Tensor],
+        lr: float,
+        taken: int | Tensor,
     ) -> None:
         beta1, beta2 = self.betas
         momentum = state["momentum"]

@@ -53,7 +53,10 @@ class Protocol:
         dtype: of the runs, ``float32`` or ``float64``.
         evaluation_dtype: of the test losses. Leaving one instance out changes a loss by about 1e-4 of it,
             which float32 resolves to three digits at best; parameters are widened before the losses.
-        autocast: ``bfloat16`` runs forward and backward passes under autocast (for GPUs); null for none.
+        autocast: a GPU's lower precision of forward and backward passes: ``bfloat16`` runs them under
+            autocast, ``tf32`` takes their products and convolutions in TensorFloat-32; None for neither.
+        graphs: on a GPU, steps are recorded as CUDA graphs where every step is the same operations (no
+            schedule, no dropout); results are the same either way.
 
     Raises:
         InputError: naming the key under ``further_training`` at fault.
@@ -75,7 +78,8 @@ class Protocol:
     schedule: ScheduleName = "constant"
     dtype: str = "float32"
     evaluation_dtype: str = "float64"
-    autocast: Literal["bfloat16"] | None = None
+    autocast: Literal["bfloat16", "tf32"] | None = None
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -85,8 +89,8 @@ class Protocol:
         _one_of("dtype", self.dtype, tuple(DTYPES))
         _require(
             "autocast",
-            self.autocast in (None, "bfloat16"),
-            f"expected bfloat16 or null but got {self.autocast!r}",
+            self.autocast in (None, "bfloat16", "tf32"),
+            f"expected bfloat16, tf32 or null but got {self.autocast!r}",
         )
         _one_of("evaluation_dtype", self.evaluation_dtype, tuple(DTYPES))
         for key in ("batch_size", "epochs", "steps"):
@@ -127,6 +131,7 @@ class Protocol:
         A shorter horizon is a prefix of a longer one, so that raising the epochs reuses what is there.
         """
         key = asdict(self)
+        del key["graphs"]
         if self.schedule == "constant":
             del key["epochs"], key["steps"]
         return key

@@ -138,7 +138,7 @@ def _tensors(chunk: Chunk, row: int) -> dict[str, dict[str, Tensor]]:
     found = {"parameters": {n: p[row].clone() for n, p in network.parameters.items()}}
     for kind in optimizer.rule.recorded:
         moments = network.views(optimizer.state[kind])
-        found[kind] = {n: optimizer.rule.unbiased(m[row], optimizer.steps) for n, m in moments.items()}
+        found[kind] = {n: optimizer.rule.unbiased(m[row], chunk.step) for n, m in moments.items()}
     return found
 
 
