@@ -42,18 +42,21 @@ def project(rows: Rows, k: int, kind: Projection = "auto", seed: int = 0, memory
 
 
 def _column(rows: Rows, column: int, kind: str, seed: int) -> Tensor:
-    """Return one column ``[P]``; it depends on the seed and its index alone."""
-    generator = torch.Generator(rows.device).manual_seed(seed * 1_000_003 + column)
+    """Return one column ``[P]``; it depends on the seed and its index alone.
+
+    It is drawn on the CPU, so that scores are the same on every device.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + column)
     if kind == "sign":
-        drawn = torch.randint(0, 2, (rows.p,), generator=generator, device=rows.device, dtype=torch.int8)
-        return (2 * drawn - 1).to(rows.dtype)
-    return torch.randn(rows.p, generator=generator, device=rows.device).to(rows.dtype)
+        drawn = torch.randint(0, 2, (rows.p,), generator=generator, dtype=torch.int8)
+        return (2 * drawn - 1).to(rows.device, rows.dtype)
+    return torch.randn(rows.p, generator=generator).to(rows.device, rows.dtype)
 
 
 def _sparse(rows: Rows, k: int, seed: int) -> Tensor:
-    generator = torch.Generator(rows.device).manual_seed(seed)
-    bucket = torch.randint(0, k, (rows.p,), generator=generator, device=rows.device)
-    sign = (2 * torch.randint(0, 2, (rows.p,), generator=generator, device=rows.device) - 1).to(rows.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    bucket = torch.randint(0, k, (rows.p,), generator=generator).to(rows.device)
+    sign = (2 * torch.randint(0, 2, (rows.p,), generator=generator) - 1).to(rows.device, rows.dtype)
     found = []
     for piece in rows.pieces():
         sums = torch.zeros(piece.n, piece.r, k, dtype=rows.dtype, device=rows.device)

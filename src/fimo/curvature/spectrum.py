@@ -107,7 +107,7 @@ class KernelSpectrum:
     def parameter_change(self, phi: Phi, rows: Rows) -> Tensor:
         """Return φ(G) applied to each vector, ``[P, n·R]``, in the scaled units if there are any."""
         coordinates = self.coordinates(rows).flatten(0, 1).T
-        values, zero = phi(self.eigenvalues), phi(torch.zeros(1, dtype=torch.float64))
+        values, zero = phi(self.eigenvalues), phi(self.eigenvalues.new_zeros(1))
         dense = rows.to(torch.float64).dense().flatten(0, 1).T
         if self.scale is not None:
             dense = dense * self.scale[:, None]

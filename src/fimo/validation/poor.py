@@ -86,6 +86,7 @@ def compared(model: FinalModel, train: Instances, test: Instances) -> Comparison
         )
     if isinstance(best, str):
         return best
+    best = best.cpu()  # where constants' losses are computed
     try:
         constant, constant_test = (_losses(model.loss, best, part) for part in (train, test))
     except Exception as error:  # whatever a loss of the user's own raises
