@@ -136,8 +136,11 @@ def test_a_mistake_is_one_line_with_its_key(refused, arguments: str, said: str) 
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ("\n1,x,y", "dataset.path: column 'b' has 'x' in data row 20"),
-        ("\n1,,y", "dataset.path: column 'b' has a missing value (NaN) in data row 20 (line 22)"),
+        (
+            "\n1,x,y",
+            "dataset: can't tell what a column of the table means: column 'b' has 'x' in data row 20",
+        ),
+        ("\n1,2,", "dataset.target: column 'label' has a missing value in data row 20 (line 22)"),
         ("\n1,1e300,y", "dataset.path: column 'b' has 1e+300 in data row 20 (line 22), too large to be"),
         ("\n1,2,3,y", "is not a table separated by ',': line 22 has 4 cells where the first has 3"),
     ],

@@ -59,7 +59,12 @@ def build(config: Any, key: str, **arguments: Any) -> Any:
 def build_data(config: DictConfig) -> InstancesModule:
     """Build and load the data set."""
     node = {str(k): v for k, v in config.dataset.items() if k != "recommended"}  # read by model and trainer
-    data = build(OmegaConf.create(node), "dataset")
+    own = {
+        name: imported(node[name], f"dataset.{name}")
+        for name in ("transform", "target_transform")
+        if isinstance(node.get(name), str)
+    }
+    data = build(OmegaConf.create(node), "dataset", **own)
     if not isinstance(data, InstancesModule):
         raise InputError("dataset._target_", f"expected an InstancesModule but got {type(data).__name__}")
     if data.batch_size < 1:

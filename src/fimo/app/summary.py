@@ -71,6 +71,7 @@ def summarise(
             "train": len(data.train),
             "test": len(data.test),
             "classes": list(data.class_names),
+            "decisions": list(data.decisions),
         },
         ids={
             split: ids_of(sensitivity, data, split) for split in SPLITS if data.origin(split).id is not None

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from fimo.data.csv import EXACT
+from fimo.data.reading import EXACT
 from fimo.errors import InputError
 from fimo.store.files import written_aside
 

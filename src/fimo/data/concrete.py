@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fimo.data.csv import read_frame
+from fimo.data.reading import read_frame
 from fimo.data.remote import cached_download
 from fimo.data.tabular import Table, TabularModule, pick_target
 from fimo.errors import InputError

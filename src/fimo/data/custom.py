@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
-import numpy as np
 import pandas as pd
 
 from fimo.data.conversion import train_and_test
@@ -72,14 +72,14 @@ class CustomData(InstancesModule):
         self._check_classes()
 
     def _origin(self, split: Split) -> Origin:
-        rows = np.arange(len(getattr(self, split)), dtype=np.int64)
+        rows = Origin.counted(len(getattr(self, split)))
         if self.id is None:
-            return Origin(rows)
+            return rows
         source = self._sources[split]
         if isinstance(source, pd.DataFrame) and self.id in source:
-            return Origin(rows, named(source[self.id]))
-        values = [self._element(split, k, self.id, "id") for k in rows.tolist()]
-        return Origin(rows, named(pd.Series(values, name=self.id, dtype=object)))
+            return replace(rows, id=named(source[self.id], rows.where))
+        values = [self._element(split, k, self.id, "id") for k in range(len(rows))]
+        return replace(rows, id=named(pd.Series(values, name=self.id, dtype=object), rows.where))
 
     def _element(self, split: Split, index: int, column: str, key: str) -> Any:
         """Return what a source's element has in a column.

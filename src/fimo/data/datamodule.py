@@ -38,6 +38,7 @@ class InstancesModule(pl.LightningDataModule):
         task: what is predicted.
         outputs: width of the network's output (classes, or regression targets).
         class_names: by class index; empty for regression.
+        decisions: what was decided about the data on the way, a line each.
         origins: where the instances of a part came from; counted by position where nothing is said.
     """
 
@@ -46,6 +47,7 @@ class InstancesModule(pl.LightningDataModule):
     task: Task
     outputs: int
     class_names: tuple[str, ...] = ()
+    decisions: tuple[str, ...] = ()
     origins: Mapping[Split, Origin]
 
     def __init__(self, name: str, batch_size: int) -> None:
@@ -82,6 +84,10 @@ class InstancesModule(pl.LightningDataModule):
         if self.task == "classification":
             return self.class_names[int(outputs.argmax())] if self.class_names else str(int(outputs.argmax()))
         return ", ".join(f"{v:.4g}" for v in outputs.flatten()[:3].tolist())
+
+    def original(self, values: Tensor) -> Tensor:
+        """Return outputs or targets of a regression ``[...]`` in the target's own units."""
+        return values
 
     @property
     def inputs(self) -> int:

@@ -9,8 +9,8 @@ from typing import IO
 import numpy as np
 import pandas as pd
 
-from fimo.data.csv import EXACT, read_frame
 from fimo.data.origin import Origin
+from fimo.data.reading import EXACT, read_frame
 from fimo.data.remote import cached_download
 from fimo.data.tabular import Table, TabularModule
 from fimo.errors import InputError

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fimo.data.csv import read_frame
 from fimo.data.origin import Origin
-from fimo.data.tabular import Table, TabularModule, check_numeric
+from fimo.data.reading import read_frame
+from fimo.data.tabular import Table, TabularModule
+from fimo.data.target import check_numeric
 from fimo.errors import InputError, shortened
 
 TARGET = "RiskPerformance"

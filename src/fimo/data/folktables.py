@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fimo.data.csv import read_frame
 from fimo.data.origin import Origin
+from fimo.data.reading import read_frame
 from fimo.data.tabular import Table, TabularModule
 from fimo.errors import InputError, shortened
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -55,10 +55,16 @@ class Origin:
         source: str = "",
         first_line: int | None = None,
     ) -> Origin:
-        """Return the origin of a whole table's rows.
+        """Return the origin of a whole table's rows; see :meth:`with_names`."""
+        counted = cls(np.arange(len(frame), dtype=np.int64), None, source, first_line)
+        return counted.with_names(frame, identifier, read)
+
+    def with_names(self, frame: pd.DataFrame, identifier: str | int | None, read: Sequence[str]) -> Origin:
+        """Return the same rows with what their table says of them.
 
         Args:
-            identifier: the column that names rows.
+            frame: of the rows, in their order.
+            identifier: the column that names them.
             read: columns that are features or targets; all others are shown beside.
 
         Raises:
@@ -67,10 +73,10 @@ class Origin:
         columns = list(frame.columns)
         if identifier is not None and identifier not in columns:
             raise InputError("dataset.id", f"no column {identifier!r}; {nearest(str(identifier), columns)}")
-        ids = None if identifier is None else named(frame[identifier])
+        ids = None if identifier is None else named(frame[identifier], self.where)
         rest = [c for c in columns if c not in read and c != identifier]
         beside = frame[rest].reset_index(drop=True) if rest else None
-        return cls(np.arange(len(frame), dtype=np.int64), ids, source, first_line, beside)
+        return replace(self, id=ids, beside=beside)
 
     def __len__(self) -> int:
         return len(self.row)
@@ -118,6 +124,47 @@ class Origin:
         raise InputError(key, f"there is no {kind} {name!r}; there are {shortened(self.ids)}")
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Where a table's rows came from: one file, or a training and a test file, one after the other."""
+
+    files: tuple[Origin, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.files))
+
+    def where(self, position: int) -> str:
+        """Return the place of a row, for errors; with its file, where there are two."""
+        first = len(self.files[0])
+        if position < first:
+            return self.files[0].where(position)
+        return f"{self.files[1].where(position - first)} of {self.files[1].source}"
+
+    def some(self, positions: np.ndarray) -> Sources:
+        """Return the sources of some rows, in their order."""
+        found, first = [], 0
+        for file in self.files:
+            inside = positions[(positions >= first) & (positions < first + len(file))] - first
+            found.append(file[inside])
+            first += len(file)
+        return Sources(tuple(found))
+
+    def with_names(self, frame: pd.DataFrame, identifier: str | None, read: Sequence[str]) -> Sources:
+        """Return the same with what the table says of its rows; see :meth:`Origin.with_names`."""
+        found, first = [], 0
+        for file in self.files:
+            rows = frame.iloc[first : first + len(file)]
+            found.append(file.with_names(rows, identifier, read))
+            first += len(file)
+        return Sources(tuple(found))
+
+    def __getitem__(self, positions: np.ndarray) -> Origin:
+        """Return the origin of some rows of one of the files."""
+        first = len(self.files[0])
+        in_first = len(self.files) == 1 or bool((positions < first).all())
+        return self.files[0][positions] if in_first else self.files[1][positions - first]
+
+
 def first_line(text: str, rows: int, header: bool) -> int | None:
     """Return the line of data row 0 of a text table; None where rows are not one line each."""
     numbers = [k for k, line in enumerate(text.split("\n"), 1) if line.strip()][int(header) :]
@@ -125,8 +172,11 @@ def first_line(text: str, rows: int, header: bool) -> int | None:
     return numbers[0] if one_each else None
 
 
-def named(column: pd.Series) -> tuple[str, ...]:
+def named(column: pd.Series, where: Callable[[int], str]) -> tuple[str, ...]:
     """Return a column of identifiers as text.
+
+    Args:
+        where: names a row by its position, for errors.
 
     Raises:
         InputError: ``dataset.id``: an empty cell.
@@ -134,5 +184,5 @@ def named(column: pd.Series) -> tuple[str, ...]:
     blank = column.isna() | (column.astype(str).str.strip() == "")
     if blank.any():
         row = int(np.flatnonzero(blank)[0])
-        raise InputError("dataset.id", f"column {str(column.name)!r} is empty in data row {row}")
+        raise InputError("dataset.id", f"column {str(column.name)!r} is empty in {where(row)}")
     return tuple(str(value) for value in column.tolist())

@@ -5,42 +5,46 @@ from __future__ import annotations
 import difflib
 import logging
 from abc import abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from fimo.data.datamodule import InstancesModule, Split, held_out
+from fimo.data.datamodule import InstancesModule, Split, held_out, plain
 from fimo.data.display import Display
 from fimo.data.instances import Instances
-from fimo.data.origin import Origin
+from fimo.data.origin import Origin, Sources
+from fimo.data.target import check_numeric, class_target, regression_target, seen_task
 from fimo.errors import InputError, shortened
 
 log = logging.getLogger(__name__)
 
-LARGEST = 1e100
-"""Of a table's values: squares and sums of larger ones, of which standard deviations are made, overflow."""
-
 
 @dataclass(frozen=True)
 class Table:
-    """A table as read: numbers only, in original units.
+    """A table as read, in original units.
 
     Args:
-        features: ``[n, d]``, one named column per feature.
+        features: ``[n, d]``, one named column per feature; numbers, unless the data set makes some of them.
         target: ``[n]``, values, or class names as text or numbers.
         unit: of a regression target, for display.
         indicators: columns of zeros and ones that are left as they are, not standardised.
         origin: ``[n]``, of which rows of the source; None where they are all of them, in their order.
+        parts: positions of the training and of the test rows; None to draw them.
+        decisions: what was decided about the table, a line each.
     """
 
     features: pd.DataFrame
     target: pd.Series
     unit: str = ""
     indicators: tuple[str, ...] = ()
-    origin: Origin | None = None
+    origin: Origin | Sources | None = None
+    parts: tuple[np.ndarray, np.ndarray] | None = None
+    decisions: tuple[str, ...] = ()
 
 
 class TabularModule(InstancesModule):
@@ -51,95 +55,138 @@ class TabularModule(InstancesModule):
 
     Args:
         name: of the data set.
-        task: ``regression`` or ``classification``.
+        task: ``regression``, ``classification``, or ``auto`` to see from the target.
         batch_size: of the final model's training.
         test_size: share of instances held out.
         split_seed: ``random_state`` of the split.
+        standardised: whether values are standardised, or taken as they are.
     """
 
-    def __init__(self, name: str, task: str, batch_size: int, test_size: float, split_seed: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        task: str,
+        batch_size: int,
+        test_size: float,
+        split_seed: int,
+        standardised: bool = True,
+    ) -> None:
         super().__init__(name, batch_size)
-        if task not in ("regression", "classification"):
-            raise InputError("dataset.task", f"expected regression or classification but got {task!r}")
+        if task not in ("regression", "classification", "auto"):
+            raise InputError("dataset.task", f"expected regression, classification or auto but got {task!r}")
         if not 0 < test_size < 1:
             raise InputError("dataset.test_size", f"expected a share between 0 and 1 but got {test_size}")
         self.task = task  # type: ignore[assignment]
-        self.test_size, self.split_seed = test_size, split_seed
+        self.test_size, self.split_seed, self.standardised = test_size, split_seed, standardised
 
     @abstractmethod
     def read(self) -> Table:
         """Read the whole table."""
 
+    def inputs_of(self, table: Table, train: np.ndarray, sources: Sources) -> np.ndarray:
+        """Return every row's inputs ``[n, d]`` float64; what they learn of the data is the training part's.
+
+        Args:
+            train: positions of the training rows.
+            sources: of the rows, for errors.
+        """
+        check_numeric(table.features, where=sources.where)
+        return self.scaled(table.features, table.indicators, train)
+
+    def scaled(self, features: pd.DataFrame, indicators: Collection[str], train: np.ndarray) -> np.ndarray:
+        """Return numbers standardised, and indicators as they are."""
+        values = features.to_numpy(dtype=np.float64)
+        if not self.standardised:
+            return values
+        inputs = standardise(values, train)
+        kept = features.columns.isin(list(indicators))
+        inputs[:, kept] = values[:, kept]
+        return inputs
+
+    def target_scale(self, target: pd.Series, train: np.ndarray) -> Scale:
+        """Return how a regression's target is scaled, from the training rows' values."""
+        values = target.to_numpy(dtype=np.float64)[train, None]
+        return (
+            Standard(float(values.mean(0)[0]), float(values.std(0)[0]))
+            if self.standardised
+            else Standard(0, 1)
+        )
+
     def load(self) -> None:
         table = self.read()
         origin = table.origin or Origin.counted(len(table.features))
-        check_numeric(table.features, origin=origin)
-        self._features, self.unit = table.features, table.unit
+        sources = origin if isinstance(origin, Sources) else Sources((origin,))
+        self._shown, self._shown_target, self.unit = table.features, table.target, table.unit
         if len(table.features) < 4:
             raise InputError("dataset", f"expected at least 4 rows but got {len(table.features)}")
-        train, test = held_out(len(table.features), self.test_size, self.split_seed)
+        if table.features.shape[1] == 0:
+            raise InputError("dataset.path", "there is no feature column besides the target")
+        train, test = table.parts or held_out(len(table.features), self.test_size, self.split_seed)
         self._rows = {"train": train, "test": test}
-        self.origins = {"train": origin[train], "test": origin[test]}
-        targets = self._encode(table.target, origin)
-        features = table.features.to_numpy(dtype=np.float64)
-        inputs = standardise(features, train)
-        kept = table.features.columns.isin(table.indicators)
-        inputs[:, kept] = features[:, kept]
+        self.origins = {"train": sources[train], "test": sources[test]}
+        self.decisions = table.decisions
+        if self.task == "auto":  # type: ignore[comparison-overlap]
+            self.task, said = seen_task(table.target)
+            self.decisions = (said, *self.decisions)
+        inputs = self.inputs_of(table, train, sources)
         if self.task == "regression":
-            targets = standardise(targets[:, None], train)
+            values = regression_target(table.target, sources.where)
+            self.scale = self.target_scale(table.target, train)
+            targets = torch.tensor(self.scale.transform(values[:, None]), dtype=torch.float32)
+            self.outputs = 1
+        else:
+            self.class_names, classes = class_target(table.target, train, test, sources.where)
+            targets = torch.tensor(classes, dtype=torch.int64)
+            self.outputs = len(self.class_names)
         self.train, self.test = (
-            Instances(
-                torch.tensor(inputs[rows], dtype=torch.float32),
-                torch.tensor(
-                    targets[rows], dtype=torch.float32 if self.task == "regression" else torch.int64
-                ),
-            )
+            Instances(torch.tensor(inputs[rows], dtype=torch.float32), targets[torch.from_numpy(rows)])
             for rows in (train, test)
         )
-        self.outputs = len(self.class_names) if self.task == "classification" else 1
-
-    def _encode(self, target: pd.Series, origin: Origin) -> np.ndarray:
-        """Return the target as values, or as class indices; keeps what displays show."""
-        name = str(target.name)
-        if target.isna().any():
-            row = int(np.flatnonzero(target.isna())[0])
-            raise InputError("dataset.target", f"column {name!r} has a missing value in {origin.where(row)}")
-        self._shown_target = target
-        if self.task == "regression":
-            check_numeric(target.to_frame(), "dataset.target", origin)
-            values = target.to_numpy(dtype=np.float64)
-            if np.ptp(values) == 0:
-                raise InputError("dataset.target", f"column {name!r} has one value only ({values[0]:g})")
-            return values
-        classes = sorted(target.unique().tolist())
-        if len(classes) < 2:
-            raise InputError("dataset.target", f"column {name!r} has one class only ({classes[0]!r})")
-        if len(classes) > max(2, len(target) // 2):
-            raise InputError(
-                "dataset.target",
-                f"column {name!r} has {len(classes)} classes in {len(target)} rows; is this regression?",
-            )
-        counts = target.value_counts()
-        if single := [c for c in classes if counts[c] == 1]:
-            words = (
-                "only one row of its class" if len(single) == 1 else "only one row of each of these classes"
-            )
-            log.warning("dataset.target: column %r has %s: %s", name, words, shortened(single))
-        self.class_names = tuple(map(str, classes))
-        return target.map({c: k for k, c in enumerate(classes)}).to_numpy(dtype=np.int64)
+        for line in self.decisions:
+            log.info("%s", line)
 
     def prediction(self, outputs: Tensor) -> str:
         if self.task == "classification":
             return super().prediction(outputs)
-        train = self._shown_target.to_numpy(dtype=np.float64)[self._rows["train"]]
-        return f"{float(outputs) * train.std() + train.mean():.4g} {self.unit}".strip()
+        return f"{float(self.original(outputs)):.4g} {self.unit}".strip()
+
+    def original(self, values: Tensor) -> Tensor:
+        """Return outputs or targets of a regression ``[...]`` in the target's own units."""
+        if self.task == "classification":
+            return values
+        numbers = self.scale.inverse_transform(values.detach().double().cpu().numpy().reshape(-1, 1))
+        return torch.from_numpy(np.asarray(numbers, np.float64)).reshape(values.shape)
 
     def display(self, split: Split, index: int) -> Display:
         row = self._rows[split][index]
         target = self._shown_target.iloc[row]
         text = f"{target:.6g}" if isinstance(target, (float, np.floating)) else str(target)
-        values = {str(c): float(v) for c, v in self._features.iloc[row].items()}
+        values = {str(c): plain(v) for c, v in self._shown.iloc[row].items()}
         return Display(f"{text} {self.unit}".strip(), values)
+
+
+class Scale(Protocol):
+    """A regression target's scale, as scikit-learn's transformers have it; values are ``[n, 1]``."""
+
+    def transform(self, values: np.ndarray) -> np.ndarray: ...
+
+    def inverse_transform(self, values: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Standard:
+    """Subtraction of a mean and division by a (population) standard deviation."""
+
+    mean: float
+    deviation: float
+
+    def transform(self, values: np.ndarray) -> np.ndarray:
+        scaled: np.ndarray = (values - self.mean) / (self.deviation or 1.0)
+        return scaled
+
+    def inverse_transform(self, values: np.ndarray) -> np.ndarray:
+        original: np.ndarray = values * self.deviation + self.mean
+        return original
 
 
 def standardise(values: np.ndarray, train: np.ndarray) -> np.ndarray:
@@ -153,34 +200,6 @@ def standardise(values: np.ndarray, train: np.ndarray) -> np.ndarray:
     deviation[deviation == 0] = 1.0
     standard: np.ndarray = (values - values[train].mean(0)) / deviation
     return standard
-
-
-def check_numeric(frame: pd.DataFrame, key: str = "dataset.path", origin: Origin | None = None) -> None:
-    """Refuse text, missing and infinite values, naming the first column and row at fault.
-
-    Args:
-        origin: of the rows; counted when None.
-
-    Raises:
-        InputError: with ``key``.
-    """
-    origin = origin or Origin.counted(len(frame))
-    if frame.shape[1] == 0:
-        raise InputError(key, "there is no feature column besides the target")
-    for column in frame:
-        values = pd.to_numeric(frame[column], errors="coerce")
-        numbers = values.to_numpy(dtype=np.float64)
-        bad = ~np.isfinite(numbers)
-        if not bad.any() and (large := np.abs(numbers) > LARGEST).any():
-            row = int(np.flatnonzero(large)[0])
-            problem = f"{numbers[row]:g} in {origin.where(row)}, too large to be standardised"
-            raise InputError(key, f"column {column!r} has {problem}")
-        if bad.any():
-            row = int(np.flatnonzero(bad)[0])
-            found = frame[column].iloc[row]
-            what = "a missing value (NaN)" if pd.isna(found) else repr(str(found))
-            where = origin.where(row)
-            raise InputError(key, f"column {column!r} has {what} in {where}; expected finite numbers only")
 
 
 def pick_target(frame: pd.DataFrame, target: str | int) -> tuple[pd.DataFrame, pd.Series]:

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fimo.data.csv import EXACT
+from fimo.data.reading import EXACT
 from fimo.errors import InputError
 from fimo.evaluation.assessment import adjusted_scores
 from fimo.further_training.sensitivity import Sensitivity, load_sensitivity

@@ -1,0 +1,251 @@
+"""Files of tables: text in any common form, compressed or not, Excel sheets, parquet, JSON."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fimo.data.origin import first_line
+from fimo.errors import InputError
+from fimo.extras import XLS, XLSX, require
+
+EXACT: dict[str, Any] = (
+    {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
+)
+"""For ``pandas.read_csv``: numbers become the nearest float, as they do by default from pandas 3.1 on."""
+
+SEPARATORS = {"auto": None, "comma": ",", "semicolon": ";", "tab": "\t", "whitespace": r"\s+"}
+KEY = "dataset.path"
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+    ".zip": lambda content: _only_member(content),
+}
+GUESSED = "cp1252"
+"""What a text that is not UTF-8 is read as where nothing is said: a superset of printable latin-1."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a file is to be read.
+
+    Args:
+        header, separator, encoding: of text; see :func:`read_frame`.
+        sheet: of Excel: name or number from 0.
+        decimal: the point of text's numbers; those in another form stay text.
+    """
+
+    header: bool = True
+    separator: str = "auto"
+    encoding: str = "auto"
+    sheet: str | int = 0
+    decimal: str = "."
+
+
+def read_file(path: Path, form: Form, key: str = KEY) -> tuple[pd.DataFrame, int | None, str]:
+    """Read a table by its file's suffix.
+
+    Args:
+        path: ``.xlsx``, ``.xls``, ``.parquet``, ``.jsonl``, ``.json``; all else is text, maybe compressed.
+        key: that errors name.
+
+    Returns:
+        the table, the file's line of data row 0 (None where rows are no lines), and the encoding that was
+        guessed (else empty).
+
+    Raises:
+        InputError: no such file, or not a table.
+    """
+    check_file(path, key)
+    suffix = path.suffix.lower()
+    if suffix in (".xlsx", ".xls", ".xlsm"):
+        require(key, XLS if suffix == ".xls" else XLSX, "or give a text table")
+        header = 0 if form.header else None
+        frame = _read(path, key, lambda: pd.read_excel(path, sheet_name=form.sheet, header=header))
+        return _named(frame.dropna(how="all", axis=1), form.header), None, ""
+    if suffix in (".parquet", ".pq"):
+        return _named(_read(path, key, lambda: pd.read_parquet(path).reset_index(drop=True)), True), None, ""
+    if suffix in (".jsonl", ".json"):
+        text = path.read_text("utf-8-sig")
+        lines = suffix == ".jsonl"
+        frame = _read(path, key, lambda: pd.DataFrame(_records(text) if lines else json.loads(text)))
+        return _named(frame, True), first_line(text, len(frame), False) if lines else None, ""
+    text, guessed = decoded(path, form.encoding, key)
+    frame = parse(path, text, form.header, form.separator, form.decimal, key)
+    return frame, first_line(text, len(frame), form.header), guessed
+
+
+def read_frame(path: Path, header: bool | None, separator: str, encoding: str = "utf-8") -> pd.DataFrame:
+    """Read a text table.
+
+    Args:
+        header: whether the first line names the columns; None to see from whether it holds numbers only.
+        separator: one of ``SEPARATORS``, or the character.
+        encoding: ``auto`` for UTF-8, and else UTF-16 by its mark or the usual one of Windows.
+
+    Raises:
+        InputError: naming ``dataset.path``: no such file, or not a table.
+    """
+    check_file(path, KEY)
+    return parse(path, decoded(path, encoding, KEY)[0], header, separator, ".", KEY)
+
+
+def check_file(path: Path, key: str) -> None:
+    """Refuse what is no file."""
+    if not path.is_file():
+        problem = f"expected a file but {path} is a folder" if path.is_dir() else f"no such file: {path}"
+        raise InputError(key, problem)
+
+
+def decoded(path: Path, encoding: str, key: str) -> tuple[str, str]:
+    """Return a file's text, decompressed by its suffix, and its encoding where that was guessed (else "")."""
+    content = path.read_bytes()
+    if (unpack := COMPRESSIONS.get(path.suffix.lower())) is not None:
+        try:
+            content = unpack(content)
+        except (OSError, EOFError, lzma.LZMAError, zipfile.BadZipFile) as error:
+            raise InputError(key, f"{path} can't be decompressed ({error})") from None
+    asked = "utf-8-sig" if encoding.lower() in ("auto", "utf-8", "utf8") else encoding
+    if encoding == "auto" and content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        asked = "utf-16"
+    guessed = ""
+    try:
+        text = _text(content, asked)
+    except LookupError:
+        raise InputError("dataset.encoding", f"Python knows no encoding {encoding!r}") from None
+    except UnicodeError:
+        problem = f"{path} is not {asked.removesuffix('-sig')} text; set dataset.encoding, such as latin-1"
+        if encoding != "auto" or b"\x00" in content:
+            raise InputError(key, f"{problem} or utf-16") from None
+        try:
+            text, guessed = _text(content, GUESSED), GUESSED
+        except UnicodeError:
+            raise InputError(key, f"{problem} or utf-16") from None
+    if not text.strip():
+        raise InputError(key, f"{path} is empty")
+    return text, guessed
+
+
+def parse(path: Path, text: str, header: bool | None, separator: str, decimal: str, key: str) -> pd.DataFrame:
+    """Return the table that a text is.
+
+    Args:
+        path: for errors.
+        decimal: the point of numbers; cells in another form stay text.
+    """
+    if separator not in SEPARATORS and len(separator) != 1:
+        allowed = ", ".join(SEPARATORS)
+        raise InputError("dataset.separator", f"expected {allowed} or one character but got {separator!r}")
+    found = SEPARATORS.get(separator, separator) or guess_separator(text)
+    _check_lines(path, text, found, key)
+    first = next(line for line in text.splitlines() if line.strip())
+    pattern = found if found == r"\s+" else re.escape(found)
+    numbers_only = all(_is_number(cell) for cell in re.split(pattern, first.strip()))
+    if header and numbers_only:
+        raise InputError(
+            "dataset.header", f"the first line of {path} holds numbers only; set dataset.header=false"
+        )
+    header = not numbers_only if header is None else header
+    if header and len(found) == 1:
+        names = [name.strip() for name in next(csv.reader([first], delimiter=found))]
+        if twice := sorted({name for name in names if name and names.count(name) > 1}):
+            raise InputError(key, f"{path} has several columns named {twice[0]!r}; rename them")
+    try:
+        frame: pd.DataFrame = pd.read_csv(
+            io.StringIO(text),
+            sep=found,
+            header=0 if header else None,
+            skipinitialspace=True,
+            decimal=decimal,
+            **EXACT,
+        )
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(key, f"{path} is not a table separated by {found!r} ({reason})") from None
+    if frame.shape[1] < 2:
+        raise InputError("dataset.separator", f"{path} has one column only when separated by {found!r}")
+    return frame if header else frame.rename(columns=str)
+
+
+def guess_separator(text: str) -> str:
+    """Return the separator that (nearly) all first lines agree on: semicolon, comma, tab, else whitespace.
+
+    Semicolons come first, since lines with them may hold decimal commas.
+    """
+    lines = [line for line in text.splitlines()[:20] if line.strip()]
+    for least in (1.0, 0.8):  # a line of another length is said to be wrong, not its separator
+        for candidate in (";", ",", "\t"):
+            widths = Counter(len(row) for row in csv.reader(lines, delimiter=candidate))
+            width, count = widths.most_common(1)[0]
+            if width > 1 and count >= least * widths.total():
+                return candidate
+    return r"\s+"
+
+
+def _check_lines(path: Path, text: str, separator: str, key: str) -> None:
+    """Refuse a line that has more cells than the first; pandas might take some for an index.
+
+    Raises:
+        InputError: naming the line.
+    """
+    if len(separator) > 1 or '"' in text:  # quoted cells may go over several lines
+        return
+    lines = [(k, line) for k, line in enumerate(text.splitlines(), 1) if line.strip()]
+    width = lines[0][1].count(separator)
+    for number, line in lines:
+        if (count := line.count(separator)) > width:
+            cells = f"line {number} has {count + 1} cells where the first has {width + 1}"
+            raise InputError(key, f"{path} is not a table separated by {separator!r}: {cells}")
+
+
+def _is_number(text: object) -> bool:
+    try:
+        float(str(text))
+    except ValueError:
+        return False
+    return True
+
+
+def _text(content: bytes, encoding: str) -> str:
+    return io.TextIOWrapper(io.BytesIO(content), encoding).read()  # which refuses utf-16 without its mark
+
+
+def _only_member(content: bytes) -> bytes:
+    archive = zipfile.ZipFile(io.BytesIO(content))
+    names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX")]
+    if len(names) != 1:
+        raise zipfile.BadZipFile(f"expected one file in it but there are {len(names)}")
+    return archive.read(names[0])
+
+
+def _read(path: Path, key: str, reader: Callable[[], Any]) -> pd.DataFrame:
+    try:
+        frame: pd.DataFrame = reader()
+    except Exception as error:  # each reader has its own errors
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(key, f"{path} can't be read ({line})") from None
+    return frame
+
+
+def _records(text: str) -> list[Any]:
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def _named(frame: pd.DataFrame, header: bool) -> pd.DataFrame:
+    if header and (twice := frame.columns[frame.columns.duplicated()].tolist()):
+        raise InputError(KEY, f"has several columns named {twice[0]!r}; rename them")
+    return frame.rename(columns=lambda c: str(c).strip())
