@@ -85,7 +85,7 @@ def example_audit(kind: Kind = "table", n: int = 300, verified: int = 60, seed: 
         "n": n, "tests": 60, "verified": int(measured.sum()), "controls": verified,
         "targets": [{"name": "mean test loss"}],
         **{v: int(counts.get(v, 0)) for v in ("helpful", "harmful", "unclear")},
-        "seeds": [10, 20, 40], "q": 0.1, "method": "response",
+        "seeds": [0, 1, 2, 3, 4], "q": 0.1, "method": "response",
         "recall": {"k": 20, "estimate": 0.96, "lower": 0.88},
         "calibration": {"slope": 1.08, "slope_sem": 0.06, "correlation": 0.93},
         "suspects": {"count": 8, "fdr": 0.09, "order": "self_effect"},

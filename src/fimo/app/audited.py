@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 from omegaconf import DictConfig
@@ -17,8 +16,6 @@ from fimo.audit.explained import Shown
 from fimo.audit.question import Question, Resources, Settings, positions
 from fimo.cost import Cost
 from fimo.data.datamodule import InstancesModule
-
-log = logging.getLogger(__name__)
 
 
 def settings_of(config: DictConfig, data: InstancesModule) -> Settings:
@@ -47,7 +44,7 @@ def shown_by(data: InstancesModule) -> Shown:
 
 
 def audited(run: Run, config: DictConfig, journal: Journal) -> Audit:
-    """Audit a run's training rows, and write the tables."""
+    """Audit a run's training rows."""
     data = run.data
     question = Question(
         run.final_model, data.train, data.test, run.plan.protocol, named_tests(config, data),
@@ -57,6 +54,4 @@ def audited(run: Run, config: DictConfig, journal: Journal) -> Audit:
     resources = Resources(run.store, run.device, run.trainer, run.problem)
     found = audit(question, settings_of(config, data), resources)
     journal.costs.extend(Cost(stage, seconds) for stage, seconds in found.summary["stages"].items())
-    found.save(journal.folder)
-    log.info("results: %s", journal.folder)
     return found

@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from fimo.app.audit_report import write_audit
 from fimo.app.audited import audited, settings_of
 from fimo.app.build import (
     build_data,
@@ -94,8 +95,8 @@ def told(config: DictConfig, journal: Journal) -> float:
         trained = dataclasses.replace(trained, final_model=known)
     trained = trained.with_description()
     if config.mode == "audit":
-        audited(trained, config, journal)
-        return journal.end()
+        write_audit(audited(trained, config, journal), run, final_quality, config, journal)
+        return told_in_short(config, journal)
     sensitivity = gold_standard(trained, config.further_training.save_raw, journal)
     if config.until == "further_training":
         return journal.end()
@@ -113,11 +114,9 @@ def told(config: DictConfig, journal: Journal) -> float:
         results = with_findings(results, findings, run_dir, prepared.tasks)
         report(results, config, journal)
     journal.costs.append(cost)
-    journal.end()
     for note in evaluation.notes:
         log.warning("%s", note)
-    log.info("results: %s", run_dir / "report.html" if config.report else run_dir)
-    print(f"\n{shown(run_dir)}\n")
+    told_in_short(config, journal)
     return best_agreement(evaluation.table, config.evaluation.metrics[0])
 
 
@@ -257,6 +256,14 @@ def report(results: Results, config: DictConfig, journal: Journal) -> None:
 
         write_report(results, journal.folder / "report.html")
     tell(journal.log, results, journal.folder / "report.html")
+
+
+def told_in_short(config: DictConfig, journal: Journal) -> float:
+    """End a run with its answer, as ``fimo show`` prints it again."""
+    worth = journal.end()
+    log.info("results: %s", journal.folder / "report.html" if config.report else journal.folder)
+    print(f"\n{shown(journal.folder)}\n")
+    return worth
 
 
 def refuse_poor(final_model: FinalModel, data: InstancesModule) -> None:

@@ -77,6 +77,12 @@ class Answer:
         return cls(**content)
 
 
+def sentence(text: str) -> str:
+    """Return text with a capital letter at its start and a full stop at its end."""
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?", ":")) else ".")
+
+
 def counted(count: int, noun: str) -> str:
     """Return ``1 row`` or ``2,000 rows``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

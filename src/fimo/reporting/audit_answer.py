@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from fimo.reporting.answer import Answer, NamedRow, counted, listed
+from fimo.reporting.answer import Answer, NamedRow, counted, listed, sentence
 from fimo.reporting.audit_run import AuditRun, suspects
 from fimo.reporting.class_effects import ClassEffects, class_effects
 from fimo.reporting.findings import poor_model
@@ -25,7 +25,7 @@ def audit_answer(run: AuditRun) -> Answer:
     return Answer(
         question=f"Which training {run.noun}s matter to this model?",
         about=_about(run),
-        verdict=[*_verdict(run), *(a["text"] for a in summary.get("answers", []) if a.get("text"))],
+        verdict=[*_verdict(run), *(sentence(a["text"]) for a in summary.get("answers", []) if a.get("text"))],
         helpful=_named(run, 1),
         harmful=_named(run, -1),
         others=_others(run),
@@ -83,13 +83,12 @@ def _verdict(run: AuditRun) -> list[str]:
     verified = int(summary.get("verified", rows["effect"].notna().sum()))
     if not verified:
         return [f"All {n:,} training {run.noun}s are ranked; none was measured, so no {run.noun} is sure."]
-    seeds = [int(s) for s in summary.get("seeds", [])]
-    many = f"{min(seeds)} to {max(seeds)}" if len(set(seeds)) > 1 else str(seeds[0]) if seeds else ""
-    over = f", {many} seeds" if many else ""
+    seeds = len(summary.get("seeds", []))
+    over = f" ({'up to ' if seeds > 1 else ''}{counted(seeds, 'seed')})" if seeds else ""
     q = summary.get("q", 0.1)
     return [
         f"Measured: {verified:,} of {n:,} training {run.noun}s, each by further training with and without it"
-        f"{over}; the others are ranked by {summary.get('method', 'a screen')}.",
+        f"{over}. The others are ranked by {summary.get('method', 'a screen')}.",
         f"Clearly matter: {helpful} helpful and {harmful} harmful (false discovery rate {q:.0%}); {unclear} "
         "can't be told from no effect."
         if helpful + harmful
@@ -137,7 +136,7 @@ def _others(run: AuditRun) -> list[str]:
     said = []
     recall: Mapping[str, Any] = summary.get("recall") or {}
     if recall.get("text"):
-        said.append(str(recall["text"]))
+        said.append(sentence(str(recall["text"])))
     elif recall.get("estimate") is not None:
         low, high = recall.get("lower"), recall.get("upper")
         between = f" (at least {low:.0%})" if low is not None and high is None else ""
@@ -147,7 +146,7 @@ def _others(run: AuditRun) -> list[str]:
         )
     calibration: Mapping[str, Any] = summary.get("calibration") or {}
     if calibration.get("text"):
-        said.append(str(calibration["text"]))
+        said.append(sentence(str(calibration["text"])))
     elif calibration.get("slope") is not None:
         error = calibration.get("slope_sem")
         bar = "" if error is None else f" ± {error:.2f}"
@@ -163,7 +162,7 @@ def _others(run: AuditRun) -> list[str]:
 def _advice(run: AuditRun) -> list[str]:
     audit, summary = run.audit, run.audit.summary
     if summary.get("do"):
-        return [str(s) for s in summary["do"]]
+        return [sentence(str(s)) for s in summary["do"]]
     said = []
     listed_suspects = suspects(audit)
     if len(listed_suspects):
@@ -191,7 +190,7 @@ def _proof(run: AuditRun) -> list[str]:
 
 
 def _distrust(run: AuditRun) -> list[str]:
-    said = [*poor_model(run.final_model), *(str(s) for s in run.audit.summary.get("distrust", []))]
+    said = [*poor_model(run.final_model), *(sentence(str(s)) for s in run.audit.summary.get("distrust", []))]
     found = effects_by_class(run)
     if found is not None and found.follow and not any("class" in s for s in said):
         said.append(str(found))

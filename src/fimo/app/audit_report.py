@@ -1,0 +1,79 @@
+"""What is shown of an audit: its instances as people read them, its page, its answer in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from fimo.app.config import plain
+from fimo.app.environment import versions
+from fimo.app.journal import Journal
+from fimo.app.run import Run
+from fimo.audit.result import Audit
+from fimo.data.datamodule import InstancesModule, Split
+from fimo.models.final_model import FinalModel
+from fimo.models.training import Quality
+from fimo.reporting.audit_answer import audit_answer
+from fimo.reporting.audit_run import AuditRun, test_rows, train_rows
+from fimo.reporting.instance_table import InstanceDisplay
+
+BATCH = 1_000
+"""Instances whose predictions are computed at once."""
+
+
+def write_audit(found: Audit, run: Run, quality: Quality, config: DictConfig, journal: Journal) -> None:
+    """Write an audit's tables, its answer, and its page where the configuration asks for one."""
+    with journal.stage("report"):
+        shown = audit_run(found, run, quality, plain(config))
+        shown.save(journal.folder)
+        audit_answer(shown).save(journal.folder)
+        if config.report:
+            from fimo.reporting import write_audit_report  # with packages that nothing else needs
+
+            write_audit_report(shown, journal.folder / "report.html")
+
+
+def audit_run(found: Audit, run: Run, quality: Quality, config: Mapping[str, Any]) -> AuditRun:
+    """Return an audit with the instances that its page shows, under their data rows."""
+    data = run.data
+    first = data.display("train", 0)
+    columns = None if first.text or first.image or not first.row else len(first.row)
+    wanted: dict[Split, Sequence[int]] = {"train": train_rows(found, columns), "test": test_rows(found)}
+    return AuditRun(
+        found,
+        name=data.name,
+        dataset={
+            "name": data.name,
+            "task": data.task,
+            "train": len(data.train),
+            "test": len(data.test),
+            "classes": list(data.class_names),
+        },
+        final_model={k: v for k, v in asdict(quality).items() if v is not None},
+        config=config,
+        versions=versions(),
+        shown={split: displays(data, run.final_model, split, rows) for split, rows in wanted.items()},
+    )
+
+
+def displays(
+    data: InstancesModule, final_model: FinalModel, split: Split, rows: Sequence[int]
+) -> dict[int, InstanceDisplay]:
+    """Return instances, and what the final model makes of them, by their data rows."""
+    position = {int(row): k for k, row in enumerate(data.origin(split).row)}
+    found: dict[int, InstanceDisplay] = {}
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        positions = [position[row] for row in batch]
+        instances = getattr(data, split)[positions]
+        with torch.no_grad():
+            outputs, losses = final_model.outputs(instances), final_model.losses(instances)
+        for row, k, output, loss in zip(batch, positions, outputs, losses, strict=True):
+            found[row] = InstanceDisplay(
+                **asdict(data.named(split, k)), prediction=data.prediction(output), loss=float(loss)
+            )
+    return found

@@ -1,0 +1,50 @@
+"""``mode=audit`` from the command line ends with its page and its answer, under the file's own names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fimo.app.show import shown
+from fimo.reporting.audit_run import AuditRun
+from tests.reporting.test_report import page_data
+from tests.test_experiment import run
+
+
+def houses(path: Path) -> pd.DataFrame:
+    """Write and return a table with identifiers, a column that is no feature, and one wild price."""
+    generator = np.random.default_rng(0)
+    frame = pd.DataFrame(generator.normal(size=(70, 2)).round(3), columns=["size", "age"])
+    frame["price"] = frame["size"] * 2 + frame["age"]
+    frame.loc[5, "price"] += 30
+    frame["house"] = [f"H{k:02d}" for k in range(70)]
+    frame["street"] = [f"street {k}" for k in range(70)]
+    frame.to_csv(path, index=False)
+    return frame
+
+
+@pytest.mark.parametrize("report", [True, False])
+def test_an_audit_ends_with_its_answer_and_a_page_where_one_is_asked_for(
+    tmp_path: Path, report: bool
+) -> None:
+    frame, folder = houses(tmp_path / "houses.csv"), tmp_path / "run"
+    data = [f"dataset.path={tmp_path}/houses.csv", "dataset.target=price", "dataset.id=house"]
+    asked = ["mode=audit", "audit.top=4", "audit.seeds=3", f"report={str(report).lower()}", "dataset=csv"]
+    done = run(*asked, *data, "dataset.drop=[street]", f"hydra.run.dir={folder}", folder=tmp_path)
+    assert shown(folder, 80) in done.stdout
+    assert ("report.html" in done.stdout) == report
+    assert "H05" in shown(folder)
+    assert (folder / "report.html").exists() == report
+    again = AuditRun.load(folder)
+    assert len(again.audit.rows) == 63
+    for row, display in again.shown["train"].items():
+        assert display.id == frame["house"][row]
+        assert display.row is not None
+        assert display.row["street"] == f"street {row}"
+        assert display.row["size"] == pytest.approx(frame["size"][row])
+    if report:
+        names = {cells[0] for cells in page_data(folder / "report.html")["tables"]["rows"]["rows"]}
+        assert names == set(again.audit.rows["id"])
