@@ -91,9 +91,18 @@ def example_audit(kind: Kind = "table", n: int = 300, verified: int = 60, seed: 
         "suspects": {"count": 8, "fdr": 0.09, "order": "self_effect"},
         "answers": [
             {
-                "test_row": 3, "test_id": "3", "target": "250000", "prediction": "301200", "unit": "EUR",
-                "turned_by": None, "prediction_without": "288700",
-                "text": "Test row 3: its prediction of 301,200 EUR becomes 288,700 EUR without 20 rows.",
+                "test_row": 3, "test_id": "H00003" if kind == "table" else "3",
+                "target": 250000.0, "prediction": 301200.0, "unit": "EUR",
+                "turned_by": None, "prediction_without": 288700.0, "probability": None,
+                "removals": [
+                    {
+                        "side": "lowers", "removed": k, "ids": [f"H{i:05d}" for i in range(k)],
+                        "loss_effect": 1e-3 * k, "loss_effect_sem": 1e-4, "change": -600.0 * k,
+                        "change_sem": 90.0, "without": 301200 - 600.0 * k, "turned": None, "label": None,
+                    }
+                    for k in (1, 5, 20)
+                ],
+                "text": "predicted 301200 EUR; without the 20 rows that raise it most, 289200 EUR",
             }
         ],
         "distrust": ["The model memorised part of its training set."],

@@ -45,13 +45,14 @@ def audit_run(found: Audit, run: Run, quality: Quality, config: Mapping[str, Any
     wanted: dict[Split, Sequence[int]] = {"train": train_rows(found, columns), "test": test_rows(found)}
     return AuditRun(
         found,
-        name=data.name,
+        name=data.name or "",
         dataset={
             "name": data.name,
             "task": data.task,
             "train": len(data.train),
             "test": len(data.test),
             "classes": list(data.class_names),
+            "decisions": list(data.decisions),
         },
         final_model={k: v for k, v in asdict(quality).items() if v is not None},
         config=config,

@@ -47,6 +47,7 @@ class Answer:
         verdict: how many rows were measured, and which clearly matter.
         helpful, harmful: rows, the largest effects first.
         effects: of what the rows' effects are, e.g. ``mean test loss``.
+        why: of named test instances, what becomes of their predictions.
         others: how good the ranking of rows that were not measured is.
         do, distrust: sentences.
         files: by name in the run's folder, what each holds.
@@ -58,6 +59,7 @@ class Answer:
     helpful: Sequence[NamedRow] = ()
     harmful: Sequence[NamedRow] = ()
     effects: str = "mean test loss"
+    why: Sequence[str] = ()
     others: Sequence[str] = ()
     do: Sequence[str] = ()
     distrust: Sequence[str] = ()

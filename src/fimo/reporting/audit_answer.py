@@ -18,14 +18,18 @@ from fimo.reporting.numbers import number
 MOST_ROWS = 5
 """Of each side on the first screen."""
 
+MOST_TESTS = 3
+"""Named test instances whose answers are on the first screen."""
+
 
 def audit_answer(run: AuditRun) -> Answer:
     """Return the first screen of an audit."""
-    summary = run.audit.summary
+    answers = run.audit.summary.get("answers", [])
     return Answer(
         question=f"Which training {run.noun}s matter to this model?",
         about=_about(run),
-        verdict=[*_verdict(run), *(sentence(a["text"]) for a in summary.get("answers", []) if a.get("text"))],
+        verdict=_verdict(run),
+        why=[f"{test_name(a)}: {sentence(a['text'])}" for a in answers[:MOST_TESTS] if a.get("text")],
         helpful=_named(run, 1),
         harmful=_named(run, -1),
         others=_others(run),
@@ -45,6 +49,12 @@ def row_name(row: Any) -> str:
     """Return what a line of ``rows.csv`` is called: its identifier, else its data row."""
     identifier = str(row.id)
     return f"row {identifier}" if identifier == str(row.row) else identifier
+
+
+def test_name(answer: Mapping[str, Any]) -> str:
+    """Return what a named test instance is called."""
+    identifier = str(answer["test_id"])
+    return f"Test row {identifier}" if identifier == str(answer["test_row"]) else identifier
 
 
 def effects_by_class(run: AuditRun) -> ClassEffects | None:
@@ -175,6 +185,8 @@ def _advice(run: AuditRun) -> list[str]:
             f"{'each of them' if len(harmful) > 1 else 'it'}."
         )
     said += _proof(run)
+    if audit.cleaned is not None and len(audit.proof):
+        said.append("If that is worth it, go on with cleaned.csv, the table without them.")
     if not audit.rows["effect"].notna().any():
         said.append("Measure before you act: audit.verify=true.")
     return said
@@ -182,7 +194,9 @@ def _advice(run: AuditRun) -> list[str]:
 
 def _proof(run: AuditRun) -> list[str]:
     """Return what further training without the rows that were found gives, beside its alternatives."""
-    said = []
+    said = [sentence(str(s)) for s in run.audit.summary.get("proof", [])]
+    if said:
+        return said
     for metric, table in run.audit.proof.groupby("metric", sort=False):
         parts = [f"{row.mean:.4g} ± {row.sem:.2g} without {row.removed}" for row in table.itertuples()]
         said.append(f"Tried on test rows that did not choose them, {metric}: {'; '.join(parts)}.")

@@ -9,12 +9,13 @@ from typing import Any
 import pandas as pd
 
 from fimo.audit.result import Audit
-from fimo.reporting.answer import listed
+from fimo.reporting.answer import counted, listed, sentence
 from fimo.reporting.audit_answer import audit_answer, effects_by_class, row_name
 from fimo.reporting.audit_run import EVERY_ROW, AuditRun, suspects, train_rows
 from fimo.reporting.flat import flat
 from fimo.reporting.html_page import write_page
 from fimo.reporting.instance_lines import folded
+from fimo.reporting.numbers import number
 from fimo.reporting.results import plain
 from fimo.reporting.tables import Column, effects, instance_columns, table
 
@@ -25,6 +26,10 @@ MOST_MEMBERS = 12
 """Of a group that are named."""
 
 EFFECT = "change of the mean test loss when it is removed, ± standard error; positive: it helps"
+SIDES = {"lowers": "raise it most", "raises": "lower it most"}
+"""By what becomes of the prediction without them."""
+
+PROVEN = ("removed", "rows", "mean", "sem", "change", "change_sem", "seeds")
 ITSELF = "change of the row's own loss when it is removed"
 SUSPECT = "false discovery rate of the suspects up to this row"
 
@@ -150,7 +155,8 @@ def tests(run: AuditRun) -> list[dict[str, Any]]:
         found.append(
             {
                 "name": f"row {identifier}" if identifier == str(row) else identifier,
-                "text": answer.get("text", ""),
+                "text": sentence(str(answer["text"])) if answer.get("text") else "",
+                "removals": removals_table(answer) if answer.get("removals") else None,
                 "facts": plain(_facts(display, answer)),
                 "instance": {k: v for k in ("image", "text") if (v := getattr(display, k, None))},
                 "table": pairs_table(run, pairs, str(answer.get("unit", "")), identifier),
@@ -159,14 +165,41 @@ def tests(run: AuditRun) -> list[dict[str, Any]]:
     return found
 
 
+def removals_table(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the table of what becomes of a prediction without its foremost rows together."""
+    steps: list[Mapping[str, Any]] = answer["removals"]
+    unit = answer.get("unit")
+    missing = float("nan")
+    moved, loss = (
+        effects(
+            [missing if step.get(c) is None else step[c] for step in steps],
+            [missing if step.get(f"{c}_sem") is None else step[f"{c}_sem"] for step in steps],
+        )
+        for c in ("change", "loss_effect")
+    )
+    columns = [
+        Column("without", "name", [counted(int(step["removed"]), "row") for step in steps]),
+        Column("that", "text", [SIDES.get(str(step["side"]), str(step["side"])) for step in steps]),
+        Column(f"the prediction moves by{f' ({unit})' if unit else ''}", "effect", moved),
+        Column("and is", "number", [step["without"] for step in steps]),
+        Column("class", "text", [step.get("label") for step in steps]),
+        Column("turned", "number", [step.get("turned") for step in steps], "share of seeds"),
+        Column("effect on its loss", "effect", loss),
+        Column("rows", "text", [listed(step["ids"], MOST_MEMBERS) for step in steps]),
+    ]
+    return table(columns, f"removals_{answer['test_id']}.csv", shown=12)
+
+
 def _facts(display: Any, answer: Mapping[str, Any]) -> dict[str, Any]:
-    unit = f" {answer['unit']}" if answer.get("unit") else ""
+    unit = f" {answer['unit']}" if answer.get("unit") not in (None, "", "probability") else ""
     facts: dict[str, Any] = {}
     for label, key in (("target", "target"), ("model says", "prediction")):
         if answer.get(key) is not None:
-            facts[label] = f"{answer[key]}{unit}"
+            facts[label] = f"{number(answer[key])}{unit}"
         elif display is not None and getattr(display, key) is not None:
             facts[label] = getattr(display, key)
+    if answer.get("probability") is not None:
+        facts["its probability"] = answer["probability"]
     if display is not None and display.row:
         facts |= folded(display.row)
     return facts
@@ -214,11 +247,11 @@ def calibration(run: AuditRun) -> dict[str, Any] | None:
 
 
 def proof(run: AuditRun) -> list[dict[str, Any]]:
-    """Return, by metric, what further training without some rows gives."""
+    """Return, by metric, what further training without some rows gives: changes where they are known."""
     return [
         {
             "metric": str(metric),
-            **plain({c: t[c].tolist() for c in ("removed", "rows", "mean", "sem", "seeds")}),
+            **plain({c: t[c].tolist() for c in PROVEN if c in t}),
         }
         for metric, t in run.audit.proof.groupby("metric", sort=False)
     ]

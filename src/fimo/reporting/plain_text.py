@@ -38,6 +38,7 @@ def _lines(answer: Answer, width: int) -> Iterator[str]:
         yield from textwrap.wrap(f"Change of the {answer.effects} without the row{scaled}:", width)
         yield from table(_cells(rows, unit), width)
     for title, sentences in (
+        ("Why these predictions?", answer.why),
         ("How good is the ranking of the others?", answer.others),
         ("What to do", answer.do),
         ("What to distrust", answer.distrust),

@@ -15,12 +15,19 @@ if (why) {
   const shown = make("div", null, "instance-shown");
   const said = make("p");
   const box = make("div", null, "data");
-  why.append(controls, shown, said, box);
+  const together = make("div");
+  why.append(controls, shown, said, together, make("h3", "Row by row"), box);
   const show = () => {
     const test = data.tests[pick.value];
     showFacts(shown, test.name, test.instance, test.facts);
     said.textContent = test.text;
     dataTable(box, test.table);
+    together.replaceChildren();
+    if (test.removals) {
+      const inner = make("div", null, "data");
+      together.append(make("h3", "Without its foremost rows together"), inner);
+      dataTable(inner, test.removals);
+    }
   };
   pick.addEventListener("change", show);
   show();
@@ -39,11 +46,17 @@ function drawCalibration(element) {
   ], themed({ ...plain, margin: { l: 70, r: 12, t: 12, b: 52 }, xaxis: { title: { text: "predicted effect" }, exponentformat: "power" }, yaxis: { title: { text: "measured effect" }, exponentformat: "power" } }), settings);
 }
 
-function drawProof(element, { metric, removed, rows, mean, sem, seeds }) {
-  const names = removed.map((what, i) => `without ${what}${rows[i] ? ` (${rows[i]})` : ""}`);
+// Changes by the removal where they are known (their errors are those of differences), else what was measured.
+function drawProof(element, found) {
+  const changes = Boolean(found.change);
+  const shown = found.removed.map((_, i) => i).filter((i) => !changes || found.rows[i] > 0);
+  const take = (name) => shown.map((i) => found[name][i]);
+  const [x, sem] = changes ? [take("change"), take("change_sem")] : [take("mean"), take("sem")];
+  const names = shown.map((i) => `without ${found.removed[i]}${found.rows[i] ? ` (${found.rows[i]})` : ""}`);
+  const means = shown.map((i) => [found.mean[i], found.seeds[i]]);
   Plotly.react(element, [
-    { y: names, x: mean, error_x: { type: "data", array: sem, thickness: 2, width: 6, color: css("--accent") }, customdata: seeds, mode: "markers", marker: { size: 9, color: css("--accent") }, hovertemplate: "%{y}<br>%{x:.4g}, %{customdata} seeds<extra></extra>" },
-  ], themed({ ...plain, margin: { l: 12, r: 16, t: 8, b: 48 }, xaxis: { title: { text: metric }, zeroline: false }, yaxis: { automargin: true, autorange: "reversed", type: "category" } }), settings);
+    { y: names, x, error_x: { type: "data", array: sem, thickness: 2, width: 6, color: css("--accent") }, customdata: means, mode: "markers", marker: { size: 9, color: css("--accent") }, hovertemplate: "%{y}<br>%{x:.4g}<br>itself %{customdata[0]:.4g}, %{customdata[1]} seeds<extra></extra>" },
+  ], themed({ ...plain, margin: { l: 12, r: 16, t: 8, b: 48 }, xaxis: { title: { text: changes ? `change of the ${found.metric}` : found.metric }, zeroline: changes, zerolinewidth: 2 }, yaxis: { automargin: true, autorange: "reversed", type: "category" } }), settings);
 }
 
 const proofs = document.querySelector(".proof");
