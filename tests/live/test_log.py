@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from fimo.live.log import About, File, Log
+from fimo.live.log import About, Log
 from fimo.live.outlet import Outlet
 
 
@@ -86,7 +86,7 @@ def test_a_log_without_a_folder_says_nothing(tmp_path: Path, monkeypatch: pytest
     log.begin(About(tmp_path, "a run"))
     log.stage("final_model")
     log.log({"loss": 1.0}, "epoch", 1)
-    log.keep(File("report", "report", [tmp_path]))
+    log.ended("final_model", 1.0)
     log.end("finished")
     assert not plain.points
     assert not list(tmp_path.iterdir())

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from fimo.errors import InputError
+from fimo.live.agreement import STEP
 from fimo.reporting.dashboard import dashboard, main
-from fimo.reporting.wandb import STEP, history, summary
+from fimo.reporting.wandb import history, summary
 from tests.reporting.example import example, example_tasks
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fimo.live.agreement import STEP
 from fimo.live.log import About, Log
 from fimo.live.outlet import Outlet
 from fimo.live.wandb import WandbLogger
 from fimo.reporting import InstanceDisplay
 from fimo.reporting.results import Results
-from fimo.reporting.wandb import STEP, instance_rows, method_rows, tell
+from fimo.reporting.wandb import instance_rows, method_rows, tell
 from tests.live.offline_run import OfflineRun, read_offline_run
 from tests.reporting.example import example, show_text
 

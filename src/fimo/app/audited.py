@@ -52,6 +52,7 @@ def audited(run: Run, config: DictConfig, journal: Journal) -> Audit:
         tuple(data.display("train", k).target for k in range(len(data.train))), shown_by(data),
     )  # fmt: skip
     resources = Resources(run.store, run.device, run.trainer, run.problem)
+    journal.log.stage("audit")
     found = audit(question, settings_of(config, data), resources)
     journal.costs.extend(Cost(stage, seconds) for stage, seconds in found.summary["stages"].items())
     return found

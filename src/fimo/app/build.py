@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,9 +13,11 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import Logger
 from torch import nn
 
 from fimo.app.arguments import check_arguments, imported
+from fimo.app.wandb_artifacts import WANDB, downloaded
 from fimo.data.datamodule import InstancesModule
 from fimo.engine.optimizers import make_optimizer
 from fimo.engine.protocol import Protocol
@@ -96,7 +99,7 @@ def build_module(config: DictConfig, data: InstancesModule) -> FinalModelModule:
     if not isinstance(network, nn.Module):
         raise InputError("model.network", f"expected a torch.nn.Module but got {type(network).__name__}")
     if model.checkpoint is not None:
-        load_checkpoint(network, model.checkpoint)
+        load_checkpoint(network, checkpoint_file(config))
     description = {"network": OmegaConf.to_container(model.network, resolve=True), **arguments}
     loss = build_loss(model.loss if model.loss != "auto" else LOSS_OF_TASK[data.task], "model.loss")
     measurement = build_measurement(model.measurement)
@@ -110,6 +113,14 @@ def build_module(config: DictConfig, data: InstancesModule) -> FinalModelModule:
         model.lr,
         description,
     )
+
+
+def checkpoint_file(config: DictConfig) -> str:
+    """Return the file of ``model.checkpoint``; an artifact of W&B's is fetched into the store's folder."""
+    name = str(config.model.checkpoint)
+    if name.startswith(WANDB):
+        return str(downloaded(name, Path(config.store) / "artifacts"))
+    return name
 
 
 def check_fit(
@@ -181,13 +192,16 @@ def build_final_model(module: FinalModelModule, config: DictConfig) -> FinalMode
     )
 
 
-def build_trainer(config: DictConfig, more: Sequence[pl.Callback] = ()) -> pl.Trainer:
+def build_trainer(
+    config: DictConfig, more: Sequence[pl.Callback] = (), logger: Logger | None = None
+) -> pl.Trainer:
     """Build the Trainer of the final model's training, on the first of the devices.
 
     The others serve further training: on several, a final model's batches would be larger.
 
     Args:
         more: callbacks besides those configured.
+        logger: for what modules and callbacks log.
     """
     settings = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(settings, dict)
@@ -205,7 +219,7 @@ def build_trainer(config: DictConfig, more: Sequence[pl.Callback] = ()) -> pl.Tr
             enable_progress_bar=False,
             enable_checkpointing=False,
             enable_model_summary=False,
-            logger=False,
+            logger=logger or False,
         )
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:  # such as no GPU
         raise InputError("trainer", f"accelerator={settings['accelerator']}: {reason(error)}") from error

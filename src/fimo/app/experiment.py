@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,9 @@ from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError
 from fimo.evaluation import Evaluation, assess
 from fimo.further_training.sensitivity import Sensitivity
+from fimo.live.agreement import logs_agreement
 from fimo.live.callbacks import LogsFurtherTraining, LogsTraining
+from fimo.live.trainers_logger import TrainersLogger
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
 from fimo.models.lightning_module import FinalModelModule
@@ -75,14 +77,15 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
     quiet_libraries()
     torch.set_num_threads(config.threads or torch.get_num_threads())
     with logged(config, run_dir) as live:
-        return told(config, Journal(run_dir, log=live))
+        return run_stages(config, Journal(run_dir, log=live))
 
 
-def told(config: DictConfig, journal: Journal) -> float:
+def run_stages(config: DictConfig, journal: Journal) -> float:
     """Run all stages; see :func:`run_experiment`."""
     run_dir = journal.folder
     prepared = prepare(config, journal)
-    journal.log.begin(about(prepared.run, config, run_dir))
+    if config.until != "check":
+        journal.log.begin(about(prepared.run, config, run_dir))
     run, final_quality = with_final_model(prepared, config, journal)
     trained = run.of_trained_part()
     if config.until == "check":
@@ -101,7 +104,8 @@ def told(config: DictConfig, journal: Journal) -> float:
     if config.until == "further_training":
         return journal.end()
 
-    scores = scored(trained, journal)
+    told = logs_agreement(journal.log, sensitivity, list(config.evaluation.metrics))
+    scores = scored(trained, journal, told)
     run = run.of_methods(scores)
     findings = judged(run, prepared.tasks, journal)
     evaluation = evaluated(scores, sensitivity, config, journal)
@@ -156,14 +160,15 @@ def prepare(config: DictConfig, journal: Journal) -> Prepared:
     for name, why in skipped.items():
         log.warning("%s is skipped: %s", name, why)
     journal.skipped.update(skipped)
-    trainer = build_trainer(config, [LogsTraining(journal.log, data.test)])
+    logger = TrainersLogger(journal.log)
+    trainer = build_trainer(config, [LogsTraining(journal.log, data.test)], logger)
     further = LogsFurtherTraining(
         journal.log, config.evaluation.metrics[0], config.further_training.subtract_mean
     )
     run = Run(
         data, untrained, plan, methods, plain(config.methods), Store(config.store),
-        trainer.strategy.root_device, config.seed, {**trainer_settings(config), "callbacks": [further]},
-        FinalModels(config),
+        trainer.strategy.root_device, config.seed,
+        {**trainer_settings(config), "callbacks": [further], "logger": logger}, FinalModels(config),
     )  # fmt: skip
     return Prepared(run, module, trainer, build_tasks(config, run))
 
@@ -180,7 +185,8 @@ def with_final_model(prepared: Prepared, config: DictConfig, journal: Journal) -
             settings = training_settings(config)
             train_final_model(module, run.data, trainer, run.store, settings, run.seed, cost)
         final_model = build_final_model(module, config)
-        save_checkpoint(module, trainer, journal.folder / "final_model.ckpt")
+        # by another Trainer, so that its content is the same whether it was trained here or read
+        save_checkpoint(module, build_trainer(config), journal.folder / "final_model.ckpt")
         found = quality(final_model, run.data)
     if not math.isfinite(found.train_loss):
         raise InputError("model", f"the final model's loss is {found.train_loss}; lower model.lr?")
@@ -197,8 +203,13 @@ def gold_standard(run: Run, save_raw: bool, journal: Journal) -> Sensitivity:
     return sensitivity
 
 
-def scored(run: Run, journal: Journal) -> dict[str, Scores]:
+def scored(
+    run: Run, journal: Journal, told: Callable[[str, Scores], None] | None = None
+) -> dict[str, Scores]:
     """Return every method's scores, and write them; those of methods that fail are missing.
+
+    Args:
+        told: called with each method's, once it has them.
 
     Raises:
         InputError: all failed.
@@ -214,6 +225,8 @@ def scored(run: Run, journal: Journal) -> dict[str, Scores]:
         scores = journal.tried(name, partial(score, name), only=len(run.methods) == 1)
         if scores is not None:
             found[name] = scores
+            if told is not None:
+                told(name, scores)
     if not found:
         raise InputError("method", "; ".join(f"{name} {why}" for name, why in journal.skipped.items()))
     return found

@@ -42,7 +42,7 @@ class Journal:
         """Measure a stage; its cost counts where it ends well."""
         with self._counted(name) as cost:
             yield cost
-        self.log.summarise({f"cost/{name}/seconds": cost.seconds})
+        self.log.ended(name, cost.seconds)
 
     @contextlib.contextmanager
     def _counted(self, name: str) -> Iterator[Cost]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from fimo.app.arguments import imported
 from fimo.app.build import build
 from fimo.app.config import plain
 from fimo.app.run import Run
+from fimo.app.wandb_artifacts import WANDB
+from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError
 from fimo.live.log import About, Log
 from fimo.live.outlet import Outlet
 from fimo.reporting.flat import flat
+from fimo.store.fingerprint import data_hash
 
 
 @contextlib.contextmanager
@@ -72,7 +76,22 @@ def about(run: Run, config: DictConfig, folder: Path) -> About:
     what = ", ".join(names) if len(names) <= 3 else f"{len(names)} methods"
     tags = [str(run.data.name), *(names if len(names) <= 3 else [])]
     settings: dict[str, Any] = flat({k: v for k, v in plain(config).items() if k != "logger"})
-    return About(folder, f"{run.data.name}: {what}", settings, tags)
+    checkpoint = str(config.model.checkpoint or "")
+    return About(
+        folder, f"{run.data.name}: {what}", settings, tags, partial(described, run.data),
+        checkpoint.removeprefix(WANDB) if checkpoint.startswith(WANDB) else None,
+    )  # fmt: skip
+
+
+def described(data: InstancesModule) -> dict[str, Any]:
+    """Return what a data set is, and hashes of its instances, without the instances."""
+    return {
+        "name": str(data.name),
+        "task": data.task,
+        "classes": list(map(str, data.class_names)),
+        "train": {"instances": len(data.train), "hash": data_hash(data.train)},
+        "test": {"instances": len(data.test), "hash": data_hash(data.test)},
+    }
 
 
 def in_a_line(error: BaseException) -> str:

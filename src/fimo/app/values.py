@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from fimo.app import wandb_artifacts
 from fimo.engine.settings import OPTIMIZERS, check_range
 from fimo.errors import InputError
 from fimo.extras import FIGURES, WANDB, available, require
@@ -47,7 +48,10 @@ def check_values(config: DictConfig) -> None:
     """
     for key in FILES:
         path = OmegaConf.select(config, key)
-        if path is not None and not Path(str(path)).exists():
+        if key == "model.checkpoint" and str(path).startswith(wandb_artifacts.WANDB):
+            wandb_artifacts.check_name(str(path))
+            require(key, WANDB)
+        elif path is not None and not Path(str(path)).exists():
             raise InputError(key, f"no such file: {path}")
     for key, allowed in CHOICES.items():
         value = OmegaConf.select(config, key)
@@ -85,7 +89,7 @@ def _check_packages(config: DictConfig) -> None:
     if config.report and config.until == "report" and not available(FIGURES):
         needed |= FIGURES
         without.append("report=false")
-    wandb = config.logger.get("wandb")
+    wandb = config.logger.get("wandb") if config.until != "check" else None
     if wandb is not None and wandb.get("mode") != "disabled" and not available(WANDB):
         needed |= WANDB
         without.append("logger=none")

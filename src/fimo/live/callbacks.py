@@ -28,6 +28,9 @@ EVERY_SECONDS = 3.0
 MOST_TIME = 0.01
 """Largest share of a stage's time that is spent on measuring what is only logged."""
 
+MEASURES = ("", "audit")
+"""Stages whose further training is called by that name; others' have the stage's."""
+
 MOST_TESTS = 100
 """Test instances, evenly spaced, that a ceiling is measured on while runs are made."""
 
@@ -150,7 +153,7 @@ class LogsFurtherTraining(LogsOnly):
         self.tell(lambda live: self._say(live, pl_module))
 
     def _say(self, live: Log, module: Any) -> None:
-        name = live.stage_name or "further_training"
+        name = live.stage_name if live.stage_name not in MEASURES else "further_training"
         self._progress(live, name, module)
         self._full_runs(live, name, module)
         self._ceiling(live, name, module.job)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,44 @@ State = Literal["finished", "failed", "interrupted"]
 
 
 @dataclass(frozen=True)
+class Artifact:
+    """Files of a run that belong together, for loggers that keep files.
+
+    Args:
+        name, kind: a name has versions, told apart by content.
+        files: patterns in the run's folder.
+        after: the stage that makes them; empty: they are kept when the run has finished.
+        made_from: names of artifacts.
+    """
+
+    name: str
+    kind: str
+    files: Sequence[str]
+    after: str = ""
+    made_from: Sequence[str] = ()
+
+
+ARTIFACTS = (
+    Artifact("final_model", "model", ["final_model.ckpt"], "final_model", ["dataset"]),
+    Artifact(
+        "sensitivity", "sensitivity", ["sensitivity.safetensors"], "further_training",
+        ["dataset", "final_model"],
+    ),
+    Artifact("scores", "scores", ["scores/*.safetensors"], "", ["dataset", "final_model"]),
+    Artifact(
+        "audit", "audit",
+        ["rows.csv", "pairs.csv", "groups.csv", "suspects.csv", "cleaned.csv", "proof.csv", "audit.json"], "",
+        ["dataset", "final_model"],
+    ),
+    Artifact(
+        "report", "report", ["report.html", "report.json", "evaluation*.csv", "effects.csv", "cost.csv"], "",
+        ["dataset", "final_model", "sensitivity", "scores", "audit"],
+    ),
+)  # fmt: skip
+"""What a run makes, in an order in which each is made from those before."""
+
+
+@dataclass(frozen=True)
 class About:
     """What a logger is told of a run when it begins.
 
@@ -33,30 +70,16 @@ class About:
         name: for people.
         config: the whole configuration by dotted keys.
         tags: the data set's name, and a few methods'.
+        dataset: makes a description of the data set, with a hash of all instances.
+        checkpoint: of an artifact of the logger's that the run begins with.
     """
 
     folder: Path
     name: str
     config: Mapping[str, Any] = field(default_factory=dict)
     tags: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class File:
-    """Files of a run that belong together, for loggers that keep files.
-
-    Args:
-        name, kind: of an artifact; a name has versions, told apart by content.
-        paths: of the files.
-        about: plain values.
-        used: the run was given it, and did not make it.
-    """
-
-    name: str
-    kind: str
-    paths: Sequence[Path]
-    about: Mapping[str, Any] = field(default_factory=dict)
-    used: bool = False
+    dataset: Callable[[], Mapping[str, Any]] | None = None
+    checkpoint: str | None = None
 
 
 class Log:
@@ -67,8 +90,8 @@ class Log:
 
     Loggers are Lightning's: they get ``log_hyperparams``, ``log_metrics``, ``save`` and ``finalize``. Those
     that have more get that too: ``begin(about, rows)``, ``summarise(values)``, ``show(media)``,
-    ``keep(file)``, ``alert(title, text)``, ``end(state, error)``, and ``point(row, axis, number)`` in place
-    of ``log_metrics``.
+    ``keep(artifact, folder)``, ``alert(title, text)``, ``end(state, error)``, and in place of
+    ``log_metrics`` ``point(row, axis, number)``.
 
     Args:
         folder: of the run; None: nothing is logged.
@@ -131,6 +154,16 @@ class Log:
                 outlet.call("log_metrics", row, step=self._rows if axis is None else int(at))
         self._rows += 1
 
+    def ended(self, name: str, seconds: float | None = None) -> None:
+        """Say that a stage has ended well.
+
+        Args:
+            seconds: for the summary.
+        """
+        if seconds is not None:
+            self.summarise({f"cost/{name}/seconds": seconds})
+        self._keep([one for one in ARTIFACTS if one.after == name])
+
     def summarise(self, values: Mapping[str, Any]) -> None:
         """Set what a table of runs has: the latest value by name."""
         self._tell("summarise", dict(values))
@@ -138,12 +171,6 @@ class Log:
     def show(self, media: Callable[[], Mapping[str, Any]]) -> None:
         """Show tables, pages and figures, which are made where a logger shows them only."""
         self._tell("show", media)
-
-    def keep(self, file: File) -> None:
-        """Keep files, those that are there."""
-        there = [path for path in file.paths if path.exists()]
-        if there:
-            self._tell("keep", dataclasses.replace(file, paths=there))
 
     def alert(self, title: str, text: str) -> None:
         """Tell a person."""
@@ -153,6 +180,8 @@ class Log:
         """Say how the run ended, and wait for the loggers, which may take a bounded time."""
         if not self._begun:
             return
+        if state == "finished":
+            self._keep([one for one in ARTIFACTS if not one.after])
         if state == "failed":
             self.alert("failed", error)
         self.summarise({"state": state, **({"error": error} if error else {})})
@@ -162,6 +191,10 @@ class Log:
         self._begun = False
         for outlet in [*self.outlets, *([self._file] if self._file else [])]:
             outlet.close()
+
+    def _keep(self, artifacts: Sequence[Artifact]) -> None:
+        for one in artifacts:
+            self._tell("keep", one, self.folder)
 
     def _tell(self, method: str, *arguments: Any, **named: Any) -> None:
         if self._begun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -13,7 +14,7 @@ import pytorch_lightning.loggers as loggers
 from pytorch_lightning.utilities import rank_zero_only
 
 from fimo.errors import InputError
-from fimo.live.log import About, State
+from fimo.live.log import About, Artifact, State
 from fimo.live.sweep_job import sweep_job
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ MODES = ("offline", "online", "disabled")
 
 ID = "wandb_id"
 """The file of a run's folder with the W&B run's id."""
+
+DATASET = "dataset.json"
+"""The description of the data set that is kept instead of the data."""
 
 CONNECT_SECONDS = 20
 """How long an online run waits for a server before it is written offline."""
@@ -96,6 +100,7 @@ class WandbLogger(loggers.WandbLogger):
         self.console, self.system_metrics, self.code = console, system_metrics, code
         self.own_dir = save_dir
         self._known: set[str] = set()
+        self._digests: dict[str, str] = {}
 
     @property
     def run(self) -> wandb.Run | None:
@@ -130,6 +135,7 @@ class WandbLogger(loggers.WandbLogger):
             wandb.teardown()
             run = self._init(about, "offline")
         self._experiment = run
+        self._inputs(about)
         if run.offline:
             log.info("W&B is written offline; to sync it: wandb sync %s", self._to_sync(about))
         else:
@@ -192,6 +198,37 @@ class WandbLogger(loggers.WandbLogger):
         """Log W&B's media."""
         if self.run is not None:
             self.run.log(dict(media()))
+
+    def keep(self, artifact: Artifact, folder: Path) -> None:
+        """Keep the files of an artifact that are there and not too large, and what it was made from."""
+        files = [path for pattern in artifact.files for path in sorted(folder.glob(pattern))]
+        self._keep(artifact, [path for path in files if path.stat().st_size <= self.artifacts * 2**20])
+
+    def _keep(self, about: Artifact, files: Sequence[Path], used: bool = False) -> None:
+        import wandb
+
+        if self.run is None or not files:
+            return
+        made_from = {name: self._digests[name] for name in about.made_from if name in self._digests}
+        made = wandb.Artifact(about.name, about.kind, metadata={"made_from": made_from})
+        for path in files:  # read when they are sent, or kept by their place: not copied
+            made.add_file(str(path), path.name, policy="immutable", skip_cache=True)
+        self._digests[about.name] = made.digest
+        if not used:
+            self.run.log_artifact(made)
+        elif self.run.offline:  # use_artifact refuses; this writes what it would
+            self.run._log_artifact(made, is_user_created=True, use_after_commit=True)
+        else:
+            self.run.use_artifact(made)
+
+    def _inputs(self, about: About) -> None:
+        """Say what the run is made from: a data set (its description), and a model of W&B's."""
+        if about.dataset is not None and self.artifacts > 0:
+            path = about.folder / DATASET
+            path.write_text(json.dumps(about.dataset(), indent=1))
+            self._keep(Artifact("dataset", "dataset", []), [path], used=True)
+        if about.checkpoint is not None and self.run is not None and not self.run.offline:
+            self.run.use_artifact(about.checkpoint)
 
     def alert(self, title: str, text: str) -> None:
         """Tell those who follow the project."""

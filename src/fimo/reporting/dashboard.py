@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fimo.errors import InputError
-from fimo.reporting.wandb import STEP
+from fimo.live.agreement import STEP
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace

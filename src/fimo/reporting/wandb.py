@@ -9,14 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fimo.evaluation.ceiling import TOO_LOW
+from fimo.live.agreement import STEP
 from fimo.live.log import Log
 from fimo.reporting.curves import agreement_table, distance_table
 from fimo.reporting.findings import at_last_point, influences
 from fimo.reporting.instance_table import InstanceDisplay
 from fimo.reporting.results import Results, plain
-
-STEP = "further_training/step"
-"""The x-axis of everything that depends on the amount of further training."""
 
 FIGURES = ("agreement", "seeds", "cost")
 """Those of the report that a dashboard has, of the first metric."""
@@ -33,7 +32,11 @@ def tell(log: Log, results: Results, report: Path | None = None) -> None:
     """
     for record in history(results):
         log.log({k: v for k, v in record.items() if k != STEP}, STEP, record[STEP])
-    log.summarise(summary(results))
+    found = summary(results)
+    log.summarise(found)
+    ceiling = found.get(f"last_ceiling/{results.metrics[0]}")
+    if ceiling is not None and ceiling < TOO_LOW:
+        log.alert("too few seeds", f"the noise ceiling is {ceiling:.2f}: methods can't be told apart")
     log.show(partial(media, results, report))
 
 
