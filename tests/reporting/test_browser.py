@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fimo.reporting import write_report
+from fimo.reporting import write_audit_report, write_report
+from tests.reporting.audit_example import example_run
 from tests.reporting.example import example, example_tasks, show_text
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -114,3 +115,83 @@ def test_tabs_of_several_runs_are_drawn_when_opened_and_text_stays_text(tmp_path
     assert answer["opened"]
     assert answer["traces"] > 4
     assert answer["sentence"].startswith("<script>alert(")
+
+
+def test_an_audit_s_tables_sort_search_filter_and_download(tmp_path: Path) -> None:
+    audit = example_run().audit
+    answer, console = visit(
+        write_audit_report(example_run(), tmp_path / "report.html"),
+        """
+        const box = document.querySelector('.data[data-table="rows"]');
+        const names = () => Array.from(box.querySelectorAll("tbody td:first-child"), (td) => td.textContent);
+        const count = () => box.querySelector(".count").textContent;
+        const heads = Array.from(box.querySelectorAll(".sorter"));
+        const head = (label) => heads.find((b) => b.textContent.startsWith(label));
+        const first = names();
+        head("predicted effect").click();
+        const falling = names();
+        head("predicted effect").click();
+        const rising = names();
+        const choose = box.querySelector(".tools select");
+        choose.value = "harmful";
+        choose.dispatchEvent(new Event("change"));
+        const harmful = count();
+        const csv = [];
+        const made = URL.createObjectURL;
+        URL.createObjectURL = (blob) => { csv.push(blob.size); return made.call(URL, blob); };
+        box.querySelector(".tools button").click();
+        choose.value = "";
+        choose.dispatchEvent(new Event("change"));
+        document.querySelector(".find").click();
+        return {first, falling, rising, harmful, csv, found: names(), after: count()};
+        """,
+    )
+    assert console == ""
+    by_score = audit.rows.sort_values("score")["id"].tolist()
+    assert answer["rising"] == by_score[:15]
+    assert answer["falling"] == by_score[::-1][:15]
+    harmful = audit.rows[audit.rows["verdict"] == "harmful"]
+    assert answer["harmful"] == f"{len(harmful)} of 300"
+    assert answer["csv"][0] > 40 * len(harmful)
+    largest = audit.rows[audit.rows["verdict"] == "helpful"].sort_values("effect")["id"].iloc[-1]
+    assert answer["found"] == [largest], "a name of the first screen leads to its line"
+    assert answer["after"] == "1 of 300"
+
+
+def test_an_audit_explains_the_test_instance_that_is_chosen(tmp_path: Path) -> None:
+    pairs = example_run().audit.pairs
+    answer, console = visit(
+        write_audit_report(example_run(), tmp_path / "report.html"),
+        """
+        const why = document.querySelector(".why");
+        const state = () => ({
+          shown: why.querySelector(".instance-shown b").textContent,
+          first: Array.from(why.querySelectorAll(".data")).at(-1).querySelector("td.id").textContent,
+        });
+        const before = state();
+        const pick = why.querySelector("select");
+        pick.value = "1";
+        pick.dispatchEvent(new Event("change"));
+        return {before, after: state()};
+        """,
+    )
+    assert console == ""
+    for state, row in ((answer["before"], 3), (answer["after"], 17)):
+        of_test = pairs[(pairs["test_row"] == row) & pairs["effect"].notna()]
+        largest = of_test.loc[of_test["effect"].abs().idxmax(), "id"]
+        assert state == {"shown": f"H{row:05d}", "first": largest}
+
+
+def test_a_link_of_the_contents_opens_the_folded_section_and_draws_it(tmp_path: Path) -> None:
+    answer, console = visit(
+        write_report(example(), tmp_path / "report.html"),
+        """
+        const section = document.getElementById("run0-methods");
+        const before = section.open;
+        document.querySelector('a[href="#run0-methods"]').click();
+        dispatchEvent(new Event("hashchange"));
+        return {before, after: section.open};
+        """,
+    )
+    assert console == ""
+    assert (answer["before"], answer["after"]) == (False, True)

@@ -19,7 +19,7 @@ from fimo.audit.question import Resources
 from fimo.audit.removal import Removal
 from fimo.audit.verify import Verified
 from fimo.audit.why import why
-from fimo.data.display import Display
+from fimo.data.display import Display, figures
 from fimo.further_training.seeds import other_seeds
 
 FEWEST_TESTS = 10
@@ -149,13 +149,18 @@ def proof_in_words(table: pd.DataFrame) -> list[str]:
         by: dict[str, dict[str, Any]] = lines.set_index("removed").to_dict("index")  # type: ignore[assignment]
         best, random = by[HARMFUL], by[RANDOM]
         before = best["mean"] - best["change"]
+        over_seeds, over_tests = (figures(best[c], 1) for c in ("change_sem", "change_sem_tests"))
         found.append(
-            f"without the {int(best['rows'])} harmful and suspect rows, {metric} goes from {before:.4g} to "
-            f"{best['mean']:.4g} ({best['change']:+.2g} ± {best['change_sem']:.1g} over seeds, ± "
-            f"{best['change_sem_tests']:.1g} over test rows); without as many random rows it changes by "
-            f"{random['change']:+.2g} ± {random['change_sem']:.1g}"
+            f"without the {int(best['rows'])} harmful and suspect rows, {metric} goes from {figures(before)} "
+            f"to {figures(best['mean'])} ({_signed(best['change'])} ± {over_seeds} over seeds, ± "
+            f"{over_tests} over test rows); without as many random rows it changes by "
+            f"{_signed(random['change'])} ± {figures(random['change_sem'], 1)}"
         )
     return found
+
+
+def _signed(value: float) -> str:
+    return ("+" if value >= 0 else "") + figures(value, 2)
 
 
 def judged(tests: int) -> bool:

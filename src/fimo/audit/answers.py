@@ -7,6 +7,7 @@ from typing import Any
 
 from fimo.audit.explained import Shown
 from fimo.audit.why import Answer, Step
+from fimo.data.display import figures
 from fimo.data.origin import Origin
 
 
@@ -58,7 +59,7 @@ def answer_in_words(answer: Answer, shown: Shown, train: Origin, typical_error: 
 
 
 def _value(value: float, shown: Shown) -> str:
-    return f"{value:.4g} {shown.unit}".strip()
+    return f"{figures(value)} {shown.unit}".strip()
 
 
 def _rows(step: Step, train: Origin) -> str:

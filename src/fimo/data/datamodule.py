@@ -14,7 +14,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-from fimo.data.display import Display
+from fimo.data.display import Display, figures
 from fimo.data.instances import Instances
 from fimo.data.origin import Origin
 from fimo.errors import InputError
@@ -83,7 +83,7 @@ class InstancesModule(pl.LightningDataModule):
         """Return one instance's network outputs as a person reads them: the class, or the values."""
         if self.task == "classification":
             return self.class_names[int(outputs.argmax())] if self.class_names else str(int(outputs.argmax()))
-        return ", ".join(f"{v:.4g}" for v in outputs.flatten()[:3].tolist())
+        return ", ".join(figures(v) for v in outputs.flatten()[:3].tolist())
 
     def original(self, values: Tensor) -> Tensor:
         """Return outputs or targets of a regression ``[...]`` in the target's own units."""

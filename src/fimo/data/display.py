@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 
+def figures(value: float, digits: int = 4) -> str:
+    """Return a number with so many significant digits, large ones as whole numbers: 0.01235, 497831."""
+    return f"{value:.0f}" if 10**digits <= abs(value) < 1e12 else f"{value:.{digits}g}"
+
+
 @dataclass(frozen=True)
 class Display:
     """One instance for a report or a dashboard.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fimo.data.datamodule import InstancesModule, Split, held_out, plain
-from fimo.data.display import Display
+from fimo.data.display import Display, figures
 from fimo.data.instances import Instances
 from fimo.data.origin import Origin, Sources
 from fimo.data.target import check_numeric, class_target, regression_target, seen_task
@@ -148,7 +148,7 @@ class TabularModule(InstancesModule):
     def prediction(self, outputs: Tensor) -> str:
         if self.task == "classification":
             return super().prediction(outputs)
-        return f"{float(self.original(outputs)):.4g} {self.unit}".strip()
+        return f"{figures(float(self.original(outputs)))} {self.unit}".strip()
 
     def original(self, values: Tensor) -> Tensor:
         """Return outputs or targets of a regression ``[...]`` in the target's own units."""

@@ -13,10 +13,13 @@ from fimo.reporting.audit_run import AuditRun, suspects
 from fimo.reporting.class_effects import ClassEffects, class_effects
 from fimo.reporting.findings import poor_model
 from fimo.reporting.instance_lines import line
-from fimo.reporting.numbers import number
+from fimo.reporting.numbers import MINUS, number
 
 MOST_ROWS = 5
 """Of each side on the first screen."""
+
+SIDES = {"lowers": "raise it most", "raises": "lower it most"}
+"""Of removals: what the rows do to a prediction, by what becomes of it without them."""
 
 MOST_TESTS = 3
 """Named test instances whose answers are on the first screen."""
@@ -29,7 +32,7 @@ def audit_answer(run: AuditRun) -> Answer:
         question=f"Which training {run.noun}s matter to this model?",
         about=_about(run),
         verdict=_verdict(run),
-        why=[f"{test_name(a)}: {sentence(a['text'])}" for a in answers[:MOST_TESTS] if a.get("text")],
+        why=[f"{test_name(a)}: {in_short(a)}" for a in answers[:MOST_TESTS] if a.get("text")],
         helpful=_named(run, 1),
         harmful=_named(run, -1),
         others=_others(run),
@@ -55,6 +58,29 @@ def test_name(answer: Mapping[str, Any]) -> str:
     """Return what a named test instance is called."""
     identifier = str(answer["test_id"])
     return f"Test row {identifier}" if identifier == str(answer["test_row"]) else identifier
+
+
+def in_short(answer: Mapping[str, Any]) -> str:
+    """Return what becomes of a prediction without its foremost rows, in a short sentence."""
+    steps: list[Mapping[str, Any]] = answer.get("removals") or []
+    if not steps:
+        return sentence(str(answer["text"]))
+    last, turned = steps[-1], answer.get("turned_by")
+    if last.get("label"):
+        head = f"predicted {answer['prediction']} with probability {answer['probability']:.2f}"
+        if turned is not None:
+            return f"{head}; without {counted(turned, 'row')} it is {answer['prediction_without']}."
+        return f"{head}; it stays so without {counted(last['removed'], 'row')} that support it most."
+    unit = f" {answer['unit']}" if answer.get("unit") else ""
+    parts = [f"predicted {number(answer['prediction'])}{unit}"]
+    for side, word in SIDES.items():
+        of_side = [step for step in steps if step["side"] == side]
+        if of_side:
+            step = of_side[-1]
+            moved = f"{step['change']:+.3g}" if abs(step["change"]) < 1000 else f"{step['change']:+.0f}"
+            moved = f"{moved} ± {number(step['change_sem'], 2)}".replace("-", MINUS)
+            parts.append(f"{moved} without the {counted(step['removed'], 'row')} that {word}")
+    return "; ".join(parts) + "."
 
 
 def effects_by_class(run: AuditRun) -> ClassEffects | None:

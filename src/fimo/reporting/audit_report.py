@@ -10,7 +10,7 @@ import pandas as pd
 
 from fimo.audit.result import Audit
 from fimo.reporting.answer import counted, listed, sentence
-from fimo.reporting.audit_answer import audit_answer, effects_by_class, row_name
+from fimo.reporting.audit_answer import SIDES, audit_answer, effects_by_class, row_name
 from fimo.reporting.audit_run import EVERY_ROW, AuditRun, suspects, train_rows
 from fimo.reporting.flat import flat
 from fimo.reporting.html_page import write_page
@@ -26,9 +26,6 @@ MOST_MEMBERS = 12
 """Of a group that are named."""
 
 EFFECT = "change of the mean test loss when it is removed, ± standard error; positive: it helps"
-SIDES = {"lowers": "raise it most", "raises": "lower it most"}
-"""By what becomes of the prediction without them."""
-
 PROVEN = ("removed", "rows", "mean", "sem", "change", "change_sem", "seeds")
 ITSELF = "change of the row's own loss when it is removed"
 SUSPECT = "false discovery rate of the suspects up to this row"
@@ -130,13 +127,15 @@ def suspects_table(run: AuditRun, found: pd.DataFrame) -> dict[str, Any]:
 
 def groups_table(groups: pd.DataFrame) -> dict[str, Any]:
     """Return the table of groups."""
-    measured = effects(groups["effect"], groups["effect_sem"])
+    measured, missing = effects(groups["effect"], groups["effect_sem"]), [float("nan")] * len(groups)
     columns = [
         Column("group", "name", list(groups["group"])),
         Column("kind", "text", list(groups["kind"])),
         Column("rows", "number", list(groups["size"])),
         Column("measured effect", "effect", measured, "of removing all of them"),
-        Column("predicted", "number", list(groups["score"]), "the sum of their predicted effects"),
+        Column(
+            "predicted", "effect", effects(groups["score"], missing), "the sum of their predicted effects"
+        ),
         Column("verdict", "verdict", list(groups["verdict"])),
         Column("what they share", "text", list(groups["shared"])),
         Column("members", "text", [listed(str(ids).split(), MOST_MEMBERS) for ids in groups["ids"]]),

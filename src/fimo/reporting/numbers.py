@@ -51,6 +51,11 @@ class Unit:
     size: float
     label: str
 
+    def digits(self, errors: Sequence[float | None]) -> int:
+        """Return the decimals with which values and their errors are written: 2, or 3 for small errors."""
+        known = [e / self.size for e in errors if e]
+        return 3 if known and min(known) < 0.01 else 2
+
     @classmethod
     def of(cls, values: Sequence[float]) -> Unit:
         largest = max(map(abs, values), default=0.0)

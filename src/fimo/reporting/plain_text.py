@@ -59,10 +59,11 @@ def _lines(answer: Answer, width: int) -> Iterator[str]:
 
 def _cells(rows: Sequence[NamedRow], unit: Unit) -> list[list[str]]:
     """Return a header and a line for each row, without columns that are empty throughout."""
+    digits = unit.digits([row.error for row in rows])
     lines = [["", "effect", "verdict", "target", "model says", "values"]]
     for row in rows:
-        error = "" if row.error is None else f" ± {row.error / unit.size:.2f}"
-        effect = f"{row.effect / unit.size:+.2f}".replace("-", MINUS) + error
+        error = "" if row.error is None else f" ± {row.error / unit.size:.{digits}f}"
+        effect = f"{row.effect / unit.size:+.{digits}f}".replace("-", MINUS) + error
         lines.append([row.name, effect, row.verdict, row.target, row.prediction, row.line])
     filled = [k for k in range(len(lines[0])) if any(line[k] for line in lines[1:])]
     return [[line[k] for k in filled] for line in lines]

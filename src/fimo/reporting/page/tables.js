@@ -27,17 +27,21 @@ function download(name, text) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
-function unitOf(values) {
+// A power of ten that a column of small numbers shares, and decimals that show its errors.
+function unitOf(values, errors) {
   const most = Math.max(0, ...values.map(Math.abs).filter(Number.isFinite));
   const exponent = most > 0 ? Math.floor(Math.log10(most)) : 0;
-  return exponent >= 0 && exponent <= 4 ? { size: 1, label: "", digits: exponent > 1 ? 0 : 2 } : { size: 10 ** exponent, label: power(exponent).trim(), digits: 2 };
+  const plainly = exponent >= 0 && exponent <= 4;
+  const size = plainly ? 1 : 10 ** exponent;
+  const least = Math.min(...errors.filter((e) => e > 0)) / size;
+  return { size, label: plainly ? "" : power(exponent).trim(), digits: plainly && exponent > 1 ? 0 : least < 0.01 ? 3 : 2 };
 }
 
 function dataTable(box, table) {
   const { columns, rows } = table;
   const step = table.shown || 15;
   const state = { sort: table.sort ?? -1, descending: table.descending ?? true, shown: step, text: "", verdict: "" };
-  const units = columns.map((c, k) => (c.kind === "effect" ? unitOf(rows.map((r) => r[k]?.[0] ?? 0)) : null));
+  const units = columns.map((c, k) => (c.kind === "effect" ? unitOf(rows.map((r) => r[k]?.[0] ?? 0), rows.map((r) => r[k]?.[1] ?? 0)) : null));
   const haystack = rows.map((row) => row.map(words).join("\u0000").toLowerCase());
   const verdict = columns.findIndex((c) => c.kind === "verdict");
 
@@ -102,8 +106,10 @@ function dataTable(box, table) {
       if (value?.image) td.append(picture(value.image, "instance"));
       return td;
     }
-    const td = make("td", value === null ? "" : number(value, 6));
-    if (words(value).length > 40) td.className = "sentence";
+    const text = value === null ? "" : number(value, 6);
+    if (text.length <= 40) return make("td", text);
+    const td = make("td", null, "sentence");
+    td.append(make("div", text, "clamp"));
     return td;
   }
 
