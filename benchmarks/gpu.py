@@ -14,7 +14,9 @@ Prints a table, and writes it with all figures as ``gpu.json`` and ``gpu.txt``:
 - ``block``: a transformer's block and head (width 384, 12 heads, 32 tokens, 1.8 M parameters, random
   weights), 50 left out x 20 seeds x 100 steps, against a plain loop;
 - ``lora``: adapters of rank 8 on all attention layers of a GPT-2 of 124 M parameters with random weights,
-  64 replicas of a batch of 4 x 64 tokens against one after another, some steps of each.
+  64 replicas of a batch of 4 x 64 tokens against one after another, some steps of each;
+- ``methods``: Grad-Dot, DataInf and EK-FAC on the block (N = 600, J = 40) beside a plain forward and backward
+  pass over its training set, and kronfluence's EK-FAC where that is installed.
 
 Without ``--data`` the table is drawn at random in concrete's shape: 927 + 103 instances, 8 features. The
 final model is an MLP 8-128-128-1, trained for 1,000 epochs by SGD .1. ``--device cpu`` tries the program.
@@ -26,8 +28,10 @@ import argparse
 import copy
 import dataclasses
 import functools
+import importlib.util
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+import fimo
 from fimo.data.concrete import ConcreteData
 from fimo.data.instances import Instances
 from fimo.engine.chunk import Chunk
@@ -438,6 +443,76 @@ def adapters_of_one(setting: Setting, steps: int) -> float:
     return timed(device, lambda: loop(steps))[0] / steps
 
 
+def measure_methods(args: argparse.Namespace, device: torch.device) -> tuple[Figures, list[str]]:
+    """Attribute the block's test losses, in passes over its training set."""
+    torch.manual_seed(0)
+    n = 600 if device.type == "cuda" else 60
+    x, y = torch.randn(n + 40, 32, 384), torch.randint(2, (n + 40,))
+    train, test = Instances(x[:n], y[:n]).to(device), Instances(x[n:], y[n:]).to(device)
+    model = FinalModel(Block(), cross_entropy, accept_poor=True).to(device)
+    own = copy.deepcopy(model.network).requires_grad_(True)
+
+    def plain_pass() -> None:
+        for batch in train.batches(32):
+            F.cross_entropy(own(batch.inputs), batch.targets).backward()
+
+    seconds, scores = {}, {}
+    ways: dict[str, Callable[[], Tensor | None]] = {"plain pass": plain_pass}  # type: ignore[dict-item]
+    for name in ("graddot", "datainf", "ekfac"):
+        ways[name] = functools.partial(attributed, model, train, test, name, device)
+    if importlib.util.find_spec("kronfluence"):
+        ways["kronfluence"] = functools.partial(kronfluence, own, train, test)
+    for name, way in ways.items():
+        way()  # libraries are loaded and kernels chosen
+        seconds[name], scores[name] = timed(device, way)
+    said = [f"N = {n}, {model.size:,} parameters"]
+    for name, taken in seconds.items():
+        said.append(f"{name:12s} {taken:8.3f} s, {taken / seconds['plain pass']:6.1f} passes")
+    found: Figures = {"seconds": seconds, "n": n}
+    if "kronfluence" in scores:
+        a, b = (scores[k].double().cpu() for k in ("ekfac", "kronfluence"))
+        found["cosine"] = F.cosine_similarity(a, b, dim=1).mean().item()
+        said.append(f"cosine of both EK-FACs, mean over test instances: {found['cosine']:.3f}")
+    return found, said
+
+
+def attributed(
+    model: FinalModel, train: Instances, test: Instances, method: str, device: torch.device
+) -> Tensor:
+    settings = {"memory_mb": 16384.0}
+    return fimo.attribute(model, train, test, method, device=device, **settings).values
+
+
+def kronfluence(network: nn.Module, train: Instances, test: Instances) -> Tensor:
+    """Return kronfluence's EK-FAC scores ``[J, N]``, with our damping."""
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import ScoreArguments
+    from kronfluence.task import Task
+    from torch.utils.data import TensorDataset
+
+    class Classified(Task):  # type: ignore[misc]
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+            logits = model(batch[0])
+            drawn = torch.multinomial(logits.detach().softmax(1), 1)[:, 0] if sample else batch[1]
+            return F.cross_entropy(logits, drawn, reduction="sum")
+
+        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+            return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+    task = Classified()
+    with tempfile.TemporaryDirectory() as folder:
+        data = [TensorDataset(part.inputs.cpu(), part.targets.cpu()) for part in (train, test)]  # type: ignore[union-attr]
+        prepared = prepare_model(copy.deepcopy(network), task)
+        analyzer = Analyzer("gpu", prepared, task, cpu=train.targets.device.type == "cpu", output_dir=folder)
+        analyzer.fit_all_factors("factors", data[0], per_device_batch_size=100)
+        analyzer.compute_pairwise_scores(
+            "scores", "factors", query_dataset=data[1], train_dataset=data[0], per_device_query_batch_size=40,
+            per_device_train_batch_size=100, score_args=ScoreArguments(damping_factor=None),
+        )  # fmt: skip
+        scores: Tensor = analyzer.load_pairwise_scores("scores")["all_modules"]
+    return scores
+
+
 def trainer(device: torch.device) -> dict[str, Any]:
     return {"accelerator": "gpu" if device.type == "cuda" else "cpu"}
 
@@ -462,6 +537,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, torch.device], tuple[Figures, lis
     "agreement": measure_agreement,
     "block": measure_block,
     "lora": measure_lora,
+    "methods": measure_methods,
 }
 
 if __name__ == "__main__":
