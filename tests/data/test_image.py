@@ -83,7 +83,7 @@ def test_parquet_files_hold_the_same_images(tmp_path: Path) -> None:
     assert isinstance(theirs.train.inputs, torch.Tensor)
     assert torch.equal(ours.train.inputs, theirs.train.inputs)
     assert torch.equal(ours.test.targets, theirs.test.targets)
-    with pytest.raises(InputError, match=r"dataset.label: label 1 is not among the 1 classes"):
+    with pytest.raises(InputError, match=r"dataset.target: label 1 is not among the 1 classes"):
         image_data(tmp_path / "tables", image="img", class_names=["cat"])
 
 

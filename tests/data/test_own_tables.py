@@ -379,6 +379,16 @@ def test_choices_that_do_not_fit_are_named(tmp_path: Path, arguments: dict, key:
     assert said in caught.value.problem
 
 
+def test_the_file_is_given_back_as_it_is_written(tmp_path: Path) -> None:
+    frame = houses().assign(size=[f"{v:.2f}0" for v in houses()["size"]])
+    data = load(tmp_path, frame, missing="drop")
+    table = data.table()
+    assert table["size"].tolist() == frame["size"].tolist()
+    assert (table["state"] == "").sum() == (frame["state"] == "").sum()
+    row = rows_of(data)[5]
+    assert table["quarter"].iloc[row] == data.display("train", 5).row["quarter"]
+
+
 def test_a_table_of_numbers_is_taken_as_it_always_was(tmp_path: Path) -> None:
     generator = np.random.default_rng(5)
     frame = pd.DataFrame(generator.normal(size=(80, 4)) * [1, 1e6, 1e-5, 0], columns=list("abcd")).assign(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -103,14 +105,14 @@ def test_all_formats_hold_the_same_texts(tmp_path: Path) -> None:
             TRAIN,
             TEST + "fine\t2\n",
             {},
-            "dataset.label",
+            "dataset.target",
             "label '2' in data row 3 (line 5) of the test data is not among",
         ),
         (TRAIN, TEST, {"text": "words"}, "dataset.text", "no column 'words' in the train data"),
         (TRAIN, "sentence\tlabel\n", {}, "dataset.path", "the test data have no rows"),
         (TRAIN, TEST, {"tokenizer": None}, "dataset.tokenizer", "must be given; a text model"),
         (TRAIN, TEST, {"max_length": 0}, "dataset.max_length", "expected a positive number"),
-        (TRAIN.replace("\t1", "\t0"), TEST, {"class_names": None}, "dataset.label", "has 1 classes"),
+        (TRAIN.replace("\t1", "\t0"), TEST, {"class_names": None}, "dataset.target", "has 1 classes"),
     ],
 )
 def test_bad_texts_are_answered_by_key(
@@ -166,3 +168,35 @@ def test_sst2_is_read_as_it_is_published() -> None:
     data = text_data(Path(str(FIMO_DATA)) / "sst2", train_size=100)
     assert (len(data.train), len(data.test)) == (100, 872)
     assert 0.4 < float(data.test.targets.double().mean()) < 0.6
+
+
+def test_a_test_file_a_column_of_parts_and_json_lines_are_the_same_texts(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {"text": [f"film {k}" for k in range(30)], "label": ["no", "yes"] * 15,
+         "part": ["Test" if k % 5 == 0 else "train" for k in range(30)]}
+    )  # fmt: skip
+    frame.to_csv(tmp_path / "all.csv", index=False)
+    is_test = frame["part"] == "Test"
+    frame[~is_test].to_json(tmp_path / "train.jsonl", orient="records", lines=True)
+    frame[is_test].to_json(tmp_path / "more.jsonl", orient="records", lines=True)
+    column = text_data(str(tmp_path / "all.csv"), text="text", split="part", class_names=None)
+    files = text_data(
+        str(tmp_path / "train.jsonl"), text="text", test_path=str(tmp_path / "more.jsonl"), class_names=None
+    )
+    for split in ("train", "test"):
+        one, other = getattr(column, split).tensors(), getattr(files, split).tensors()
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert column.origin("test").row.tolist() == np.flatnonzero(is_test).tolist()
+    assert "6 test rows (test)" in column.decisions[0]
+    assert files.origin("test").where(2) == "data row 2 (line 3)"
+    with pytest.raises(InputError, match=r"dataset\.split: no column 'parts'"):
+        text_data(str(tmp_path / "all.csv"), text="text", split="parts", class_names=None)
+
+
+def test_the_classes_column_may_still_be_called_label(tmp_path: Path) -> None:
+    rows = ["text,kind", *(f"text {k},{'yes' if k % 3 else 'no'}" for k in range(20))]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    for name in ("target", "label"):
+        data = text_data(str(tmp_path / "t.csv"), text="text", class_names=None, **{name: "kind"})
+        assert data.class_names == ("no", "yes")

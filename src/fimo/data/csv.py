@@ -25,7 +25,7 @@ from fimo.data.features import features
 from fimo.data.origin import Origin, Sources
 from fimo.data.parts import parts
 from fimo.data.preprocessing import OwnScale, transformed
-from fimo.data.reading import EXACT, Form, read_file, read_frame
+from fimo.data.reading import EXACT, Form, as_written, read_file, read_frame
 from fimo.data.tabular import Scale, Table, TabularModule, pick_target
 from fimo.data.target import check_numeric, target_values
 from fimo.errors import InputError, nearest
@@ -143,6 +143,9 @@ class CsvData(TabularModule):
         made = features(self._columns, train, self.max_levels)
         self.decisions = (*self.decisions, *made.decisions)
         return self.scaled(made.values, made.indicators, train)
+
+    def table(self) -> pd.DataFrame:
+        return as_written(self.path, self.form)
 
     def target_scale(self, target: pd.Series, train: np.ndarray) -> Scale:
         if self.target_transform is not None:

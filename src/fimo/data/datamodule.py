@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import pytorch_lightning as pl
 import torch
 from sklearn.model_selection import train_test_split
@@ -38,6 +39,7 @@ class InstancesModule(pl.LightningDataModule):
         task: what is predicted.
         outputs: width of the network's output (classes, or regression targets).
         class_names: by class index; empty for regression.
+        unit: of a regression's target in its own units (:meth:`original`); empty where it has none.
         decisions: what was decided about the data on the way, a line each.
         origins: where the instances of a part came from; counted by position where nothing is said.
     """
@@ -47,6 +49,7 @@ class InstancesModule(pl.LightningDataModule):
     task: Task
     outputs: int
     class_names: tuple[str, ...] = ()
+    unit: str = ""
     decisions: tuple[str, ...] = ()
     origins: Mapping[Split, Origin]
 
@@ -67,6 +70,13 @@ class InstancesModule(pl.LightningDataModule):
     def origin(self, split: Split) -> Origin:
         """Return where the instances of a part came from: their rows in the user's file, and their names."""
         return self.origins[split] if split in self.origins else Origin.counted(len(getattr(self, split)))
+
+    def table(self) -> pd.DataFrame | None:
+        """Return the file of the training rows as it is, all rows and columns; None where there is no table.
+
+        ``origin("train").row`` are rows of it.
+        """
+        return None
 
     def named(self, split: Split, index: int) -> Display:
         """Return an instance as a person reads it, under its own name, with what its source says beside."""

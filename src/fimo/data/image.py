@@ -62,7 +62,7 @@ class ImageData(InstancesModule):
         hub: name of a data set on the hub, read where ``path`` is None.
         size: height and width that images are resized to; None keeps them, which must then be alike.
         channels: 3 (colours) or 1 (greys).
-        image, label: columns of parquet files and hub data sets.
+        image, target: columns of parquet files and hub data sets; ``label`` is an earlier name of ``target``.
         id: their column of identifiers; files in folders are called by their path.
         class_names: of integer labels 0, 1, ...; None takes the labels found in the training set.
         train_size, test_size: how many instances, drawn at random; None for all.
@@ -76,7 +76,7 @@ class ImageData(InstancesModule):
         size: int | None = None,
         channels: int = 3,
         image: str = "image",
-        label: str = "label",
+        target: str = "label",
         class_names: Sequence[str] | None = None,
         train_size: int | None = None,
         test_size: int | None = None,
@@ -84,6 +84,7 @@ class ImageData(InstancesModule):
         batch_size: int = 128,
         split_seed: int = 0,
         id: str | None = None,
+        label: str | None = None,
     ) -> None:
         super().__init__(name, batch_size)
         for key, value in (("size", size), ("train_size", train_size), ("test_size", test_size)):
@@ -93,7 +94,7 @@ class ImageData(InstancesModule):
             raise InputError("dataset.channels", f"expected 1 or 3 but got {channels}")
         self.task = "classification"
         self.path, self.hub, self.size, self.channels = path, hub, size, channels
-        self.image, self.label, self.id = image, label, id
+        self.image, self.target, self.id = image, target if label is None else label, id
         self.train_size, self.test_size, self.split_seed = train_size, test_size, split_seed
         self._given_names = tuple(class_names) if class_names is not None else None
 
@@ -151,15 +152,15 @@ class ImageData(InstancesModule):
             frame = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
         except Exception as error:  # pyarrow has its own errors
             raise InputError("dataset.path", f"{path}/{split}*.parquet can't be read ({error})") from None
-        for key, column in (("image", self.image), ("label", self.label)):
+        for key, column in (("image", self.image), ("target", self.target)):
             if column not in frame:
                 raise InputError(
                     f"dataset.{key}",
                     f"no column {column!r} in {files[0]}; there are {shortened(list(frame.columns))}",
                 )
         contents: list[Any] = [c.get("bytes") if isinstance(c, dict) else c for c in frame[self.image]]
-        origin = Origin.of_frame(frame, self.id, (self.image, self.label), path.name)
-        return Pictures(contents, [self._name(label) for label in frame[self.label]], origin)
+        origin = Origin.of_frame(frame, self.id, (self.image, self.target), path.name)
+        return Pictures(contents, [self._name(label) for label in frame[self.target]], origin)
 
     def _from_hub(self) -> tuple[Pictures, Pictures]:
         if self.hub is None:
@@ -176,8 +177,8 @@ class ImageData(InstancesModule):
         return tuple(  # type: ignore[return-value]
             Pictures(
                 [c["bytes"] for c in s[self.image]],
-                [self._name(label) for label in s[self.label]],
-                Origin.of_frame(s.remove_columns(self.image).to_pandas(), self.id, (self.label,), self.hub),
+                [self._name(label) for label in s[self.target]],
+                Origin.of_frame(s.remove_columns(self.image).to_pandas(), self.id, (self.target,), self.hub),
             )
             for s in splits
         )
@@ -187,7 +188,7 @@ class ImageData(InstancesModule):
         names = self._given_names
         if names is not None and not isinstance(label, str):
             if not 0 <= int(label) < len(names):
-                raise InputError("dataset.label", f"label {label} is not among the {len(names)} classes")
+                raise InputError("dataset.target", f"label {label} is not among the {len(names)} classes")
             return names[int(label)]
         return str(label)
 
@@ -196,7 +197,7 @@ class ImageData(InstancesModule):
         for label in pictures.labels:
             if label not in known:
                 raise InputError(
-                    "dataset.label",
+                    "dataset.target",
                     f"class {label!r} of a {split} image is not among {shortened(self.class_names)}",
                 )
         return torch.tensor([known[label] for label in pictures.labels])

@@ -35,6 +35,7 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.decompress,
     ".zip": lambda content: _only_member(content),
 }
+SHEETS, PARQUET, JSON = (".xlsx", ".xlsm", ".xls"), (".parquet", ".pq"), (".jsonl", ".json")
 GUESSED = "cp1252"
 """What a text that is not UTF-8 is read as where nothing is said: a superset of printable latin-1."""
 
@@ -72,14 +73,14 @@ def read_file(path: Path, form: Form, key: str = KEY) -> tuple[pd.DataFrame, int
     """
     check_file(path, key)
     suffix = path.suffix.lower()
-    if suffix in (".xlsx", ".xls", ".xlsm"):
+    if suffix in SHEETS:
         require(key, XLS if suffix == ".xls" else XLSX, "or give a text table")
         header = 0 if form.header else None
         frame = _read(path, key, lambda: pd.read_excel(path, sheet_name=form.sheet, header=header))
         return _named(frame.dropna(how="all", axis=1), form.header), None, ""
-    if suffix in (".parquet", ".pq"):
+    if suffix in PARQUET:
         return _named(_read(path, key, lambda: pd.read_parquet(path).reset_index(drop=True)), True), None, ""
-    if suffix in (".jsonl", ".json"):
+    if suffix in JSON:
         text = path.read_text("utf-8-sig")
         lines = suffix == ".jsonl"
         frame = _read(path, key, lambda: pd.DataFrame(_records(text) if lines else json.loads(text)))
@@ -87,6 +88,14 @@ def read_file(path: Path, form: Form, key: str = KEY) -> tuple[pd.DataFrame, int
     text, guessed = decoded(path, form.encoding, key)
     frame = parse(path, text, form.header, form.separator, form.decimal, key)
     return frame, first_line(text, len(frame), form.header), guessed
+
+
+def as_written(path: Path, form: Form) -> pd.DataFrame:
+    """Return a file's table with every cell of text as it is written."""
+    if path.suffix.lower() in (*SHEETS, *PARQUET, *JSON):
+        return read_file(path, form)[0]
+    text, _ = decoded(path, form.encoding, KEY)
+    return parse(path, text, form.header, form.separator, form.decimal, KEY, as_text=True)
 
 
 def read_frame(path: Path, header: bool | None, separator: str, encoding: str = "utf-8") -> pd.DataFrame:
@@ -140,12 +149,21 @@ def decoded(path: Path, encoding: str, key: str) -> tuple[str, str]:
     return text, guessed
 
 
-def parse(path: Path, text: str, header: bool | None, separator: str, decimal: str, key: str) -> pd.DataFrame:
+def parse(
+    path: Path,
+    text: str,
+    header: bool | None,
+    separator: str,
+    decimal: str,
+    key: str,
+    as_text: bool = False,
+) -> pd.DataFrame:
     """Return the table that a text is.
 
     Args:
         path: for errors.
         decimal: the point of numbers; cells in another form stay text.
+        as_text: every cell as it is written, empty ones too.
     """
     if separator not in SEPARATORS and len(separator) != 1:
         allowed = ", ".join(SEPARATORS)
@@ -171,7 +189,7 @@ def parse(path: Path, text: str, header: bool | None, separator: str, decimal: s
             header=0 if header else None,
             skipinitialspace=True,
             decimal=decimal,
-            **EXACT,
+            **({"dtype": str, "keep_default_na": False} if as_text else EXACT),
         )
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         reason = str(error).strip().splitlines()[0]

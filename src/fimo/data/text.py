@@ -17,8 +17,10 @@ from fimo.data.display import Display
 from fimo.data.hub import require_hub
 from fimo.data.instances import Instances
 from fimo.data.origin import Origin, first_line
+from fimo.data.parts import parts
+from fimo.data.reading import Form, check_file, read_file
 from fimo.data.tokens import Tokens, make_tokens
-from fimo.errors import InputError, shortened
+from fimo.errors import InputError, nearest, shortened
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +40,12 @@ class TextData(InstancesModule):
     Args:
         path: a folder with ``train.*`` and ``validation.*`` (or ``test.*``), or one file that is split; tsv,
             csv, parquet or jsonl.
+        test_path: a second file, which holds the test texts of a file ``path``.
+        split: name of a column of a file ``path`` that says which of its texts are the test part.
         hub: name of a data set on the hub, with a configuration after a colon (``glue:sst2``); read where
             ``path`` is None.
         tokenizer: ``bytes``, or a model's folder, package or hub name.
-        text, label: columns.
+        text, target: columns; ``label`` is an earlier name of ``target``.
         id: column of identifiers; all others are shown beside.
         class_names: in the order of the labels 0, 1, ...; None takes the labels found in the training set.
         max_length: most tokens of a text, special ones included; longer texts are cut. None: the model's.
@@ -57,7 +61,7 @@ class TextData(InstancesModule):
         hub: str | None = None,
         tokenizer: str | None = None,
         text: str = "text",
-        label: str = "label",
+        target: str = "label",
         class_names: Sequence[str] | None = None,
         max_length: int | None = None,
         train_size: int | None = None,
@@ -66,6 +70,9 @@ class TextData(InstancesModule):
         batch_size: int = 32,
         split_seed: int = 0,
         id: str | None = None,
+        test_path: str | None = None,
+        split: str | None = None,
+        label: str | None = None,
     ) -> None:
         super().__init__(name, batch_size)
         for key, value in (("max_length", max_length), ("train_size", train_size), ("test_size", test_size)):
@@ -73,7 +80,10 @@ class TextData(InstancesModule):
                 raise InputError(f"dataset.{key}", f"expected a positive number or null but got {value}")
         self.task = "classification"
         self.path, self.hub, self.tokenizer = path, hub, tokenizer
-        self.text, self.label, self.id = text, label, id
+        self.text, self.target, self.id = text, target if label is None else label, id
+        self.test_path, self.split = test_path, split
+        if test_path is not None and split is not None:
+            raise InputError("dataset.split", "expected either dataset.test_path or dataset.split")
         self.max_length, self.train_size, self.test_size = max_length, train_size, test_size
         self.split_seed = split_seed
         self._given_names = tuple(class_names) if class_names is not None else None
@@ -91,14 +101,14 @@ class TextData(InstancesModule):
         if isinstance(self.test_size, int):
             test, known_test = test.iloc[: self.test_size], known_test[: self.test_size]
         self.origins = {"train": known, "test": known_test}
-        self._set_classes(train[self.label])
+        self._set_classes(train[self.target])
         self._frames = {"train": train, "test": test}
         texts = [str(t) for frame in (train, test) for t in frame[self.text]]
         inputs = padded(self._cut(tokens, texts), tokens.padding)
         targets = torch.tensor(
             [
-                *self._indices(train[self.label], "train", known),
-                *self._indices(test[self.label], "test", known_test),
+                *self._indices(train[self.target], "train", known),
+                *self._indices(test[self.target], "test", known_test),
             ]
         )
         everything = Instances(inputs, targets)
@@ -110,6 +120,9 @@ class TextData(InstancesModule):
         """Number of token indices (what a network's embedding must know)."""
         return self._vocabulary
 
+    def table(self) -> pd.DataFrame:
+        return self._table
+
     def display(self, split: Split, index: int) -> Display:
         row = self._frames[split].iloc[index]
         target = int(getattr(self, split).targets[index])
@@ -119,10 +132,18 @@ class TextData(InstancesModule):
         """Return the training and the test part, each with its origin."""
         if self.path is None:
             frames = self._from_hub()
+            self._table = frames[0]
             return self._with_origin(frames[0], self.hub or ""), self._with_origin(frames[1], self.hub or "")
         path = Path(self.path)
+        if not path.is_dir() and self.test_path is not None:
+            test_path = Path(self.test_path)
+            test = self._with_origin(read_table(test_path, "dataset.test_path"), test_path)
+            self._table = read_table(path)
+            return self._with_origin(self._table, path), test
         if not path.is_dir():
-            whole = read_table(path)
+            whole = self._table = read_table(path)
+            if self.split is not None:
+                return self._divided(whole, path)
             share = 0.1 if self.test_size is None else self.test_size
             if len(whole) < 4 or share >= len(whole):
                 raise InputError("dataset.path", f"{path} has {len(whole)} rows, too few to hold out {share}")
@@ -133,9 +154,27 @@ class TextData(InstancesModule):
                 for rows in held_out(len(whole), share, self.split_seed)
             )
             return train, test
+        for key, given in (("test_path", self.test_path), ("split", self.split)):
+            if given is not None:
+                raise InputError(
+                    f"dataset.{key}", f"dataset.path={path} is a folder, which has its own parts"
+                )
         files = _member(path, ("train",)), _member(path, TEST_NAMES)
         train, test = (self._with_origin(read_table(file), file) for file in files)
+        self._table = train[0]
         return train, test
+
+    def _divided(self, whole: pd.DataFrame, path: Path) -> tuple[Part, Part]:
+        """Return the parts that a column names."""
+        _, origin = self._with_origin(whole, path)
+        if self.split not in whole:
+            hint = nearest(str(self.split), list(map(str, whole)))
+            raise InputError("dataset.split", f"no column {self.split!r} in {path}; {hint}")
+        train, test, said = parts(whole[self.split].replace("", None), origin.where)
+        self.decisions = (said,)
+        log.info("%s", said)
+        found = [(whole.iloc[rows].reset_index(drop=True), origin[rows]) for rows in (train, test)]
+        return found[0], found[1]
 
     def _with_origin(self, frame: pd.DataFrame, source: Path | str) -> Part:
         line = None
@@ -143,7 +182,7 @@ class TextData(InstancesModule):
             header = LINES[source.suffix.lower()]
             line = first_line(source.read_text("utf-8", errors="replace"), len(frame), header)
         name = source.name if isinstance(source, Path) else source
-        return frame, Origin.of_frame(frame, self.id, (self.text, self.label), name, line)
+        return frame, Origin.of_frame(frame, self.id, (self.text, self.target, str(self.split)), name, line)
 
     def _from_hub(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         if self.hub is None:
@@ -162,7 +201,7 @@ class TextData(InstancesModule):
             raise InputError("dataset.hub", f"{self.hub!r} can't be read ({error})".splitlines()[0]) from None
 
     def _check(self, frame: pd.DataFrame, split: str, origin: Origin) -> None:
-        for key, column in (("text", self.text), ("label", self.label)):
+        for key, column in (("text", self.text), ("target", self.target)):
             if column not in frame:
                 raise InputError(
                     f"dataset.{key}",
@@ -170,7 +209,7 @@ class TextData(InstancesModule):
                 )
         if frame.empty:
             raise InputError("dataset.path", f"the {split} data have no rows")
-        for key, column in (("path", self.text), ("label", self.label)):
+        for key, column in (("path", self.text), ("target", self.target)):
             blank = frame[column].isna() | (frame[column].astype(str).str.strip() == "")
             if blank.any():
                 row = int(np.flatnonzero(blank)[0])
@@ -185,7 +224,10 @@ class TextData(InstancesModule):
             return
         found = sorted(labels.unique().tolist())
         if not 2 <= len(found) <= max(2, len(labels) // 2):
-            raise InputError("dataset.label", f"column {self.label!r} has {len(found)} classes")
+            raise InputError("dataset.target", f"column {self.target!r} has {len(found)} classes")
+        counts = labels.value_counts()
+        if single := [c for c in found if counts[c] == 1]:
+            log.warning("dataset.target: labels that one training text has: %s", shortened(single))
         self.class_names = tuple(map(str, found))
         self._classes = {name: k for k, name in enumerate(self.class_names)}
 
@@ -193,7 +235,7 @@ class TextData(InstancesModule):
         for row, label in enumerate(labels.astype(str)):
             if label not in self._classes:
                 raise InputError(
-                    "dataset.label",
+                    "dataset.target",
                     f"label {label!r} in {origin.where(row)} of the {split} data is not among the classes "
                     f"{shortened(self.class_names)}",
                 )
@@ -222,14 +264,16 @@ def padded(indices: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path, key: str = "dataset.path") -> pd.DataFrame:
     """Read a tsv, csv, parquet or jsonl file; every text stays as it stands (``null`` is a word).
 
+    Args:
+        key: that errors name.
+
     Raises:
-        InputError: naming ``dataset.path``.
+        InputError: no such file, or not a table.
     """
-    if not path.is_file():
-        raise InputError("dataset.path", f"no such file: {path}")
+    check_file(path, key)
     suffix = path.suffix.lower()
     try:
         if suffix == ".tsv":  # unquoted by convention: quotation marks are text
@@ -239,10 +283,10 @@ def read_table(path: Path) -> pd.DataFrame:
         if suffix == ".parquet":
             return pd.read_parquet(path)
         if suffix in (".jsonl", ".json"):
-            return pd.read_json(path, lines=suffix == ".jsonl", dtype=False)
+            return read_file(path, Form(), key)[0]
     except Exception as error:  # each reader has its own errors
-        raise InputError("dataset.path", f"{path} can't be read ({error})".splitlines()[0]) from None
-    raise InputError("dataset.path", f"expected one of {', '.join(SUFFIXES)} but got {path}")
+        raise InputError(key, f"{path} can't be read ({error})".splitlines()[0]) from None
+    raise InputError(key, f"expected one of {', '.join(SUFFIXES)} but got {path}")
 
 
 def _member(folder: Path, names: Sequence[str]) -> Path:
