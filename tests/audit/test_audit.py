@@ -123,7 +123,7 @@ def test_what_is_in_the_store_is_not_made_again_and_gives_the_same_bytes(
     question, settings = asked((1,), leave_out="shift"), Settings(top=4, seeds=4)
     store = fimo.api.Store(tmp_path / "store")
     audit(question, settings, Resources(store)).save(tmp_path / "first")
-    monkeypatch.setattr("fimo.audit.screen.adjoint", None)
+    monkeypatch.setattr("fimo.audit.screen.adjoints", None)
     monkeypatch.setattr("fimo.engine.driver.advance", None)
     audit(question, settings, Resources(store)).save(tmp_path / "again")
     assert same(tmp_path / "first", tmp_path / "again")

@@ -13,6 +13,7 @@ from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training import Protocol, tangent_outputs
 from fimo.further_training.adjoint import adjoint
+from fimo.further_training.stacked_adjoint import adjoints
 from fimo.further_training.unrolled_step import FullRun
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import Huber, Loss, binary_cross_entropy, cross_entropy, mean_squared_error
@@ -138,6 +139,27 @@ def test_the_adjoint_of_a_weighted_sum_of_test_losses_is_the_sum_of_their_adjoin
     torch.testing.assert_close(adjoint(*data, weight=weight, chunk=1), found, rtol=1e-10, atol=1e-14)
     end = replace(protocol, evaluate_every="end")
     torch.testing.assert_close(adjoint(*data[:3], end, 1, weight=weight), found[-1:], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule", ["mask", "every_batch", "with_duplicates"])
+@pytest.mark.parametrize("optimizer", DIFFERENTIABLE)
+def test_seeds_followed_together_have_the_adjoints_of_each(optimizer: str, rule: str) -> None:
+    case, protocol = CASES["mlp_regression"](), protocol_of(optimizer, leave_out=rule)
+    data = (case.final_model, case.train, case.test, protocol)
+    weight = torch.tensor([[0.2] * 5, [0.0, 0.0, 1.0, 0.0, -2.0]], dtype=torch.float64)
+    each = torch.stack([adjoint(*data, seed, weight=weight)[-1] for seed in (3, 1, 2)])
+    found = adjoints(*data, [3, 1, 2], weight)
+    torch.testing.assert_close(found, each, rtol=0, atol=1e-13 * each.abs().max().item())
+    torch.testing.assert_close(adjoints(*data, [1], weight)[0], each[1], rtol=1e-12, atol=1e-16)
+
+
+@pytest.mark.parametrize("name", ["mlp_classification", "conv_net"])
+def test_seeds_of_other_networks_have_the_adjoints_of_each(name: str) -> None:
+    case, protocol = CASES[name](), protocol_of("sgd_decayed")
+    data = (case.final_model, case.train, case.test, protocol)
+    weight = torch.rand(2, len(case.test), dtype=torch.float64)
+    each = torch.stack([adjoint(*data, seed, weight=weight)[-1] for seed in (0, 5)])
+    torch.testing.assert_close(adjoints(*data, [0, 5], weight), each, rtol=1e-9, atol=1e-12)
 
 
 def test_weights_of_other_test_instances_than_there_are_are_refused() -> None:

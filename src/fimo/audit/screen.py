@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fimo.audit.question import Question, Resources
-from fimo.engine.threads import side_by_side
-from fimo.further_training.adjoint import adjoint
+from fimo.further_training.stacked_adjoint import adjoints
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.linear_response.gradient_flow import MeanBatchResponse
 from fimo.store.files import read_tensors, write_tensors
-from fimo.store.fingerprint import adjoint_key, kept
+from fimo.store.fingerprint import Key, adjoint_key, kept
 
 log = logging.getLogger(__name__)
 
@@ -50,40 +51,37 @@ def screen(question: Question, seeds: Sequence[int], resources: Resources) -> Sc
     Args:
         seeds: S, others than those of the real runs that are to be predicted.
     """
-    workers = torch.get_num_threads() if resources.device.type == "cpu" else 1
-
-    def of_seed(seed: int) -> Tensor:
-        return adjoint_scores(question, seed, resources)
-
-    spread = torch.stack(side_by_side(of_seed, list(seeds), workers)).double()
-    sem = spread.std(0) / len(spread) ** 0.5
+    found = adjoint_scores(question, seeds, resources)
+    sem = found.std(0) / len(found) ** 0.5
     return Screened(
-        spread.mean(0), sem, self_effects(question, resources), tuple(seeds),
+        found.mean(0), sem, self_effects(question, resources), tuple(seeds),
         f"adjoint of {len(seeds)} full runs",
     )  # fmt: skip
 
 
-def adjoint_scores(question: Question, seed: int, resources: Resources) -> Tensor:
-    """Return a seed's scores ``[M, N]``, from the store where it has them."""
+def adjoint_scores(question: Question, seeds: Sequence[int], resources: Resources) -> Tensor:
+    """Return each seed's scores ``[S, M, N]`` float64, from the store where it has them."""
     model, measured = question.measured
 
-    def key() -> object:
+    def key(seed: int) -> Key:
         return adjoint_key(
             resources.described(model, question.train), measured, question.weight, question.protocol,
             question.steps, seed,
         )  # fmt: skip
 
-    with kept(resources.store, "adjoint", key) as folder:  # type: ignore[arg-type]
-        path = folder / "derivative.safetensors"
-        if path.exists():
-            derivative = read_tensors(path)["derivative"]
-        else:
-            derivative = adjoint(
-                model, question.train, measured, question.at_end, seed,
-                weight=question.weight, device=resources.device,
-            )[0].cpu()  # fmt: skip
-            write_tensors(path, {"derivative": derivative})
-    return -derivative
+    with ExitStack() as stack:
+        paths = {
+            seed: stack.enter_context(kept(resources.store, "adjoint", partial(key, seed))) / "adjoint"
+            for seed in seeds
+        }
+        if missing := [seed for seed in seeds if not paths[seed].exists()]:
+            made = adjoints(
+                model, question.train, measured, question.protocol, missing, question.weight,
+                device=resources.device,
+            )  # fmt: skip
+            for seed, derivative in zip(missing, made, strict=True):
+                write_tensors(paths[seed], {"derivative": derivative})
+        return -torch.stack([read_tensors(paths[seed])["derivative"] for seed in seeds]).double()
 
 
 def self_effects(question: Question, resources: Resources) -> Tensor:

@@ -133,14 +133,14 @@ class Chunk:
 
     def state(self) -> dict[str, Tensor]:
         """Return a copy of all that the rest of the runs depends on: by name, ``[R, P']``."""
-        return {name: self.network.rows(flat) for name, flat in self._buffers().items()}
+        return {name: self.network.rows(flat) for name, flat in self.buffers().items()}
 
-    def _buffers(self) -> dict[str, Tensor]:
+    def buffers(self) -> dict[str, Tensor]:
         return {"parameters": self.network.flat, **self.optimizer.state}
 
     def restore(self, state: Mapping[str, Tensor], step: int) -> None:
         """Continue from a state after ``step`` optimizer steps."""
-        for name, flat in self._buffers().items():
+        for name, flat in self.buffers().items():
             rows = state[name].to(flat.device)
             self.network.load_rows(flat, rows if len(rows) == self.network.replicas else rows[:1])
         self.step = step

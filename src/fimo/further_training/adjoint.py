@@ -70,9 +70,9 @@ def adjoint(
     model, test = final_model.to(device, wide), test.to(device, wide)
     together = max(1, chunk // len(chosen))
     if weight is None:
-        starts = [_TestGradients(model, batch, of) for batch in test.batches(together)]
+        starts = [TestGradients(model, batch, of) for batch in test.batches(together)]
     else:
-        starts = [_TestGradients(model, test, of, w) for w in weight.to(device, wide).split(together)]
+        starts = [TestGradients(model, test, of, w) for w in weight.to(device, wide).split(together)]
     with torch.no_grad():
         parts = [_sweep(run, kept, start, chosen) for start in starts]
     found = run.rule.of_units(torch.cat(parts, 1))
@@ -112,7 +112,7 @@ class _States:
             yield from reversed(made)
 
 
-def _sweep(run: FullRun, kept: _States, start: _TestGradients, chosen: Sequence[int]) -> Tensor:
+def _sweep(run: FullRun, kept: _States, start: TestGradients, chosen: Sequence[int]) -> Tensor:
     """Carry some adjoints back; return ``[E, J or M, D or 1, N]`` in the order of chosen."""
     starts = {run.points[e]: e for e in chosen}
     adjoints: State | None = None
@@ -167,7 +167,7 @@ def _pull_back(run: FullRun, state: State, batch: StepBatch, adjoints: State, in
 
 
 @dataclass(frozen=True)
-class _TestGradients:
+class TestGradients:
     """What adjoints start as.
 
     Args:

@@ -192,7 +192,10 @@ class Linearised:
     def at(
         cls, layers: Sequence[Layer], parameters: Mapping[str, Tensor], passed: Passed, cotangents: Tensor
     ) -> Linearised:
-        """Run the backward pass from derivatives of the losses ``[n, D]`` in the outputs."""
+        """Run the backward pass from derivatives of the losses ``[n, D]`` in the outputs.
+
+        Of several networks at once all have a leading axis, of which :meth:`gradient` makes sense too.
+        """
         slopes = slopes_of(layers, passed)
         deltas: list[Tensor] = list(passed.values)
         bends: list[Tensor | None] = [None] * len(layers)
@@ -216,9 +219,9 @@ class Linearised:
         """Return the gradient by parameter."""
         found = {}
         for layer, a, delta in zip(self.layers, self.entering, self.deltas, strict=True):
-            found[layer.weight] = delta.T @ a
+            found[layer.weight] = delta.mT @ a
             if layer.bias:
-                found[layer.bias] = delta.sum(0)
+                found[layer.bias] = delta.sum(-2)
         return found
 
     def push(self, directions: Mapping[str, Tensor]) -> Pushed:

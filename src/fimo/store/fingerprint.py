@@ -164,7 +164,7 @@ def adjoint_key(
         "protocol": protocol.key(),
         "step": step,
         "seed": seed,
-        **computed_by("fimo.further_training.adjoint"),
+        **computed_by("fimo.further_training.stacked_adjoint"),
     }
     return Key(parts, f"{problem.about}, {len(weight)} adjoints of seed {seed}, {_protocol(protocol)}")
 
