@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fimo.engine.chunk import Chunk
-from fimo.engine.context import Setting
+from fimo.engine.context import Setting, chunk_size, replica_bytes
+from fimo.engine.devices import Launched, products
 from fimo.engine.graphs import GraphedSteps, cuda_graph
 from fimo.engine.leave_out import Batch, BatchStream
 from fimo.engine.replicas import Replica, Unit
@@ -216,3 +217,65 @@ def test_a_batch_of_no_extra_instances_is_another_shape_than_one_with_them() -> 
         assert taken[-1] is batch
         graphs.take(taken.append, batch)
         assert taken[-1] == "replayed"
+
+
+def test_a_device_has_a_block_ahead_of_it_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+
+    class Event:
+        made = 0
+
+        def __init__(self) -> None:
+            Event.made += 1
+            self.number = Event.made
+
+        def record(self, stream: object) -> None: ...
+
+        def synchronize(self) -> None:
+            waited.append(self.number)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    launched = Launched(torch.device("cuda"), 10)
+    found = []
+    for step in (11, 15, 30):
+        launched.block(step)
+        found.append((launched.done, list(waited)))
+    assert found == [(10, []), (11, [1]), (15, [1, 2])]
+    launched.finish()
+    assert (launched.done, waited) == (30, [1, 2, 3])
+    here = Launched(torch.device("cpu"), 10)
+    here.block(11)
+    assert here.done == 11
+
+
+def test_a_chunk_on_a_gpu_fits_half_of_what_is_free_with_its_test_losses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = CASES["mlp_regression"]().to(torch.float32)
+    protocol = Protocol(batch_size=5, epochs=100)
+    setting = Setting.build(case.final_model, case.train, case.test, protocol)
+    monkeypatch.setattr(Setting, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2000)
+    steps = replica_bytes(setting.final_model, protocol, setting.activations, setting.engine)
+    one = steps + 100 * len(case.test) * (4 + 8)  # changes, and the full run's losses
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 7 * one - 3000, 0))
+    assert chunk_size(setting, 7) == 7
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 7 * one - 3001, 0))
+    assert chunk_size(setting, 7) == 4  # two even parts
+
+
+def test_products_are_put_back_as_they_were() -> None:
+    def state() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = state()
+    with products(torch.device("cuda"), True):
+        assert state() == ("high", True)
+        with products(torch.device("cuda"), False):
+            assert state() == ("highest", False)
+        assert state() == ("high", True)
+    assert state() == before
+    with products(torch.device("cpu"), True):
+        assert state() == before
