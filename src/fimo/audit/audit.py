@@ -14,6 +14,7 @@ from fimo.audit.question import Question, Resources, Settings
 from fimo.audit.result import Audit
 from fimo.audit.screen import screen
 from fimo.audit.summary import summary_of
+from fimo.audit.suspects import Suspects, inapplicable, suspects
 from fimo.audit.tables import pairs_of, rows_of
 from fimo.audit.verify import verify
 from fimo.further_training.seeds import other_seeds
@@ -37,12 +38,22 @@ def audit(question: Question, settings: Settings, resources: Resources) -> Audit
     if settings.verify:
         with _stage("verify", seconds):
             verified = verify(question, screened, settings, resources)
-    findings = Findings(question, settings, screened, verified, seconds)
+    with _stage("suspects", seconds):
+        suspicious = suspected(question)
+    findings = Findings(question, settings, screened, verified, suspicious, seconds)
     acted = Acted()
     if acts and verified is not None:
-        acted = act(Acting(findings, verified, resources), seconds)
+        acted = act(Acting(findings, verified, resources, findings.suspected), seconds)
     summary = {**summary_of(findings), **acted.summary}
     return Audit(rows_of(findings), pairs_of(findings), summary=summary, **acted.tables)
+
+
+def suspected(question: Question) -> Suspects | None:
+    """Return which rows' targets are probably wrong; None, with a word in the log, where none can tell."""
+    if (why := inapplicable(question.final_model, question.train)) is not None:
+        log.info("no wrong targets are looked for: %s", why)
+        return None
+    return suspects(question.final_model, question.train, question.protocol)
 
 
 def act(acting: Acting, seconds: dict[str, float]) -> Acted:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fimo.audit.calibration import Calibration, Recall, calibrated, recall
 from fimo.audit.question import Question, Settings
 from fimo.audit.screen import Screened
+from fimo.audit.suspects import Suspects
 from fimo.audit.verdicts import Estimates
 from fimo.audit.verify import Verified
 
@@ -23,6 +24,7 @@ class Findings:
     Args:
         screened: predicted effects of all N rows.
         verified: measured effects of some; None where nothing was verified.
+        suspects: rows whose targets may be wrong; None where they were not looked for.
         seconds: of each stage.
     """
 
@@ -30,6 +32,7 @@ class Findings:
     settings: Settings
     screened: Screened
     verified: Verified | None = None
+    suspects: Suspects | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @cached_property
@@ -73,6 +76,11 @@ class Findings:
         outputs = question.final_model.outputs(question.train)
         with torch.no_grad():
             return losses(outputs, question.train.targets).double()
+
+    @cached_property
+    def suspected(self) -> tuple[int, ...]:
+        """Positions of the suspects within the false discovery rate that was asked for, the surest first."""
+        return () if self.suspects is None else tuple(self.suspects.within(self.settings.q).tolist())
 
     @cached_property
     def own_estimates(self) -> Estimates | None:

@@ -28,6 +28,10 @@ def summary_of(findings: Findings) -> dict[str, Any]:
         "protocol": protocol_text(findings),
         "verify": settings.verify,
     }
+    if findings.suspects is not None:
+        rate = max((float(findings.suspects.q[row]) for row in findings.suspected), default=0.0)
+        count = len(findings.suspected)
+        summary["suspects"] = {"count": count, "fdr": rate, "order": findings.suspects.order}
     if verified is None:
         return summary
     found = verdicts(verified.estimates[0].mean, verified.q[0], settings.q)

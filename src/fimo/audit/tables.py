@@ -21,7 +21,8 @@ def rows_of(findings: Findings) -> pd.DataFrame:
         own[findings.verified.rows] = findings.own_estimates.mean
     table["own_loss"] = findings.own_losses.tolist()
     table["self_effect"] = own.tolist()
-    table["suspect_q"], table["suggested"] = np.nan, ""
+    table["suspect_q"] = np.nan if findings.suspects is None else findings.suspects.q.tolist()
+    table["suggested"] = suggestions(findings)
     return table[list(ROWS)].sort_values("row", kind="stable").reset_index(drop=True)
 
 
@@ -67,6 +68,20 @@ def _effects(findings: Findings, m: int) -> pd.DataFrame:
         columns["q"][rows] = verified.q[m].numpy()
         columns["verdict"][rows] = verdicts(estimates.mean, verified.q[m], findings.settings.q)
     return pd.DataFrame(columns)
+
+
+def suggestions(findings: Findings) -> list[str]:
+    """Return as text what each suspect's target should rather be, ``[N]``; empty where a row is none."""
+    found, read = [""] * len(findings.question.train), findings.question.read
+    if findings.suspects is None:
+        return found
+    better, of_values = findings.suspects.suggested, findings.suspects.suggested.is_floating_point()
+    for row in findings.suspected:
+        if of_values:
+            found[row] = " ".join(f"{value:.4g}" for value in read.values(better[row]).tolist())
+        else:
+            found[row] = read.label(int(better[row]))
+    return found
 
 
 def verdicts(effect: Tensor, q: Tensor, rate: float) -> list[str]:

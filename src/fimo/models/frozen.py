@@ -47,21 +47,36 @@ def without_frozen_part(final_model: FinalModel, data: Data) -> tuple[FinalModel
     The same objects where nothing is frozen, where nothing can be cut off, or where the frozen part draws
     random numbers in training (dropout), which differ from run to run.
     """
-    parts = split(final_model.network, final_model.parameters())
-    if parts is None or not any(True for _ in parts[0].parameters()):
-        return final_model, data
-    before, after = parts
-    probe = data.train[:4]
-    if not _agree(final_model, before, after, probe) or _draws(before, data.train):
-        return final_model, data
-    if _bytes(before, probe, data) > MOST_BYTES:
+    model, (train, test) = trained_part(final_model, data.train, data.test)
+    if model is final_model:
         return final_model, data
     found = copy.copy(data)
-    found.train, found.test = computed(before, data.train), computed(before, data.test)
+    found.train, found.test = train, test
+    return model, found
+
+
+def trained_part(final_model: FinalModel, *instances: Instances) -> tuple[FinalModel, tuple[Instances, ...]]:
+    """Return the trained part of a final model with what enters it of sets of instances.
+
+    Args:
+        instances: the training instances first. See :func:`without_frozen_part`.
+    """
+    parts = split(final_model.network, final_model.parameters())
+    if parts is None or not any(True for _ in parts[0].parameters()):
+        return final_model, instances
+    before, after = parts
+    train = instances[0]
+    probe = train[:4]
+    if not _agree(final_model, before, after, probe) or _draws(before, train):
+        return final_model, instances
+    if _bytes(before, probe, sum(map(len, instances))) > MOST_BYTES:
+        return final_model, instances
+    found = tuple(computed(before, part) for part in instances)
     names = tuple(final_model.parameters())
     frozen = sum(p.numel() for p in before.parameters())
     log.info("%d frozen parameters before the first trained layer are evaluated once", frozen)
-    return FinalModel(after, final_model.loss, final_model.measurement, names, final_model.accept_poor), found
+    model = FinalModel(after, final_model.loss, final_model.measurement, names, final_model.accept_poor)
+    return model, found
 
 
 def split(network: nn.Module, trainable: Collection[str]) -> Parts | None:
@@ -148,10 +163,10 @@ def _agree(final_model: FinalModel, before: nn.Module, after: nn.Module, probe: 
     return parts.shape == whole.shape and torch.allclose(parts, whole, rtol=1e-3, atol=1e-4)
 
 
-def _bytes(before: nn.Module, probe: Instances, data: InstancesModule) -> int:
+def _bytes(before: nn.Module, probe: Instances, count: int) -> int:
     tensors = computed(before, probe).tensors()
     each = sum(t[0].numel() * t.element_size() for name, t in tensors.items() if name != "targets")
-    return each * (len(data.train) + len(data.test))
+    return each * count
 
 
 def _draws(before: nn.Module, train: Instances) -> bool:

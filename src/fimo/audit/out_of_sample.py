@@ -1,0 +1,153 @@
+"""Predictions of training rows by what has not seen them: networks and a random forest, together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+from torch import Tensor
+
+from fimo.audit.held_out_runs import held_out_outputs, why_not_fresh
+from fimo.data.instances import Instances
+from fimo.engine.protocol import Protocol
+from fimo.models.final_model import FinalModel
+
+TREES = 200
+LEAF = 3
+"""Fewest rows of a leaf of the forest that predicts targets."""
+
+ROWS_OF_A_TREE = 20_000
+"""Most rows that a tree is grown on: more cost time and add little."""
+
+MOST_FEATURES = 4096
+LEAST_PROBABILITY = 1e-3
+"""Mixed evenly into a forest's shares of votes, which may be 0."""
+
+
+@dataclass(frozen=True)
+class OutOfSample:
+    """What is expected of each row without having seen it.
+
+    Args:
+        expected: ``[N, C]`` probabilities of classes, or ``[N, D]`` values, float64.
+        deviation: ``[N, D]``, how far targets of such rows are from what is expected; None for classes.
+        forest: the forest's weight beside the network; 0 where there is none.
+    """
+
+    expected: Tensor
+    deviation: Tensor | None
+    forest: float
+
+
+def out_of_sample(
+    model: FinalModel,
+    train: Instances,
+    labels: Tensor | None,
+    further_training: Protocol | None = None,
+    folds: int = 5,
+    repeats: int = 4,
+    seed: int = 0,
+) -> OutOfSample:
+    """Predict each row without it: the mean of repeated cross-validation, and of a forest's trees.
+
+    The two are mixed with the weight under which the rows' own labels are most likely (for values, the one
+    of the smallest squared error): stacking (Wolpert, 1992). Where the network could not be initialised anew
+    their weights are equal, since it has seen the labels that it would be weighed by. The forest sees what
+    enters the trained part of the network, where that is a vector of numbers.
+
+    Args:
+        labels: ``[N]`` int64; None where targets are values.
+        further_training, folds, repeats, seed: see :func:`~fimo.audit.held_out_runs.held_out_outputs`.
+    """
+    outputs = held_out_outputs(model, train, further_training, folds, repeats, seed).double().cpu()
+    features, fair = _features(train), why_not_fresh(model) is None
+    if labels is not None:
+        network, weight = _probabilities(outputs.flatten(2)).mean(0), 0.0
+        if features is not None:
+            forest = _class_shares(features, labels, network.shape[1], seed)
+            weight = _best_weight(lambda w: _surprise(_mixed(network, forest, w), labels)) if fair else 0.5
+            network = _mixed(network, forest, weight)
+        return OutOfSample(network, None, weight)
+    values = train.targets.detach().double().cpu().flatten(1)
+    network = outputs.mean(0).flatten(1)
+    if features is None:
+        return OutOfSample(network, _common_deviation(values - network), 0.0)
+    forest = _forest_values(features, values, LEAF, seed)
+    weight = 0.5
+    if fair:
+        weight = _best_weight(lambda w: float((_mixed(network, forest, w) - values).square().mean()))
+    expected = _mixed(network, forest, weight)
+    return OutOfSample(expected, _deviation(features, values - expected, seed), weight)
+
+
+def _probabilities(outputs: Tensor) -> Tensor:
+    """Return class probabilities ``[..., C]`` of logits, also of the one logit of two classes."""
+    if outputs.shape[-1] > 1:
+        return outputs.softmax(-1)
+    second = outputs.sigmoid()
+    return torch.cat([1 - second, second], -1)
+
+
+def _features(train: Instances) -> np.ndarray | None:
+    """Return the inputs ``[N, width]`` that a forest can take, or None."""
+    inputs = train.inputs
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        return None
+    rows = inputs.detach().flatten(1).cpu()
+    return rows.float().numpy() if rows.shape[1] <= MOST_FEATURES else None
+
+
+def _settings(rows: int, leaf: int, seed: int) -> dict[str, object]:
+    return {
+        "n_estimators": TREES, "min_samples_leaf": leaf, "oob_score": True, "random_state": seed,
+        "max_samples": min(rows, ROWS_OF_A_TREE), "n_jobs": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def _class_shares(features: np.ndarray, targets: Tensor, classes: int, seed: int) -> Tensor:
+    """Return class probabilities ``[N, C]`` by those trees that were grown without the row."""
+    forest = RandomForestClassifier(**_settings(len(features), LEAF, seed)).fit(features, targets.numpy())
+    shares = np.full((len(features), classes), LEAST_PROBABILITY)
+    shares[:, forest.classes_] += np.nan_to_num(forest.oob_decision_function_)
+    return torch.from_numpy(shares / shares.sum(1, keepdims=True))
+
+
+def _forest_values(features: np.ndarray, values: Tensor, leaf: int, seed: int) -> Tensor:
+    """Return values ``[N, D]`` by those trees that were grown without the row."""
+    settings = _settings(len(features), leaf, seed) | {"max_features": 1 / 3}
+    forest = RandomForestRegressor(**settings).fit(features, values.squeeze(1).numpy())
+    return torch.from_numpy(np.asarray(forest.oob_prediction_)).view(values.shape)
+
+
+def _mixed(network: Tensor, forest: Tensor, weight: float) -> Tensor:
+    return weight * forest + (1 - weight) * network
+
+
+def _best_weight(loss: Callable[[float], float]) -> float:
+    """Return the forest's weight, in tenths, of the smallest loss."""
+    return min((k / 10 for k in range(11)), key=loss)
+
+
+def _surprise(probabilities: Tensor, labels: Tensor) -> float:
+    return -float(probabilities.gather(1, labels[:, None]).clamp(min=1e-12).log().mean())
+
+
+def _common_deviation(residual: Tensor) -> Tensor:
+    """Return one robust standard deviation for all rows, ``[N, D]``: 1.48 median absolute residuals."""
+    scale = 1.4826 * residual.abs().median(0).values
+    return scale.clamp(min=1e-12).expand_as(residual)
+
+
+def _deviation(features: np.ndarray, residual: Tensor, seed: int) -> Tensor:
+    """Return how far targets of rows like each one are from what is expected, ``[N, D]``.
+
+    By a forest of absolute residuals, each bounded by four robust deviations, so that an error does not hide
+    itself, with at least half of the deviation that all have in common.
+    """
+    common = _common_deviation(residual)
+    bounded = residual.abs().minimum(4 * common)
+    local = 1.2533 * _forest_values(features, bounded, 20, seed)  # of a normal: sd = sqrt(pi/2) mean |r|
+    return local.maximum(common / 2)
