@@ -21,8 +21,8 @@ from fimo.app.command import console
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-APART = ("ray", "optuna")
-"""Extras that pin old packages, which do not go with the others."""
+APART = ("ray", "optuna", "dashboard", "tensorboard")
+"""Extras that are not in `all`: they pin old packages, which do not go with the others, or few want them."""
 
 TOOLS = ("ruff", "mypy", "pandas-stubs")
 """For work on fimo, in the lock's versions alone."""

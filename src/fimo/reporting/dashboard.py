@@ -1,6 +1,8 @@
 """A ready W&B dashboard, defined by code: ``python -m fimo.reporting.dashboard --entity TEAM RUN_DIR…``.
 
-Needs ``pip install wandb-workspaces``, and a login to save; ``--print`` shows the definition without one.
+A dozen panels are open, the rest is in closed sections; runs are sorted by their best agreement, with the columns
+that a sweep is judged by. Needs ``pip install 'fimo[dashboard]'``, and a login to save; ``--print`` shows the
+definition without one.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fimo.errors import InputError
 from fimo.live.agreement import STEP
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 
     from fimo.reporting.results import Results
 
+PROGRESS = "further_training/replica_steps"
+
 
 def dashboard(
     entity: str,
@@ -26,14 +31,16 @@ def dashboard(
     metrics: Sequence[str],
     tasks: Sequence[str] = (),
     name: str = "fimo",
+    audit: bool = False,
 ) -> Workspace:
     """Return a workspace that overlays runs: what they agree on, what they cost, their instances.
 
     Args:
         entity: user or team.
         methods: whose agreement is drawn; of several runs, all.
-        metrics: a section's panels, one for each.
+        metrics: the first is drawn in an open section, the others in a closed one.
         tasks: further evaluations with one summary value for each method, as ``datamodeling``.
+        audit: some runs are audits, whose rows are shown.
 
     Raises:
         InputError: wandb-workspaces is not installed.
@@ -41,42 +48,86 @@ def dashboard(
     try:
         import wandb_workspaces.reports.v2 as panels
         import wandb_workspaces.workspaces as spaces
+        from wandb_workspaces.expr import Ordering, Summary
     except ImportError as error:
-        raise InputError("wandb-workspaces", "not installed; pip install wandb-workspaces") from error
+        raise InputError("wandb-workspaces", "not installed; pip install 'fimo[dashboard]'") from error
 
-    def lines(metric: str) -> panels.LinePlot:
+    def line(title: str, x: str, *keys: str, **settings: Any) -> panels.LinePlot:
+        return panels.LinePlot(title=title, x=x, y=list(keys), **settings)
+
+    def agreement(metric: str) -> panels.LinePlot:
         keys = [f"agreement/{method}/{metric}" for method in methods]
-        return panels.LinePlot(
-            title=metric, x=STEP, y=[*keys, f"ceiling/{metric}"], title_x="optimizer steps"
-        )
+        title = f"{metric} with further training, and the noise ceiling"
+        return line(title, STEP, *keys, f"ceiling/{metric}", title_x="optimizer steps", max_runs_to_show=10)
 
     def bars(title: str, keys: Sequence[str]) -> panels.BarPlot:
         return panels.BarPlot(title=title, metrics=list(keys))
 
-    first = metrics[0]
-    media = [f"figures/{figure}/{first}" for figure in ("agreement", "seeds", "cost", "mean")]
+    def picture(title: str, key: str) -> panels.MediaBrowser:
+        return panels.MediaBrowser(title=title, media_keys=[key])
+
+    def table(name: str) -> panels.WeavePanelSummaryTable:
+        return panels.WeavePanelSummaryTable(table_name=name)
+
+    open_panels: list[Any] = []
+    closed: list[Any] = []
+    if methods:
+        first = metrics[0]
+        open_panels = [
+            agreement(first),
+            picture(f"{first} and the number of seeds", f"figures/seeds/{first}"),
+            picture(f"{first} and cost", f"figures/cost/{first}"),
+            bars(f"{first} after all further training", [f"last/{m}/{first}" for m in methods]),
+            table("methods"),
+            table("instances"),
+        ]
+        spread = panels.ScatterPlot(
+            title=f"best {first} and the seconds of further training",
+            x=panels.SummaryMetric("cost/further_training/seconds"),
+            y=panels.SummaryMetric(f"best/{first}"),
+        )
+        closed = [
+            spaces.Section("Other metrics", [agreement(m) for m in metrics[1:]], is_open=False),
+            spaces.Section(
+                "Sweep and further evaluations",
+                [spread, *(bars(task, [f"{task}/{m}" for m in methods]) for task in tasks)],
+                is_open=False,
+            ),
+        ]
+    if audit:
+        open_panels += [table("rows"), table("pairs")]
+    open_panels += [
+        picture("report", "report"),
+        line("final model: losses", "final_model/epoch", "final_model/train_loss", "final_model/val_loss"),
+        line("further training: test loss of the full runs", STEP, "further_training/test_loss"),
+        line("noise ceiling by seeds", "further_training/seeds", "further_training/ceiling"),
+    ]
+    progress = [
+        line("replica-steps per second", PROGRESS, "further_training/per_second"),
+        line("seconds left", PROGRESS, "further_training/time_left"),
+        line("spread over seeds", STEP, "further_training/test_loss_sd"),
+        line("distance from the final model", STEP, "further_training/distance"),
+        line("accuracy of the final model", "final_model/epoch", "final_model/val_accuracy"),
+    ]
     sections = [
-        spaces.Section("Agreement with further training", [lines(m) for m in metrics], is_open=True),
-        spaces.Section(
-            "Last evaluation point",
-            [
-                bars(f"{first} by method", [f"last/{m}/{first}" for m in methods]),
-                panels.ScatterPlot(
-                    title=f"best {first} against the seconds of further training",
-                    x=panels.SummaryMetric("cost/further_training/seconds"),
-                    y=panels.SummaryMetric(f"best/{first}"),
-                ),
-                panels.LinePlot(title="distance from the final model / its norm", x=STEP, y=["distance"]),
-                *[bars(task, [f"{task}/{m}" for m in methods]) for task in tasks],
-            ],
-            is_open=True,
-        ),
-        spaces.Section("Instances", [panels.WeavePanelSummaryTable(table_name="instances")], is_open=True),
-        spaces.Section("Figures", [panels.MediaBrowser(media_keys=[key]) for key in media], is_open=False),
+        spaces.Section("Overview", open_panels, is_open=True),
+        *closed,
+        spaces.Section("Progress", progress, is_open=False),
         spaces.Section("What differs between runs", [panels.RunComparer(diff_only="split")], is_open=False),
     ]
-    settings = spaces.WorkspaceSettings(x_axis=STEP, max_runs=50)
-    return spaces.Workspace(entity, project, name=name, sections=sections, settings=settings)
+    order, columns = [], ["summary:state", "summary:cost/further_training/seconds"]
+    if methods:
+        order = [Ordering(Summary(f"best/{metrics[0]}"), ascending=False)]
+        best = [f"{key}/{metrics[0]}" for key in ("best", "best_method", "last_ceiling")]
+        columns = ["summary:state", *(f"summary:{key}" for key in best), columns[-1]]
+    return spaces.Workspace(
+        entity,
+        project,
+        name=name,
+        sections=sections,
+        settings=spaces.WorkspaceSettings(x_axis=STEP, max_runs=50),
+        runset_settings=spaces.RunsetSettings(order=order, pinned_columns=columns),
+    )
 
 
 def one_value(run: Results, task: str) -> bool:
@@ -97,10 +148,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from fimo.reporting.results import Results
 
     try:
-        runs = [Results.load(folder) for folder in chosen.run_dir]
+        folders = [Path(folder) for folder in chosen.run_dir]
+        audits = [folder for folder in folders if (folder / "audit.json").exists()]
+        runs = [Results.load(folder) for folder in folders if folder not in audits]
         methods = list(dict.fromkeys(method for run in runs for method in run.scores))
+        metrics = runs[0].metrics if runs else []
         tasks = list(dict.fromkeys(task for run in runs for task in run.tasks if one_value(run, task)))
-        found = dashboard(chosen.entity, chosen.project, methods, runs[0].metrics, tasks, chosen.name)
+        found = dashboard(chosen.entity, chosen.project, methods, metrics, tasks, chosen.name, bool(audits))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
