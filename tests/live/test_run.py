@@ -18,15 +18,19 @@ ROOT = Path(__file__).parents[2]
 SMALL = [
     "trainer.max_epochs=15", "further_training.epochs=2", "further_training.seeds=3",
     "further_training.left_out=5", "further_training.test=4", "trainer.enable_progress_bar=false",
-    "model.network.hidden=[16]", "evaluation.bootstrap=0", "threads=1", "+method=[graddot,random]",
+    "model.network.hidden=[16]", "evaluation.bootstrap=0", "threads=1",
 ]  # fmt: skip
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, *arguments: str, method: str = "+method=[graddot,random]"
+) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {"OMP_NUM_THREADS": "1", "WANDB_PROJECT": "from the environment", "WANDB_MODE": "offline"}
     command = [sys.executable, "-m", "src.run", f"store={folder}/../store", f"hydra.run.dir={folder}", *SMALL]
-    return subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [*command, method, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def logged(done: Path) -> OfflineRun:
 
 def test_every_stage_is_seen_in_order(logged: OfflineRun) -> None:
     rows = [row for row in logged.history if "stage" in row]
-    assert [row["stage"] for row in rows] == [1, 2, 3, 4]
+    assert [row["stage"] for row in rows] == [1, 2, 3, 4, 5]
     training = [row for row in logged.history if "final_model/train_loss" in row]
     assert [row["final_model/epoch"] for row in training] == list(range(1, 16))
     assert "final_model/val_loss" in training[-1]
@@ -133,3 +137,16 @@ def test_a_failing_run_says_so(tmp_path: Path) -> None:
     assert found.summary["state"] == "failed"
     assert found.summary["error"] in ended.stderr
     assert any("diverged" in alert for alert in found.alerts)
+
+
+def test_an_audit_is_followed_and_its_rows_are_shown(tmp_path: Path) -> None:
+    ended = run(tmp_path / "run", "dataset=breast_cancer", "report=false", method="mode=audit")
+    assert ended.returncode == 0, ended.stderr
+    found = read_offline_run(tmp_path / "run")
+    rows = pd.read_csv(tmp_path / "run" / "rows.csv")
+    assert found.summary["audit/n"] == len(rows)
+    assert found.summary["state"] == "finished"
+    assert any("further_training/replica_steps" in row for row in found.history)
+    table = next(row["rows"] for row in found.history if "rows" in row)
+    assert table["nrows"] == len(rows)
+    assert {"dataset", "final_model", "audit"} <= {artifact.name for artifact in found.artifacts}

@@ -15,8 +15,8 @@ from tests.reporting.example import example, example_tasks
 
 LIVE = {
     "final_model/train_loss", "final_model/val_loss", "final_model/val_accuracy",
-    "further_training/test_loss", "further_training/test_loss_sd", "further_training/distance", "further_training/ceiling",
-    "further_training/per_second", "further_training/time_left",
+    "further_training/test_loss", "further_training/test_loss_sd", "further_training/distance",
+    "further_training/ceiling", "further_training/per_second", "further_training/time_left",
 }  # fmt: skip
 """What callbacks log; ``tests/live/test_run.py`` sees it logged."""
 

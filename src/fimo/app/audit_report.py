@@ -20,6 +20,7 @@ from fimo.models.training import Quality
 from fimo.reporting.audit_answer import audit_answer
 from fimo.reporting.audit_run import AuditRun, test_rows, train_rows
 from fimo.reporting.instance_table import InstanceDisplay
+from fimo.reporting.wandb_audit import tell_audit
 
 BATCH = 1_000
 """Instances whose predictions are computed at once."""
@@ -35,6 +36,7 @@ def write_audit(found: Audit, run: Run, quality: Quality, config: DictConfig, jo
             from fimo.reporting import write_audit_report  # with packages that nothing else needs
 
             write_audit_report(shown, journal.folder / "report.html")
+    tell_audit(journal.log, shown, journal.folder / "report.html")
 
 
 def audit_run(found: Audit, run: Run, quality: Quality, config: Mapping[str, Any]) -> AuditRun:

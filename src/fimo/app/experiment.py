@@ -110,6 +110,7 @@ def run_stages(config: DictConfig, journal: Journal) -> float:
     findings = judged(run, prepared.tasks, journal)
     evaluation = evaluated(scores, sensitivity, config, journal)
     write_effects(journal.folder / "effects.csv", sensitivity, scores, run.data)
+    journal.log.stage("report")
     with measured("report") as cost:
         results = summarise(
             plain(config), run.data, run.final_model, final_quality, sensitivity, run.methods, scores,

@@ -1,8 +1,8 @@
 """A ready W&B dashboard, defined by code: ``python -m fimo.reporting.dashboard --entity TEAM RUN_DIR…``.
 
-A dozen panels are open, the rest is in closed sections; runs are sorted by their best agreement, with the columns
-that a sweep is judged by. Needs ``pip install 'fimo[dashboard]'``, and a login to save; ``--print`` shows the
-definition without one.
+A dozen panels are open, the rest is in closed sections; runs are sorted by their best agreement, with the
+columns that a sweep is judged by. Needs ``pip install 'fimo[dashboard]'``, and a login to save; ``--print``
+shows the definition without one.
 """
 
 from __future__ import annotations

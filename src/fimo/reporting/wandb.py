@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,7 @@ def media(results: Results, report: Path | None = None) -> dict[str, Any]:
         "instances": instance_rows(results),
     }.items():
         if rows:
-            data = [[cell() if callable(cell) else cell for cell in row] for row in rows]
-            found[name] = wandb.Table(columns=[*columns], data=[*data], allow_mixed_types=True)
+            found[name] = wandb.Table(columns=[*columns], data=[*cells(rows)], allow_mixed_types=True)
     if report is not None and report.exists():
         found["report"] = wandb.Html(report.read_text(), inject=False)
     metric, figures = results.metrics[0], all_figures([results])
@@ -137,14 +137,13 @@ def instance_rows(results: Results) -> tuple[list[str], list[list[Any]]]:
     shown = [
         (split, index, d) for split in ("train", "test") for index, d in results.shown.get(split, {}).items()
     ]
-    features = list(dict.fromkeys(name for _, _, d in shown for name in d.row or {}))
-    content = [kind for kind in ("text", "image") if any(getattr(d, kind) for _, _, d in shown)]
+    names, beside = content([d for _, _, d in shown])
     columns = ["split", "row", "id", "effect", "standard_error", "target", "prediction", "loss"]
     rows = []
     for split, index, d in shown:
         effect = effects.get(index) if split == "train" else None
         numbers = [effect.effect, effect.error] if effect else [None, None]
-        cells = [
+        values = [
             split,
             index if d.data_row is None else d.data_row,
             d.id,
@@ -153,9 +152,28 @@ def instance_rows(results: Results) -> tuple[list[str], list[list[Any]]]:
             d.prediction,
             d.loss,
         ]
-        cells += [d.text if kind == "text" else partial(_picture, d) for kind in content]
-        rows.append([*map(_finite, cells), *((d.row or {}).get(name) for name in features)])
-    return [*columns, *content, *features], rows
+        rows.append([*map(_finite, values), *beside(d)])
+    return [*columns, *names], rows
+
+
+def content(
+    displays: Iterable[InstanceDisplay],
+) -> tuple[list[str], Callable[[InstanceDisplay], list[Any]]]:
+    """Return the columns of what instances hold (text, image, features), and what makes a row of them."""
+    displays = list(displays)
+    features = list(dict.fromkeys(name for d in displays for name in d.row or {}))
+    kinds = [kind for kind in ("text", "image") if any(getattr(d, kind) for d in displays)]
+
+    def row(d: InstanceDisplay) -> list[Any]:
+        held = [d.text if kind == "text" else partial(_picture, d) for kind in kinds]
+        return [*held, *((d.row or {}).get(name) for name in features)]
+
+    return [*kinds, *features], row
+
+
+def cells(rows: Iterable[Iterable[Any]]) -> list[list[Any]]:
+    """Return rows with their pictures made."""
+    return [[cell() if callable(cell) else cell for cell in row] for row in rows]
 
 
 def _picture(display: InstanceDisplay) -> Any:
