@@ -49,7 +49,7 @@ def audited(run: Run, config: DictConfig, journal: Journal) -> Audit:
     question = Question(
         run.final_model, data.train, data.test, run.plan.protocol, named_tests(config, data),
         data.origin("train"), data.origin("test"),
-        tuple(data.display("train", k).target for k in range(len(data.train))), shown_by(data),
+        tuple(data.shown_targets("train")), shown_by(data),
     )  # fmt: skip
     resources = Resources(run.store, run.device, run.trainer, run.problem)
     journal.log.stage("audit")

@@ -71,6 +71,10 @@ class InstancesModule(pl.LightningDataModule):
         """Return where the instances of a part came from: their rows in the user's file, and their names."""
         return self.origins[split] if split in self.origins else Origin.counted(len(getattr(self, split)))
 
+    def shown_targets(self, split: Split) -> list[float | int | str]:
+        """Return the targets of a part as people read them, as :meth:`display` does."""
+        return [self.display(split, k).target for k in range(len(getattr(self, split)))]
+
     def table(self) -> pd.DataFrame | None:
         """Return the file of the training rows as it is, all rows and columns; None where there is no table.
 
@@ -82,8 +86,7 @@ class InstancesModule(pl.LightningDataModule):
         """Return an instance as a person reads it, under its own name, with what its source says beside."""
         shown, origin = self.display(split, index), self.origin(split)
         row = dict(shown.row or {})
-        if origin.beside is not None:
-            row |= {str(c): plain(v) for c, v in origin.beside.iloc[index].items() if str(c) not in row}
+        row |= {name: plain(cells[index]) for name, cells in origin.cells.items() if name not in row}
         identifier = None if origin.id is None else origin.id[index]
         return dataclasses.replace(
             shown, row=row or shown.row, data_row=int(origin.row[index]), id=identifier

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -85,6 +86,11 @@ class Origin:
     def ids(self) -> list[str]:
         """Each instance's identifier; its row where none was given."""
         return [str(row) for row in self.row.tolist()] if self.id is None else list(self.id)
+
+    @functools.cached_property
+    def cells(self) -> dict[str, np.ndarray]:
+        """The columns beside, by name."""
+        return {} if self.beside is None else cells_of(self.beside)
 
     def name(self, position: int) -> str:
         """Return what an instance is called: its identifier, or its row."""
@@ -170,6 +176,11 @@ def first_line(text: str, rows: int, header: bool) -> int | None:
     numbers = [k for k, line in enumerate(text.split("\n"), 1) if line.strip()][int(header) :]
     one_each = len(numbers) == rows and bool(rows) and numbers[-1] - numbers[0] == rows - 1
     return numbers[0] if one_each else None
+
+
+def cells_of(frame: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Return a table's columns as arrays of Python's own values, to be read row by row."""
+    return {str(name): frame[name].to_numpy(dtype=object) for name in frame}
 
 
 def named(column: pd.Series, where: Callable[[int], str]) -> tuple[str, ...]:

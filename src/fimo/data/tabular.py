@@ -17,7 +17,7 @@ from torch import Tensor
 from fimo.data.datamodule import InstancesModule, Split, held_out, plain
 from fimo.data.display import Display, figures
 from fimo.data.instances import Instances
-from fimo.data.origin import Origin, Sources
+from fimo.data.origin import Origin, Sources, cells_of
 from fimo.data.target import check_numeric, class_target, regression_target, seen_task
 from fimo.errors import InputError, shortened
 
@@ -116,7 +116,8 @@ class TabularModule(InstancesModule):
         table = self.read()
         origin = table.origin or Origin.counted(len(table.features))
         sources = origin if isinstance(origin, Sources) else Sources((origin,))
-        self._shown, self._shown_target, self.unit = table.features, table.target, table.unit
+        self._cells = cells_of(table.features)
+        self._shown_target, self.unit = table.target, table.unit
         if len(table.features) < 4:
             raise InputError("dataset", f"expected at least 4 rows but got {len(table.features)}")
         if table.features.shape[1] == 0:
@@ -159,10 +160,15 @@ class TabularModule(InstancesModule):
 
     def display(self, split: Split, index: int) -> Display:
         row = self._rows[split][index]
-        target = self._shown_target.iloc[row]
+        values = {name: plain(cells[row]) for name, cells in self._cells.items()}
+        return Display(self._target_text(self._shown_target.iat[row]), values)
+
+    def shown_targets(self, split: Split) -> list[float | int | str]:
+        return [self._target_text(target) for target in self._shown_target.iloc[self._rows[split]]]
+
+    def _target_text(self, target: object) -> str:
         text = f"{target:.6g}" if isinstance(target, (float, np.floating)) else str(target)
-        values = {str(c): plain(v) for c, v in self._shown.iloc[row].items()}
-        return Display(f"{text} {self.unit}".strip(), values)
+        return f"{text} {self.unit}".strip()
 
 
 class Scale(Protocol):
