@@ -137,7 +137,7 @@ def cost_figure(runs: Sequence[Results], metric: str) -> go.Figure:
                 hovertemplate="%{y:.3f}, %{x:.3g} s<br>%{customdata[0]:,.0f} gradient evaluations<br>"
                 "%{customdata[1]:,.0f} MB at peak<extra>" + _label(method, run, runs) + "</extra>",
             )
-    axes(figure, "seconds (one-off precomputation and scores)", metric)
+    axes(figure, "seconds", metric)
     seconds = [float(trace.x[0]) for trace in figure.data] or [1.0]
     few = math.log10(max(seconds) / min(seconds)) < 2
     ends = [math.log10(min(seconds)) - 0.4, math.log10(max(seconds)) + 0.4]

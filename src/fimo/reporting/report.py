@@ -15,12 +15,13 @@ from fimo.reporting.findings import (
     above_ceiling,
     at_last_point,
     highlighted,
+    label,
     method_order,
     same_scores,
     same_seeds,
 )
 from fimo.reporting.flat import flat
-from fimo.reporting.html_page import write_page
+from fimo.reporting.html_page import decimals, write_page
 from fimo.reporting.interactive import all_figures
 from fimo.reporting.measured_rows import measured_rows
 from fimo.reporting.naming import differences
@@ -53,6 +54,7 @@ def write_report(results: Results | Sequence[Results], path: str | Path) -> Path
                     "figures": figures([run]),
                     "explorer": plain(explorer_data(run)),
                     "rows": rows_table(run, rows),
+                    "methods": methods_table(run),
                 }
                 for run, rows in zip(runs, measured, strict=True)
             ],
@@ -126,7 +128,6 @@ def run_context(run: Results, rows: pd.DataFrame) -> dict[str, Any]:
         "same_seeds": same_seeds([run]),
         "predicting": trusted_methods(run),
         "trust": trust_rows(run),
-        "methods": method_rows(run),
         "others": len(method_order(run)) - len(highlighted([run])),
         "points": len(run.sensitivity.step),
         "further": dict.fromkeys(["optimizer", "lr", "batch_size", "leave_out"])
@@ -166,36 +167,40 @@ def trust_rows(run: Results) -> list[dict[str, Any]]:
     return rows
 
 
-def method_rows(run: Results) -> list[dict[str, Any]]:
-    """Return one row per method: what it is, how well it agrees with each metric, its slope and cost."""
-    last = {m: at_last_point(run, m).set_index("method") for m in run.metrics}
+def methods_table(run: Results) -> dict[str, Any]:
+    """Return the table of methods, best first: agreement with each metric, slope, cost, what each is."""
+    order = method_order(run)
+    last = {m: at_last_point(run, m).set_index("method").loc[order] for m in run.metrics}
     slope: dict[str, float] = {}
     if run.slopes is not None and len(run.slopes):
         final = run.slopes[run.slopes["step"] == run.slopes["step"].max()]
         slope = dict(zip(final["method"], final["slope"], strict=True))
-    seconds = dict(zip(run.cost["stage"], run.cost["seconds"], strict=True))
-    reused = dict(zip(run.cost["stage"], run.cost["reused"], strict=True))
-    intervals: dict[str, tuple[float, float]] = {}
+    intervals: dict[str, str] = {}
     if (bounds := run.bootstrap) is not None and len(bounds):
         final = bounds[(bounds["step"] == bounds["step"].max()) & (bounds["metric"] == run.metrics[0])]
         ends = zip(final["low"], final["high"], strict=True)
-        intervals = {m: e for m, e in zip(final["method"], ends, strict=True) if e[0] == e[0]}
-    palette = Palette([run]).color
-    access = dict(zip(run.evaluation["method"], run.evaluation["access"], strict=True))
-    return [
-        {
-            "name": method,
-            "color": palette[method],
-            "access": access[method],
-            "description": run.descriptions.get(method, ""),
-            "agreement": {m: (last[m].loc[method, "mean"], last[m].loc[method, "sem"]) for m in run.metrics},
-            "interval": intervals.get(method),
-            "slope": slope.get(method),
-            "seconds": seconds.get(method),
-            "reused": reused.get(method, 0.0),
+        intervals = {
+            m: f"{decimals(low, 2)} to {decimals(high, 2)}"
+            for m, (low, high) in zip(final["method"], ends, strict=True)
+            if low == low
         }
-        for method in method_order(run)
+    seconds = dict(zip(run.cost["stage"], run.cost["seconds"], strict=True))
+    access = dict(zip(run.evaluation["method"], run.evaluation["access"], strict=True))
+    palette = Palette([run]).color
+    names = [{"text": label(m, [run]), "color": palette[m]} for m in order]
+    columns = [
+        Column("method", "method", names),
+        *(
+            Column(m, "agreement", [list(pair) for pair in zip(t["mean"], t["sem"], strict=True)])
+            for m, t in last.items()
+        ),
+        Column("interval", "text", [intervals.get(m) for m in order], "of the first measure, 95 %"),
+        Column("slope", "number", [slope.get(m) for m in order], "of measured on predicted effects"),
+        Column("seconds", "number", [seconds.get(m) for m in order]),
+        Column("needs", "text", [access[m] for m in order], "the final model only: FiMO"),
+        Column("what it is", "text", [run.descriptions.get(m, "") for m in order]),
     ]
+    return table(columns, "methods.csv", shown=30)
 
 
 def final_model_facts(numbers: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from fimo.data.display import Display
 from fimo.reporting.instance_lines import folded
 from fimo.reporting.results import plain
 
-Kind = Literal["name", "effect", "number", "q", "text", "verdict", "instance"]
+Kind = Literal["name", "method", "effect", "agreement", "number", "q", "text", "verdict", "instance"]
 MOST_COLUMNS = 60
 """Of a table's own values; the rest is in the user's file."""
 
@@ -23,8 +23,9 @@ class Column:
 
     Args:
         label: its head.
-        kind: how a value is shown: ``q`` is a false discovery rate, an ``effect`` is ``[value, standard
-            error]``, an ``instance`` is ``{"text": …}`` or ``{"image": …}``.
+        kind: how a value is shown: ``q`` is a false discovery rate, an ``effect`` and an ``agreement`` are
+            ``[value, standard error]``, an ``instance`` is ``{"text": …}`` or ``{"image": …}``, a ``method``
+            ``{"text": …, "color": …}``.
         values: ``[n]``; None where there is none.
         hint: what it means, in a sentence.
     """

@@ -67,6 +67,7 @@ document.querySelectorAll(".tabs button").forEach((button) => {
 
 // The measured rows
 const tables = data.runs.map((run, r) => dataTable(document.querySelector(`.data[data-run="${r}"]`), run.rows));
+data.runs.forEach((run, r) => dataTable(document.querySelector(`.data[data-methods="${r}"]`), run.methods));
 document.querySelectorAll(".find").forEach((b) => b.addEventListener("click", () => tables[b.closest(".tab").id.slice(3)].find(b.dataset.find)));
 document.querySelectorAll(".sort-by").forEach((b) => b.addEventListener("click", () => tables[b.dataset.table].sortBy(b.dataset.column)));
 

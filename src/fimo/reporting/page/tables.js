@@ -2,7 +2,8 @@
 const lead = (value) => (Array.isArray(value) ? value[0] : value); // an effect's value, without its error
 const words = (value) => (value === null || value === undefined ? "" : typeof value === "object" && !Array.isArray(value) ? value.text || "" : String(lead(value)));
 
-const numeric = (column) => ["effect", "number", "q"].includes(column.kind);
+const paired = (column) => ["effect", "agreement"].includes(column.kind); // with its standard error
+const numeric = (column) => ["effect", "agreement", "number", "q"].includes(column.kind);
 
 function compare(a, b, descending) {
   const [x, y] = [lead(a), lead(b)];
@@ -14,8 +15,8 @@ function compare(a, b, descending) {
 
 function csvOf(table, rows) {
   const quoted = (value) => (/[",\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
-  const head = table.columns.flatMap((c) => (c.kind === "effect" ? [c.label, `${c.label}, standard error`] : [c.label]));
-  const cells = (row) => row.flatMap((value, k) => (table.columns[k].kind === "effect" ? [value?.[0] ?? "", value?.[1] ?? ""] : [words(value)]));
+  const head = table.columns.flatMap((c) => (paired(c) ? [c.label, `${c.label}, standard error`] : [c.label]));
+  const cells = (row) => row.flatMap((value, k) => (paired(table.columns[k]) ? [value?.[0] ?? "", value?.[1] ?? ""] : [words(value)]));
   return [head, ...rows.map(cells)].map((line) => line.map((value) => quoted(String(value))).join(",")).join("\r\n");
 }
 
@@ -89,6 +90,20 @@ function dataTable(box, table) {
   function cell(value, k) {
     const { kind } = columns[k];
     if (kind === "name") return make("td", words(value), "id");
+    if (kind === "method") {
+      const td = make("td", null, "id");
+      const dot = make("span", null, "dot");
+      dot.style.background = value.color;
+      td.append(dot, value.text);
+      return td;
+    }
+    if (kind === "agreement") {
+      const td = make("td", null, "number");
+      const fixed = (v) => v.toFixed(3).replace("-", "\u2212");
+      if (value && value[0] !== null) td.append(make("b", fixed(value[0])));
+      if (value && value[1] !== null) td.append(make("span", ` ± ${fixed(value[1])}`, "quiet"));
+      return td;
+    }
     if (kind === "verdict") return make("td", value || "", value === "helpful" ? "good" : value === "harmful" ? "bad" : "quiet");
     if (kind === "q") return make("td", value === null ? "" : value < 0.001 ? "< 0.001" : value.toFixed(3), "number");
     if (kind === "number") return make("td", value === null ? "" : number(value, 3), "number");
