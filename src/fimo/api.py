@@ -213,7 +213,7 @@ def audit(
         model, train, test, further_training, inputs, target, store, device, progress: as for
             :func:`further_train`.
         tests: test instances that are explained one by one, by name or position.
-        top: rows that are verified on each side of each target.
+        top: rows of interest on each side of each target; half as many more are verified.
         q: false discovery rate at which verdicts shall hold.
         verify: make real runs; else only predictions.
         minutes: no further round of seeds is begun that would end later.

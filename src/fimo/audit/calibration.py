@@ -21,35 +21,69 @@ class Calibration:
     Args:
         slope, slope_sem: of measured effects on scores.
         correlation: of measured effects and scores; the measured ones' noise lowers it.
-        rest: by how many of their own standard errors true effects miss the line.
     """
 
     slope: float
     slope_sem: float
     correlation: float
-    rest: float
 
 
-def calibrated(score: Tensor, spread: Tensor, measured: Estimates) -> Calibration:
-    """Return the calibration of scores by measured effects of the same random rows.
-
-    Args:
-        score, spread: ``[C]``, with the standard error over the screen's seeds.
-    """
+def calibrated(score: Tensor, measured: Estimates) -> Calibration:
+    """Return the calibration of scores ``[C]`` by measured effects of the same random rows."""
     x, y = score.double(), measured.mean.double()
-    known = x.isfinite() & y.isfinite() & measured.sem.isfinite()
-    x, y, noise, spread = x[known], y[known], measured.sem[known].square(), spread.double()[known]
+    known = x.isfinite() & y.isfinite()
+    x, y = x[known], y[known]
     if len(x) < 4 or float(x.std()) == 0:
-        return Calibration(math.nan, math.nan, math.nan, math.nan)
+        return Calibration(math.nan, math.nan, math.nan)
     dx, dy = x - x.mean(), y - y.mean()
     slope = float((dx * dy).sum() / dx.square().sum())
     residual = dy - slope * dx
     sem = float((residual.square().sum() / (len(x) - 2) / dx.square().sum()).sqrt())
     both = float(dx.square().sum() * dy.square().sum()) ** 0.5
-    correlation = float((dx * dy).sum()) / both if both else math.nan
-    size = spread.square().clamp(min=1e-300)
-    rest = float(((residual.square() - noise) / size).mean().clamp(min=0).sqrt())
-    return Calibration(slope, sem, correlation, rest)
+    return Calibration(slope, sem, float((dx * dy).sum()) / both if both else math.nan)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What true effects are expected to be: slope * score, with an error of scale * size.
+
+    Args:
+        slope, scale: fitted to rows that were left out; see :func:`sizes`.
+    """
+
+    slope: float = 1.0
+    scale: float = 1.0
+
+
+def sizes(spread: Tensor) -> Tensor:
+    """Return sizes ``[..., N]`` that errors of scores are in proportion to.
+
+    Scores of different seeds disagree more where leaving a row out is far from linear; half of the variance
+    is taken as equal, since a spread over few seeds is uncertain itself.
+    """
+    return (spread.square() + spread.square().mean(-1, keepdim=True)).sqrt()
+
+
+def errors(score: Tensor, size: Tensor, measured: Estimates) -> Errors:
+    """Fit the errors of scores to measured effects by maximum likelihood.
+
+    measured ~ N(slope * score, scale^2 size^2 + sem^2), over all rows that were left out: those at the top
+    were chosen by their scores, which does not bias a regression on scores.
+
+    Args:
+        score, size: ``[V]``.
+    """
+    x, y, noise = score.double(), measured.mean.double(), measured.sem.double().square()
+    known = x.isfinite() & y.isfinite() & noise.isfinite() & (size > 0)
+    if int(known.sum()) < 4 or not x[known].any():
+        return Errors()
+    x, y, noise, size = x[known], y[known], noise[known], size.double()[known]
+    scale = torch.logspace(-2, 3, 501, dtype=torch.float64)[:, None]
+    variance = scale.square() * size.square() + noise
+    slope = (x * y / variance).sum(1) / (x.square() / variance).sum(1)
+    likelihood = -(variance.log() + (y - slope[:, None] * x).square() / variance).sum(1)
+    best = int(likelihood.argmax())
+    return Errors(float(slope[best]), float(scale[best]))
 
 
 @dataclass(frozen=True)
@@ -76,8 +110,8 @@ def recall(
     effect say together.
 
     Args:
-        score: ``[N]``, calibrated.
-        error: ``[N]``, standard error of scores, calibrated.
+        score: ``[N]``, times the slope of measured effects on scores.
+        error: ``[N]``, standard error of scores.
         rows: ``[V]``, that were verified.
         measured: their effects.
     """

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from fimo.audit.calibration import Calibration, Recall, calibrated, recall
+from fimo.audit.calibration import Calibration, Errors, Recall, calibrated, errors, recall, sizes
 from fimo.audit.question import Question, Settings
 from fimo.audit.screen import Screened
 from fimo.audit.suspects import Suspects
@@ -41,27 +40,40 @@ class Findings:
         verified = self.verified
         if verified is None:
             return ()
-        found, rows = [], verified.rows[verified.reference]
-        for score, spread, estimates in zip(
-            self.screened.score, self.screened.spread, verified.estimates, strict=True
-        ):
-            found.append(calibrated(score[rows], spread[rows], estimates.of(verified.reference)))
-        return tuple(found)
+        reference = verified.reference
+        return tuple(
+            calibrated(score[verified.rows[reference]], estimates.of(reference))
+            for score, estimates in zip(self.screened.score, verified.estimates, strict=True)
+        )
+
+    @cached_property
+    def errors(self) -> tuple[Errors, ...]:
+        """Of each target's scores, by all rows that were left out."""
+        verified, screened = self.verified, self.screened
+        if verified is None:
+            return tuple(Errors() for _ in screened.score)
+        rows, size = verified.rows, sizes(screened.spread)
+        return tuple(
+            errors(screened.score[m, rows], size[m, rows], estimates)
+            for m, estimates in enumerate(verified.estimates)
+        )
 
     @cached_property
     def score_sem(self) -> Tensor:
-        """Standard errors of scores ``[M, N]``: the seeds' spread, and what true effects miss by."""
-        spread = self.screened.spread
-        rest = [1.0 if math.isnan(c.rest) else max(1.0, c.rest) for c in self.calibrations]
-        return spread * torch.tensor(rest, dtype=spread.dtype)[:, None] if rest else spread
+        """Standard errors of scores ``[M, N]``.
+
+        In proportion to what seeds disagree by, to the scale of what measured effects miss the scores by;
+        where nothing was measured, what the mean over seeds is uncertain by alone.
+        """
+        scale = torch.tensor([found.scale for found in self.errors], dtype=torch.float64)
+        return scale[:, None] * sizes(self.screened.spread)
 
     @cached_property
     def recall(self) -> Recall | None:
         """Of the rows that matter most for the mean test loss; None where nothing was verified."""
         if self.verified is None:
             return None
-        slope = self.calibrations[0].slope
-        score = self.screened.score[0] * (1.0 if math.isnan(slope) else slope)
+        score = self.screened.score[0] * self.errors[0].slope
         generator = torch.Generator().manual_seed(0)
         return recall(
             score, self.score_sem[0], self.verified.rows, self.verified.estimates[0], self.settings.top,

@@ -135,7 +135,7 @@ class Settings:
     """How an audit goes about it.
 
     Args:
-        top: rows verified on each side of each target.
+        top: rows of interest on each side of each target; half as many more are verified.
         q: false discovery rate at which verdicts shall hold.
         verify: leave rows out by real further training; else only scores are computed.
         minutes: after which no further round of seeds, and no further stage, is begun; None for no limit.

@@ -10,6 +10,15 @@ from fimo.audit.findings import Findings
 from fimo.audit.tables import verdicts
 
 
+FEW_FOUND = 0.9
+"""Recall below which the reader is told to verify more rows."""
+
+LOOSE = 0.5
+"""Correlation of measured effects with scores below which scores are said to be loose."""
+
+FEW_SEEDS = 3
+
+
 def summary_of(findings: Findings) -> dict[str, Any]:
     """Return what JSON can hold; see :class:`~fimo.audit.result.Audit`."""
     question, settings, verified = findings.question, findings.settings, findings.verified
@@ -27,6 +36,7 @@ def summary_of(findings: Findings) -> dict[str, Any]:
         "minutes": sum(findings.seconds.values()) / 60,
         "protocol": protocol_text(findings),
         "verify": settings.verify,
+        "distrust": distrust(findings),
     }
     if findings.suspects is not None:
         rate = max((float(findings.suspects.q[row]) for row in findings.suspected), default=0.0)
@@ -55,6 +65,26 @@ def summary_of(findings: Findings) -> dict[str, Any]:
         },
     }
     return summary
+
+
+def distrust(findings: Findings) -> list[str]:
+    """Return what there is to doubt about the effects, in sentences."""
+    recall, said = findings.recall, []
+    if findings.verified is None or recall is None:
+        return [
+            "Nothing was verified: effects are predictions to first order, and their error bars contain the "
+            "noise of seeds alone."
+        ]
+    if recall.estimate < FEW_FOUND:
+        said.append(
+            f"Only {recall.estimate:.0%} of the rows that matter most are expected to be among those verified; "
+            f"a larger audit.top than {findings.settings.top} finds more."
+        )
+    if findings.calibrations[0].correlation < LOOSE:
+        said.append("The scores of rows that were not verified say little about their effects.")
+    if len(findings.verified.seeds) < FEW_SEEDS:
+        said.append(f"Effects are means over only {len(findings.verified.seeds)} seeds.")
+    return said
 
 
 def calibration_of(calibration: Calibration, rows: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ OTHERS = 0.1
 
 TESTS = 200
 """Test instances whose changes are kept one by one."""
+
+WIDER = 1.5
+"""Of the number of rows of interest on a side, how many are verified: the true ones may be a little lower."""
 
 FEWEST_CONTROLS = 8
 """Below it all rows left out stand for random ones."""
@@ -146,7 +150,8 @@ def verify(question: Question, screened: Screened, settings: Settings, resources
     """
     count = settings.controls or 2 * settings.top
     sides = [target.sides for target in question.targets]
-    chosen = choose(screened.score, settings.top, count, torch.Generator().manual_seed(0), sides)
+    verified = math.ceil(WIDER * settings.top)
+    chosen = choose(screened.score, verified, count, torch.Generator().manual_seed(0), sides)
     runs = _Runs.none(question, chosen, settings.seeds, resources)
     rounds, needs_controls = looks(settings.seeds), not question.rule.shares_batches
     reference = _reference(chosen)
