@@ -9,7 +9,6 @@ from fimo.audit.calibration import Calibration
 from fimo.audit.findings import Findings
 from fimo.audit.tables import verdicts
 
-
 FEW_FOUND = 0.9
 """Recall below which the reader is told to verify more rows."""
 
@@ -77,8 +76,8 @@ def distrust(findings: Findings) -> list[str]:
         ]
     if recall.estimate < FEW_FOUND:
         said.append(
-            f"Only {recall.estimate:.0%} of the rows that matter most are expected to be among those verified; "
-            f"a larger audit.top than {findings.settings.top} finds more."
+            f"Only {recall.estimate:.0%} of the rows that matter most are expected to be among those "
+            f"verified; a larger audit.top than {findings.settings.top} finds more."
         )
     if findings.calibrations[0].correlation < LOOSE:
         said.append("The scores of rows that were not verified say little about their effects.")
