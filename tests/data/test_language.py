@@ -102,3 +102,13 @@ def test_folders_without_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("only\n\ntwo")
     with pytest.raises(InputError, match="holds 2 passages"):
         language_data(tmp_path)
+
+
+def test_passages_to_explain_may_come_from_another_file(tmp_path: Path) -> None:
+    for name, count in (("book.txt", 9), ("new.txt", 3)):
+        (tmp_path / name).write_text("\n\n".join(f"passage {k} of {name}" for k in range(count)))
+    data = LanguageData(str(tmp_path / "book.txt"), test_path=str(tmp_path / "new.txt"))
+    data.setup()
+    assert (len(data.train), len(data.test)) == (9, 3)
+    assert [str(data.named("test", k).text).split(" of ")[1] for k in range(3)] == ["new.txt"] * 3
+    assert data.origin("train").row.tolist() == list(range(9))

@@ -136,6 +136,9 @@ def test_images_are_called_by_their_files(tmp_path: Path) -> None:
     origin = data.origin("train")
     files = [f"{name}/{k}.png" for name in ("cat", "dog") for k in range(3)]
     assert list(origin.ids) == [files[row] for row in origin.row]
+    apart = loaded(ImageData(str(tmp_path / "train"), test_path=str(tmp_path / "test")))
+    assert torch.equal(apart.train.inputs, loaded(ImageData(str(tmp_path))).train.inputs)  # type: ignore[arg-type]
+    assert apart.origin("test").ids == files
     assert [i.split("/")[0] for i in origin.ids] == [data.class_names[t] for t in data.train.targets]
 
 

@@ -285,6 +285,8 @@ def test_a_test_file_without_a_column_is_refused(tmp_path: Path) -> None:
     houses().rename(columns={"rooms": "room"}).to_csv(tmp_path / "test.csv", index=False)
     with pytest.raises(InputError, match=r"dataset\.test_path: .* has no column 'rooms'; did you mean room"):
         load(tmp_path, houses(), test_path=str(tmp_path / "test.csv"))
+    with pytest.raises(InputError, match=r"dataset\.test_path: is dataset\.path itself"):
+        load(tmp_path, houses(), test_path=str(tmp_path / "t.csv"))
 
 
 def test_empty_cells_may_be_refused_with_all_their_columns(tmp_path: Path) -> None:

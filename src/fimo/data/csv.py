@@ -155,6 +155,8 @@ class CsvData(TabularModule):
     def _read_files(self) -> tuple[pd.DataFrame, Sources, tuple[str, ...]]:
         """Return the rows of the file, or of both, one after the other, and where they are."""
         files = [("dataset.path", self.path)]
+        if self.test_path is not None and Path(self.test_path).resolve() == self.path.resolve():
+            raise InputError("dataset.test_path", "is dataset.path itself; test rows must be others")
         files += [] if self.test_path is None else [("dataset.test_path", Path(self.test_path))]
         read = [read_file(path, self.form, key) for key, path in files]
         guessed = {path.name: encoding for (_, path), (_, _, encoding) in zip(files, read, strict=True)}

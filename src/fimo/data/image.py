@@ -58,7 +58,8 @@ class ImageData(InstancesModule):
 
     Args:
         path: a folder ``train/CLASS/*`` and ``test/CLASS/*`` (or ``validation``), or one with
-            ``train*.parquet`` and ``test*.parquet``.
+            ``train*.parquet`` and ``test*.parquet``; or a folder ``CLASS/*`` beside ``test_path``.
+        test_path: a folder ``CLASS/*`` of test images.
         hub: name of a data set on the hub, read where ``path`` is None.
         size: height and width that images are resized to; None keeps them, which must then be alike.
         channels: 3 (colours) or 1 (greys).
@@ -85,6 +86,7 @@ class ImageData(InstancesModule):
         split_seed: int = 0,
         id: str | None = None,
         label: str | None = None,
+        test_path: str | None = None,
     ) -> None:
         super().__init__(name, batch_size)
         for key, value in (("size", size), ("train_size", train_size), ("test_size", test_size)):
@@ -94,6 +96,7 @@ class ImageData(InstancesModule):
             raise InputError("dataset.channels", f"expected 1 or 3 but got {channels}")
         self.task = "classification"
         self.path, self.hub, self.size, self.channels = path, hub, size, channels
+        self.test_path = test_path
         self.image, self.target, self.id = image, target if label is None else label, id
         self.train_size, self.test_size, self.split_seed = train_size, test_size, split_seed
         self._given_names = tuple(class_names) if class_names is not None else None
@@ -133,6 +136,10 @@ class ImageData(InstancesModule):
         path = Path(self.path)
         if not path.is_dir():
             raise InputError("dataset.path", f"no such folder: {path}")
+        if self.test_path is not None:
+            if not Path(self.test_path).is_dir():
+                raise InputError("dataset.test_path", f"no such folder: {self.test_path}")
+            return folder(path), folder(Path(self.test_path), "dataset.test_path")
         if sorted(path.glob("train*.parquet")):
             test = next((n for n in TEST_NAMES if sorted(path.glob(f"{n}*.parquet"))), None)
             if test is None:
@@ -142,7 +149,8 @@ class ImageData(InstancesModule):
         if test is None or not (path / "train").is_dir():
             raise InputError(
                 "dataset.path",
-                f"{path} holds neither train/CLASS and test/CLASS nor train*.parquet and test*.parquet",
+                f"{path} holds neither train/CLASS and test/CLASS nor train*.parquet and test*.parquet; "
+                "test images in another folder are dataset.test_path",
             )
         return folder(path / "train"), folder(path / test)
 
@@ -216,12 +224,12 @@ class ImageData(InstancesModule):
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-def folder(path: Path) -> Pictures:
+def folder(path: Path, key: str = "dataset.path") -> Pictures:
     """Return the images of ``path/CLASS/*`` in the order of their names."""
     files = [f for c in sorted(path.iterdir()) if c.is_dir() for f in sorted(c.iterdir())]
     files = [f for f in files if f.suffix.lower() in SUFFIXES]
     if not files:
-        raise InputError("dataset.path", f"no image in {path}/CLASS/")
+        raise InputError(key, f"no image in {path}/CLASS/")
     origin = Origin(np.arange(len(files)), tuple(f.relative_to(path).as_posix() for f in files), path.name)
     return Pictures(list(files), [f.parent.name for f in files], origin)
 

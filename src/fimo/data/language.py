@@ -29,6 +29,7 @@ class LanguageData(InstancesModule):
         path: a folder of ``.txt`` files (searched through), or one file. Blank lines end a passage.
         prompts: a table (tsv, csv, parquet, jsonl) with columns ``prompt`` and ``completion`` as test
             instances, whose loss is the completion's; None holds out passages.
+        test_path: a folder or file of passages as test instances.
         tokenizer: ``bytes``, or a model's folder, package or hub name.
         length: most tokens of a passage; longer ones become several.
         test_size: share, or number, of passages held out where ``prompts`` is None.
@@ -45,12 +46,15 @@ class LanguageData(InstancesModule):
         name: str = "language",
         batch_size: int = 16,
         split_seed: int = 0,
+        test_path: str | None = None,
     ) -> None:
         super().__init__(name, batch_size)
         if length < 2:
             raise InputError("dataset.length", f"expected at least 2 tokens but got {length}")
         self.task = "language_modelling"
-        self.path, self.prompts, self.length = path, prompts, length
+        self.path, self.prompts, self.length, self.test_path = path, prompts, length, test_path
+        if prompts is not None and test_path is not None:
+            raise InputError("dataset.test_path", "expected either dataset.prompts or dataset.test_path")
         self.tokenizer, self.test_size, self.split_seed = tokenizer or BYTES, test_size, split_seed
 
     def load(self) -> None:
@@ -59,17 +63,15 @@ class LanguageData(InstancesModule):
             raise InputError(
                 "dataset.length", f"{self.length} tokens are more than the model's {self.tokens.longest}"
             )
-        passages = [
-            (file.name, piece)
-            for file in self._files()
-            for text in paragraphs(file)
-            for piece in pieces(self.tokens.encode([text])[0], self.length + 1)
-        ]
+        passages = self._passages(self.path, "dataset.path")
         if len(passages) < 4:
             raise InputError(
                 "dataset.path", f"{self.path} holds {len(passages)} passages; expected at least 4"
             )
-        if self.prompts is None:
+        if self.test_path is not None:
+            train, test = passages, self._passages(self.test_path, "dataset.test_path")
+            starts = [0] * len(test)
+        elif self.prompts is None:
             rows = held_out(len(passages), self.test_size, self.split_seed)
             train, test = ([passages[i] for i in part] for part in rows)
             starts = [0] * len(test)
@@ -101,16 +103,20 @@ class LanguageData(InstancesModule):
             return Display(source, text=text)
         return Display(self.tokens.decode(ids[start:]), text=self.tokens.decode(ids[:start]) + " ▸ …")
 
-    def _files(self) -> list[Path]:
-        if self.path is None:
-            raise InputError("dataset.path", "must be given: a folder of .txt files, or one file")
-        path = Path(self.path)
-        if path.is_file():
-            return [path]
-        files = sorted(path.rglob("*.txt"))
+    def _passages(self, given: str | None, key: str) -> list[tuple[str, list[int]]]:
+        """Return the passages of a folder or a file, each with its file's name."""
+        if given is None:
+            raise InputError(key, "must be given: a folder of .txt files, or one file")
+        path = Path(given)
+        files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
         if not files:
-            raise InputError("dataset.path", f"no .txt file in {path}")
-        return files
+            raise InputError(key, f"no .txt file in {path}")
+        return [
+            (file.name, piece)
+            for file in files
+            for text in paragraphs(file)
+            for piece in pieces(self.tokens.encode([text])[0], self.length + 1)
+        ]
 
     def _completions(self, path: Path) -> tuple[list[tuple[str, list[int]]], list[int]]:
         table = read_table(path)

@@ -102,9 +102,9 @@ def class_target(
     if len(classes) < 2:
         raise InputError(KEY, f"column {name!r} has one class only ({classes[0]!r})")
     if len(classes) > max(2, len(target) // 2):
-        raise InputError(
-            KEY, f"column {name!r} has {len(classes)} classes in {len(target)} rows; is this regression?"
-        )
+        numbers = pd.api.types.is_numeric_dtype(target)
+        doubt = "is this regression?" if numbers else "does it name rows, and another column is the target?"
+        raise InputError(KEY, f"column {name!r} has {len(classes)} classes in {len(target)} rows; {doubt}")
     counts = target.value_counts()
     if single := [c for c in classes if counts[c] == 1]:
         words = "only one row of its class" if len(single) == 1 else "only one row of each of these classes"
