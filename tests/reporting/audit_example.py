@@ -36,7 +36,7 @@ def example_audit(kind: Kind = "table", n: int = 300, verified: int = 60, seed: 
     prices = np.round(rng.lognormal(12.5, 0.4, n), -2)
     own_loss = rng.exponential(0.1, n)
     suspect = np.argsort(-own_loss)[:8]
-    suggested, suspect_q = np.full(n, "", object), np.full(n, np.nan)
+    suggested, suspect_q = np.full(n, "", object), np.linspace(0.2, 1, n)
     suspect_q[suspect] = np.linspace(0.004, 0.09, 8)
     flipped = np.where(classes == "positive", "negative", "positive")
     suggested[suspect] = flipped[suspect] if kind != "table" else [f"{p * 1.4:.0f}" for p in prices[suspect]]

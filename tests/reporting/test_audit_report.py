@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 
 import fimo
+from fimo.reporting.audit_answer import audit_answer
 from fimo.reporting.audit_report import listed_rows, write_audit_report
 from fimo.reporting.audit_run import EVERY_ROW, AuditRun, suspects, train_rows
 from tests.reporting.audit_example import example_audit, example_run
@@ -52,9 +54,20 @@ def test_each_named_test_instance_comes_with_its_rows_and_what_moves_its_predict
 
 def test_suspects_come_surest_first_with_what_was_given_and_suggested(report: Path) -> None:
     audit, table = example_audit(), page_data(report)["tables"]["suspects"]
-    wanted = audit.rows[audit.rows["suspect_q"].notna()].sort_values("suspect_q")
+    wanted = audit.rows[audit.rows["suspect_q"] <= 0.1].sort_values("suspect_q")
     assert [row[0] for row in table["rows"]] == wanted["id"].tolist() == suspects(audit)["id"].tolist()
     assert [float(row[2]) for row in table["rows"]] == wanted["suggested"].astype(float).tolist()
+
+
+def test_where_no_suspect_is_sure_the_first_ones_are_shown_and_none_is_named(tmp_path: Path) -> None:
+    audit = example_audit()
+    unsure = audit.rows.assign(suspect_q=audit.rows["suspect_q"] + 0.5, suggested="")
+    run = dataclasses.replace(example_run(), audit=dataclasses.replace(audit, rows=unsure))
+    path = write_audit_report(run, tmp_path / "report.html")
+    shown = page_data(path)["tables"]["suspects"]["rows"]
+    assert [row[0] for row in shown] == unsure.sort_values("suspect_q")["id"].head(20).tolist()
+    assert "None is sure" in page_text(path)
+    assert not any("suspect" in said for said in audit_answer(run).do)
 
 
 def test_the_page_asks_nothing_of_a_network_and_is_well_formed(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 from fimo.audit.result import Audit
 from fimo.reporting.answer import counted, listed, sentence
 from fimo.reporting.audit_answer import SIDES, audit_answer, effects_by_class, row_name
-from fimo.reporting.audit_run import EVERY_ROW, AuditRun, suspects, train_rows
+from fimo.reporting.audit_run import EVERY_ROW, LEADING_SUSPECTS, AuditRun, most_suspect, suspects, train_rows
 from fimo.reporting.flat import flat
 from fimo.reporting.html_page import write_page
 from fimo.reporting.instance_lines import folded
@@ -42,6 +42,8 @@ def write_audit_report(audit: Audit | AuditRun, path: str | Path) -> Path:
     rows = listed_rows(run)
     classes = effects_by_class(run)
     groups, found = run.audit.groups, suspects(run.audit)
+    sure = len(found)
+    found = found if sure else most_suspect(run.audit).head(LEADING_SUSPECTS)
     summary = run.audit.summary
     tables = {
         "rows": rows_table(run, rows),
@@ -59,6 +61,7 @@ def write_audit_report(audit: Audit | AuditRun, path: str | Path) -> Path:
         noun=run.noun,
         n=len(run.audit.rows),
         listed=len(rows),
+        suspected=sure,
         follows=str(classes) if classes is not None and classes.follow else "",
         stages=list((summary.get("stages") or {}).items()),
         protocol=summary.get("protocol", ""),

@@ -30,6 +30,9 @@ PER_TEST = 15
 
 MOST_SUSPECTS = 100
 
+LEADING_SUSPECTS = 20
+"""Listed where none is sure."""
+
 MOST_VERIFIED = 1_000
 
 
@@ -126,6 +129,7 @@ def train_rows(audit: Audit, columns: int | None = None) -> list[int]:
         *_ends(rows, "score"),
         *_ends(rows, "effect"),
         *suspects(audit).head(MOST_SUSPECTS)["row"],
+        *most_suspect(audit).head(LEADING_SUSPECTS)["row"],
         *(row for rows_ in audit.groups["rows"].head(PER_SIDE) for row in str(rows_).split()[:PER_TEST]),
     ]
     for _, pairs in audit.pairs.groupby("test_row"):
@@ -139,14 +143,15 @@ def test_rows(audit: Audit) -> list[int]:
 
 
 def suspects(audit: Audit) -> pd.DataFrame:
-    """Return the rows that are listed as probably mislabelled, the surest first.
+    """Return the rows whose targets are probably wrong, the surest first: those with a suggestion."""
+    ranked = most_suspect(audit)
+    return ranked[ranked["suggested"].fillna("").astype(str) != ""]
 
-    Those with a suggestion; where there is none, those whose list's false discovery rate is known.
-    """
-    rows = audit.rows
-    named = rows[rows["suggested"].fillna("").astype(str) != ""]
-    found = named if len(named) else rows[rows["suspect_q"].notna()]
-    return found.sort_values(["suspect_q", "self_effect"], ascending=[True, False], kind="stable")
+
+def most_suspect(audit: Audit) -> pd.DataFrame:
+    """Return the rows whose targets were looked at, the most suspect first, whether any is sure or not."""
+    looked_at = audit.rows[audit.rows["suspect_q"].notna()]
+    return looked_at.sort_values(["suspect_q", "self_effect"], ascending=[True, False], kind="stable")
 
 
 def _ends(table: pd.DataFrame, column: str, count: int = PER_SIDE) -> Sequence[Any]:
