@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -343,6 +344,19 @@ def test_preprocessing_of_ones_own_takes_the_place_of_the_tools(tmp_path: Path) 
     assert data.display("train", 0).row["quarter"] == frame["quarter"].iloc[train[0]]
     as_numbers = load(tmp_path, frame, transform=hundreds)
     np.testing.assert_allclose(as_numbers.train.inputs[:, 0], frame["size"].iloc[train] / 100, rtol=1e-6)
+
+
+def test_the_guides_own_preprocessing_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how_to" / "own_table.md").read_text()
+    module = re.search(r"```python file=mine.py\n(.*?)```", page, re.DOTALL)
+    assert module is not None
+    mine: dict = {}
+    exec(module[1], mine)
+    frame = houses().assign(rooms=houses()["size"] // 25)
+    data = load(tmp_path, frame, transform=mine["prepare"], target_transform=mine["price"])
+    assert data.inputs == 2 + frame["quarter"].nunique()
+    prices = np.log(frame["price"].iloc[rows_of(data, "test")])
+    np.testing.assert_allclose(data.test.targets[:, 0], prices, rtol=1e-6)
 
 
 def test_values_may_be_taken_as_they_are(tmp_path: Path) -> None:
