@@ -16,6 +16,7 @@ from torch import nn
 import fimo
 from fimo import FinalModel, Protocol
 from fimo.audit import Audit
+from fimo.audit.acting import proof_in_words
 from fimo.audit.audit import audit
 from fimo.audit.explained import Shown
 from fimo.audit.question import Question, Resources, Settings
@@ -118,6 +119,26 @@ def test_the_cleaned_table_lacks_what_harms_and_the_proof_judges_it(found: Audit
     assert best["beyond_random"] < -3 * best["beyond_random_sem"]
     assert set(found.proof["metric"]) == {"test loss", "accuracy"}
     assert "test loss goes from" in found.summary["proof"][0]
+    assert found.summary["proof"][-1] == "so leaving them out is worth it"
+
+
+@pytest.mark.parametrize(
+    ("change", "over_tests", "said"),
+    [
+        (-0.1, 0.02, "is worth it"),
+        (-0.1, 0.08, "not shown"),
+        (0.1, 0.02, "harmful"),
+        (0.01, 0.02, "not shown"),
+    ],
+)
+def test_cleaning_is_worth_it_where_other_test_rows_would_say_so_too(
+    change: float, over_tests: float, said: str
+) -> None:
+    line = {"rows": 3, "metric": "test loss", "mean": 1 + change, "change": change, "change_sem": 0.01}
+    best = {**line, "removed": "harmful and suspect rows", "change_sem_tests": over_tests,
+            "beyond_random": change, "beyond_random_sem": 0.01}  # fmt: skip
+    random = {**line, "removed": "as many random rows", "change": 0.0}
+    assert said in proof_in_words(pd.DataFrame([best, random]))[-1]
 
 
 def test_answers_say_what_becomes_of_named_predictions(found: Audit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,9 @@ from fimo.audit.verify import Verified
 from fimo.audit.why import why
 from fimo.data.display import Display, figures
 from fimo.further_training.seeds import other_seeds
+
+SURE = 2.0
+"""Standard errors of a change that is taken for sure."""
 
 FEWEST_TESTS = 10
 """Test instances whose halves can judge."""
@@ -143,7 +147,7 @@ class Acted:
 
 
 def proof_in_words(table: pd.DataFrame) -> list[str]:
-    """Return in a sentence for each metric what leaving rows out did."""
+    """Return in a sentence for each metric what leaving rows out did, and then whether it is worth it."""
     found = []
     for metric, lines in table.groupby("metric", sort=False):
         by: dict[str, dict[str, Any]] = lines.set_index("removed").to_dict("index")  # type: ignore[assignment]
@@ -156,7 +160,19 @@ def proof_in_words(table: pd.DataFrame) -> list[str]:
             f"{over_tests} over test rows); without as many random rows it changes by "
             f"{_signed(random['change'])} ± {figures(random['change_sem'], 1)}"
         )
-    return found
+    return [*found, _worth(table)]
+
+
+def _worth(table: pd.DataFrame) -> str:
+    """Return in words whether the test loss is surely lower, for other seeds and other test rows."""
+    of_loss = table[(table["metric"] == "test loss") & (table["removed"] == HARMFUL)].iloc[0]
+    change, beyond = float(of_loss["change"]), float(of_loss["beyond_random"])
+    error = math.hypot(float(of_loss["change_sem"]), float(of_loss["change_sem_tests"]))
+    if change < -SURE * error and beyond < -SURE * float(of_loss["beyond_random_sem"]):
+        return "so leaving them out is worth it"
+    if change > SURE * error:
+        return "so leaving them out is harmful: what is bad for some test rows is good for the others"
+    return "so it is not shown that leaving them out is worth it: look at them one by one"
 
 
 def _signed(value: float) -> str:
