@@ -110,6 +110,18 @@ def test_on_all_runs_the_measured_noise_is_the_noise() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
+def test_noise_is_measured_on_groups_of_any_sizes(rule: str) -> None:
+    data = amplifying()
+    protocol = Protocol(optimizer="adam", lr=0.1, batch_size=5, epochs=6, leave_out=rule)  # type: ignore[arg-type]
+    units = [(0,), (3, 4, 5), (7,), (8, 9), (1, 2, 11)]
+    single = further_train(*data, protocol, [0], units)
+    double = further_train(*data, protocol.in_float64(), [0], units)
+    found = measured_noise(single, Setting.build(*data, protocol.in_float64()), units, len(units))
+    expected = (single.raw - double.raw).double().square().mean((0, 2, 3)).sqrt()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
+
+
 @pytest.mark.parametrize(("runs", "repeated"), [(6, 0), (199, 0), (200, 1), (510, 4), (5100, 16)])
 def test_repeated_runs_are_a_fiftieth_of_the_steps_at_most(runs: int, repeated: int) -> None:
     assert repeats(runs) == repeated
