@@ -45,6 +45,12 @@ def test_an_audit_ends_with_its_answer_and_a_page_where_one_is_asked_for(
         assert display.row is not None
         assert display.row["street"] == f"street {row}"
         assert display.row["size"] == pytest.approx(frame["size"][row])
+    rows = again.audit.rows
+    removed = set(rows.loc[(rows["verdict"] == "harmful") | (rows["suspect_q"] <= 0.1), "id"])
+    assert "H05" in removed
+    lines = (tmp_path / "houses.csv").read_text().splitlines()
+    kept = [line for line in lines if line.split(",")[3] not in removed]
+    assert (folder / "cleaned.csv").read_text().splitlines() == kept  # cell by cell as it was written
     if report:
         names = {cells[0] for cells in page_data(folder / "report.html")["tables"]["rows"]["rows"]}
         assert names == set(again.audit.rows["id"])

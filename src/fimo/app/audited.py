@@ -38,9 +38,8 @@ def named_tests(config: DictConfig, data: InstancesModule) -> tuple[int, ...]:
 
 def shown_by(data: InstancesModule) -> Shown:
     """Return how a data set's predictions and training rows are read."""
-    units, unit = getattr(data, "original", None), getattr(data, "unit", "")
-    table = getattr(data, "table", None)
-    return Shown(data.class_names, units, unit, functools.partial(data.named, "train"), table)
+    row = functools.partial(data.named, "train")
+    return Shown(data.class_names, data.original, data.unit, row, data.table)
 
 
 def audited(run: Run, config: DictConfig, journal: Journal) -> Audit:

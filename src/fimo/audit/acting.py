@@ -57,16 +57,20 @@ class Acting:
             self.resources.trainer,
         )  # fmt: skip
 
-    def harmful(self, target: int) -> list[int]:
-        """Return the verified rows at a target's top that surely harm it."""
+    def harmful(self, target: int, chosen: bool) -> list[int]:
+        """Return the verified rows that surely harm a target.
+
+        Args:
+            chosen: only those that were verified for its sake.
+        """
         verified = self.verified
         sure = verified.decided(self.findings.settings.q)[target] & (verified.estimates[target].mean < 0)
-        return verified.rows[sure & verified.chosen.own[target]].tolist()
+        return verified.rows[sure & verified.chosen.own[target] if chosen else sure].tolist()
 
     @property
     def removed(self) -> tuple[int, ...]:
         """Rows that are left out of the cleaned table: those that harm the mean test loss, and suspects."""
-        return tuple(sorted({*self.harmful(0), *self.suspects}))
+        return tuple(sorted({*self.harmful(0, False), *self.suspects}))
 
     def groups(self) -> pd.DataFrame:
         """Return rows that act together, see :mod:`fimo.audit.groups`."""
@@ -110,7 +114,7 @@ class Acting:
         """Return what cleaning is worth, see :func:`fimo.audit.cleaning.proof`."""
         question = self.findings.question
         first = len(question.targets) - 2
-        chosen = [tuple(sorted({*self.harmful(first + h), *self.suspects})) for h in (0, 1)]
+        chosen = [tuple(sorted({*self.harmful(first + h, True), *self.suspects})) for h in (0, 1)]
         split = Halves((question.halves[0], question.halves[1]), (chosen[0], chosen[1]))
         return proof(question.final_model, question.test, split, self.removal, question.read)
 
