@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
@@ -84,6 +85,12 @@ def test_a_failed_job_is_reported_and_is_all_that_the_same_command_repeats(sweep
     assert kept.stat().st_mtime_ns == before
     assert not (tmp_path / "sweep" / "1" / "error.txt").exists()
     assert [r.status for r in records(tmp_path / "sweep")] == ["skipped", "finished"]
+    jobs = pd.read_csv(tmp_path / "sweep" / "jobs.csv")
+    assert jobs["status"].tolist() == ["skipped", "finished"]
+    assert jobs["dataset.path"].tolist() == [first, str(second)]
+    assert jobs["best_method/cosine"].tolist() == ["graddot", "graddot"]
+    assert "+method" not in jobs
+    assert "method" not in jobs, "what all jobs share is no column"
 
 
 def test_a_sweep_ends_with_a_report_of_its_jobs_side_by_side(sweep, tmp_path: Path) -> None:

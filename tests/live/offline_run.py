@@ -29,6 +29,7 @@ class OfflineRun:
     name: str = ""
     project: str = ""
     group: str = ""
+    sweep: str = ""
     tags: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -66,7 +67,7 @@ def parsed(content: bytes) -> OfflineRun:
         record = wandb_internal_pb2.Record.FromString(data)
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            found.id = record.run.run_id
+            found.id, found.sweep = record.run.run_id, record.run.sweep_id
             found.name, found.project = record.run.display_name, record.run.project
             found.group, found.tags = record.run.run_group, list(record.run.tags)
             found.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}

@@ -14,7 +14,7 @@ from typing import TypeVar
 from fimo.cost import Cost, measured, write_costs
 from fimo.curvature.solvers import DivergenceError
 from fimo.errors import InputError, reason
-from fimo.live import Log
+from fimo.live.log import Log
 
 log = logging.getLogger(__name__)
 

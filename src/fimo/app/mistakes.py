@@ -39,6 +39,8 @@ def readable(argument: str) -> str:
         key = key.replace("logger.", "logger.wandb.")
     if key.startswith("methods."):
         key = f"++{key}"
+    if value == "None":  # as W&B's agents say null
+        value = "null"
     if value[:1] not in ("'", '"') and "${" not in value and SPECIAL.search(value):
         path = Path(value).expanduser()
         if key in FOLDER_KEYS or value.startswith("~/") or _exists(path):

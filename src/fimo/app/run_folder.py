@@ -23,7 +23,7 @@ RESULTS = (
 )  # fmt: skip
 """What the stages of a run leave behind."""
 
-LOGGED = ("metrics.csv", "wandb_id")
+LOGGED = ("metrics.csv", "summary.json", "wandb_id")
 """What a run that goes on adds to; another one in its folder begins them anew."""
 
 ASIDE = (

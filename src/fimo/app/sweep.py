@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from fimo.app.jobs import LOCK, RECORD, JobRecord
+from fimo.app.sweep_table import write_table
 from fimo.errors import InputError
 from fimo.store.fingerprint import code_identity, contents, digest
 
@@ -83,6 +84,8 @@ class Sweep:
         }
         parts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         print(f"sweep of {self._total(records)} jobs in {self.folder}: {parts}")
+        if (table := write_table(self.folder, records)) is not None:
+            print(f"the jobs as one table: {table}")
         names = what_differs([record for _, record in records])
         for _, record in by_status.get("skipped", []):
             print(f"  {names[record.number]}: done before, skipped")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from fimo.live.files import METRICS, SUMMARY
 from fimo.live.metrics_file import FIRST, MetricsFile
 from fimo.live.outlet import Outlet
+from fimo.store.files import written_aside
 
-METRICS = "metrics.csv"
+log = logging.getLogger(__name__)
 
 STAGES = {"final_model": 1, "further_training": 2, "evaluation": 4, "report": 5}
 """The metric ``stage``; methods, further evaluations and the parts of an audit are 3."""
@@ -83,7 +87,7 @@ class About:
 
 
 class Log:
-    """Hands on what a run says to ``metrics.csv`` and to loggers, each in a thread of its own.
+    """Hands on what a run says to ``metrics.csv``, ``summary.json`` and loggers, each in a thread of its own.
 
     It never raises, and waits a bounded time for loggers that hang, when it begins and when it ends. A point
     is logged once: a run that goes on in its folder logs what lies beyond the last one in ``metrics.csv``.
@@ -104,6 +108,7 @@ class Log:
         self._last: dict[str, float] = {}
         self._file: Outlet | None = None
         self._begun = False
+        self.summary: dict[str, Any] = {}
 
     def begin(self, about: About) -> None:
         """Start the loggers."""
@@ -166,6 +171,7 @@ class Log:
 
     def summarise(self, values: Mapping[str, Any]) -> None:
         """Set what a table of runs has: the latest value by name."""
+        self.summary |= values
         self._tell("summarise", dict(values))
 
     def show(self, media: Callable[[], Mapping[str, Any]]) -> None:
@@ -186,11 +192,20 @@ class Log:
             self.alert("failed", error)
         self.summarise({"state": state, **({"error": error} if error else {})})
         self._tell("save")
+        self._write_summary()
         self._tell("finalize", "success" if state == "finished" else "failed")
         self._tell("end", state, error)
         self._begun = False
         for outlet in [*self.outlets, *([self._file] if self._file else [])]:
             outlet.close()
+
+    def _write_summary(self) -> None:
+        assert self.folder is not None
+        try:
+            with written_aside(self.folder / SUMMARY) as aside:
+                aside.write_text(json.dumps(self.summary, indent=1, default=str))
+        except OSError as error:
+            log.warning("%s could not be written: %s", SUMMARY, error)
 
     def _keep(self, artifacts: Sequence[Artifact]) -> None:
         for one in artifacts:
