@@ -12,10 +12,12 @@ from omegaconf import DictConfig
 from fimo.app.build import PROTOCOL_FIELDS
 from fimo.app.command import check_choices
 from fimo.app.config import FurtherTraining, validated
+from fimo.app.search_path import SearchPath
 from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
 
 CONF = Path(__file__).parents[1] / "conf"
+PLACES = SearchPath((CONF,))
 GROUPS = ["dataset", "model", "trainer", "further_training", "evaluation", "logger"]
 
 NEEDED = {
@@ -38,20 +40,20 @@ def choices(group: str) -> list[str]:
 @pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
 def test_every_choice_of_every_group_composes_and_passes_its_schema(group: str, choice: str) -> None:
     needed = NEEDED.get(f"{group}={choice}", [])
-    config = validated(composed(f"{group}={choice}", *needed), CONF)
+    config = validated(composed(f"{group}={choice}", *needed), PLACES)
     assert set(config[group]) or choice == "none"
 
 
 @pytest.mark.parametrize("choice", choices("method"))
 def test_every_method_composes_under_its_own_name(choice: str) -> None:
-    config = validated(composed(f"+method={choice}"), CONF)
+    config = validated(composed(f"+method={choice}"), PLACES)
     assert list(config.methods) == [choice.split("/")[-1]]
     assert config.methods[choice.split("/")[-1]]._target_.startswith("fimo.methods.")
 
 
 @pytest.mark.parametrize("choice", choices("experiment"))
 def test_every_experiment_composes(choice: str) -> None:
-    assert validated(composed(f"experiment={choice}"), CONF).further_training.lr > 0
+    assert validated(composed(f"experiment={choice}"), PLACES).further_training.lr > 0
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,7 @@ def test_experiments_with_adamw_leave_the_optimizer_to_the_group(experiment: str
 
 def test_a_data_sets_file_need_not_hold_more_than_its_target() -> None:
     config = composed("~dataset", "+dataset._target_=fimo.data.bundled.BundledData")
-    assert validated(config, CONF).further_training.batch_size == 32
+    assert validated(config, PLACES).further_training.batch_size == 32
 
 
 def test_a_given_learning_rate_is_taken() -> None:
@@ -100,26 +102,26 @@ def test_the_schema_of_further_training_has_the_protocols_fields_and_defaults() 
 
 
 def test_the_default_configuration_of_further_training_is_the_protocols() -> None:
-    node = validated(composed(), CONF).further_training
+    node = validated(composed(), PLACES).further_training
     given, plain = Protocol(**{name: node[name] for name in PROTOCOL_FIELDS}), Protocol(epochs=node.epochs)
     assert given == plain
 
 
 def test_settings_of_a_method_that_is_not_chosen_change_it_among_all() -> None:
-    config = validated(composed("++methods.exact.damping=10x"), CONF)
+    config = validated(composed("++methods.exact.damping=10x"), PLACES)
     assert set(config.methods) == set(choices("method"))
     assert config.methods.exact.damping == "10x"
     assert config.methods.exact._target_ == "fimo.methods.exact.ExactInfluence"
 
 
 def test_a_single_value_stands_for_a_list_of_one() -> None:
-    config = validated(composed("evaluation.metrics=cosine", "model.trainable=head*"), CONF)
+    config = validated(composed("evaluation.metrics=cosine", "model.trainable=head*"), PLACES)
     assert list(config.evaluation.metrics) == ["cosine"]
     assert list(config.model.trainable) == ["head*"]
 
 
 def test_several_methods_compose() -> None:
-    assert set(validated(composed("+method=[tracin,datainf]"), CONF).methods) == {"tracin", "datainf"}
+    assert set(validated(composed("+method=[tracin,datainf]"), PLACES).methods) == {"tracin", "datainf"}
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_several_methods_compose() -> None:
 )
 def test_a_mistake_is_answered_with_its_key(override: str, key: str, said: str) -> None:
     with pytest.raises(InputError) as caught:
-        validated(composed(*override.split()), CONF)
+        validated(composed(*override.split()), PLACES)
     assert caught.value.key == key
     assert said in caught.value.problem
     assert "\n" not in str(caught.value)
@@ -149,4 +151,4 @@ def test_a_mistake_is_answered_with_its_key(override: str, key: str, said: str) 
 @pytest.mark.parametrize("argument", ["+method=trasin", "+method=[graddot,trasin]", "+method=trasin,graddot"])
 def test_an_unknown_method_is_answered_with_the_nearest_names(argument: str) -> None:
     with pytest.raises(InputError, match=r"method: no choice 'trasin'; did you mean tracin"):
-        check_choices([argument], CONF)
+        check_choices([argument], PLACES)

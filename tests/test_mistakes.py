@@ -9,8 +9,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from fimo.app.mistakes import in_one_line, nearest_key, readable
+from fimo.app.search_path import SearchPath
 
 CONF = Path(__file__).parents[1] / "conf"
+PLACES = SearchPath((CONF,))
 
 
 @pytest.mark.parametrize("name", ["a, b.csv", "a=b (1).csv", "it's.csv", "[x]{y}.csv"])
@@ -65,13 +67,13 @@ def test_methods_and_their_settings_are_additions() -> None:
 def test_what_hydra_refuses_is_one_line_with_the_key(override: str, said: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(Exception) as caught:  # noqa: PT011
         compose("config", overrides=override.split())
-    line = str(in_one_line(caught.value, CONF))
+    line = str(in_one_line(caught.value, PLACES))
     assert said in line
     assert "\n" not in line
 
 
 def test_the_nearest_key_of_a_method_is_known() -> None:
-    assert "damping" in nearest_key("methods.datainf.dampin", CONF)
+    assert "damping" in nearest_key("methods.datainf.dampin", PLACES)
 
 
 def test_w_and_bs_settings_may_be_given_in_short() -> None:

@@ -11,9 +11,11 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 from fimo.app.config import validated
+from fimo.app.search_path import SearchPath
 from tests.models.folders import save_bert
 
 CONF = Path(__file__).parents[1] / "conf"
+PLACES = SearchPath((CONF,))
 
 
 def images(folder: Path) -> list[str]:
@@ -73,7 +75,7 @@ def test_each_modality_runs_from_files_to_a_report_that_shows_its_instances(
     ]  # fmt: skip
     threads = torch.get_num_threads()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = validated(compose("config", overrides=[*overrides, f"threads={threads}"]), CONF)
+        config = validated(compose("config", overrides=[*overrides, f"threads={threads}"]), PLACES)
     (tmp_path / "run").mkdir()
     run_experiment(config, tmp_path / "run")
     raw = load_file(tmp_path / "run" / "sensitivity.safetensors")["raw"]

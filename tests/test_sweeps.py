@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from fimo.app.command import main
 from fimo.app.jobs import JobRecord, job_identity, run_once
+from fimo.app.search_path import SearchPath
 from fimo.app.sweep import Sweep, is_sweep, job_overrides
 from fimo.errors import InputError
 from fimo.store.fingerprint import code_identity
@@ -250,18 +251,18 @@ def test_the_same_command_goes_on_in_its_folder_and_a_changed_one_gets_another(
     conf.mkdir()
     pattern = f"{tmp_path}/sweeps/${{now:%Y-%m-%d}}/${{now:%H-%M-%S-%f}}"
     (conf / "config.yaml").write_text(f"hydra: {{sweep: {{dir: '{pattern}'}}}}")
-    first = Sweep(["-m", "a=1,2"], conf)
+    first = Sweep(["-m", "a=1,2"], SearchPath((conf,)))
     assert first.arguments == [f"hydra.sweep.dir='{first.folder}'"]
-    beside = Sweep(["-m", "a=1,2"], conf)
+    beside = Sweep(["-m", "a=1,2"], SearchPath((conf,)))
     assert beside.folder != first.folder, "two at a time never share a folder"
     with pytest.raises(InputError, match="another sweep is running"):
-        Sweep(["-m", "a=1,2", f"hydra.sweep.dir={first.folder}"], conf)
+        Sweep(["-m", "a=1,2", f"hydra.sweep.dir={first.folder}"], SearchPath((conf,)))
     beside.lock.release()
     first.lock.release()
-    assert Sweep(["-m", "a=1,2"], conf).folder in (first.folder, beside.folder)
-    assert Sweep(["-m", "a=1,3"], conf).folder not in (first.folder, beside.folder)
+    assert Sweep(["-m", "a=1,2"], SearchPath((conf,))).folder in (first.folder, beside.folder)
+    assert Sweep(["-m", "a=1,3"], SearchPath((conf,))).folder not in (first.folder, beside.folder)
     (conf / "config.yaml").write_text((conf / "config.yaml").read_text() + "\nb: 1")
-    assert Sweep(["-m", "a=1,2"], conf).folder not in (first.folder, beside.folder)
+    assert Sweep(["-m", "a=1,2"], SearchPath((conf,))).folder not in (first.folder, beside.folder)
     capsys.readouterr()
 
 

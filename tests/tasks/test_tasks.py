@@ -19,6 +19,7 @@ from fimo.app.experiment import prepare, run_experiment
 from fimo.app.final_models import FinalModels
 from fimo.app.journal import Journal
 from fimo.app.run import Run
+from fimo.app.search_path import SearchPath
 from fimo.errors import InputError
 from fimo.further_training import Protocol
 from fimo.tasks import Datamodeling, Mislabelled
@@ -27,6 +28,7 @@ from fimo.tasks.retraining import check_retraining
 from tests.reference.further_training import plain_sensitivity
 
 CONF = Path(__file__).parents[2] / "conf"
+PLACES = SearchPath((CONF,))
 SMALL = [
     "dataset=digits", "trainer.max_epochs=2", "further_training.epochs=1", "further_training.seeds=2",
     "further_training.left_out=4", "further_training.test=5", "trainer.enable_progress_bar=false",
@@ -37,7 +39,7 @@ SMALL = [
 
 def configured(store: Path, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return validated(compose("config", overrides=[*SMALL, f"store={store}", *overrides]), CONF)
+        return validated(compose("config", overrides=[*SMALL, f"store={store}", *overrides]), PLACES)
 
 
 def judged(config: DictConfig) -> Run:

@@ -22,11 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fimo import __version__
-from fimo.app import show
+from fimo.app import methods, show
 from fimo.app.config import plain, validated
 from fimo.app.jobs import run_once
 from fimo.app.mistakes import in_one_line, readable
 from fimo.app.run_folder import RunFolder, given_folder
+from fimo.app.search_path import SearchPath, flags_first, use_installed_packages
 from fimo.app.sweep import Sweep, is_sweep, only_shows, resolved
 from fimo.errors import CheckFailedError, InputError, nearest, shortened
 from fimo.methods.catalogue import packaged_conf
@@ -34,9 +35,6 @@ from fimo.store import inventory
 
 # the launchers' settings have the plugins' own names, so that Hydra checks them against the plugins' schemas
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
-
-MULTIRUN = ("-m", "--multirun")
-"""Goes first: Hydra refuses settings on both sides of it."""
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Hydra's switch: exceptions reach the caller."""
@@ -52,13 +50,19 @@ def main(conf: Path) -> None:
     if sys.argv[1:2] == ["show"]:
         with _open_output():
             show.console(sys.argv[2:])
+    if sys.argv[1:2] == ["methods"]:
+        with _open_output():
+            methods.console(sys.argv[2:])
     conf = conf.resolve()  # Hydra would take a relative folder as relative to this file
-    sys.argv[1:] = sorted(map(readable, sys.argv[1:]), key=lambda argument: argument not in MULTIRUN)
+    sys.argv[1:] = flags_first(list(map(readable, sys.argv[1:])))
+    places = SearchPath((conf,))
     try:
+        check_flags(sys.argv[1:])
+        places = SearchPath.of(sys.argv[1:], conf)
         with _own_errors(), _open_output():
-            _start(conf)
+            _start(conf, places)
     except (HydraException, OmegaConfBaseException) as error:  # some are OSErrors too
-        _fail(in_one_line(error, conf))
+        _fail(in_one_line(error, places))
     except (InputError, OSError) as error:
         _fail(error)
     except KeyboardInterrupt:
@@ -66,11 +70,11 @@ def main(conf: Path) -> None:
         raise SystemExit(130) from None
 
 
-def _start(conf: Path) -> None:
+def _start(conf: Path, places: SearchPath) -> None:
+    use_installed_packages()
     as_command = hydra.main(version_base="1.3", config_path=str(conf), config_name="config")
-    check_flags(sys.argv[1:])
-    check_choices(sys.argv[1:], conf)
-    check_plugins(sys.argv[1:], conf)
+    check_choices(sys.argv[1:], places)
+    check_plugins(sys.argv[1:], places)
     if not is_sweep(sys.argv[1:]):
         given = None if only_shows(sys.argv[1:]) else given_folder(sys.argv[1:])
         # held before Hydra writes its files into it
@@ -78,7 +82,7 @@ def _start(conf: Path) -> None:
         as_command(functools.partial(job, held=held))()
         return
     start = as_command(job)
-    sweep = Sweep(sys.argv[1:], conf)
+    sweep = Sweep(sys.argv[1:], places)
     sys.argv += sweep.arguments
     try:
         start()
@@ -172,7 +176,7 @@ def job(composed: DictConfig, held: RunFolder | None = None) -> float | None:
 
 
 def _run(composed: DictConfig, folder: Path, held: RunFolder | None = None) -> float | None:
-    config = validated(composed, conf_folder())
+    config = validated(composed, SearchPath.of_job())
     if held is not None:
         held.begin(plain(config))
     from fimo.app.experiment import run_experiment  # torch and Lightning take seconds to import
@@ -181,12 +185,6 @@ def _run(composed: DictConfig, folder: Path, held: RunFolder | None = None) -> f
         return run_experiment(config, folder)
     except SystemExit:  # how a Lightning Trainer answers an interruption
         raise KeyboardInterrupt from None
-
-
-def conf_folder() -> Path:
-    """Return the folder of groups that Hydra composed from (known in a launcher's process too)."""
-    sources = HydraConfig.get().runtime.config_sources
-    return Path(next(source.path for source in sources if source.provider == "main"))
 
 
 def check_flags(arguments: list[str]) -> None:
@@ -200,7 +198,7 @@ def check_flags(arguments: list[str]) -> None:
         raise InputError(flag, f"unknown flag; settings are given as {flag.lstrip('-').split('=')[0]}=VALUE")
 
 
-def check_choices(arguments: list[str], conf: Path) -> None:
+def check_choices(arguments: list[str], places: SearchPath) -> None:
     """Refuse a group's unknown choice with the nearest names, in one line.
 
     Raises:
@@ -210,10 +208,10 @@ def check_choices(arguments: list[str], conf: Path) -> None:
         match = re.fullmatch(r"\+*([a-z_]+)=([^$()]*)", argument)  # nothing that Hydra would work out
         if match and match[1] == "methods" and match[2][:1] != "{":
             raise InputError("methods", f"did you mean +method={match[2]}?")
-        if not match or not (conf / match[1]).is_dir():
+        if not match or not places.has(match[1]):
             continue
-        group, folder = match[1], conf / match[1]
-        allowed = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+        group = match[1]
+        allowed = list(places.files(group))
         there = f"there are {shortened(allowed, 30)}"
         choices = [choice.strip("'\"") for choice in re.split(r"[,\[\] ]+", match[2]) if choice]
         if not choices:
@@ -229,7 +227,7 @@ def check_choices(arguments: list[str], conf: Path) -> None:
                 raise InputError(group, f"no choice {choice!r}; {hint}")
 
 
-def check_plugins(arguments: list[str], conf: Path) -> None:
+def check_plugins(arguments: list[str], places: SearchPath) -> None:
     """Refuse a launcher or sweeper whose package is not installed, saying how to install it.
 
     Raises:
@@ -237,8 +235,8 @@ def check_plugins(arguments: list[str], conf: Path) -> None:
     """
     for argument in arguments:
         group, _, choice = argument.partition("=")
-        file = conf / group / f"{choice}.yaml"
-        if group not in ("hydra/launcher", "hydra/sweeper") or not file.is_file():
+        file = places.files(group).get(choice) if group in ("hydra/launcher", "hydra/sweeper") else None
+        if file is None:
             continue
         node = OmegaConf.load(file)
         package = ".".join(str(node._target_).split(".")[:2])

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fimo.app.moved import with_present_paths
+from fimo.app.search_path import SearchPath
 from fimo.app.values import check_values
 from fimo.errors import InputError, nearest, shortened
 from fimo.methods.catalogue import all_methods
@@ -130,13 +130,13 @@ class Config:
     report: bool = True
 
 
-def validated(config: DictConfig, conf: Path) -> DictConfig:
+def validated(config: DictConfig, places: SearchPath) -> DictConfig:
     """Return the composed configuration, checked against the schemas.
 
-    Where no method was chosen, all of ``conf/method`` are in it.
+    Where no method was chosen, all that there are are in it.
 
     Args:
-        conf: the folder of configuration groups.
+        places: where there are methods.
 
     Raises:
         InputError: naming the first key at fault: unknown (with the nearest known one), of the wrong type,
@@ -144,7 +144,7 @@ def validated(config: DictConfig, conf: Path) -> DictConfig:
     """
     _check_keys(OmegaConf.structured(Config), config, "")
     with open_dict(config):
-        config.methods = chosen_methods(config.get("methods") or {}, conf)
+        config.methods = chosen_methods(config.get("methods") or {}, places)
         _make_lists(OmegaConf.structured(Config), config)
         with_present_paths(config)
     try:
@@ -163,8 +163,8 @@ def validated(config: DictConfig, conf: Path) -> DictConfig:
     return checked
 
 
-def chosen_methods(methods: Any, conf: Path) -> DictConfig:
-    """Return the settings of the methods that run: those chosen, or all of ``conf/method``.
+def chosen_methods(methods: Any, places: SearchPath) -> DictConfig:
+    """Return the settings of the methods that run: those chosen, or all.
 
     Settings of a method that is not chosen (``methods.exact.damping=10x`` alone) change it among all.
 
@@ -172,15 +172,15 @@ def chosen_methods(methods: Any, conf: Path) -> DictConfig:
         InputError: settings of a method that there is not, or that does not run.
     """
     chosen = {name: node for name, node in methods.items() if "_target_" in (node or {})}
-    known = chosen or all_methods(conf)
+    there = places.files("method")
+    known = chosen or all_methods(there.values())
     for name in methods:
         if name not in known:
-            there = [p.stem for p in sorted((conf / "method").glob("*.yaml"))]
             if name in there:
                 running = list(map(str, known))
                 both = f"+method=[{','.join([*running, str(name)])}] runs it too"
                 raise InputError(f"methods.{name}", f"does not run; there are {shortened(running)}; {both}")
-            raise InputError(f"methods.{name}", f"no such method; {nearest(str(name), there)}")
+            raise InputError(f"methods.{name}", f"no such method; {nearest(str(name), list(there))}")
     merged = OmegaConf.merge(known, methods)
     assert isinstance(merged, DictConfig)
     return merged

@@ -11,6 +11,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from fimo.app.config import Config
+from fimo.app.search_path import SearchPath
 from fimo.errors import InputError, nearest
 
 FOLDER_KEYS = ("store", "hydra.run.dir", "hydra.sweep.dir")
@@ -48,20 +49,20 @@ def readable(argument: str) -> str:
     return f"{key}={value}"
 
 
-def in_one_line(error: Exception, conf: Path) -> InputError:
+def in_one_line(error: Exception, places: SearchPath) -> InputError:
     """Return what Hydra could not compose as an error of one line.
 
     Args:
         error: Hydra's or OmegaConf's.
-        conf: the folder of configuration groups, for the nearest known keys.
+        places: where groups of configuration are, for the nearest known keys.
     """
     text = str(error).strip() or type(error).__name__
     if unknown := re.match(r"Could not override '([^']+)'", text):
         if unknown[1] in _flat(OmegaConf.structured(Config)):  # a choice's file need not hold all of it
             return InputError(unknown[1], f"is not in the chosen file; +{unknown[1]}=VALUE sets it")
-        if others := choices_with(unknown[1], conf):
+        if others := choices_with(unknown[1], places):
             return InputError(unknown[1], f"unknown key of the chosen file; a key of {', '.join(others)}")
-        return InputError(unknown[1], f"unknown key; {nearest_key(unknown[1], conf)}")
+        return InputError(unknown[1], f"unknown key; {nearest_key(unknown[1], places)}")
     if several := re.match(r"Ambiguous value for argument '\+*([^=]+)=(.*)'\n", text):
         hint = f"[{several[2]}] is a list, -m sweeps over them, quotes make one text of them"
         return InputError(several[1], f"got several values; {hint}")
@@ -71,7 +72,11 @@ def in_one_line(error: Exception, conf: Path) -> InputError:
         return InputError(deleted[1], what + hint)
     if isinstance(error, MissingConfigException):
         group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
-        hint = f"; {nearest(choice, error.options)}" if error.options else f" in {conf}"
+        hint = (
+            f"; {nearest(choice, error.options)}"
+            if error.options
+            else f" in {', '.join(map(str, places.folders))}"
+        )
         return InputError(group or "--config-name", f"no configuration {choice!r}{hint}")
     if isinstance(error, OverrideParseException):
         key, equals, value = error.override.partition("=")
@@ -85,9 +90,9 @@ def in_one_line(error: Exception, conf: Path) -> InputError:
     return InputError(str(full_key or "configuration"), text.splitlines()[0])
 
 
-def nearest_key(unknown: str, conf: Path) -> str:
+def nearest_key(unknown: str, places: SearchPath) -> str:
     """Return a hint for an unknown key: the nearest of its siblings, or where else its last part is known."""
-    known = known_keys(conf)
+    known = known_keys(places)
     parts = unknown.split(".")
     for depth in range(len(parts)):  # the first part that is not known
         parent = ".".join(parts[:depth])
@@ -102,19 +107,19 @@ def nearest_key(unknown: str, conf: Path) -> str:
     return nearest(parts[depth], siblings)
 
 
-def choices_with(key: str, conf: Path) -> list[str]:
+def choices_with(key: str, places: SearchPath) -> list[str]:
     """Return the choices, ``GROUP=NAME``, whose own file holds a key of their group."""
     group, _, rest = key.partition(".")
-    files = sorted((conf / group).glob("*.yaml")) if group else []
-    return [f"{group}={f.stem}" for f in files if rest in _flat(OmegaConf.load(f))]
+    files = places.files(group) if group else {}
+    return [f"{group}={name}" for name, file in files.items() if rest in _flat(OmegaConf.load(file))]
 
 
-def known_keys(conf: Path) -> list[str]:
+def known_keys(places: SearchPath) -> list[str]:
     """Return all keys of the schema and of every group's choices, dotted."""
     schema = OmegaConf.structured(Config)
     found = dict.fromkeys(_flat(schema))
     for group in ("dataset", "model", "trainer", "further_training", "evaluation", "logger", "method"):
-        for file in sorted((conf / group).rglob("*.yaml")):
+        for file in places.files(group).values():
             prefix = "methods" if group == "method" else group
             found |= dict.fromkeys(_flat(OmegaConf.load(file), prefix))
     return list(found)

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from fimo.app.jobs import LOCK, RECORD, JobRecord
+from fimo.app.search_path import SearchPath
 from fimo.app.sweep_table import write_table
 from fimo.errors import InputError
 from fimo.store.fingerprint import code_identity, contents, digest
@@ -26,17 +27,18 @@ class Sweep:
 
     Args:
         arguments: of the command line, without the program.
-        conf: the folder of configuration groups.
+        places: where groups of configuration are.
 
     Attributes:
         folder: of the sweep: the one given, else that of an earlier sweep by the same command with the same
             configuration and code, else a new one.
     """
 
-    def __init__(self, arguments: Sequence[str], conf: Path) -> None:
+    def __init__(self, arguments: Sequence[str], places: SearchPath) -> None:
         self.jobs = job_overrides(arguments)
-        identity = digest(list(arguments), code_identity(), *contents(conf, "*.yaml"))
-        pattern = _default_folder(conf)
+        files = [name for folder in places.folders for name in contents(folder, "*.yaml")]
+        identity = digest(list(arguments), code_identity(), *files)
+        pattern = _default_folder(places)
         given = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith(SWEEP_FOLDER)]
         self.arguments: list[str] = []
         if given:
@@ -183,9 +185,10 @@ def resolved(text: str) -> str:
     return str(OmegaConf.create({"folder": text}).folder)
 
 
-def _default_folder(conf: Path) -> str:
+def _default_folder(places: SearchPath) -> str:
     """Return the configured folder of sweeps, unresolved."""
-    config: Any = OmegaConf.to_container(OmegaConf.load(conf / "config.yaml"), resolve=False)
+    file = next(f for folder in places.folders if (f := folder / "config.yaml").is_file())
+    config: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     return str(config["hydra"]["sweep"]["dir"])
 
 

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from fimo.errors import InputError, nearest, reason
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from fimo.methods.base import AttributionMethod
 
     Method = str | AttributionMethod | type[AttributionMethod]
+
+PLUGINS = "fimo.conf"
+"""Entry points of packages that add methods, data sets, networks, presets and so on."""
 
 
 def packaged_conf() -> Path:
@@ -27,12 +33,41 @@ def packaged_conf() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parents[3] / "conf"
 
 
-def all_methods(conf: Path) -> DictConfig:
-    """Return the settings of every method that has a file in ``conf/method``, by name."""
-    files = sorted((conf / "method").glob("*.yaml"))
-    merged = OmegaConf.merge({}, *(OmegaConf.load(file) for file in files))
+def plugin_folders() -> dict[str, Path]:
+    """Return the folders of configuration groups that installed packages add, by the entry point's name.
+
+    A package names the module of its folder, which holds ``method/NAME.yaml``, ``dataset/NAME.yaml`` and so
+    on, under the entry points of ``fimo.conf``. It is not imported.
+
+    Raises:
+        InputError: no such folder.
+    """
+    found = {}
+    for point in importlib.metadata.entry_points(group=PLUGINS):
+        package, *inside = point.module.split(".")
+        spec = importlib.util.find_spec(package)
+        places = [] if spec is None else list(spec.submodule_search_locations or [])
+        folders = [folder for place in places if (folder := Path(place, *inside)).is_dir()]
+        if not folders:
+            raise InputError(f"{PLUGINS}.{point.name}", f"{point.value} is no folder of an installed package")
+        found[point.name] = folders[0]
+    return found
+
+
+def all_methods(files: Iterable[Path]) -> DictConfig:
+    """Return the settings of every method that has a file, by name."""
+    merged = OmegaConf.merge({}, *map(OmegaConf.load, files))
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def method_files(folders: Iterable[Path]) -> dict[str, Path]:
+    """Return the methods' files by name; of equal names, the first folder's."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for file in sorted((folder / "method").glob("*.yaml")):
+            found.setdefault(file.stem, file)
+    return dict(sorted(found.items()))
 
 
 def method_of(method: Method, settings: Mapping[str, Any]) -> tuple[str, AttributionMethod]:
@@ -77,6 +112,8 @@ def table() -> pd.DataFrame:
     Returns:
         ``summary, access, needs, cost, use`` by name.
     """
+    import pandas as pd  # half a second, which the command line does without
+
     rows = []
     for name, settings in _settings().items():
         kind = _class_of(settings)
@@ -88,14 +125,19 @@ def table() -> pd.DataFrame:
 
 def first_sentence(kind: type[AttributionMethod]) -> str:
     """Return the first line of a method's docstring, without markup."""
-    line = (inspect.getdoc(kind) or kind.__name__).splitlines()[0]
+    return without_markup((inspect.getdoc(kind) or kind.__name__).splitlines()[0])
+
+
+def without_markup(line: str) -> str:
+    """Return a line of a docstring as people read it."""
     return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", line).replace("``", "")
 
 
 @functools.cache
 def _settings() -> dict[str, dict[str, Any]]:
     """Return each method's settings, by name, as the command line has them."""
-    found = OmegaConf.to_container(all_methods(packaged_conf()))
+    files = method_files([packaged_conf(), *plugin_folders().values()])
+    found = OmegaConf.to_container(all_methods(files.values()))
     assert isinstance(found, dict)
     return {str(name): dict(settings) for name, settings in found.items()}
 
