@@ -87,6 +87,9 @@ def test_effects_that_follow_one_class_are_found_and_ranked_within_it() -> None:
     assert (found.follow, found.helpful, found.harmful) == (True, "a", "b")
     within = found.within(effects, classes)
     assert within[table == "a"].mean() == pytest.approx(0, abs=1e-12)
+    names = [f"r{k}" for k in range(len(effects))]
+    assert f"r{within.argmax()}, " in found.leading(effects, classes, names)
+    assert found.leading(effects, classes, names).endswith(f"{names[np.argsort(within)[2]]} harm most.")
     assert np.argsort(within[table == "a"]).tolist() == np.argsort(effects[table == "a"]).tolist()
 
 

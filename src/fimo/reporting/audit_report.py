@@ -10,7 +10,7 @@ import pandas as pd
 
 from fimo.audit.result import Audit
 from fimo.reporting.answer import counted, listed, sentence
-from fimo.reporting.audit_answer import SIDES, audit_answer, effects_by_class, row_name
+from fimo.reporting.audit_answer import SIDES, audit_answer, best_known, effects_by_class, row_name
 from fimo.reporting.audit_run import EVERY_ROW, LEADING_SUSPECTS, AuditRun, most_suspect, suspects, train_rows
 from fimo.reporting.flat import flat
 from fimo.reporting.html_page import write_page
@@ -88,8 +88,7 @@ def rows_table(run: AuditRun, rows: pd.DataFrame) -> dict[str, Any]:
     within: Sequence[Any] = [None] * len(order)
     values = _values(run, displays)
     if classes is not None and classes.follow:
-        best = order["effect"].fillna(order["score"]).to_numpy(float)
-        inside = classes.within(best, [str(t) for t in order["target"]])
+        inside = classes.within(best_known(order), [str(t) for t in order["target"]])
         within = effects(inside, order["effect_sem"].fillna(order["score_sem"]))
     columns = [
         Column(run.noun, "name", _names(order), "its identifier, or its row in the file"),

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from fimo.reporting.answer import listed
+
 MOST_CLASSES = 50
 FEWEST_ROWS = 10
 """Of rows, below which no share is told."""
@@ -47,6 +49,14 @@ class ClassEffects:
         """Return effects ``[n]`` minus the mean effect of their class."""
         own = pd.Series(list(classes)).map(self.means).to_numpy(float)
         return np.asarray(effects, float) - own
+
+    def leading(
+        self, effects: np.ndarray, classes: Sequence[str], names: Sequence[str], most: int = 3
+    ) -> str:
+        """Return as a sentence which rows help and harm most within their classes."""
+        order = np.argsort(-self.within(effects, classes), kind="stable").tolist()
+        help_, harm = ([names[k] for k in side] for side in (order[:most], order[::-1][:most]))
+        return f"Within their class, {listed(help_)} help most and {listed(harm)} harm most."
 
     def __str__(self) -> str:
         """Return it as a sentence."""

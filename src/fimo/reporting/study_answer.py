@@ -178,7 +178,8 @@ def _distrust(run: Results, rows: pd.DataFrame) -> list[str]:
                 f"Few seeds: the noise ceiling is {ceiling:.2f}; small effects and close ranks are uncertain."
             )
     if (found := _class_effects(run, rows)) is not None:
-        said.append(str(found))
+        effects, classes = rows["effect"].to_numpy(), [str(t) for t in rows["target"]]
+        said += [str(found), found.leading(effects, classes, list(rows["name"]))]
     if run.skipped:
         said.append(f"{counted(len(run.skipped), 'method')} did not run: {listed(list(run.skipped))}.")
     return said
