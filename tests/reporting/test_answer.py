@@ -93,6 +93,15 @@ def test_effects_that_follow_one_class_are_found_and_ranked_within_it() -> None:
     assert np.argsort(within[table == "a"]).tolist() == np.argsort(effects[table == "a"]).tolist()
 
 
+def test_ends_of_one_class_each_do_not_make_effects_follow_classes_that_explain_little() -> None:
+    one = np.r_[100.0, np.ones(9), 1e-3 * np.arange(30)]  # a few rows have all the effect
+    found = class_effects(np.r_[one, -one], ["a"] * 40 + ["b"] * 40)
+    assert found is not None
+    assert (found.helpful, found.harmful) == ("a", "b")
+    assert found.share < 0.1
+    assert not found.follow
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_effects_without_a_class_s_part_are_not_said_to_follow_it(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -17,6 +17,9 @@ FEWEST_ROWS = 10
 FOLLOWS = 0.5
 """Share of the effects' variance that classes explain, from which effects are said to follow them."""
 
+NOTABLE = 0.2
+"""The same where moreover the ends of the ranking are of one class each."""
+
 LISTED = 10
 """Rows of a list whose classes are compared."""
 
@@ -43,7 +46,7 @@ class ClassEffects:
     @property
     def follow(self) -> bool:
         """Whether the ranking is to a large part one of classes."""
-        return self.share >= FOLLOWS or bool(self.helpful)
+        return self.share >= (NOTABLE if self.helpful else FOLLOWS)
 
     def within(self, effects: np.ndarray, classes: Sequence[str]) -> np.ndarray:
         """Return effects ``[n]`` minus the mean effect of their class."""
