@@ -274,6 +274,13 @@ def test_parts_that_are_none_are_refused(tmp_path: Path, column: list, said: str
         load(tmp_path, houses().assign(part=column), split="part")
 
 
+def test_a_part_without_rows_is_refused(tmp_path: Path) -> None:
+    frame = houses().assign(part=["train"] * 190 + ["test"] * 10)
+    frame.loc[190:, "rooms"] = np.nan
+    with pytest.raises(InputError, match="dataset: the test part has no rows"):
+        load(tmp_path, frame, split="part", missing="drop")
+
+
 def test_classes_of_the_test_part_alone_are_refused_with_their_row(tmp_path: Path) -> None:
     frame = houses().assign(price=["a", "b"] * 100)
     frame.head(20).assign(price=["a"] * 19 + ["c"]).to_csv(tmp_path / "test.csv", index=False)

@@ -123,6 +123,9 @@ class TabularModule(InstancesModule):
         if table.features.shape[1] == 0:
             raise InputError("dataset.path", "there is no feature column besides the target")
         train, test = table.parts or held_out(len(table.features), self.test_size, self.split_seed)
+        for name, rows in (("training", train), ("test", test)):
+            if not len(rows):
+                raise InputError("dataset", f"the {name} part has no rows")
         self._rows = {"train": train, "test": test}
         self.origins = {"train": sources[train], "test": sources[test]}
         self.decisions = table.decisions
