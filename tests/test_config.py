@@ -152,3 +152,10 @@ def test_a_mistake_is_answered_with_its_key(override: str, key: str, said: str) 
 def test_an_unknown_method_is_answered_with_the_nearest_names(argument: str) -> None:
     with pytest.raises(InputError, match=r"method: no choice 'trasin'; did you mean tracin"):
         check_choices([argument], PLACES)
+
+
+def test_an_audit_has_no_gold_standard_to_stop_after() -> None:
+    with pytest.raises(InputError, match="until: further_training is the gold standard of mode=study"):
+        validated(composed("mode=audit", "until=further_training"), CONF)
+    with pytest.raises(InputError, match=r"audit\.tpo: unknown key; did you mean top"):
+        validated(composed("+audit.tpo=3"), CONF)

@@ -39,7 +39,8 @@ def classification(n: int = 80, ignored: int = 6) -> tuple[FinalModel, Instances
 
 
 def protocol(**changed: object) -> Protocol:
-    return Protocol(**{"lr": 0.1, "batch_size": 10, "epochs": 4, "leave_out": "mask"} | changed)  # type: ignore[arg-type]
+    settings: dict[str, object] = {"lr": 0.1, "batch_size": 10, "epochs": 4, "leave_out": "mask"}
+    return Protocol(**settings | changed)  # type: ignore[arg-type]
 
 
 def asked(tests: tuple[int, ...] = (), **changed: object) -> Question:
@@ -169,3 +170,25 @@ def test_bad_input_is_one_line(changed: dict[str, object], problem: str) -> None
         fimo.audit(*data(), protocol(), **changed)
     assert str(error.value).startswith(problem)
     assert "\n" not in str(error.value)
+
+
+def test_scores_alone_say_what_to_distrust() -> None:
+    found = fimo.audit(*data(), protocol(), top=3, verify=False, seeds=2)
+    assert found.summary["distrust"] == [
+        "Nothing was verified: effects are predictions to first order, and their error bars contain the "
+        "noise of seeds alone."
+    ]
+
+
+def test_half_as_many_more_rows_are_verified_as_are_of_interest() -> None:
+    question = asked()
+    found = audit(question, Settings(top=4, seeds=2, act=False), Resources())
+    measured = set(found.rows.loc[found.rows["verdict"] != "", "row"])
+    order = found.rows.sort_values("score")["row"].tolist()
+    assert set(order[:6]) | set(order[-6:]) <= measured
+    assert len(measured) == 12 + found.summary["controls"]
+
+
+def test_no_round_is_begun_that_would_end_too_late() -> None:
+    found = audit(asked(), Settings(top=10, seeds=40, minutes=1e-6, act=False), Resources())
+    assert found.summary["seeds"] == [0, 1, 2]
