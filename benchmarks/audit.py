@@ -41,6 +41,7 @@ from fimo.app.config import validated
 from fimo.app.experiment import prepare, with_final_model
 from fimo.app.journal import Journal
 from fimo.app.run import Run
+from fimo.app.search_path import SearchPath
 from fimo.audit.audit import audit
 from fimo.audit.question import Question, Resources, Settings
 from fimo.audit.result import Audit
@@ -94,7 +95,7 @@ def trained(given: argparse.Namespace) -> Run:
     if given.setting not in OVERRIDES:
         overrides += [f"further_training.leave_out={given.leave_out}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = validated(compose("config", overrides=overrides), CONF)
+        config = validated(compose("config", overrides=overrides), SearchPath((CONF,)))
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder))
         run, found = with_final_model(prepare(config, journal), config, journal)

@@ -156,6 +156,6 @@ def test_an_unknown_method_is_answered_with_the_nearest_names(argument: str) -> 
 
 def test_an_audit_has_no_gold_standard_to_stop_after() -> None:
     with pytest.raises(InputError, match="until: further_training is the gold standard of mode=study"):
-        validated(composed("mode=audit", "until=further_training"), CONF)
+        validated(composed("mode=audit", "until=further_training"), PLACES)
     with pytest.raises(InputError, match=r"audit\.tpo: unknown key; did you mean top"):
-        validated(composed("+audit.tpo=3"), CONF)
+        validated(composed("+audit.tpo=3"), PLACES)
