@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,9 @@ from fimo.audit.verify import Verified
 from fimo.audit.why import why
 from fimo.data.display import Display, figures
 from fimo.further_training.seeds import other_seeds
+
+SEEDS = 5
+"""Of groups of rows, whose effects are larger than single rows'."""
 
 SURE = 2.0
 """Standard errors of a change that is taken for sure."""
@@ -49,11 +52,20 @@ class Acting:
 
     @cached_property
     def removal(self) -> Removal:
-        """Further training without groups of rows, with seeds of its own."""
+        """Further training without groups of rows, with seeds of its own.
+
+        Where the protocol says ``shift``, the group's losses are dropped from the full run's batches instead
+        (``mask``). The other batches that follow under ``shift`` are what verification takes out of single
+        rows' effects; a group's can't be taken from random rows, and its last batch of another size may
+        change more than the rows do.
+        """
         question, settings = self.findings.question, self.findings.settings
         taken = [*range(settings.seeds), *self.findings.screened.followed]
+        protocol = question.at_end
+        if protocol.leave_out == "shift":
+            protocol = replace(protocol, leave_out="mask")
         return Removal(
-            question.train, question.at_end, other_seeds(taken, settings.seeds), self.resources.store,
+            question.train, protocol, other_seeds(taken, min(SEEDS, settings.seeds)), self.resources.store,
             self.resources.trainer,
         )  # fmt: skip
 

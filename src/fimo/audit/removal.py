@@ -39,8 +39,7 @@ class Removal:
     """Leaves groups of training rows out of further training.
 
     A group's runs are compared with the full runs of their seeds and nothing is subtracted. Under ``shift``
-    other batches follow in every run without some rows: noise with mean zero over seeds, which is in the
-    standard errors.
+    other batches follow in every run without some rows, which is in the changes and in their errors.
 
     Args:
         train: all N training instances, as admitted.
