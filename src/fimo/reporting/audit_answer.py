@@ -218,7 +218,7 @@ def _advice(run: AuditRun) -> list[str]:
         )
     said += _proof(run)
     if audit.cleaned is not None and len(audit.proof):
-        said.append("If that is worth it, go on with cleaned.csv, the table without them.")
+        said.append("cleaned.csv is the table without them.")
     if not audit.rows["effect"].notna().any():
         said.append("Measure before you act: audit.verify=true.")
     return said
