@@ -108,9 +108,9 @@ def test_the_best_epoch_can_be_kept(tmp_path: Path) -> None:
         found = Decaying(mlp(10, 1, (8,)), mean_squared_error, "regression", 1, lr=0.05)
         runs = trainer(epochs)
         runs.callbacks.extend([KeepBest()] if keep else [])  # type: ignore[attr-defined]
-        train_final_model(
-            found, diabetes(), runs, Store(tmp_path), {"epochs": epochs}, 0, Cost("final_model")
-        )
+        data = diabetes()
+        data.hold_out(40)
+        train_final_model(found, data, runs, Store(tmp_path), {"epochs": epochs}, 0, Cost("final_model"))
         return found
 
     best, first, last = trained(True, 3), trained(False, 1), trained(False, 3)

@@ -42,7 +42,7 @@ def write_audit(found: Audit, run: Run, quality: Quality, config: DictConfig, jo
 def audit_run(found: Audit, run: Run, quality: Quality, config: Mapping[str, Any]) -> AuditRun:
     """Return an audit with the instances that its page shows, under their data rows."""
     data = run.data
-    first = data.display("train", 0)
+    first = data.shown("train", 0)
     columns = None if first.text or first.image or not first.row else len(first.row)
     wanted: dict[Split, Sequence[int]] = {"train": train_rows(found, columns), "test": test_rows(found)}
     return AuditRun(

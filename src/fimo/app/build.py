@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.loggers import Logger
 from torch import nn
 
 from fimo.app.arguments import check_arguments, imported
@@ -27,15 +24,16 @@ from fimo.methods.base import AttributionMethod
 from fimo.models.checkpoint import load_checkpoint
 from fimo.models.copied import with_dense_gradients
 from fimo.models.final_model import FinalModel
-from fimo.models.keep_best import KeepBest
 from fimo.models.lightning_module import FinalModelModule
 from fimo.models.loss_function import Loss, LossFunction
 from fimo.models.losses import LOSSES, MEASUREMENTS
-from fimo.models.progress import EpochProgress
 from fimo.tasks.base import Judged, Task
 from fimo.validation.admission import admit, tried
 
 PROTOCOL_FIELDS = tuple(f.name for f in dataclasses.fields(Protocol))
+NOT_ARGUMENTS = ("recommended", "validation_size")
+"""Keys of ``dataset`` that are not its class's: the first is read by model and trainer."""
+
 LOSS_OF_TASK = {
     "regression": "mse",
     "classification": "cross_entropy",
@@ -61,7 +59,7 @@ def build(config: Any, key: str, **arguments: Any) -> Any:
 
 def build_data(config: DictConfig) -> InstancesModule:
     """Build and load the data set."""
-    node = {str(k): v for k, v in config.dataset.items() if k != "recommended"}  # read by model and trainer
+    node = {str(k): v for k, v in config.dataset.items() if k not in NOT_ARGUMENTS}
     own = {
         name: imported(node[name], f"dataset.{name}")
         for name in ("transform", "target_transform")
@@ -73,6 +71,7 @@ def build_data(config: DictConfig) -> InstancesModule:
     if data.batch_size < 1:
         raise InputError("dataset.batch_size", f"expected at least 1 but got {data.batch_size}")
     data.setup()
+    data.hold_out(config.dataset.get("validation_size") or 0, config.dataset.get("split_seed") or 0)
     return data
 
 
@@ -150,6 +149,8 @@ def check_fit(
                 "model.network",
                 f"does not fit the data set {data.name}: outputs of shape {shape} for {data.outputs} classes",
             )
+    if data.validation is not None:
+        data.validation = admit(model, data.validation, data.test)[0]
     data.train, data.test = admit(model, data.train, data.test)
 
 
@@ -173,14 +174,6 @@ def build_measurement(name: Any) -> Loss | None:
     return None if name is None else build_loss(name, "model.measurement", MEASUREMENTS)
 
 
-def training_settings(config: DictConfig) -> dict[str, Any]:
-    """Return the settings that the final model's training depends on."""
-    return {
-        **{name: config.model[name] for name in ("optimizer", "lr", "momentum", "weight_decay")},
-        **{name: config.trainer[name] for name in ("max_epochs", "precision", "gradient_clip_val")},
-    }
-
-
 def build_final_model(module: FinalModelModule, config: DictConfig) -> FinalModel:
     """Freeze a module as the final model, with the configured measurement and trainable parameters."""
     return FinalModel(
@@ -190,39 +183,6 @@ def build_final_model(module: FinalModelModule, config: DictConfig) -> FinalMode
         tuple(config.model.trainable),
         config.model.accept_poor,
     )
-
-
-def build_trainer(
-    config: DictConfig, more: Sequence[pl.Callback] = (), logger: Logger | None = None
-) -> pl.Trainer:
-    """Build the Trainer of the final model's training, on the first of the devices.
-
-    The others serve further training: on several, a final model's batches would be larger.
-
-    Args:
-        more: callbacks besides those configured.
-        logger: for what modules and callbacks log.
-    """
-    settings = OmegaConf.to_container(config.trainer, resolve=True)
-    assert isinstance(settings, dict)
-    devices = settings["devices"]
-    if devices not in (1, "1"):
-        settings |= {"devices": devices[:1] if isinstance(devices, list) else 1, "strategy": "auto"}
-    callbacks: list[pl.Callback] = [EpochProgress()] if config.trainer.enable_progress_bar else []
-    if config.trainer.keep == "best":
-        callbacks.append(KeepBest())
-    try:
-        return pl.Trainer(
-            **{str(k): v for k, v in settings.items() if k not in ("enable_progress_bar", "keep")},
-            callbacks=[*callbacks, *more],
-            num_sanity_val_steps=0,
-            enable_progress_bar=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            logger=logger or False,
-        )
-    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:  # such as no GPU
-        raise InputError("trainer", f"accelerator={settings['accelerator']}: {reason(error)}") from error
 
 
 AUDIT_FIELDS = ("top", "q", "verify", "minutes", "seeds", "controls", "act")

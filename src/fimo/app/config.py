@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fimo.app.moved import with_present_paths
 from fimo.app.search_path import SearchPath
+from fimo.app.trainer_arguments import check_callbacks, check_trainer
 from fimo.app.values import check_values
 from fimo.errors import InputError, nearest, shortened
 from fimo.methods.catalogue import all_methods
@@ -37,7 +38,10 @@ class Model:
 
 @dataclass
 class Trainer:
-    """``trainer``: arguments of the Lightning Trainer; ``max_epochs`` is of the final model's training."""
+    """``trainer``: arguments of the Lightning Trainer, those below and any other that Lightning has.
+
+    Those that apply to further training too are :data:`fimo.app.trainer_arguments.OF_BOTH`.
+    """
 
     max_epochs: int = 100
     accelerator: str = "cpu"
@@ -110,7 +114,7 @@ class AuditSettings:
 class Config:
     """The whole configuration.
 
-    ``dataset`` and each of ``methods`` and ``logger`` are arguments of their ``_target_``.
+    ``dataset`` and each of ``methods``, ``logger`` and ``callbacks`` are arguments of their ``_target_``.
     """
 
     dataset: Any = MISSING
@@ -120,6 +124,7 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
     audit: AuditSettings = field(default_factory=AuditSettings)
     logger: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     threads: int | None = None
@@ -148,7 +153,7 @@ def validated(config: DictConfig, places: SearchPath) -> DictConfig:
         _make_lists(OmegaConf.structured(Config), config)
         with_present_paths(config)
     try:
-        checked = OmegaConf.merge(OmegaConf.structured(Config), config)
+        checked = _merged(config)
         OmegaConf.resolve(checked)
     except OmegaConfBaseException as error:
         key, reason = getattr(error, "full_key", None), getattr(error, "msg", None)
@@ -157,10 +162,25 @@ def validated(config: DictConfig, places: SearchPath) -> DictConfig:
             r"^\w+ raised while resolving interpolation: ", "", str(reason or error).splitlines()[0]
         )
         raise InputError(str(key), reason.strip('"')) from None
-    assert isinstance(checked, DictConfig)
     _check_mandatory(checked)
+    check_callbacks(checked.callbacks, checked.trainer.accelerator)
     check_values(checked)
     return checked
+
+
+def _merged(config: DictConfig) -> DictConfig:
+    """Return a configuration with the schema's types and defaults; ``trainer`` keeps all that it has."""
+    schema = OmegaConf.structured(Config)
+    more = [str(name) for name in config.get("trainer") or {} if name not in list(schema.trainer)]
+    typed = OmegaConf.create(config)  # a copy
+    with open_dict(typed):
+        taken = {name: typed.trainer.pop(name) for name in more}
+    merged = OmegaConf.merge(schema, typed)
+    assert isinstance(merged, DictConfig)
+    OmegaConf.set_struct(merged.trainer, False)
+    for name, value in taken.items():
+        merged.trainer[name] = value
+    return merged
 
 
 def chosen_methods(methods: Any, places: SearchPath) -> DictConfig:
@@ -194,8 +214,12 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def _check_keys(schema: DictConfig, config: DictConfig, prefix: str) -> None:
+    if prefix == "trainer.":
+        check_trainer(config, tuple(map(str, schema)))
     for key in map(str, config):
         full = f"{prefix}{key}"
+        if prefix == "trainer." and key not in list(schema):
+            continue
         if key not in list(schema):  # `in` alone is false for values that must be given
             raise InputError(full, f"unknown key; {nearest(key, [str(k) for k in schema])}")
         known, given = schema._get_node(key), config._get_node(key)
@@ -209,6 +233,8 @@ def _check_keys(schema: DictConfig, config: DictConfig, prefix: str) -> None:
 def _make_lists(schema: DictConfig, config: DictConfig) -> None:
     """Put single values in lists where lists are expected: ``evaluation.metrics=cosine``."""
     for key in map(str, config):
+        if key not in list(schema):  # one of Lightning's arguments
+            continue
         known = schema._get_node(key)
         if OmegaConf.is_missing(config, key):
             continue

@@ -6,12 +6,8 @@ import importlib.metadata
 import logging
 import platform
 import warnings
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 PACKAGES = ("fimo", "torch", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy", "scikit-learn")
-TRAINER_KEYS = ("accelerator", "devices", "strategy", "enable_progress_bar")
 
 
 def quiet_libraries() -> None:
@@ -30,10 +26,3 @@ def quiet_libraries() -> None:
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     return {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}}
-
-
-def trainer_settings(config: DictConfig) -> dict[str, Any]:
-    """Return the part of ``trainer`` that holds for further training too: devices, and progress."""
-    settings = OmegaConf.to_container(config.trainer, resolve=True)
-    assert isinstance(settings, dict)
-    return {key: settings[key] for key in TRAINER_KEYS}

@@ -24,14 +24,12 @@ from fimo.app.build import (
     build_methods,
     build_module,
     build_tasks,
-    build_trainer,
     check_evaluation,
-    training_settings,
 )
 from fimo.app.check_run import check_run
 from fimo.app.config import plain
 from fimo.app.effects import with_rows, write_effects
-from fimo.app.environment import quiet_libraries, trainer_settings
+from fimo.app.environment import quiet_libraries
 from fimo.app.final_models import FinalModels
 from fimo.app.journal import Journal
 from fimo.app.loggers import about, logged
@@ -40,6 +38,8 @@ from fimo.app.run import Run
 from fimo.app.scoring import applicable
 from fimo.app.show import shown
 from fimo.app.summary import summarise, with_findings
+from fimo.app.trainers import build_trainer, further_training_settings, training_code, training_settings
+from fimo.app.validation_part import with_validation_part
 from fimo.cost import Cost, measured, write_costs
 from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError
@@ -150,6 +150,7 @@ def prepare(config: DictConfig, journal: Journal) -> Prepared:
     data = build_data(config)
     plan = Plan.of(config, data)
     check_evaluation(config, len(plan.seeds))
+    with_validation_part(data, plan.test, config)
     module = build_module(config, data)
     untrained = build_final_model(module, config)
     methods: Mapping[str, AttributionMethod] = {}
@@ -162,14 +163,16 @@ def prepare(config: DictConfig, journal: Journal) -> Prepared:
         log.warning("%s is skipped: %s", name, why)
     journal.skipped.update(skipped)
     logger = TrainersLogger(journal.log)
-    trainer = build_trainer(config, [LogsTraining(journal.log, data.test)], logger)
+    unseen = data.test if data.validation is None else data.validation
+    trainer = build_trainer(config, [LogsTraining(journal.log, unseen)], logger, journal.folder)
     further = LogsFurtherTraining(
         journal.log, config.evaluation.metrics[0], config.further_training.subtract_mean
     )
+    settings = further_training_settings(config, journal.folder)
     run = Run(
         data, untrained, plan, methods, plain(config.methods), Store(config.store),
         trainer.strategy.root_device, config.seed,
-        {**trainer_settings(config), "callbacks": [further], "logger": logger}, FinalModels(config),
+        {**settings, "callbacks": [*settings["callbacks"], further], "logger": logger}, FinalModels(config),
     )  # fmt: skip
     return Prepared(run, module, trainer, build_tasks(config, run))
 
@@ -184,7 +187,8 @@ def with_final_model(prepared: Prepared, config: DictConfig, journal: Journal) -
     with journal.stage("final_model") as cost:
         if run.trained_here:
             settings = training_settings(config)
-            train_final_model(module, run.data, trainer, run.store, settings, run.seed, cost)
+            code = training_code(config)
+            train_final_model(module, run.data, trainer, run.store, settings, run.seed, cost, code)
         final_model = build_final_model(module, config)
         # by another Trainer, so that its content is the same whether it was trained here or read
         save_checkpoint(module, build_trainer(config), journal.folder / "final_model.ckpt")

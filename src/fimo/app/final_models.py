@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from omegaconf import DictConfig, OmegaConf
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fimo.app.build import build_final_model, build_module, build_trainer, training_settings
+from fimo.app.build import build_final_model, build_module
+from fimo.app.trainers import build_trainer, not_retraced, training_code, training_settings
 from fimo.cost import Cost
 from fimo.data.datamodule import InstancesModule
 from fimo.engine.protocol import Protocol
@@ -35,7 +36,8 @@ class FinalModels:
         """Return a final model that is trained on a data set's training instances."""
         module = build_module(self.config, data)
         settings, seed = training_settings(self.config), self.config.seed
-        train_final_model(module, data, build_trainer(self.config), store, settings, seed, cost)
+        code = training_code(self.config)
+        train_final_model(module, data, build_trainer(self.config), store, settings, seed, cost, code)
         return build_final_model(module, self.config)
 
     def initial(self, data: InstancesModule, seed: int) -> FinalModel:
@@ -63,6 +65,8 @@ class FinalModels:
 
     def why_not_from_scratch(self, data: InstancesModule) -> str | None:
         """Return why the engine can't train such models from scratch, or None."""
+        if (reason := not_retraced(self.config)) is not None:
+            return reason
         network = self.initial(data, self.config.seed).network
         if any(isinstance(m, _BatchNorm) and m.track_running_stats for m in network.modules()):
             return "batch normalisation can't be trained from scratch: its statistics stay fixed"

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from fimo.app.config import Config
+from fimo.app.config import Config, Trainer
 from fimo.app.search_path import SearchPath
 from fimo.errors import InputError, nearest
 
@@ -19,6 +19,11 @@ FOLDER_KEYS = ("store", "hydra.run.dir", "hydra.sweep.dir")
 
 OF_WANDB = ("mode", "project", "entity", "group", "name", "tags", "notes", "alerts")
 """Settings of W&B that may be given as ``logger.NAME``."""
+
+GROUPS = (
+    "dataset", "model", "trainer", "further_training", "evaluation", "logger", "callbacks", "method",
+)  # fmt: skip
+"""Whose choices hold keys."""
 
 SPECIAL = re.compile(r"[\s,=~(){}\[\]:'\"\\]")
 """Characters that mean something to Hydra."""
@@ -29,7 +34,8 @@ def readable(argument: str) -> str:
 
     A value is a path where its key is a folder's, where it begins with ``~/`` (which is the home folder here;
     shells leave it as it is after ``=``), or where it is there. A method's settings may be given without the
-    method's being chosen, so they are additions, as ``method`` is, which is not in the defaults list.
+    method's being chosen, so they are additions, as ``method`` is, which is not in the defaults list; so are
+    callbacks, and the Trainer's arguments that its file does not have.
     """
     key, equals, value = argument.partition("=")
     if not equals or key.startswith("-"):
@@ -38,7 +44,9 @@ def readable(argument: str) -> str:
         return f"+{argument}"
     if key.removeprefix("logger.") in OF_WANDB and key.startswith("logger."):
         key = key.replace("logger.", "logger.wandb.")
-    if key.startswith("methods."):
+    if key.startswith(("methods.", "callbacks.")) or (
+        key.startswith("trainer.") and key.removeprefix("trainer.") not in Trainer.__dataclass_fields__
+    ):
         key = f"++{key}"
     if value == "None":  # as W&B's agents say null
         value = "null"
@@ -118,7 +126,7 @@ def known_keys(places: SearchPath) -> list[str]:
     """Return all keys of the schema and of every group's choices, dotted."""
     schema = OmegaConf.structured(Config)
     found = dict.fromkeys(_flat(schema))
-    for group in ("dataset", "model", "trainer", "further_training", "evaluation", "logger", "method"):
+    for group in GROUPS:
         for file in places.files(group).values():
             prefix = "methods" if group == "method" else group
             found |= dict.fromkeys(_flat(OmegaConf.load(file), prefix))

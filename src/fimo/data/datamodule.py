@@ -42,6 +42,8 @@ class InstancesModule(pl.LightningDataModule):
         unit: of a regression's target in its own units (:meth:`original`); empty where it has none.
         decisions: what was decided about the data on the way, a line each.
         origins: where the instances of a part came from; counted by position where nothing is said.
+        validation: instances by which the final model's epoch is chosen, that are neither trained on nor
+            explained; None where none is.
     """
 
     train: Instances
@@ -52,6 +54,8 @@ class InstancesModule(pl.LightningDataModule):
     unit: str = ""
     decisions: tuple[str, ...] = ()
     origins: Mapping[Split, Origin]
+    validation: Instances | None = None
+    _trained: np.ndarray | None = None  # positions of the training instances among those loaded
 
     def __init__(self, name: str, batch_size: int) -> None:
         super().__init__()
@@ -82,9 +86,17 @@ class InstancesModule(pl.LightningDataModule):
         """
         return None
 
+    def shown(self, split: Split, index: int) -> Display:
+        """Return an instance of a part as a person reads it, in original units.
+
+        :meth:`display` counts the training instances that were loaded, some of which may be held out.
+        """
+        held = self._trained if split == "train" else None
+        return self.display(split, index if held is None else int(held[index]))
+
     def named(self, split: Split, index: int) -> Display:
         """Return an instance as a person reads it, under its own name, with what its source says beside."""
-        shown, origin = self.display(split, index), self.origin(split)
+        shown, origin = self.shown(split, index), self.origin(split)
         row = dict(shown.row or {})
         row |= {name: plain(cells[index]) for name, cells in origin.cells.items() if name not in row}
         identifier = None if origin.id is None else origin.id[index]
@@ -113,6 +125,33 @@ class InstancesModule(pl.LightningDataModule):
             self.load()
             self._loaded = True
 
+    def hold_out(self, size: float, seed: int = 0) -> None:
+        """Make some of the training instances the validation part; the others keep their order.
+
+        Args:
+            size: share of the training instances (below 1), or their number; 0: none.
+            seed: of the draw.
+
+        Raises:
+            InputError: ``dataset.validation_size`` leaves a part empty.
+        """
+        if isinstance(size, bool) or not isinstance(size, int | float) or size < 0:
+            raise InputError("dataset.validation_size", f"expected a share or a number but got {size!r}")
+        if not size:
+            return
+        total = len(self.train)
+        number = round(size * total) if size < 1 else int(size)
+        if not 0 < number < total:
+            raise InputError("dataset.validation_size", f"{size} of {total} instances can't be held out")
+        drawn = np.random.default_rng(seed).permutation(total)
+        held, rest = np.sort(drawn[:number]), np.sort(drawn[number:])
+        origin = self.origin("train")[rest]
+        self.validation = self.train[torch.from_numpy(held)]
+        self.train, self._trained = self.train[torch.from_numpy(rest)], rest
+        self.origins = {**self.origins, "train": origin}
+        said = f"{number} of {total} training instances choose the final model's epoch and are not trained on"
+        self.decisions = (*self.decisions, f"{said} (dataset.validation_size)")
+
     def train_dataloader(self) -> DataLoader[Instances]:
         # a generator of its own, seeded from the global one, which the experiment seeds
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
@@ -120,10 +159,14 @@ class InstancesModule(pl.LightningDataModule):
         return _loader(self.train, BatchSampler(order, self.batch_size, drop_last=False))
 
     def val_dataloader(self) -> DataLoader[Instances]:
-        order = SequentialSampler(range(len(self.test)))
-        return _loader(self.test, BatchSampler(order, max(self.batch_size, 256), drop_last=False))
+        return self._in_order(self.test if self.validation is None else self.validation)
 
-    test_dataloader = val_dataloader
+    def test_dataloader(self) -> DataLoader[Instances]:
+        return self._in_order(self.test)
+
+    def _in_order(self, instances: Instances) -> DataLoader[Instances]:
+        order = SequentialSampler(range(len(instances)))
+        return _loader(instances, BatchSampler(order, max(self.batch_size, 256), drop_last=False))
 
 
 def held_out(total: int, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

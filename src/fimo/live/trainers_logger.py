@@ -9,7 +9,7 @@ from pytorch_lightning.loggers import Logger
 
 from fimo.live.log import Log
 
-SAID = ("epoch", "train/loss", "loss", "accuracy")
+SAID = ("epoch", "train/loss", "val_loss", "val_accuracy")
 """What the run logs itself, by epoch."""
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class KeepBest(pl.Callback):
-    """After training, gives the network the parameters of its best epoch on the test instances.
+    """After training, gives the network the parameters of its best epoch on the validation instances.
 
-    Best is the highest accuracy, or the lowest loss where there is none; of equal ones the first. As in the
-    paper, test instances choose the epoch: the accuracy reported for them is a little too good.
+    Best is the highest ``val_accuracy``, or the lowest ``val_loss`` where there is none; of equal ones the
+    first.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class KeepBest(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         found = trainer.callback_metrics
-        score = float(found["accuracy"]) if "accuracy" in found else -float(found["loss"])
+        score = float(found["val_accuracy"]) if "val_accuracy" in found else -float(found["val_loss"])
         if self.best is None or score > self.best:
             self.best, self.epoch = score, trainer.current_epoch
             self.state = {k: v.detach().clone() for k, v in pl_module.network.state_dict().items()}

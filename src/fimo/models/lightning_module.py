@@ -61,15 +61,13 @@ class FinalModelModule(pl.LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
 
-    def test_step(self, batch: Instances, batch_idx: int) -> None:
+    def validation_step(self, batch: Instances, batch_idx: int) -> None:
         outputs = self(batch.inputs)
         self.mean_loss.update(self.loss(outputs, batch.targets))
-        self.log("loss", self.mean_loss, on_step=False, on_epoch=True, batch_size=len(batch))
+        self.log("val_loss", self.mean_loss, on_step=False, on_epoch=True, batch_size=len(batch))
         if self.accuracy is not None:
             self.accuracy.update(outputs, batch.targets)
-            self.log("accuracy", self.accuracy, on_step=False, on_epoch=True, batch_size=len(batch))
-
-    validation_step = test_step
+            self.log("val_accuracy", self.accuracy, on_step=False, on_epoch=True, batch_size=len(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         moved = [p for p in self.network.parameters() if p.requires_grad]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,22 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from filelock import FileLock
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from fimo.cost import Cost
 from fimo.data.datamodule import InstancesModule
 from fimo.data.instances import Instances
+from fimo.errors import InputError, reason
 from fimo.models.final_model import FinalModel
 from fimo.models.keep_best import KeepBest
 from fimo.models.lightning_module import FinalModelModule
+from fimo.store.description import describe
 from fimo.store.files import Store, could_not_write, read_tensors, write_tensors
 from fimo.store.fingerprint import Key, kept, training_key
+
+log = logging.getLogger(__name__)
+
+EVERY_TRAINERS = (pl.callbacks.ProgressBar, pl.callbacks.ModelSummary)
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ def train_final_model(
     settings: Mapping[str, Any],
     seed: int,
     cost: Cost,
+    code: Mapping[str, Any] | None = None,
 ) -> None:
     """Train a module in place, or read its parameters from the store.
 
@@ -62,11 +71,19 @@ def train_final_model(
         settings: of the configuration that the result depends on.
         seed: of the data order.
         cost: gets the gradient evaluations and what was reused.
+        code: classes and functions of the user's own that the result depends on, by name.
+
+    Raises:
+        InputError: the best epoch is kept, and there are no instances to choose it by.
     """
+    if keeps_best(trainer) and data.validation is None:
+        raise InputError("trainer.keep", "best needs a validation part, by which the epoch is chosen")
 
     def key() -> Key:
-        best_on = data.test if keeps_best(trainer) else None
+        best_on = data.validation
         everything = {**settings, "seed": seed, "batch_size": data.batch_size}
+        everything |= {"keep": "best"} if keeps_best(trainer) else {}
+        everything |= {name: describe(value, name) for name, value in (code or {}).items()}
         batches = type(data).train_dataloader
         return training_key(module.network, module.loss.definition, everything, data.train, batches, best_on)
 
@@ -77,14 +94,32 @@ def train_final_model(
         if path.exists():
             module.network.load_state_dict(read_tensors(path))
             cost.recall(folder)
+            unused = [type(one).__name__ for one in trainer.callbacks if observes(one)]  # type: ignore[attr-defined]
+            if unused:
+                log.warning(
+                    "the final model is in the store, so it isn't trained: %s unused", ", ".join(unused)
+                )
             return
         torch.manual_seed(seed)
-        judged = data.val_dataloader() if keeps_best(trainer) else None
-        trainer.fit(module, train_dataloaders=data.train_dataloader(), val_dataloaders=judged)
+        judged = None if data.validation is None else data.val_dataloader()
+        try:
+            trainer.fit(module, train_dataloaders=data.train_dataloader(), val_dataloaders=judged)
+        except MisconfigurationException as error:  # such as a callback that this training does not suit
+            raise InputError("trainer", reason(error)) from error
+        except RuntimeError as error:
+            if "Early stopping conditioned on metric" not in str(error):
+                raise
+            raise InputError("callbacks", f"{error}; dataset.validation_size=0.1 makes val_loss") from error
         if trainer.interrupted:
             raise KeyboardInterrupt
         write_tensors(path, copy.deepcopy(module.network).cpu().state_dict())
         cost.keep(folder)
+
+
+def observes(callback: pl.Callback) -> bool:
+    """Return whether a callback is neither the package's own nor one that every Trainer has."""
+    package = type(callback).__module__.split(".")[0]
+    return package != "fimo" and not isinstance(callback, EVERY_TRAINERS)
 
 
 def keeps_best(trainer: pl.Trainer) -> bool:
