@@ -154,6 +154,7 @@ class WandbLogger(loggers.WandbLogger):
             "x_disable_stats": not self.system_metrics,
             "init_timeout": CONNECT_SECONDS,
             "x_transaction_log_flush_interval": FLUSH_SECONDS,
+            "finish_timeout": 0.9 * self.closing_seconds,  # W&B's own way to give up comes first
         }
         known = wandb.Settings.model_fields
         return wandb.init(
