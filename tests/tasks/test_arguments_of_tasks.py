@@ -37,7 +37,7 @@ PLAN = Plan(Protocol(epochs=1), [7, 8, 9], [1, 2], [(0,), (3,)], [1, 0], True, 3
 def judged(**changes: Any) -> Run:
     """A run whose parts only stand for what they are."""
     whole = Instances(torch.randn(30, 2), torch.arange(30) % 3)
-    data = SimpleNamespace(train=whole[:20], test=whole[20:], outputs=3, task="classification")
+    data = SimpleNamespace(train=whole[:20], test=whole[20:], outputs=3, task="classification", origins={})
     methods = {
         "following": SimpleNamespace(follows_seeds=True, access="FiMO"),
         "plain": SimpleNamespace(follows_seeds=False, access="CPA"),
@@ -265,6 +265,7 @@ def test_every_repeat_and_seed_flips_other_labels_and_candidates_alone_are_judge
         judged_on: list[Any] = []
         monkeypatch.setattr(Run, "with_targets", lambda self, t: targets.append(t) or self)
         monkeypatch.setattr(Mislabelled, "_found", lambda self, run, c: {"m": torch.zeros(len(c))})
+        monkeypatch.setattr(mislabelled, "baselines", lambda run, c: {})
         monkeypatch.setattr(mislabelled, "detection", lambda repeats: judged_on.extend(repeats))
         run = judged()
         Mislabelled(share=0.2, candidates=10, **arguments)(run)
@@ -296,7 +297,7 @@ def test_suspicion_is_harm_to_test_instances_or_influence_on_oneself(monkeypatch
         lambda self, groups, seeds: asked.append((groups, seeds)) or SimpleNamespace(raw=raw),
     )
     candidates = [0, 5, 10, 15]
-    harm = Mislabelled()._found(judged(), candidates)
+    harm = Mislabelled(order_by="test")._found(judged(), candidates)
     assert asked[-1] == (candidates, [7, 8, 9])
     assert asked[-2][1] == candidates
     assert harm["m"].tolist() == [-1.0, -0.75, -0.5, -0.25]

@@ -23,7 +23,7 @@ from fimo.app.search_path import SearchPath
 from fimo.errors import InputError
 from fimo.further_training import Protocol
 from fimo.tasks import Datamodeling, Mislabelled
-from fimo.tasks.mislabelled import GOLD_STANDARD
+from fimo.tasks.mislabelled import CLEANLAB, GOLD_STANDARD, OWN_LOSS, SUSPECTS, held_out_losses
 from fimo.tasks.retraining import check_retraining
 from tests.reference.further_training import plain_sensitivity
 
@@ -70,7 +70,7 @@ def test_every_way_to_judge_writes_its_table_with_error_bars_and_cost(everything
     }
     assert removal["sem"].notna().all()
     mislabelled = pd.read_csv(everything / "evaluation_mislabelled.csv")
-    assert list(mislabelled["method"]) == ["graddot", "random", GOLD_STANDARD]
+    assert list(mislabelled["method"]) == ["graddot", "random", GOLD_STANDARD, OWN_LOSS, CLEANLAB, SUSPECTS]
     assert mislabelled["mean"].between(0, 1).all()
     assert (mislabelled["repeats"] == 2).all()
     stages = list(pd.read_csv(everything / "cost.csv")["stage"])
@@ -137,6 +137,29 @@ def test_a_label_flipped_on_purpose_is_found_by_the_gold_standard_and_by_self_in
     for order_by in ("test", "self"):
         found = Mislabelled(order_by=order_by, repeats=1, candidates=60)(run).set_index("method")
         assert found.loc[[GOLD_STANDARD, "graddot"], "mean"].min() > 3 * found["chance"].iloc[0], order_by
+        assert found.loc[[OWN_LOSS, CLEANLAB, SUSPECTS], "mean"].min() > 3 * found["chance"].iloc[0], order_by
+
+
+def test_a_held_out_loss_is_that_of_a_model_trained_without_the_instances_fold(tmp_path: Path) -> None:
+    config = configured(
+        tmp_path,
+        "dataset=breast_cancer",
+        "further_training.leave_out=shift",
+        "further_training.dtype=float64",
+    )
+    run = judged(config)
+    found = held_out_losses(run, [3, 40])
+    order = torch.randperm(len(run.data.train), generator=torch.Generator().manual_seed(0))
+    position = order.argsort()
+    initial = run.final_models.initial(run.data, 0)
+    protocol = run.final_models.protocol(run.data, run.plan.protocol)
+    for loss, row in zip(found, [3, 40], strict=True):
+        fold = tuple(sorted(order[int(position[row]) % 5 :: 5].tolist()))
+        assert row in fold
+        own = run.data.train[[row]]
+        plain = plain_sensitivity(initial, run.data.train, own, protocol, [0], [fold])
+        expected = plain["full_losses"][0, -1, 0] + plain["raw"][0, -1, 0, 0]
+        assert float(loss) == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,11 @@ class Run:
     problem: Problem | Indescribable | None = None
 
     @property
+    def protocol(self) -> Protocol:
+        """Of further training."""
+        return self.plan.protocol
+
+    @property
     def seeds(self) -> list[int]:
         """Of the gold standard."""
         return self.plan.seeds

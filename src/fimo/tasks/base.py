@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fimo.data.datamodule import InstancesModule
 from fimo.data.instances import Instances
+from fimo.engine.protocol import Protocol as FurtherTraining
 from fimo.errors import InputError
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.models.final_model import FinalModel
@@ -32,6 +33,10 @@ class Judged(Protocol):
     @property
     def trained_here(self) -> bool:
         """Whether the final model is trained, and not read from a checkpoint."""
+
+    @property
+    def protocol(self) -> FurtherTraining:
+        """Of further training."""
 
     @property
     def seeds(self) -> Sequence[int]:

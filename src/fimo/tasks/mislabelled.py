@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from fimo.audit.suspects import inapplicable, suspects
 from fimo.errors import InputError
 from fimo.evaluation.label_errors import detection, flip_labels, suspicion
 from fimo.tasks.base import Judged, Task, seeds_of
@@ -15,6 +16,19 @@ from fimo.tasks.base import Judged, Task, seeds_of
 KEY = "evaluation.tasks.mislabelled"
 GOLD_STANDARD = "further training"
 """The row of the sensitivity itself: what a perfect attribution would find."""
+
+OWN_LOSS = "own loss"
+"""The row of the final model's loss on the instance itself."""
+
+CLEANLAB = "cleanlab"
+"""The row of cleanlab's label quality score, the self-confidence (Northcutt et al., 2021): the probability of
+an instance's label by a model that was trained without its fold. Its order is that of the loss."""
+
+SUSPECTS = "suspects"
+"""The row of what an audit lists (:mod:`fimo.audit.suspects`)."""
+
+FOLDS = 5
+"""Of cleanlab's cross-validation."""
 
 
 class Mislabelled(Task):
@@ -24,8 +38,9 @@ class Mislabelled(Task):
         share: of the training set's labels that are flipped.
         candidates: how many training instances, evenly spaced, are ordered by suspicion; None for all. The
             gold standard is made for these.
-        order_by: ``test`` takes the instances that harm the test instances most; ``self`` those that their
-            own loss depends on most (self-influence), which needs no right labels to compare with.
+        order_by: ``self`` takes the instances that their own loss depends on most (self-influence), which
+            needs no right labels to compare with; ``test`` those that harm the test instances most, which is
+            another question: a wrong label may harm none of them, and rare right ones do.
         repeats: final models, each trained on other flips; error bars are over them.
         seeds: of further training; None for as many as the gold standard has; 0 leaves out its row.
         seed: of the flips.
@@ -35,7 +50,7 @@ class Mislabelled(Task):
         self,
         share: float = 0.1,
         candidates: int | None = 100,
-        order_by: str = "test",
+        order_by: str = "self",
         repeats: int = 3,
         seeds: int | None = None,
         seed: int = 0,
@@ -55,7 +70,11 @@ class Mislabelled(Task):
         if run.data.task != "classification":
             raise InputError(KEY, f"labels can only be flipped in classification; this is {run.data.task}")
         if not run.trained_here:
-            raise InputError(KEY, "needs a final model that is trained here, without model.checkpoint")
+            raise InputError(
+                KEY,
+                "flips labels before the final model is trained, so it must be trained here, without "
+                "model.checkpoint; mode=audit lists the suspects of a given one",
+            )
 
     def __call__(self, run: Judged) -> pd.DataFrame:
         candidates = self._candidates(len(run.data.train))
@@ -63,7 +82,9 @@ class Mislabelled(Task):
         for repeat in range(self.repeats):
             generator = torch.Generator().manual_seed(1000 * self.seed + repeat)
             targets, flipped = flip_labels(run.data.train.targets, self.share, run.data.outputs, generator)
-            repeats.append((self._found(run.with_targets(targets), candidates), flipped[candidates]))
+            flipped_run = run.with_targets(targets)
+            found = {**self._found(flipped_run, candidates), **baselines(flipped_run, candidates)}
+            repeats.append((found, flipped[candidates]))
         return detection(repeats)
 
     def _candidates(self, instances: int) -> list[int]:
@@ -86,3 +107,27 @@ class Mislabelled(Task):
 def own(scores: Tensor) -> Tensor:
     """Return self-influences: the diagonal of ``[L, L]``, or of the last of ``[E, L, L]``; ``[L]``."""
     return (scores[-1] if scores.ndim == 3 else scores).double().diagonal()
+
+
+def baselines(run: Judged, candidates: Sequence[int]) -> dict[str, Tensor]:
+    """Return by name the suspicion ``[L]`` of each candidate without any attribution."""
+    model, train = run.final_model, run.data.train
+    found = {OWN_LOSS: model.losses(train[list(candidates)]).double()}
+    if run.why_not_from_scratch() is None and model.measurement is None:
+        found[CLEANLAB] = held_out_losses(run, candidates)
+    if inapplicable(model, train) is None:
+        found[SUSPECTS] = suspects(model, train, run.protocol).score[list(candidates)]
+    return found
+
+
+def held_out_losses(run: Judged, candidates: Sequence[int]) -> Tensor:
+    """Return each candidate's loss ``[L]`` by a model that was trained from scratch without its fold."""
+    order = torch.randperm(len(run.data.train), generator=torch.Generator().manual_seed(0))
+    folds = [sorted(order[k::FOLDS].tolist()) for k in range(FOLDS)]
+    fold = torch.empty(len(order), dtype=torch.int64)
+    for k, members in enumerate(folds):
+        fold[members] = k
+    found = run.explaining(run.data.train[list(candidates)]).retrain(folds, [0])
+    assert found.full_losses is not None
+    without = found.full_losses[0, -1, :, None] + found.raw[0, -1].double()
+    return without.gather(1, fold[list(candidates)][:, None])[:, 0]
