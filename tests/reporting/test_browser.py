@@ -8,9 +8,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from fimo.reporting import write_audit_report, write_report
+from fimo.reporting import AuditRun, write_audit_report, write_report
 from tests.reporting.audit_example import example_run
 from tests.reporting.example import example, example_tasks, show_text
 
@@ -195,3 +196,18 @@ def test_a_link_of_the_contents_opens_the_folded_section_and_draws_it(tmp_path: 
     )
     assert console == ""
     assert (answer["before"], answer["after"]) == (False, True)
+
+
+def test_values_of_the_user_s_own_table_are_shown_unrounded(tmp_path: Path) -> None:
+    audit = example_run().audit
+    frame = pd.DataFrame({"price": [264500.25 + k for k in range(400)]})
+    answer, console = visit(
+        write_audit_report(AuditRun.of_frames(audit, frame), tmp_path / "report.html"),
+        """
+        const row = document.querySelector('.data[data-table="rows"] tbody tr');
+        return [row.firstChild.textContent, row.lastChild.textContent];
+        """,
+    )
+    assert console == ""
+    shown = audit.rows.set_index("id").loc[answer[0]]
+    assert float(answer[1]) == pytest.approx(264500.25 + shown["row"], abs=0.06)

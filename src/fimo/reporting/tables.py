@@ -12,7 +12,7 @@ from fimo.data.display import Display
 from fimo.reporting.instance_lines import folded
 from fimo.reporting.results import plain
 
-Kind = Literal["name", "method", "effect", "agreement", "number", "q", "text", "verdict", "instance"]
+Kind = Literal["name", "method", "effect", "agreement", "number", "value", "q", "text", "verdict", "instance"]
 MOST_COLUMNS = 60
 """Of a table's own values; the rest is in the user's file."""
 
@@ -23,9 +23,9 @@ class Column:
 
     Args:
         label: its head.
-        kind: how a value is shown: ``q`` is a false discovery rate, an ``effect`` and an ``agreement`` are
-            ``[value, standard error]``, an ``instance`` is ``{"text": …}`` or ``{"image": …}``, a ``method``
-            ``{"text": …, "color": …}``.
+        kind: how a value is shown: a ``number`` is rounded, a ``value`` of the user's own table is not; ``q``
+            is a false discovery rate, an ``effect`` and an ``agreement`` are ``[value, standard error]``, an
+            ``instance`` is ``{"text": …}`` or ``{"image": …}``, a ``method`` ``{"text": …, "color": …}``.
         values: ``[n]``; None where there is none.
         hint: what it means, in a sentence.
     """
@@ -44,7 +44,9 @@ def table(columns: Iterable[Column], file: str, **about: Any) -> dict[str, Any]:
         about: ``sort`` and ``descending``, at first; ``shown``, rows at first.
     """
     kept = [c for c in columns if any(_known(value) for value in c.values)]
-    cells = [[plain(_short(value)) for value in c.values] for c in kept]
+    cells = [
+        [plain(_short(value, 9 if c.kind in ("value", "text") else 6)) for value in c.values] for c in kept
+    ]
     return {
         "file": file,
         "columns": [{"label": c.label, "kind": c.kind, "hint": c.hint} for c in kept],
@@ -68,17 +70,17 @@ def instance_columns(displays: Sequence[Display | None]) -> list[Column]:
 
 
 def _kind(rows: Sequence[Mapping[str, Any]], name: str) -> Kind:
-    return "text" if any(isinstance(row.get(name), str) for row in rows) else "number"
+    return "text" if any(isinstance(row.get(name), str) for row in rows) else "value"
 
 
 def _known(value: Any) -> bool:
     return value is not None and value == value and value != ""  # NaN differs from itself
 
 
-def _short(value: Any) -> Any:
-    """Return a number with six significant digits, so that a page stays small."""
+def _short(value: Any, digits: int) -> Any:
+    """Return a number with so many significant digits, so that a page stays small."""
     if isinstance(value, list):
-        return [_short(v) for v in value]
+        return [_short(v, digits) for v in value]
     if isinstance(value, float | np.floating) and value == value:
-        return float(f"{value:.6g}")
+        return float(f"{value:.{digits}g}")
     return value

@@ -91,7 +91,7 @@ function showRows(box, rows, source, noun) {
       column(`training ${noun}`, "name"), column("effect on its loss", "effect", "± standard error over seeds"),
       ...(seeds ? [column("seeds", "text", "in which the effect has this sign")] : []), column("target", "text"), column("model says", "text"),
       ...(content ? [column("instance", "instance")] : []),
-      ...columns.map((c) => column(c, displays.some((d) => typeof d.row?.[c] === "string") ? "text" : "number")),
+      ...columns.map((c) => column(c, displays.some((d) => typeof d.row?.[c] === "string") ? "text" : "value")),
     ],
     rows: rows.map((row, i) => [
       row.name, [row.effect, row.error], ...(seeds ? [`${row.seeds_agreeing}/${row.seeds}`] : []), displays[i].target ?? null, displays[i].prediction ?? null,

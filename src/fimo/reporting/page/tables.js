@@ -3,7 +3,7 @@ const lead = (value) => (Array.isArray(value) ? value[0] : value); // an effect'
 const words = (value) => (value === null || value === undefined ? "" : typeof value === "object" && !Array.isArray(value) ? value.text || "" : String(lead(value)));
 
 const paired = (column) => ["effect", "agreement"].includes(column.kind); // with its standard error
-const numeric = (column) => ["effect", "agreement", "number", "q"].includes(column.kind);
+const numeric = (column) => ["effect", "agreement", "number", "value", "q"].includes(column.kind);
 
 function compare(a, b, descending) {
   const [x, y] = [lead(a), lead(b)];
@@ -106,6 +106,7 @@ function dataTable(box, table) {
     }
     if (kind === "verdict") return make("td", value || "", value === "helpful" ? "good" : value === "harmful" ? "bad" : "quiet");
     if (kind === "q") return make("td", value === null ? "" : value < 0.001 ? "< 0.001" : value.toFixed(3), "number");
+    if (kind === "value") return make("td", value === null ? "" : number(value, 7), "number");
     if (kind === "number") return make("td", value === null ? "" : number(value, 3), "number");
     if (kind === "effect") {
       const td = make("td", null, "number");
@@ -121,7 +122,7 @@ function dataTable(box, table) {
       if (value?.image) td.append(picture(value.image, "instance"));
       return td;
     }
-    const text = value === null ? "" : number(value, 6);
+    const text = value === null ? "" : number(value, 7);
     if (text.length <= 40) return make("td", text);
     const td = make("td", null, "sentence");
     td.append(make("div", text, "clamp"));
