@@ -78,8 +78,7 @@ def suspects(
 ) -> Suspects:
     """Find training rows whose labels (classification) or targets (regression) are probably wrong.
 
-    The final model remembers what it was trained on, so it is not asked: neither its loss on a row nor the
-    row's effect on it, mixed in, found more (see ``docs/measurements.md``). Networks of its architecture that
+    The final model remembers what it was trained on, so it is not asked. Networks of its architecture that
     have not seen a row, and a random forest, say what is expected of it
     (:mod:`fimo.audit.out_of_sample`); errors that are planted on paper say how suspicious a wrong row is, and
     so how many of the suspicious rows are wrong (:mod:`fimo.audit.false_discovery`). Wrong is what is taken
