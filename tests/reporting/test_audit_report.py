@@ -96,8 +96,7 @@ def test_an_audit_of_text_offers_the_ranking_within_the_class(tmp_path: Path) ->
     assert "within its class" in labels
     assert "rank within the class" in page_text(path)
     rows = example_run("text").audit.rows.set_index("id")
-    best = rows["effect"].fillna(rows["score"])
-    within = best - rows.groupby("target")["score"].transform("mean")
+    within = rows["score"] - rows.groupby("target")["score"].transform("mean")
     for row in table["rows"]:
         shown = row[labels.index("within its class")][0]
         assert shown == pytest.approx(within[row[0].removeprefix("row ")], rel=1e-4, abs=1e-9)

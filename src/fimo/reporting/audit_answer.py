@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from fimo.reporting.answer import Answer, NamedRow, counted, listed, sentence
@@ -94,11 +93,6 @@ def effects_by_class(run: AuditRun) -> ClassEffects | None:
     if task != "classification":
         return None
     return class_effects(rows["score"].to_numpy(float), [str(t) for t in rows["target"]])
-
-
-def best_known(rows: pd.DataFrame) -> np.ndarray:
-    """Return each row's effect on the mean test loss: as measured, else as predicted, ``[N]``."""
-    return rows["effect"].fillna(rows["score"]).to_numpy(float)
 
 
 def _about(run: AuditRun) -> str:
@@ -240,6 +234,6 @@ def _distrust(run: AuditRun) -> list[str]:
     found = effects_by_class(run)
     if found is not None and found.follow:
         rows = run.audit.rows
-        effects, classes = best_known(rows), [str(t) for t in rows["target"]]
+        effects, classes = rows["score"].to_numpy(float), [str(t) for t in rows["target"]]
         said += [str(found), found.leading(effects, classes, [row_name(r) for r in rows.itertuples()])]
     return said

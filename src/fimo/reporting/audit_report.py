@@ -10,7 +10,7 @@ import pandas as pd
 
 from fimo.audit.result import Audit
 from fimo.reporting.answer import counted, listed, sentence
-from fimo.reporting.audit_answer import SIDES, audit_answer, best_known, effects_by_class, row_name
+from fimo.reporting.audit_answer import SIDES, audit_answer, effects_by_class, row_name
 from fimo.reporting.audit_run import EVERY_ROW, LEADING_SUSPECTS, AuditRun, most_suspect, suspects, train_rows
 from fimo.reporting.flat import flat
 from fimo.reporting.html_page import write_page
@@ -88,15 +88,16 @@ def rows_table(run: AuditRun, rows: pd.DataFrame) -> dict[str, Any]:
     within: Sequence[Any] = [None] * len(order)
     values = _values(run, displays)
     if classes is not None and classes.follow:
-        inside = classes.within(best_known(order), [str(t) for t in order["target"]])
-        within = effects(inside, order["effect_sem"].fillna(order["score_sem"]))
+        # of predictions alone: measured effects of some rows would not be on the scale of the others' scores
+        inside = classes.within(order["score"].to_numpy(float), [str(t) for t in order["target"]])
+        within = effects(inside, order["score_sem"])
     columns = [
         Column(run.noun, "name", _names(order), "its identifier, or its row in the file"),
         Column("measured effect", "effect", effects(order["effect"], order["effect_sem"]), EFFECT),
         Column(
             "predicted effect", "effect", effects(order["score"], order["score_sem"]), f"screen: {EFFECT}"
         ),
-        Column("within its class", "effect", within, "effect minus the mean effect of its class"),
+        Column("within its class", "effect", within, "predicted effect minus the mean of its class"),
         Column("verdict", "verdict", list(order["verdict"])),
         Column("q", "q", list(order["q"]), "smallest false discovery rate at which the verdict holds"),
         Column("target", "text", list(order["target"])),
