@@ -92,6 +92,16 @@ def test_a_common_change_is_taken_from_random_rows_by_their_scores() -> None:
     assert shared.max() < 1e-20
 
 
+def test_seeds_with_fewer_random_rows_have_the_same_common_change() -> None:
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randn(2, 60, generator=generator, dtype=torch.float64)
+    common = torch.randn(5, 2, generator=generator, dtype=torch.float64)
+    change = common[:, :, None] + 0.8 * score
+    change[3:, :, :30] = torch.nan
+    found, _ = without_common(change, score, torch.arange(60) < 50)
+    torch.testing.assert_close(found, torch.where(change.isnan(), torch.nan, 0.8 * score), equal_nan=True)
+
+
 def test_what_the_line_misses_is_an_error_that_all_seeds_share() -> None:
     generator = torch.Generator().manual_seed(1)
 

@@ -38,6 +38,9 @@ TESTS = 200
 WIDER = 1.5
 """Of the number of rows of interest on a side, how many are verified: the true ones may be a little lower."""
 
+LATER_CONTROLS = 16
+"""Random rows that take part in all rounds where the common change is taken from them."""
+
 FEWEST_CONTROLS = 8
 """Below it all rows left out stand for random ones."""
 
@@ -136,8 +139,8 @@ def verify(question: Question, screened: Screened, settings: Settings, resources
     """Leave out the rows that matter most by the screen, and random ones, until their verdicts hold.
 
     Runs are made in rounds of seeds. All rows take part in the first; a row takes part in the next one while
-    it is undecided for a target that it was chosen for and its decision still is to be hoped for. Controls
-    take part in further rounds only where the common change is taken from them.
+    it is undecided for a target that it was chosen for and its decision still is to be hoped for. A few
+    controls take part in further rounds where the common change is taken from them.
 
     **Effects.** Under ``shift`` every run without a row sees other batches than the full run after the place
     of that row, whichever it is. This common change of a seed is taken from the random rows: the intercept of
@@ -180,7 +183,7 @@ def verify(question: Question, screened: Screened, settings: Settings, resources
         )  # fmt: skip
         if not undecided.any():
             break
-        taking_part = undecided | (reference & needs_controls)
+        taking_part = undecided | (_few(reference) & needs_controls)
     return Verified(
         chosen, tuple(range(done)), change, runs.by_test[:done],
         runs.of_themselves(done, reference, needs_controls), estimates, p, q, time.monotonic() - began,
@@ -269,23 +272,36 @@ def without_common(change: Tensor, score: Tensor, reference: Tensor) -> tuple[Te
     Args:
         change: ``[S, M, V]``, NaN where no run was made.
         score: ``[M, V]``.
-        reference: ``[V]``, the random rows, of which every seed has runs.
+        reference: ``[V]``, the random rows; all have runs of the first seeds, some of all.
     """
     y, x = change[:, :, reference], score[:, reference]
-    dx = x - x.mean(1, keepdim=True)
-    slope = ((y.mean(0) * dx).sum(1) / dx.square().sum(1).clamp(min=1e-300))[None]
-    common = y.mean(2) - slope * x.mean(1)
-    residual = y - common[:, :, None] - slope[:, :, None] * x
-    seeds, rows = len(change), x.shape[1]
-    missed = residual.mean(0).square().sum(1) / max(1, rows - 2)
-    noise = residual.var(0).mean(1) / seeds if seeds > 1 else missed
-    return change - common[:, :, None], (missed - noise).clamp(min=0) / rows
+    there = ~y.isnan()
+    # within each seed, since the common change differs between them
+    dx = torch.where(there, x, torch.nan)
+    dx = torch.where(there, dx - dx.nanmean(2, keepdim=True), 0.0)
+    slope = (y.nan_to_num() * dx).sum((0, 2)) / dx.square().sum((0, 2)).clamp(min=1e-300)
+    common = (y - slope[:, None] * x).nanmean(2)
+    residual = y - common[:, :, None] - slope[:, None] * x
+    seeds, rows = there.sum(0), x.shape[1]
+    mean = residual.nanmean(0)
+    missed = mean.square().sum(1) / max(1, rows - 2)
+    squares = torch.where(there, (residual - mean).square(), 0.0).sum(0)
+    noise = (squares / (seeds - 1).clamp(min=1) / seeds).mean(1)
+    return change - common[:, :, None], (missed - noise).clamp(min=0) / there.sum(2).min()
 
 
 def _reference(chosen: Chosen) -> Tensor:
     """Return which rows stand for random ones."""
     enough = int(chosen.control.sum()) >= FEWEST_CONTROLS
     return chosen.control if enough else torch.ones_like(chosen.control)
+
+
+def _few(reference: Tensor) -> Tensor:
+    """Return evenly spaced ones of the random rows, which are as random."""
+    rows = reference.nonzero().flatten()
+    found = torch.zeros_like(reference)
+    found[rows[spaced(min(LATER_CONTROLS, len(rows)), len(rows))]] = True
+    return found
 
 
 def _too_late(settings: Settings, began: float, runs: int, so_far: _Runs) -> bool:
