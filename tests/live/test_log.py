@@ -99,3 +99,13 @@ def test_a_full_disk_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert len(plain.points) == 1
     assert plain.status == "failed"
     assert "metrics.csv failed and is switched off" in caplog.text
+
+
+def test_a_file_that_can_not_be_read_is_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "metrics.csv").write_text("row,time,axis\nzero,then,epoch\n")
+    log = begun(tmp_path)
+    log.log({"loss": 1.0}, "epoch", 1)
+    log.end("finished")
+    assert "metrics.csv can't be read" in caplog.text
+    assert "zero" in (tmp_path / "unreadable_metrics.csv").read_text()
+    assert pd.read_csv(tmp_path / "metrics.csv")["loss"].tolist() == [1.0]

@@ -8,7 +8,7 @@ import pytest
 from fimo.errors import InputError
 from fimo.live.log import About, Log
 from fimo.live.outlet import Outlet
-from fimo.live.wandb import WandbLogger
+from fimo.live.wandb import WandbLogger, run_id
 from tests.live.offline_run import read_offline_run
 
 
@@ -124,3 +124,14 @@ def test_a_job_of_w_and_bs_agent_is_online(monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(InputError, match=r"logger\.wandb\.mode: expected one of offline, online, disabled"):
         WandbLogger(mode="ofline")
+
+
+def test_an_id_that_the_environment_gives_is_not_that_of_every_job_of_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "given")
+    jobs = [tmp_path / name for name in ("0", "1")]
+    for job in jobs:
+        job.mkdir()
+    assert run_id(tmp_path) == "given"
+    assert len({run_id(job, one_of_many=True) for job in jobs} | {"given"}) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from fimo.errors import reason
 from fimo.live.files import METRICS, SUMMARY
 from fimo.live.metrics_file import FIRST, MetricsFile
 from fimo.live.outlet import Outlet
@@ -114,7 +116,7 @@ class Log:
         """Start the loggers."""
         if self.folder is None:
             return
-        file = MetricsFile(self.folder / METRICS)
+        file = self._opened(self.folder / METRICS)
         self._file, self._rows, self._begun = Outlet(METRICS, file), len(file.rows), True
         for row in file.rows:
             at = row.get(str(row.get("axis")), math.inf)
@@ -124,6 +126,17 @@ class Log:
         until = time.monotonic() + BEGIN_SECONDS
         for outlet in self.outlets:
             outlet.wait(until - time.monotonic())
+
+    def _opened(self, path: Path) -> MetricsFile:
+        """Return the file of all points; one that can't be read is put aside."""
+        try:
+            return MetricsFile(path)
+        except (OSError, ValueError) as error:
+            aside = path.with_name(f"unreadable_{path.name}")
+            log.warning("%s can't be read (%s): it is now %s", path.name, reason(error), aside.name)
+            with contextlib.suppress(OSError):
+                path.replace(aside)
+            return MetricsFile(path)
 
     def stage(self, name: str) -> None:
         """Say that a stage begins."""
@@ -190,7 +203,7 @@ class Log:
             self._keep([one for one in ARTIFACTS if not one.after])
         if state == "failed":
             self.alert("failed", error)
-        self.summarise({"state": state, **({"error": error} if error else {})})
+        self.summarise({"state": state, "error": error})  # of an earlier attempt there may be another
         self._tell("save")
         self._write_summary()
         self._tell("finalize", "success" if state == "finished" else "failed")

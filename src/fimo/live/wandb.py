@@ -167,7 +167,7 @@ class WandbLogger(loggers.WandbLogger):
             job_type="job of a sweep" if sweep else "run",
             config=dict(about.config),
             dir=self.own_dir or about.folder,
-            id=run_id(about.folder),
+            id=run_id(about.folder, one_of_many=sweep is not None),
             resume="allow",
             mode=mode,  # type: ignore[arg-type]
             reinit="finish_previous",
@@ -253,10 +253,15 @@ class WandbLogger(loggers.WandbLogger):
         return f"{folder}/wandb/offline-run-*"
 
 
-def run_id(folder: Path) -> str:
-    """Return the id of a run's folder, a new one where it has none, and keep it there."""
+def run_id(folder: Path, one_of_many: bool = False) -> str:
+    """Return the id of a run's folder, a new one where it has none, and keep it there.
+
+    Args:
+        one_of_many: of a sweep's jobs, which can't all be the run of ``WANDB_RUN_ID``.
+    """
     path = folder / ID
-    found = os.environ.get("WANDB_RUN_ID") or (path.read_text().strip() if path.exists() else "")
+    given = None if one_of_many else os.environ.get("WANDB_RUN_ID")
+    found = given or (path.read_text().strip() if path.exists() else "")
     found = found or secrets.token_hex(4)
     path.write_text(f"{found}\n")
     return found
