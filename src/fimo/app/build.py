@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fimo.app.arguments import check_arguments, imported
+from fimo.app.values import NOT_ARGUMENTS
 from fimo.app.wandb_artifacts import WANDB, downloaded
 from fimo.data.datamodule import InstancesModule
 from fimo.engine.optimizers import make_optimizer
@@ -31,9 +32,6 @@ from fimo.tasks.base import Judged, Task
 from fimo.validation.admission import admit, tried
 
 PROTOCOL_FIELDS = tuple(f.name for f in dataclasses.fields(Protocol))
-NOT_ARGUMENTS = ("recommended", "validation_size")
-"""Keys of ``dataset`` that are not its class's: the first is read by model and trainer."""
-
 LOSS_OF_TASK = {
     "regression": "mse",
     "classification": "cross_entropy",

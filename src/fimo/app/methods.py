@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import functools
-import importlib.util
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ from typing import NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
+from fimo.app.definitions import Definition, with_bases
 from fimo.app.search_path import SearchPath
 from fimo.errors import InputError, nearest
 from fimo.methods.catalogue import packaged_conf, without_markup
@@ -86,16 +85,13 @@ class Told:
             (str(v._target_) for v in node.values() if isinstance(v, DictConfig) and "_target_" in v), ""
         )
         found: dict[str, str] = {}
-        while target and (parsed := _class_of(target)) is not None:
-            tree, definition = parsed
+        for definition in with_bases(target):
             for name, text in _texts(definition).items():
                 found.setdefault(name, text)
-            bases = [base.id for base in definition.bases if isinstance(base, ast.Name)]
-            target = _imported_as(tree, bases[0], target.rpartition(".")[0]) if bases else ""
         return cls(**found)
 
 
-def _texts(definition: ast.ClassDef) -> dict[str, str]:
+def _texts(definition: Definition) -> dict[str, str]:
     """Return the first line of a class's docstring, and the texts that it is given under the known names."""
     found = {}
     if doc := ast.get_docstring(definition):
@@ -106,38 +102,3 @@ def _texts(definition: ast.ClassDef) -> dict[str, str]:
                 if isinstance(name, ast.Name) and name.id in ("needs", "cost", "use"):
                     found[name.id] = str(line.value.value)
     return found
-
-
-def _class_of(target: str) -> tuple[ast.Module, ast.ClassDef] | None:
-    """Return a dotted path's module and class, parsed; None where its source is not found."""
-    module, _, name = target.rpartition(".")
-    tree = _parsed(module)
-    if tree is None:
-        return None
-    found = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
-    return (tree, found[0]) if found else None
-
-
-@functools.cache
-def _parsed(module: str) -> ast.Module | None:
-    package, *inside = module.split(".")
-    spec = importlib.util.find_spec(package) if package else None
-    if spec is None:
-        return None
-    if spec.submodule_search_locations is None:
-        files = [] if inside or spec.origin is None else [Path(spec.origin)]
-    else:
-        places = [Path(place, *inside) for place in spec.submodule_search_locations]
-        files = [f for place in places for f in (place.with_suffix(".py"), place / "__init__.py")]
-    found = [file for file in files if file.is_file()]
-    return ast.parse(found[0].read_text()) if found else None
-
-
-def _imported_as(tree: ast.Module, name: str, module: str) -> str:
-    """Return the dotted path of a name in a module: what it imports it from, else its own."""
-    for line in tree.body:
-        if isinstance(line, ast.ImportFrom) and line.module and not line.level:
-            for alias in line.names:
-                if (alias.asname or alias.name) == name:
-                    return f"{line.module}.{alias.name}"
-    return f"{module}.{name}"

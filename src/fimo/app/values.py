@@ -8,8 +8,9 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fimo.app import wandb_artifacts
-from fimo.engine.settings import OPTIMIZERS, check_range
-from fimo.errors import InputError
+from fimo.app.definitions import arguments
+from fimo.engine.settings import LEAVE_OUT_RULES, OPTIMIZERS, RANGES, SCHEDULES, check_range
+from fimo.errors import InputError, nearest
 from fimo.extras import FIGURES, WANDB, available, require
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -17,6 +18,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "until": ("check", "further_training", "report"),
     "logger.wandb.mode": (None, "offline", "online", "disabled", "dryrun", "run"),  # the last two were W&B's
     "model.optimizer": OPTIMIZERS,
+    "further_training.optimizer": OPTIMIZERS,
+    "further_training.leave_out": LEAVE_OUT_RULES,
+    "further_training.schedule": SCHEDULES,
     "trainer.keep": ("last", "best"),
     "trainer.accelerator": ("cpu", "gpu", "cuda", "mps", "auto"),
     "trainer.strategy": ("auto", "ddp", "ddp_spawn"),
@@ -36,6 +40,9 @@ SMALLEST = {
 
 FROM_SCRATCH = ("fimo.models.mlp.mlp", "fimo.models.resnet9.resnet9")
 """Networks that begin with random parameters, never with those of a pretrained model."""
+
+NOT_ARGUMENTS = ("recommended", "validation_size")
+"""Keys of ``dataset`` that are not its class's: the first is read by model and trainer."""
 
 FILES = ("dataset.path", "dataset.prompts", "model.checkpoint")
 
@@ -64,6 +71,13 @@ def check_values(config: DictConfig) -> None:
             raise InputError(key, f"expected at least {least} but got {value}")
     for name in ("momentum", "weight_decay"):
         check_range(f"model.{name}", config.model[name])
+    for name in RANGES:
+        value = config.further_training[name]
+        check_range(f"further_training.{name}", tuple(value) if name == "betas" else value)
+    seeds = config.further_training.seeds
+    if isinstance(seeds, int) and seeds < 1:
+        raise InputError("further_training.seeds", f"expected at least 1 seed but got {seeds}")
+    _check_names(config)
     if not 0 < config.scale <= 1:
         raise InputError("scale", f"expected a share in (0, 1] but got {config.scale}")
     _check_files(config)
@@ -80,6 +94,18 @@ def check_values(config: DictConfig) -> None:
         raise InputError("further_training.shard", "is for runs with until=further_training")
     _check_devices(config.trainer.devices)
     _check_packages(config)
+
+
+def _check_names(config: DictConfig) -> None:
+    """Refuse arguments that the package's own classes don't have; the rest is seen when they are called."""
+    nodes = {"dataset": config.dataset, "model.network": config.model.network}
+    nodes |= {f"methods.{name}": node for name, node in config.methods.items()}
+    for key, node in nodes.items():
+        target = str(node.get("_target_") or "") if OmegaConf.is_dict(node) else ""
+        known = arguments(target) if target.startswith("fimo.") else None
+        for name in map(str, node if known is not None else []):
+            if known is not None and not name.startswith("_") and name not in (*known, *NOT_ARGUMENTS):
+                raise InputError(f"{key}.{name}", f"unknown argument; {nearest(name, known)}")
 
 
 def _check_packages(config: DictConfig) -> None:

@@ -35,6 +35,7 @@ from fimo.engine.job import Job, Work
 from fimo.engine.pace import LEAST_SECONDS, about, expected_seconds, least_seconds, measure_pace
 from fimo.errors import InputError
 from fimo.models.attention import plain_attention
+from fimo.models.progress import Lines, on_terminal
 
 log = logging.getLogger(__name__)
 
@@ -245,7 +246,11 @@ class ReplicaProgress(TQDMProgressBar):
         )
         return bar
 
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """The bar begins with the job's length: Lightning's own would first be an empty one."""
+
     def on_train_epoch_start(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        self.train_progress_bar = self.init_train_tqdm()
         bar, job = self.train_progress_bar, module.job
         bar.reset(total=module.total_replica_steps)
         found = f" ({job.found / job.replicas:.0%} of the runs found in the store)" if job.found else ""
@@ -261,6 +266,21 @@ class ReplicaProgress(TQDMProgressBar):
         if module.finished:  # others took the rest, or epochs of runs leaving out are shorter
             bar.update((bar.total or 0) - bar.n)
         bar.refresh()
+
+
+class ReplicaLines(ProgressBar):
+    """Replica-steps done, in a line every half minute: what a log file can hold."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self.lines = Lines("further training", "replica-steps")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        if trainer.is_global_zero:
+            total = module.total_replica_steps
+            self.lines.at(min(module.replica_steps * trainer.world_size, total), total)
+
+    def disable(self) -> None:
+        """As a bar's; lines are rare."""
 
 
 class _Rounds(IterableDataset[int]):
@@ -337,7 +357,7 @@ def make_trainer(trainer: Mapping[str, Any] | None, *more: pl.Callback) -> pl.Tr
     }
     callbacks = list(arguments.pop("callbacks", None) or [])
     if arguments["enable_progress_bar"] and not any(isinstance(c, ProgressBar) for c in callbacks):
-        callbacks.append(ReplicaProgress())
+        callbacks.append(ReplicaProgress() if on_terminal() else ReplicaLines())
     arguments["max_epochs"] = 1  # an epoch of the Trainer is the whole job
     made = pl.Trainer(callbacks=[*callbacks, *more], **arguments)
     if made.num_nodes > 1:
