@@ -210,7 +210,7 @@ def test_a_method_that_fails_on_this_model_does_not_take_the_others_with_it(defa
     skipped = json.loads((folder / "report.json").read_text())["skipped"]
     assert skipped["broken"] == "failed: grew a hundredfold"
     assert "failed: KeyError" in skipped["judging"]
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if "mistaken" in line]
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "mistaken failed" in line]
     assert len(lines) == 1, lines
     assert "failed: IndexError: Dimension out of range" in lines[0]
     assert "in some library" in (folder / "failures" / "mistaken.txt").read_text()

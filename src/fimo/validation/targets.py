@@ -87,6 +87,8 @@ def class_indices(targets: Tensor, classes: int, axes: int, key: str) -> Tensor:
 def candidates(outputs: Tensor, targets: Tensor) -> Iterator[Conversion]:
     """Yield what the targets of a user's own loss may have to become, as they are first."""
     dtype = outputs.dtype
+    if not targets.is_floating_point() and targets.dtype not in (torch.int64, torch.bool):
+        yield lambda t: t.to(torch.int64)  # some losses take uint8, but not where replicas are vectorised
     yield lambda t: t
     if targets.ndim == 1 and outputs.ndim == 2 and outputs.shape[1] == 1:
         yield lambda t: t[:, None].to(dtype)
@@ -96,7 +98,7 @@ def candidates(outputs: Tensor, targets: Tensor) -> Iterator[Conversion]:
             if targets.ndim == 2 and targets.shape[1] == 1:
                 yield lambda t: t[:, 0].to(torch.int64)
         return
-    if targets.dtype != torch.int64:
+    if targets.dtype == torch.bool:
         yield lambda t: t.to(torch.int64)
     yield lambda t: t.to(dtype)
     if targets.ndim == 2 and targets.shape[1] == 1:
