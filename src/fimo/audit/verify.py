@@ -159,7 +159,6 @@ def verify(question: Question, screened: Screened, settings: Settings, resources
     rounds, needs_controls = looks(settings.seeds), not question.rule.shares_batches
     reference = _reference(chosen)
     score = screened.score[:, chosen.rows]
-    p = torch.ones(score.shape, dtype=torch.float64)
     taking_part, done, began = torch.ones(len(chosen.rows), dtype=torch.bool), 0, time.monotonic()
     for until in rounds:
         if done and _too_late(settings, began, int(taking_part.sum()) * (until - done), runs):
@@ -172,8 +171,8 @@ def verify(question: Question, screened: Screened, settings: Settings, resources
             else (runs.change[:done], torch.zeros(len(score)))
         )
         estimates = tuple(estimated(c, float(s)) for c, s in zip(change.unbind(1), shared, strict=True))
-        looked = torch.stack([found.p for found in estimates]) * len(rounds)
-        p = torch.where(taking_part, torch.minimum(p, looked), p)
+        # of all seeds that a row has by now: what is said of it fits its effect and error as they are shown
+        p = (torch.stack([found.p for found in estimates]) * len(rounds)).clamp(max=1)
         weight = OTHERS + (1 - OTHERS) * chosen.own.double()
         q = torch.stack([false_discovery_rates(*pair) for pair in zip(p, weight, strict=True)])
         undecided = _open(chosen, estimates, q, settings, len(rounds))

@@ -181,7 +181,7 @@ def _distrust(run: Results, rows: pd.DataFrame) -> list[str]:
         effects, classes = rows["effect"].to_numpy(), [str(t) for t in rows["target"]]
         said += [str(found), found.leading(effects, classes, list(rows["name"]))]
     if run.skipped:
-        said.append(f"{counted(len(run.skipped), 'method')} did not run: {listed(list(run.skipped))}.")
+        said.append(f"Not run, or failed: {listed(list(run.skipped))}.")
     return said
 
 
