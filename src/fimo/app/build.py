@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
@@ -28,6 +29,7 @@ from fimo.models.final_model import FinalModel
 from fimo.models.lightning_module import FinalModelModule
 from fimo.models.loss_function import Loss, LossFunction
 from fimo.models.losses import LOSSES, MEASUREMENTS
+from fimo.models.own_training import check_named_loss, loss_of, trains_itself
 from fimo.tasks.base import Judged, Task
 from fimo.validation.admission import admit, tried
 
@@ -99,8 +101,14 @@ def build_module(config: DictConfig, data: InstancesModule) -> FinalModelModule:
         load_checkpoint(network, checkpoint_file(config))
     description = {"network": OmegaConf.to_container(model.network, resolve=True), **arguments}
     loss = build_loss(model.loss if model.loss != "auto" else LOSS_OF_TASK[data.task], "model.loss")
+    itself = trained_by_itself(network, model.training)
     measurement = build_measurement(model.measurement)
     check_fit(network, loss, data, measurement)
+    if itself and isinstance(network, pl.LightningModule):
+        if model.loss == "auto":
+            loss = loss_of(network, loss, LOSSES, data.train)
+        else:
+            check_named_loss(network, loss, data.train)
     return FinalModelModule(
         network,
         loss,
@@ -109,7 +117,21 @@ def build_module(config: DictConfig, data: InstancesModule) -> FinalModelModule:
         make_optimizer(model.optimizer, model).torch_optimizer,
         model.lr,
         description,
+        itself,
     )
+
+
+def trained_by_itself(network: nn.Module, training: str) -> bool:
+    """Return whether a network's own training step and optimizers train the final model.
+
+    Raises:
+        InputError: ``model.training=own``, and it has none.
+    """
+    able = trains_itself(network)
+    if training == "own" and not able:
+        needed = "a LightningModule (of pytorch_lightning) with training_step and configure_optimizers"
+        raise InputError("model.training", f"own needs {needed} but {type(network).__name__} is none")
+    return able and training != "loss"
 
 
 def checkpoint_file(config: DictConfig) -> str:

@@ -30,6 +30,7 @@ class Model:
     trainable: list[str] = field(default_factory=list)
     checkpoint: str | None = None
     accept_poor: bool = False
+    training: str = "auto"
     optimizer: str = "sgd"
     lr: float = 0.1
     momentum: float = 0.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig, OmegaConf
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fimo.app.build import build_final_model, build_module
+from fimo.app.build import build_final_model, build_module, trained_by_itself
 from fimo.app.trainers import build_trainer, not_retraced, training_code, training_settings
 from fimo.cost import Cost
 from fimo.data.datamodule import InstancesModule
@@ -68,6 +68,8 @@ class FinalModels:
         if (reason := not_retraced(self.config)) is not None:
             return reason
         network = self.initial(data, self.config.seed).network
+        if trained_by_itself(network, self.config.model.training):
+            return "the network trains by its own training_step, which the engine does not follow"
         if any(isinstance(m, _BatchNorm) and m.track_running_stats for m in network.modules()):
             return "batch normalisation can't be trained from scratch: its statistics stay fixed"
         if self.config.trainer.max_epochs < 1:

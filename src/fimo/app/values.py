@@ -17,6 +17,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "mode": ("study", "audit"),
     "until": ("check", "further_training", "report"),
     "logger.wandb.mode": (None, "offline", "online", "disabled", "dryrun", "run"),  # the last two were W&B's
+    "model.training": ("auto", "own", "loss"),
     "model.optimizer": OPTIMIZERS,
     "further_training.optimizer": OPTIMIZERS,
     "further_training.leave_out": LEAVE_OUT_RULES,

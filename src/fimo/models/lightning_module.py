@@ -32,6 +32,7 @@ class FinalModelModule(pl.LightningModule):
         lr: learning rate.
         description: what built the network, kept in the checkpoint; plain containers only, so that it
             loads without executing code.
+        trains_itself: the network is a LightningModule that is trained by its own step and optimizers.
     """
 
     def __init__(
@@ -43,15 +44,22 @@ class FinalModelModule(pl.LightningModule):
         optimizer: MakeOptimizer = torch.optim.SGD,
         lr: float = 0.1,
         description: dict[str, Any] | None = None,
+        trains_itself: bool = False,
     ) -> None:
         super().__init__()
         if not lr > 0:
             raise InputError("model.lr", f"expected a positive number but got {lr}")
         self.save_hyperparameters({"description": description or {}})
         self.network, self.loss = network, Loss.of(loss)
+        self.trains_itself = trains_itself
         self.make_optimizer, self.lr = optimizer, lr
         self.accuracy = MulticlassAccuracy(outputs, average="micro") if task == "classification" else None
         self.mean_loss = MeanMetric()
+
+    @property
+    def trained(self) -> pl.LightningModule:
+        """What the Trainer is given: this module, or the network where it trains itself."""
+        return self.network if self.trains_itself and isinstance(self.network, pl.LightningModule) else self
 
     def forward(self, inputs: Any) -> Tensor:
         return apply(self.network, inputs)

@@ -21,6 +21,7 @@ from fimo.errors import InputError, reason
 from fimo.models.final_model import FinalModel
 from fimo.models.keep_best import KeepBest
 from fimo.models.lightning_module import FinalModelModule
+from fimo.models.own_training import pairs
 from fimo.store.description import describe
 from fimo.store.files import Store, could_not_write, read_tensors, write_tensors
 from fimo.store.fingerprint import Key, kept, training_key
@@ -83,6 +84,7 @@ def train_final_model(
         best_on = data.validation
         everything = {**settings, "seed": seed, "batch_size": data.batch_size}
         everything |= {"keep": "best"} if keeps_best(trainer) else {}
+        everything |= {"training": "own"} if module.trains_itself else {}
         everything |= {name: describe(value, name) for name, value in (code or {}).items()}
         batches = type(data).train_dataloader
         return training_key(module.network, module.loss.definition, everything, data.train, batches, best_on)
@@ -101,9 +103,12 @@ def train_final_model(
                 )
             return
         torch.manual_seed(seed)
+        batches = data.train_dataloader()
         judged = None if data.validation is None else data.val_dataloader()
+        if module.trains_itself:
+            batches, judged = pairs(batches), None if judged is None else pairs(judged)
         try:
-            trainer.fit(module, train_dataloaders=data.train_dataloader(), val_dataloaders=judged)
+            trainer.fit(module.trained, train_dataloaders=batches, val_dataloaders=judged)
         except MisconfigurationException as error:  # such as a callback that this training does not suit
             raise InputError("trainer", reason(error)) from error
         except RuntimeError as error:
