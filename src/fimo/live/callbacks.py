@@ -62,9 +62,9 @@ class LogsOnly(pl.Callback):
 class LogsTraining(LogsOnly):
     """Logs the final model's ``train_loss`` of every epoch, and ``val_loss`` and ``val_accuracy``.
 
-    These are of the given instances, which nothing is chosen by. They are measured by this callback, in eval
-    mode and without a random number, so that the training is the same with or without it; in as
-    many epochs as take a hundredth of the time, and in the last.
+    These are of the given instances. They are measured by this callback, in eval mode and without a random
+    number, so that the training is the same with or without it; in as many epochs as take a hundredth of the
+    time, and in the last.
 
     Args:
         held_out: instances that are not trained on.
