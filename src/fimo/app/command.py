@@ -72,7 +72,9 @@ def main(conf: Path) -> None:
 
 def _start(conf: Path, places: SearchPath) -> None:
     use_installed_packages()
-    as_command = hydra.main(version_base="1.3", config_path=str(conf), config_name="config")
+    # Hydra 1.4 does without the version whose defaults hold, and warns of it
+    base = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+    as_command = hydra.main(config_path=str(conf), config_name="config", **base)
     check_choices(sys.argv[1:], places)
     check_plugins(sys.argv[1:], places)
     if not is_sweep(sys.argv[1:]):
