@@ -16,6 +16,7 @@ from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfi
 
 from fimo.app.arguments import imported
 from fimo.app.build import build
+from fimo.app.config import Trainer as TrainerSettings
 from fimo.app.trainer_arguments import (
     BOTH,
     FINAL_MODEL,
@@ -78,8 +79,8 @@ def build_trainer(
             logger=logger or False,
         )
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:  # such as no GPU
-        given = [name for name in config.trainer if str(name) not in (*TRAINING, "keep")]
-        at_fault = next((f"trainer.{name}" for name in given if f"{name}" in str(error)), "trainer")
+        added = [str(name) for name in config.trainer if name not in TrainerSettings.__dataclass_fields__]
+        at_fault = next((f"trainer.{name}" for name in added if name in str(error)), "trainer")
         where = "" if at_fault != "trainer" else f"accelerator={settings['accelerator']}: "
         raise InputError(at_fault, f"{where}{reason(error)}") from error
 
