@@ -14,14 +14,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fimo.audit import Audit
-from fimo.audit.audit import audit as _audit
-from fimo.audit.question import Question, Resources, Settings, origin_of, positions
-from fimo.audit.reading import shown_rows
 from fimo.cost import Cost, cost_table
 from fimo.data.conversion import train_and_test
 from fimo.data.instances import Instances
-from fimo.data.origin import Origin
 from fimo.engine.protocol import Protocol
 from fimo.errors import InputError, reason
 from fimo.further_training.gold_standard import evaluation_points
@@ -39,6 +34,7 @@ from fimo.validation.admission import admit
 
 if TYPE_CHECKING:
     from fimo.audit.result import Audit
+    from fimo.data.origin import Origin
     from fimo.methods.catalogue import Method
     from fimo.reporting.audit_run import AuditRun
     from fimo.reporting.results import Results
@@ -237,8 +233,13 @@ def audit(
         >>> ft = fimo.Protocol(lr=0.05, batch_size=8, epochs=2)
         >>> found = fimo.audit(model, (x, x.sum(1)), (x[:5], x[:5].sum(1)), ft, top=3, seeds=4)
         >>> len(found.rows), len(found.rows[found.rows["verdict"] != ""])
-        (60, 12)
+        (60, 16)
     """
+    # with packages that attribution does without
+    from fimo.audit.audit import audit as _audit
+    from fimo.audit.question import Question, Resources, Settings, origin_of, positions
+    from fimo.audit.reading import shown_rows
+
     if not isinstance(further_training, Protocol):
         raise InputError("further_training", _no_protocol(further_training))
     check_device(device)

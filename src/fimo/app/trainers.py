@@ -82,7 +82,8 @@ def build_trainer(
         added = [str(name) for name in config.trainer if name not in TrainerSettings.__dataclass_fields__]
         at_fault = next((f"trainer.{name}" for name in added if name in str(error)), "trainer")
         where = "" if at_fault != "trainer" else f"accelerator={settings['accelerator']}: "
-        raise InputError(at_fault, f"{where}{reason(error)}") from error
+        said = reason(error).removeprefix("MisconfigurationException: ")
+        raise InputError(at_fault, f"{where}{said}") from error
 
 
 def further_training_settings(config: DictConfig, folder: Path | None = None) -> dict[str, Any]:
