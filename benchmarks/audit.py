@@ -52,6 +52,7 @@ from fimo.engine.protocol import Protocol
 from fimo.further_training.gold_standard import further_train
 from fimo.models.final_model import FinalModel
 from fimo.store.files import Store
+from fimo.validation.admission import admit
 
 CONF = Path(__file__).parents[1] / "conf"
 TOP = 20
@@ -265,7 +266,8 @@ def drawn(rows: int, features: int, leave_out: str) -> Question:
             nn.functional.mse_loss(network(x[part]), y[part]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     protocol = Protocol(lr=0.01, batch_size=32, epochs=20, leave_out=leave_out)  # type: ignore[arg-type]
-    model = FinalModel(network, nn.MSELoss(reduction="none"), accept_poor=True)
+    model = FinalModel(network, "mse", accept_poor=True)
+    train, test = admit(model, train, test)
     return Question(model, train, test, protocol, (), Origin.counted(rows), Origin.counted(len(test)))
 
 
