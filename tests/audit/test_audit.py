@@ -190,6 +190,13 @@ def test_scores_alone_say_what_to_distrust() -> None:
     ]
 
 
+@pytest.mark.parametrize("rule", ["shift", "mask"])
+def test_where_shift_drowns_effects_mask_is_named(rule: str) -> None:
+    found = fimo.audit(*data(), protocol(leave_out=rule, batch_size=2, lr=0.5), top=8, seeds=3, act=False)
+    said = " ".join(found.summary["distrust"])
+    assert ("leave_out=mask measures the row's absence alone" in said) == (rule == "shift")
+
+
 def test_half_as_many_more_rows_are_verified_as_are_of_interest() -> None:
     question = asked()
     found = audit(question, Settings(top=4, seeds=2, act=False), Resources())

@@ -17,6 +17,9 @@ LOOSE = 0.5
 
 FEW_SEEDS = 3
 
+MOSTLY = 0.5
+"""Share of undecided rows above which the leave-out rule's own noise is named."""
+
 
 def summary_of(findings: Findings) -> dict[str, Any]:
     """Return what JSON can hold; see :class:`~fimo.audit.result.Audit`."""
@@ -81,6 +84,14 @@ def distrust(findings: Findings) -> list[str]:
         )
     if findings.calibrations[0].correlation < LOOSE:
         said.append("The scores of rows that were not verified say little about their effects.")
+    own = findings.verified.chosen.own[0]
+    unclear = float((findings.verified.q[0, own] > findings.settings.q).double().mean())
+    if unclear > MOSTLY and not findings.question.rule.shares_batches:
+        said.append(
+            f"{unclear:.0%} of the rows that should matter are unclear: with leave_out="
+            f"{findings.question.protocol.leave_out}, a run without a row sees other batches as well, which "
+            "drowns small effects; further_training.leave_out=mask measures the row's absence alone."
+        )
     if len(findings.verified.seeds) < FEW_SEEDS:
         said.append(f"Effects are means over only {len(findings.verified.seeds)} seeds.")
     return said
