@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 import fimo
@@ -15,6 +16,7 @@ from fimo import FinalModel, Protocol
 from fimo.audit import Audit
 from fimo.audit.audit import audit
 from fimo.audit.question import Question, Resources, Settings
+from fimo.audit.screen import trimmed
 from fimo.audit.verify import choose, without_common
 from fimo.data.instances import Instances
 from fimo.data.origin import Origin
@@ -209,3 +211,19 @@ def test_half_as_many_more_rows_are_verified_as_are_of_interest() -> None:
 def test_no_round_is_begun_that_would_end_too_late() -> None:
     found = audit(asked(), Settings(top=10, seeds=40, minutes=1e-6, act=False), Resources())
     assert found.summary["seeds"] == [0, 1, 2]
+
+
+def test_scores_are_trimmed_means_with_their_errors() -> None:
+    values = torch.randn(10, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 3
+    mean, error = trimmed(values)
+    assert mean.numpy() == pytest.approx(stats.trim_mean(values.numpy(), 0.2, 0))
+    assert error.numpy() == pytest.approx(stats.mstats.trimmed_stde(values.numpy(), (0.2, 0.2), axis=0))
+    few = values[:4]
+    assert torch.equal(trimmed(few)[0], few.sort(0).values.mean(0))
+    assert trimmed(few)[1].numpy() == pytest.approx(stats.sem(few.numpy(), 0))
+
+
+def test_a_row_that_counted_in_one_seed_s_last_batch_does_not_lead() -> None:
+    values = torch.ones(10, 1, 3, dtype=torch.float64)
+    values[:, 0, 1], values[4, 0, 2] = 2.0, 100.0
+    assert trimmed(values)[0][0].tolist() == [1.0, 2.0, 1.0]
