@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fimo.app.arguments import check_arguments
+from fimo.app.values import NOT_ARGUMENTS
 from fimo.errors import InputError
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -71,5 +72,6 @@ def test_what_is_shipped_fits_its_own_signatures(name: str, target: Any) -> None
     open_ones = {
         k for k in target if OmegaConf.is_missing(target, k) or OmegaConf.is_interpolation(target, k)
     }
-    values = {k: target._get_node(k) for k in target if k != "recommended" and k not in open_ones}
+    closed = [k for k in target if k not in NOT_ARGUMENTS and k not in open_ones]
+    values = {k: target._get_node(k) for k in closed}
     check_arguments(OmegaConf.create(values), name, ["inputs", "outputs", "classes"])

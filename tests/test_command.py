@@ -80,7 +80,7 @@ def table(folder: Path, rows: str) -> str:
         ("trainer.precision=64-true", "trainer.precision: expected one of 32-true, bf16-mixed, 16-mixed"),
         ("trainer.devices=0", "trainer.devices: expected a number, a list of indices or auto but got 0"),
         ("trainer.strategy=dpp", "trainer.strategy: expected one of auto, ddp"),
-        ("trainer.accelerator=mps", "trainer.accelerator: `MPSAccelerator` can not run"),
+        ("trainer.accelerator=mps", "trainer: accelerator=mps: `MPSAccelerator` can not run"),
         ("model.momentum=2", "model.momentum: expected a number in [0, 1)"),
         ("model.weight_decay=-1", "model.weight_decay: expected at least 0"),
         ("model.loss=cross_entropy", "model.loss: cross_entropy needs classes"),

@@ -19,10 +19,12 @@ from hydra import compose, initialize_config_dir
 
 from fimo.app.config import validated
 from fimo.app.mistakes import readable
+from fimo.app.search_path import SearchPath
 from tests.live.offline_run import read_offline_run
 from tests.live.test_run import SMALL
 
 ROOT = Path(__file__).parents[1]
+PLACES = SearchPath.of([], ROOT / "conf")
 SWEEPS = sorted((ROOT / "conf" / "sweeps").glob("*.yaml"))
 
 
@@ -55,7 +57,7 @@ def test_what_an_agent_starts_is_a_configuration(path: Path) -> None:
     started = command(sweep, some_values(sweep))
     assert started[:3] == ["python", "-m", "src.run"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = validated(compose("config", overrides=[readable(a) for a in started[3:]]), ROOT / "conf")
+        config = validated(compose("config", overrides=[readable(a) for a in started[3:]]), PLACES)
     assert config.report is False
     assert set(config.methods) <= {"graddot", "ekfac", "datainf"}
 
@@ -67,7 +69,7 @@ def test_every_kind_of_value_that_an_agent_hands_over_is_understood() -> None:
     }  # fmt: skip
     started = command({"command": ["${args_no_hyphens}"]}, chosen)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = validated(compose("config", overrides=[readable(a) for a in started]), ROOT / "conf")
+        config = validated(compose("config", overrides=[readable(a) for a in started]), PLACES)
     assert set(config.methods) == {"graddot", "ekfac"}
     assert config.further_training.lr == 1e-5
     assert config.report is True
