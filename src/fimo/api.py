@@ -183,7 +183,7 @@ def audit(
     test: Any,
     further_training: Protocol,
     *,
-    tests: Sequence[int | str] = (),
+    tests: int | str | Sequence[int | str] = (),
     top: int = 20,
     q: float = 0.1,
     verify: bool = True,

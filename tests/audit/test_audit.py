@@ -15,7 +15,7 @@ import fimo
 from fimo import FinalModel, Protocol
 from fimo.audit import Audit
 from fimo.audit.audit import audit
-from fimo.audit.question import Question, Resources, Settings
+from fimo.audit.question import Question, Resources, Settings, positions
 from fimo.audit.screen import trimmed
 from fimo.audit.verify import choose, without_common
 from fimo.data.instances import Instances
@@ -171,6 +171,7 @@ def test_rows_and_pairs_have_the_names_of_a_frames_index() -> None:
         ({"q": 1.5}, "audit.q: expected a rate"),
         ({"seeds": 1}, "audit.seeds: expected a whole number from 2 on but got 1"),
         ({"minutes": 0}, "audit.minutes: expected more than 0"),
+        ({"minutes": "5"}, "audit.minutes: expected more than 0, or null, but got '5'"),
         ({"tests": [20]}, "audit.test: there is no row 20"),
         ({"tests": [2, "2"]}, "audit.test: '2' is named twice"),
         ({"test_names": ["a"] * 20}, "test_names: several rows are called a"),
@@ -182,6 +183,12 @@ def test_bad_input_is_one_line(changed: dict[str, object], problem: str) -> None
         fimo.audit(*data(), protocol(), **changed)
     assert str(error.value).startswith(problem)
     assert "\n" not in str(error.value)
+
+
+def test_a_single_name_is_a_list_of_one() -> None:
+    names = Origin(np.arange(3), ("q1", "q2", "q3"))
+    assert positions("q3", names, "audit.test") == positions(["q3"], names, "audit.test") == (2,)
+    assert positions(1, names, "audit.test") == (1,)
 
 
 def test_scores_alone_say_what_to_distrust() -> None:

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 import fimo
+from fimo.errors import InputError
 from fimo.reporting.audit_answer import audit_answer
 from fimo.reporting.audit_report import listed_rows, write_audit_report
 from fimo.reporting.audit_run import EVERY_ROW, AuditRun, suspects, train_rows
@@ -137,3 +138,9 @@ def test_from_python_an_audit_is_reported_with_the_rows_of_the_user_s_own_table(
     for shown in table["rows"]:
         assert shown[labels.index("area")] == 1000 + rows[shown[0]]
     assert labels[-3:] == ["area", "city", "flat"]
+
+
+def test_a_table_that_is_too_short_to_be_the_audited_one_is_refused(tmp_path: Path) -> None:
+    short = pd.DataFrame({"a": range(10)})
+    with pytest.raises(InputError, match="train: has 10 rows, but the audit is of a table with a data row"):
+        fimo.report(example_audit(), tmp_path / "report.html", train=short)

@@ -165,7 +165,8 @@ class Settings:
                 raise InputError(f"audit.{key}", f"expected a whole number from {least} on but got {value!r}")
         if not isinstance(self.q, float | int) or not 0 < self.q < 1:
             raise InputError("audit.q", f"expected a rate in (0, 1) but got {self.q!r}")
-        if self.minutes is not None and not self.minutes > 0:
+        number = isinstance(self.minutes, float | int) and not isinstance(self.minutes, bool)
+        if self.minutes is not None and not (number and self.minutes > 0):
             raise InputError("audit.minutes", f"expected more than 0, or null, but got {self.minutes!r}")
 
     def fitting(self, instances: int) -> None:
@@ -207,12 +208,13 @@ class Resources:
         return Problem.of(final_model, train) if known is None else known.measuring(final_model)
 
 
-def positions(names: Sequence[Any], origin: Origin, key: str) -> tuple[int, ...]:
-    """Return the positions of instances that are named by identifier or row.
+def positions(names: Sequence[Any] | str | int, origin: Origin, key: str) -> tuple[int, ...]:
+    """Return the positions of instances that are named by identifier or row; a single name is a list of one.
 
     Raises:
         InputError: with ``key``: there is none of that name, or one is named twice.
     """
+    names = [names] if isinstance(names, str | int) else names
     found = [origin.position(name, key) for name in names]
     for k, position in enumerate(found):
         if position in found[:k]:

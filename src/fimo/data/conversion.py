@@ -279,7 +279,8 @@ def _array(value: Any, key: str, name: str) -> Tensor:
     try:
         tensor = torch.tensor(np.ascontiguousarray(value))
     except TypeError:
-        raise InputError(key, f"{name} are an array of {value.dtype}, not numbers") from None
+        hint = "; class names become numbers in the order of the network's outputs" * (name == "targets")
+        raise InputError(key, f"{name} are an array of {value.dtype}, not numbers{hint}") from None
     return _typed(tensor)
 
 

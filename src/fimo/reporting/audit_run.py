@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from fimo.audit.result import Audit
+from fimo.errors import InputError
 from fimo.reporting.instance_table import InstanceDisplay, Shown, Split, noun
 
 FILE = "audit_report.json"
@@ -99,7 +100,11 @@ class AuditRun:
     def of_frames(
         cls, audit: Audit, train: pd.DataFrame | None = None, test: pd.DataFrame | None = None
     ) -> AuditRun:
-        """Return an audit with the rows of the user's own tables; a data row is a position there."""
+        """Return an audit with the rows of the user's own tables; a data row is a position there.
+
+        Raises:
+            InputError: ``train`` or ``test`` is too short to be the table that was audited.
+        """
         targets = dict(zip(audit.rows["row"], audit.rows["target"], strict=True))
         shown: dict[str, dict[int, InstanceDisplay]] = {"train": {}, "test": {}}
         for split, table, rows in (
@@ -108,7 +113,10 @@ class AuditRun:
         ):
             if table is None:
                 continue
-            for row in (row for row in rows if row < len(table)):
+            if rows and max(rows) >= len(table):
+                problem = f"has {len(table)} rows, but the audit is of a table with a data row {max(rows)}"
+                raise InputError(split, problem)
+            for row in rows:
                 values = {str(c): _scalar(v) for c, v in table.iloc[row].items()}
                 target = _scalar(targets.get(row, "")) if split == "train" else ""
                 shown[split][row] = InstanceDisplay(target, row=values)
