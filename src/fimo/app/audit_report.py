@@ -13,6 +13,7 @@ from fimo.app.config import plain
 from fimo.app.environment import versions
 from fimo.app.journal import Journal
 from fimo.app.run import Run
+from fimo.app.summary import dataset_facts, quality_facts
 from fimo.audit.result import Audit
 from fimo.data.datamodule import InstancesModule, Split
 from fimo.models.final_model import FinalModel
@@ -48,15 +49,8 @@ def audit_run(found: Audit, run: Run, quality: Quality, config: Mapping[str, Any
     return AuditRun(
         found,
         name=data.name or "",
-        dataset={
-            "name": data.name,
-            "task": data.task,
-            "train": len(data.train),
-            "test": len(data.test),
-            "classes": list(data.class_names),
-            "decisions": list(data.decisions),
-        },
-        final_model={k: v for k, v in asdict(quality).items() if v is not None},
+        dataset=dataset_facts(data),
+        final_model=quality_facts(quality),
         config=config,
         versions=versions(),
         shown={split: displays(data, run.final_model, split, rows) for split, rows in wanted.items()},

@@ -62,17 +62,10 @@ def summarise(
         scores=scores,
         evaluation=evaluation.table,
         cost=cost_table(costs),
-        final_model={k: v for k, v in asdict(quality).items() if v is not None},
+        final_model=quality_facts(quality),
         config=config,
         versions=versions(),
-        dataset={
-            "name": data.name,
-            "task": data.task,
-            "train": len(data.train),
-            "test": len(data.test),
-            "classes": list(data.class_names),
-            "decisions": list(data.decisions),
-        },
+        dataset=dataset_facts(data),
         ids={
             split: ids_of(sensitivity, data, split) for split in SPLITS if data.origin(split).id is not None
         },
@@ -84,6 +77,23 @@ def summarise(
         slopes=evaluation.slopes,
         distance=distance_table(sensitivity, final_model),
     )
+
+
+def dataset_facts(data: InstancesModule) -> dict[str, Any]:
+    """Return what reports say of a data set as a whole."""
+    return {
+        "name": data.name,
+        "task": data.task,
+        "train": len(data.train),
+        "test": len(data.test),
+        "classes": list(data.class_names),
+        "decisions": list(data.decisions),
+    }
+
+
+def quality_facts(quality: Quality) -> dict[str, Any]:
+    """Return what is known of a final model's quality."""
+    return {k: v for k, v in asdict(quality).items() if v is not None}
 
 
 def distance_table(sensitivity: Sensitivity, final_model: FinalModel) -> pd.DataFrame | None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fimo.reporting.numbers import number
+
 FILE = "answer.json"
 """Of a finished run's folder; :func:`fimo.reporting.show.show` prints it without importing torch."""
 
@@ -77,6 +79,17 @@ class Answer:
         for side in ("helpful", "harmful"):
             content[side] = tuple(NamedRow(**row) for row in content[side])
         return cls(**content)
+
+
+def model_facts(final_model: Mapping[str, Any]) -> list[str]:
+    """Return how good a final model is on test instances, in words; nothing where that is unknown."""
+    if (accuracy := final_model.get("test_accuracy")) is not None:
+        return [f"the model's test accuracy is {accuracy:.1%}"]
+    if (loss := final_model.get("test_loss")) is None:
+        return []
+    baseline = final_model.get("baseline_loss")
+    than = "" if baseline is None else f" (always predicting the average: {number(baseline, 3)})"
+    return [f"the model's test loss is {number(loss, 3)}{than}"]
 
 
 def sentence(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from fimo.reporting.answer import Answer, NamedRow, counted, listed, sentence
+from fimo.reporting.answer import Answer, NamedRow, counted, listed, model_facts, sentence
 from fimo.reporting.audit_run import AuditRun, suspects
 from fimo.reporting.class_effects import ClassEffects, class_effects
 from fimo.reporting.findings import poor_model
@@ -100,13 +100,7 @@ def _about(run: AuditRun) -> str:
     facts = [str(run.dataset.get("name") or run.name)] if run.dataset.get("name") or run.name else []
     n, tests = summary.get("n", len(run.audit.rows)), summary.get("tests")
     facts.append(f"{n:,} training{f' and {tests:,} test' if tests else ''} {run.noun}s")
-    if (accuracy := run.final_model.get("test_accuracy")) is not None:
-        facts.append(f"the model's test accuracy is {accuracy:.1%}")
-    elif (loss := run.final_model.get("test_loss")) is not None:
-        baseline = run.final_model.get("baseline_loss")
-        than = "" if baseline is None else f" (always predicting the average: {number(baseline, 3)})"
-        facts.append(f"the model's test loss is {number(loss, 3)}{than}")
-    return " · ".join(facts)
+    return " · ".join([*facts, *model_facts(run.final_model)])
 
 
 def _verdict(run: AuditRun) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from fimo.evaluation.ceiling import WANTED
-from fimo.reporting.answer import Answer, NamedRow, counted, listed
+from fimo.reporting.answer import Answer, NamedRow, counted, listed, model_facts
 from fimo.reporting.class_effects import ClassEffects, class_effects
 from fimo.reporting.findings import all_warnings, at_last_point, same_scores
 from fimo.reporting.instance_lines import line
@@ -59,13 +59,7 @@ def _about(run: Results) -> str:
     facts = [run.name]
     if run.dataset.get("train"):
         facts.append(f"{run.dataset['train']:,} training and {run.dataset.get('test', 0):,} test {run.noun}s")
-    if (accuracy := run.final_model.get("test_accuracy")) is not None:
-        facts.append(f"the model's test accuracy is {accuracy:.1%}")
-    elif (loss := run.final_model.get("test_loss")) is not None:
-        baseline = run.final_model.get("baseline_loss")
-        than = "" if baseline is None else f" (always predicting the average: {number(baseline, 3)})"
-        facts.append(f"the model's test loss is {number(loss, 3)}{than}")
-    return " · ".join(facts)
+    return " · ".join([*facts, *model_facts(run.final_model)])
 
 
 def _clear_sentence(rows: pd.DataFrame, run: Results) -> str:
