@@ -14,13 +14,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 
-from fimo.app.command import main
 from fimo.app.config import validated
 from fimo.app.search_path import SearchPath
 from fimo.app.trainer_arguments import trainers_arguments
 from fimo.app.trainers import not_retraced, training_settings
 from fimo.data.bundled import BundledData
 from fimo.errors import InputError
+from tests.in_process import commands
 
 CONF = Path(__file__).parents[1] / "conf"
 SMALL = [
@@ -59,19 +59,7 @@ def composed(*overrides: str) -> DictConfig:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
-    """Run a command line in ``tmp_path/NAME``; return the folder, or the error."""
-
-    def run(name: str, *arguments: str) -> Path | str:
-        folder = tmp_path / name
-        places = [f"hydra.run.dir={folder}", f"store={tmp_path}/store"]
-        monkeypatch.setattr(sys, "argv", ["src.run", *SMALL, *places, *arguments])
-        try:
-            main(CONF)
-        except SystemExit:
-            return next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
-        return folder
-
-    return run
+    return commands(CONF, SMALL, tmp_path, monkeypatch, capsys)
 
 
 def test_lightnings_arguments_are_known_without_importing_it() -> None:

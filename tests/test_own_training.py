@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fimo.app.command import main
 from fimo.data.bundled import BundledData
 from fimo.errors import InputError
 from fimo.models.losses import LOSSES, cross_entropy, huber, mean_squared_error
 from fimo.models.own_training import loss_of, trains_itself
+from tests.in_process import commands
 
 CONF = Path(__file__).parents[1] / "conf"
 MINE = '''
@@ -71,17 +71,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
-    def run(name: str, *arguments: str) -> Path | str:
-        folder = tmp_path / name
-        places = [f"hydra.run.dir={folder}", f"store={tmp_path}/store"]
-        monkeypatch.setattr(sys, "argv", ["src.run", *SMALL, *places, *arguments])
-        try:
-            main(CONF)
-        except SystemExit:
-            return next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
-        return folder
-
-    return run
+    return commands(CONF, SMALL, tmp_path, monkeypatch, capsys)
 
 
 def diabetes() -> BundledData:
