@@ -45,20 +45,7 @@ class EmbeddingSimilarity(AttributionMethod):
         self.similarity, self.signed, self.layer, self.batch_size = similarity, signed, layer, batch_size
 
     def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
-        if self.layer is not None:
-            found = dict(final_model.network.named_modules())
-            return None if self.layer in found else f"the network has no module {self.layer!r}"
-        linear = [m for m in final_model.network.modules() if isinstance(m, nn.Linear)]
-        if not linear:
-            return "the network has no linear layer, whose input would be the representation"
-        only = (
-            isinstance(final_model.network, nn.Sequential)
-            and len(list(final_model.network.parameters())) <= 2
-            and not any(isinstance(m, nn.Identity) for m in final_model.network)  # marks computed features
-        )
-        return (
-            "the network has no hidden representation" if only or final_model.network is linear[0] else None
-        )
+        return no_representation(final_model, self.layer)
 
     def scores(self, problem: AttributionProblem) -> Tensor:
         if reason := self.inapplicable(problem.final_model, problem.train):
@@ -77,6 +64,26 @@ class EmbeddingSimilarity(AttributionMethod):
             same = test.targets[:, None] == left_out.targets
             found = torch.where(same, found, -found)
         return found
+
+
+def no_representation(final_model: FinalModel, layer: str | None = None) -> str | None:
+    """Return why the network has no hidden representation, or None.
+
+    Args:
+        layer: name of the module whose input it would be; the last linear layer when None.
+    """
+    if layer is not None:
+        found = dict(final_model.network.named_modules())
+        return None if layer in found else f"the network has no module {layer!r}"
+    linear = [m for m in final_model.network.modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        return "the network has no linear layer, whose input would be the representation"
+    only = (
+        isinstance(final_model.network, nn.Sequential)
+        and len(list(final_model.network.parameters())) <= 2
+        and not any(isinstance(m, nn.Identity) for m in final_model.network)  # marks computed features
+    )
+    return "the network has no hidden representation" if only or final_model.network is linear[0] else None
 
 
 @torch.no_grad()
