@@ -49,6 +49,17 @@ def test_gauss_newton_rows_have_the_gauss_newton_matrix_as_second_moment(name: s
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_an_instance_s_own_inner_products_are_those_of_its_rows(name: str) -> None:
+    case = CASES[name]()
+    model = case.final_model
+    some = FinalModel(model.network, model.loss, trainable=(next(iter(model.parameters())), "*bias"))
+    for chosen in (model, some):
+        a = dense.jacobians(chosen, case.train)
+        for gradients in in_forms(Case(name, chosen, case.train, case.test)).values():
+            torch.testing.assert_close(gradients.outputs(case.train).own_gram(), a @ a.mT)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_sampled_rows_have_the_gauss_newton_matrix_as_expected_second_moment(name: str) -> None:
     case = CASES[name]()
     truth = dense.gauss_newton(case.final_model, case.train)

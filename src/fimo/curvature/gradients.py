@@ -74,12 +74,12 @@ class InstanceGradients:
 
     def losses(self, instances: Instances) -> Rows:
         """Return the gradients of the training loss: R = 1."""
-        return self.rows(instances, _of_one(self.final_model.loss), "loss")
+        return self.rows(instances, gradient_of(self.final_model.loss), "loss")
 
     def measurements(self, instances: Instances) -> Rows:
         """Return the gradients of what is explained on test instances: R = 1."""
         return self.rows(
-            instances, _of_one(self.final_model.measurement or self.final_model.loss), "measurement"
+            instances, gradient_of(self.final_model.measurement or self.final_model.loss), "measurement"
         )
 
     def outputs(self, instances: Instances) -> Rows:
@@ -246,7 +246,8 @@ class InstanceGradients:
         return torch.stack(rows)
 
 
-def _of_one(loss: Loss) -> Cotangents:
+def gradient_of(loss: Loss) -> Cotangents:
+    """Return the cotangents of a loss's gradients: R = 1."""
     return lambda outputs, targets: loss.gradient(outputs, targets)[:, None]
 
 

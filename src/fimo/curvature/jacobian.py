@@ -85,6 +85,10 @@ class Rows(ABC):
         stacked = _by_blocks(self, other, lambda a, b: torch.stack(list(_block_grams(a, b).values())), 1)
         return dict(zip(self.shapes, stacked, strict=True))
 
+    def own_gram(self) -> Tensor:
+        """Return each instance's inner products ``[n, R, R]`` of its own rows."""
+        return torch.cat([_own_gram(b) for b in self.blocks()])
+
     def squared_norms(self) -> Tensor:
         """Return ``[n, R]``."""
         return torch.cat([sum_of(b.parameter_norms()) for b in self.blocks()])
@@ -378,6 +382,21 @@ def _block_gram(left: Rows, right: Rows) -> Tensor:
         return total
     products: Tensor = torch.tensordot(left.dense(), right.dense(), dims=([2], [2]))
     return products
+
+
+def _own_gram(block: Rows) -> Tensor:
+    if not isinstance(block, FactoredRows):
+        rows = block.dense()
+        return rows @ rows.mT
+    total: Tensor | None = None
+    for layer in block.layers:
+        entering = torch.full_like(layer.entering[:, 0], 1.0 if layer.bias else 0.0)
+        if layer.weight:
+            entering += layer.entering.square().sum(1)
+        part = (layer.delta @ layer.delta.mT).mul_(entering[:, None, None])
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
 
 
 def _block_grams(left: Rows, right: Rows) -> dict[str, Tensor]:

@@ -141,10 +141,7 @@ def fit_factors(
     """
     if reason := no_factors(gradients.final_model, train, fisher):
         raise InputError("fisher", reason)
-    if fisher == "auto":
-        outputs = gradients.final_model.outputs(train[:1])[0].numel()
-        drawn = outputs > MAX_EXACT_OUTPUTS and gradients.final_model.loss.draws
-        fisher = "sampled" if drawn else "exact"
+    fisher = chosen_fisher(gradients.final_model, train, fisher)
     if fisher == "exact":
         rows = gradients.gauss_newton(train)
     elif fisher == "sampled":
@@ -158,6 +155,14 @@ def fit_factors(
     if needs_rows:
         _second_moments(rows, needs_rows, len(train))
     return KroneckerFactors(blocks, gradients.shapes)
+
+
+def chosen_fisher(final_model: FinalModel, train: Instances, fisher: Fisher) -> Fisher:
+    """Return what ``auto`` is: exact, or sampled where outputs are many and targets can be drawn."""
+    if fisher != "auto":
+        return fisher
+    outputs = final_model.outputs(train[:1])[0].numel()
+    return "sampled" if outputs > MAX_EXACT_OUTPUTS and final_model.loss.draws else "exact"
 
 
 def no_factors(final_model: FinalModel, train: Instances, fisher: Fisher) -> str | None:

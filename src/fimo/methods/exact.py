@@ -8,16 +8,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fimo.curvature.gradients import Cotangents, gradient_of
 from fimo.curvature.jacobian import Rows
 from fimo.curvature.spectrum import MAX_DIMENSION, KernelSpectrum, Phi, kernel_dimension
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.damping import DampingValue
-from fimo.methods.gradient import CurvatureMethod, FittedCurvature, Solved
+from fimo.methods.gradient import Solved
+from fimo.methods.rescaled import RescalableCurvature, RescalableInfluence
 from fimo.models.final_model import FinalModel
+from fimo.models.losses import Loss
 
 
-class ExactInfluence(CurvatureMethod):
+class ExactInfluence(RescalableInfluence):
     """Influence function with the whole damped Gauss-Newton matrix (Koh and Liang, 2017).
 
     score[j, i] = (1/N) g_j^T (G + damping I)^-1 g_i, by an eigendecomposition of G or of its N·R x N·R
@@ -27,6 +30,8 @@ class ExactInfluence(CurvatureMethod):
     Args:
         damping, propagate: see :class:`~fimo.methods.gradient.CurvatureMethod`.
         curvature: ``gauss_newton`` or ``empirical`` (the empirical Fisher, of the training gradients).
+        rescaled: take the left-out instance's own curvature away with it, see
+            :class:`~fimo.methods.rescaled.RescalableInfluence`.
         max_dimension: the largest eigenproblem that is tried; beyond it the method doesn't apply.
     """
 
@@ -39,12 +44,13 @@ class ExactInfluence(CurvatureMethod):
         damping: DampingValue = "time_matched",
         propagate: Literal["loss", "outputs"] = "loss",
         curvature: Literal["gauss_newton", "empirical"] = "gauss_newton",
+        rescaled: bool = False,
         max_dimension: int = MAX_DIMENSION,
         memory_mb: float = 1024,
         storage: str | None = None,
         cache: str | None = None,
     ) -> None:
-        super().__init__(damping, propagate, memory_mb, storage, cache)
+        super().__init__(damping, propagate, rescaled, memory_mb, storage, cache)
         if curvature not in ("gauss_newton", "empirical"):
             raise InputError("curvature", f"expected one of gauss_newton, empirical but got {curvature!r}")
         self.curvature, self.max_dimension = curvature, max_dimension
@@ -61,22 +67,42 @@ class ExactInfluence(CurvatureMethod):
         if reason := self.inapplicable(final_model, train):
             raise InputError("method.exact", reason)
         gradients = self.gradients(final_model)
-        rows = gradients.losses(train) if self.curvature == "empirical" else None
-        return Decomposed(gradients, train, KernelSpectrum(final_model, train, gradients, rows))
+        empirical = self.curvature == "empirical"
+        rows = gradients.losses(train) if empirical else None
+        return Decomposed(gradients, train, KernelSpectrum(final_model, train, gradients, rows), empirical)
 
 
 @dataclass(frozen=True)
-class Decomposed(FittedCurvature):
-    """A curvature by its eigenvalues and eigenvectors."""
+class Decomposed(RescalableCurvature):
+    """A curvature by its eigenvalues and eigenvectors.
+
+    Args:
+        empirical: whether it is the empirical Fisher, else Gauss-Newton.
+    """
 
     spectrum: KernelSpectrum
+    empirical: bool
 
     def mean_eigenvalue(self) -> float:
         return self.spectrum.mean_eigenvalue
 
-    def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Solved:
+    def root(self, loss: Loss) -> Cotangents:
+        return gradient_of(loss) if self.empirical else loss.hessian_root
+
+    def own(self, rows: Rows, dampings: Tensor) -> Tensor:
+        along = self.spectrum.coordinates(rows)
+        inner = rows.to(torch.float64).own_gram()
+        zero, found = torch.zeros_like(along[0, 0, :1]), []
+        for phi in map(inverse, dampings.tolist()):
+            at_zero = phi(zero)
+            inside = (along * (phi(self.spectrum.eigenvalues) - at_zero)) @ along.mT
+            found.append(inside + at_zero * inner)
+        return torch.stack(found)
+
+    def combined(self, left: Rows, right: Rows, weights: Tensor, dampings: Tensor) -> Solved:
         pair = self.spectrum.pair(left, right)
-        return Solved(torch.stack([pair.apply(inverse(d))[..., 0] for d in dampings.tolist()]))
+        each = zip(weights.to(torch.float64), dampings.tolist(), strict=True)
+        return Solved(torch.stack([(pair.apply(inverse(d)) * weight).sum(-1) for weight, d in each]))
 
 
 def inverse(damping: float) -> Phi:

@@ -203,7 +203,7 @@ class CurvatureMethod(GradientMethod):
         gradients = curvature.gradients
         by_loss = self.propagate == "loss"
         left = gradients.measurements(problem.test) if by_loss else gradients.outputs(problem.test)
-        solved = curvature.solve(left, gradients.losses(problem.removed), dampings)
+        solved = self.solved(curvature, left, problem.removed, dampings)
         found = solved.values / len(problem.train)
         if not by_loss:
             model, test = problem.final_model, problem.test
@@ -211,3 +211,7 @@ class CurvatureMethod(GradientMethod):
             changes = [loss_changes(model, outputs, test.targets, c.flatten(0, 1)) for c in found]
             return torch.stack(changes).to(outputs.dtype), solved.notes
         return found[:, :, 0].to(gradients.dtype), solved.notes
+
+    def solved(self, curvature: FittedCurvature, left: Rows, removed: Instances, dampings: Tensor) -> Solved:
+        """Return ``left^T (C + damping)^-1 g_i`` of the left-out instances' gradients."""
+        return curvature.solve(left, curvature.gradients.losses(removed), dampings)
