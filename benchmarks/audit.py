@@ -265,7 +265,8 @@ def drawn(rows: int, features: int, leave_out: str) -> Question:
             optimizer.zero_grad()
             nn.functional.mse_loss(network(x[part]), y[part]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    protocol = Protocol(lr=0.01, batch_size=32, epochs=20, leave_out=leave_out)  # type: ignore[arg-type]
+    epochs = min(20, max(1, 10_000 // -(-rows // 32)))
+    protocol = Protocol(lr=0.01, batch_size=32, epochs=epochs, leave_out=leave_out)  # type: ignore[arg-type]
     model = FinalModel(network, "mse", accept_poor=True)
     train, test = admit(model, train, test)
     return Question(model, train, test, protocol, (), Origin.counted(rows), Origin.counted(len(test)))

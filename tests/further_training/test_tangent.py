@@ -141,10 +141,14 @@ def test_the_adjoint_of_a_weighted_sum_of_test_losses_is_the_sum_of_their_adjoin
     torch.testing.assert_close(adjoint(*data[:3], end, 1, weight=weight), found[-1:], rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("clip_norm", [None, 0.3])
 @pytest.mark.parametrize("rule", ["mask", "every_batch", "with_duplicates"])
 @pytest.mark.parametrize("optimizer", DIFFERENTIABLE)
-def test_seeds_followed_together_have_the_adjoints_of_each(optimizer: str, rule: str) -> None:
-    case, protocol = CASES["mlp_regression"](), protocol_of(optimizer, leave_out=rule)
+def test_seeds_followed_together_have_the_adjoints_of_each(
+    optimizer: str, rule: str, clip_norm: float | None
+) -> None:
+    case = CASES["mlp_regression"]()
+    protocol = protocol_of(optimizer, leave_out=rule, clip_norm=clip_norm)
     data = (case.final_model, case.train, case.test, protocol)
     weight = torch.tensor([[0.2] * 5, [0.0, 0.0, 1.0, 0.0, -2.0]], dtype=torch.float64)
     each = torch.stack([adjoint(*data, seed, weight=weight)[-1] for seed in (3, 1, 2)])

@@ -276,6 +276,9 @@ class BatchStream:
         """
         rule, size, n = self.rule, self.protocol.batch_size, self.rule.instances
         order = orders[row]
+        if not self.left_out.shape[1]:
+            yield from self._of_full_runs(order, skip)
+            return
         # where each instance is in its seed's order; what is padded (-1, the last) is after all
         place = torch.nn.functional.pad(orders.argsort(1), (0, 1), value=n)[row[:, None], self.left_out]
         out = torch.zeros(len(row), n + 1, dtype=torch.bool, device=self.device).scatter_(1, place, True)
@@ -287,12 +290,21 @@ class BatchStream:
             seen = (~unseen).cumsum(1).sub_(1).masked_fill_(unseen, self.kept)
             order = order.new_empty(len(order), self.kept + 1).scatter_(1, seen, order)[:, : self.kept]
             weight = weight[:, : self.kept]
-        extra = extra_weight = None
-        if self.left_out.shape[1]:
-            extra_weight = rule.outside((self.left_out >= 0).to(self.dtype))
-        if extra_weight is not None:
-            extra = self.left_out.clamp(min=0)
+        extra_weight = rule.outside((self.left_out >= 0).to(self.dtype))
+        extra = None if extra_weight is None else self.left_out.clamp(min=0)
         order = order[:1] if self.shared else order
         for start in range(skip * size, order.shape[1], size):
             index = order[:, start : start + size].contiguous()
             yield Batch(index, weight[:, start : start + size] / index.shape[1], extra, extra_weight)
+
+    def _of_full_runs(self, order: Tensor, skip: int) -> Iterator[Batch]:
+        """Yield an epoch's batches where no replica leaves anything out."""
+        size = self.protocol.batch_size
+        order, weights = order[:1] if self.shared else order, dict[int, Tensor]()
+        for start in range(skip * size, order.shape[1], size):
+            index = order[:, start : start + size].contiguous()
+            count = index.shape[1]
+            if count not in weights:
+                ones = torch.ones(len(self.seeds), count, dtype=self.dtype, device=self.device)
+                weights[count] = ones / count
+            yield Batch(index, weights[count])

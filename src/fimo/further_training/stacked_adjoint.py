@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.func import vjp, vmap
 from fimo.data.instances import Instances
 from fimo.engine.chunk import Chunk
 from fimo.engine.context import Setting
-from fimo.engine.leave_out import BatchStream
+from fimo.engine.leave_out import Batch
 from fimo.engine.optimizers import State, Tensors
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import Replica, even_parts
@@ -40,7 +41,7 @@ def adjoints(
     """Differentiate weighted sums of test losses at the end of seeds' full runs in all instances' weights.
 
     As :func:`~fimo.further_training.adjoint.adjoint` of each seed, which it also falls back to where seeds
-    can't be stacked: other networks than linear layers, clipped gradients.
+    can't be stacked: other networks than linear layers.
 
     Args:
         weight: ``[M, J]``, of test losses.
@@ -50,7 +51,7 @@ def adjoints(
     """
     run = FullRun(final_model, train, protocol, seeds[0], None, device)
     workers = torch.get_num_threads() if run.device.type == "cpu" else 1
-    if run.layers is None or run.stochastic or protocol.clip_norm is not None:
+    if run.layers is None or run.stochastic:
         end = [len(run.points) - 1]
 
         def of_seed(seed: int) -> Tensor:
@@ -107,17 +108,12 @@ class _StackedRuns:
         assert isinstance(inputs, Tensor)
         self.rows = inputs.flatten(1)
 
-    def batches(self, first: int) -> Iterator[_Batch]:
-        """Yield the batches of the seeds' steps from step ``first`` on."""
-        run = self.run
-        replicas = [Replica(seed) for seed in self.seeds]
-        stream = BatchStream(replicas, run.rule, run.protocol, run.dtype, run.device)
-        extra = run.extra.expand(len(self.seeds), -1)
-        for step, batch in enumerate(stream.starting_at(first), first):
-            size = batch.index.shape[1]
-            index = batch.index.expand(len(self.seeds), -1)
-            weight = torch.cat([batch.weight, torch.zeros_like(extra, dtype=run.dtype)], 1)
-            yield _Batch(step, torch.cat([index, extra], 1), weight, size)
+    def own(self, step: int, batch: Batch) -> _Batch:
+        """Return a step's batch of the engine with the instances that the leave-out rule adds losses of."""
+        count, extra = len(self.seeds), self.run.extra.expand(len(self.seeds), -1)
+        index = batch.index.expand(count, -1) if len(batch.index) == 1 else batch.index[:count]
+        weight = torch.cat([batch.weight[:count], torch.zeros_like(extra, dtype=self.run.dtype)], 1)
+        return _Batch(step, torch.cat([index, extra], 1), weight, index.shape[1])
 
     def backwards(self) -> Iterator[tuple[State, _Batch]]:
         """Yield each step's state before it and its batch, from the last to the first.
@@ -135,15 +131,16 @@ class _StackedRuns:
             first = segment * self.every
             count = min(self.every, self.steps - first)
             chunk.restore(kept[segment], first)
-            made = []
-            for k, batch in zip(range(count), self.batches(first), strict=False):
+            batches = list(islice(chunk.stream.starting_at(first), count))
+            chunk.follow(iter(batches))
+            for k in range(count):
                 for name, flat in chunk.buffers().items():
                     buffers[name][k].copy_(flat)
                 if k + 1 < count:
                     chunk.advance(first + k + 1)
-                made.append(batch)
             for k in reversed(range(count)):
-                yield self.state({name: buffer[k] for name, buffer in buffers.items()}), made[k]
+                state = self.state({name: buffer[k] for name, buffer in buffers.items()})
+                yield state, self.own(first + k, batches[k])
 
     def state(self, flats: Mapping[str, Tensor]) -> State:
         """Return flat buffers by kind and parameter, ``[S, ...]``, sharing memory."""
@@ -186,7 +183,8 @@ class _StackedRuns:
         slope = loss.gradient(outputs.flatten(0, 1), targets).view_as(outputs)
         at = Linearised.at(self.layers, parameters, passed, batch.weight[:, :, None] * slope)
         through, direction = adjoint, adjoint["parameters"]
-        if not rule.is_plain:
+        plain = rule.is_plain and self.run.protocol.clip_norm is None
+        if not plain:
             gradient = at.gradient()
             through, direction = self._through_update(
                 state, {n: gradient[n] for n in parameters}, batch.step, adjoint
@@ -196,7 +194,7 @@ class _StackedRuns:
         curved = loss.hessian_times(outputs.flatten(0, 1), targets, d_outputs.flatten(0, 1))
         cotangents = (batch.weight[:, :, None, None] * curved.view_as(d_outputs)).transpose(1, 2)
         d_losses = torch.einsum("sbd,smbd->smb", slope, moved.outputs)
-        if not rule.is_plain:
+        if not plain:
             moved.add_curvature(direction, cotangents, through["parameters"], 1.0)
             return through, d_losses
         # with decay c and rate r, (1 - r c) a - r H a
@@ -212,8 +210,13 @@ class _StackedRuns:
         self, state: State, gradient: Tensors, step: int, adjoint: State
     ) -> tuple[State, Tensors]:
         """Return the adjoints of the state before an optimizer's step, and those of its gradient."""
-        _, back = vjp(lambda z, g: self.run.update(z, g, step), state, gradient)  # type: ignore[misc]
-        through, of_gradient = vmap(back, in_dims=1, out_dims=1)(adjoint)
+
+        def of_seed(state: State, gradient: Tensors, adjoint: State) -> tuple[State, Tensors]:
+            _, back = vjp(lambda z, g: self.run.update(z, g, step), state, gradient)  # type: ignore[misc]
+            found: tuple[State, Tensors] = vmap(back)(adjoint)
+            return found
+
+        through, of_gradient = vmap(of_seed)(state, gradient, adjoint)
         return through, of_gradient
 
 
