@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fimo.audit.calibration import calibrated, errors, recall, sizes
+from fimo.audit.calibration import Errors, calibrated, errors, recall, sizes
 from fimo.audit.verdicts import Estimates
 
 
@@ -64,8 +64,9 @@ def test_recall_is_estimated_without_bias(verified: int) -> None:
         score = normal(600, seed=3 * seed)
         effect = score + 0.5 * normal(600, seed=3 * seed + 1)
         rows = torch.cat([score.argsort()[:verified], score.argsort()[-verified:]])
+        half = Errors(scales=torch.tensor([0.5], dtype=torch.float64))
         found = recall(
-            score, torch.full((600,), 0.5, dtype=torch.float64), rows,
+            score, torch.ones(600, dtype=torch.float64), half, rows,
             measured(effect[rows], 0.1, 3 * seed + 2), 20, torch.Generator().manual_seed(seed),
         )  # fmt: skip
         true = torch.cat([effect.argsort()[:20], effect.argsort()[-20:]])
@@ -74,3 +75,16 @@ def test_recall_is_estimated_without_bias(verified: int) -> None:
         inside += found.lower - 1e-9 <= truths[-1] <= found.upper + 1e-9
     assert sum(estimates) / 30 == pytest.approx(sum(truths) / 30, abs=0.03)
     assert inside >= 22  # of 30, at 90 %
+
+
+def test_what_measurement_can_not_tell_of_errors_is_not_taken_as_none() -> None:
+    score, size = normal(600), 0.1 * torch.ones(600, dtype=torch.float64)
+    rows = torch.cat([score.argsort()[:30], score.argsort()[-30:]])
+    known = {}
+    for sem in (0.01, 100.0):
+        effects = measured(score[rows], sem)
+        found = errors(score[rows], size[rows], effects)
+        known[sem] = recall(score, size, found, rows, effects, 20, torch.Generator().manual_seed(0))
+    assert known[0.01].lower > 0.9
+    assert known[100.0].lower < 0.3
+    assert known[100.0].upper - known[100.0].lower > 0.5

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from fimo.audit.acting import Acted, Acting, judged
 from fimo.audit.findings import Findings
+from fimo.audit.precision import resolved
 from fimo.audit.question import Question, Resources, Settings
 from fimo.audit.result import Audit
 from fimo.audit.screen import screen
@@ -37,6 +38,7 @@ def audit(question: Question, settings: Settings, resources: Resources) -> Audit
     verified = None
     if settings.verify:
         with _stage("verify", seconds):
+            question = resolved(question, screened, resources)
             verified = verify(question, screened, settings, resources)
     with _stage("suspects", seconds):
         suspicious = suspected(question)

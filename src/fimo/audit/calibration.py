@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from fimo.audit.verdicts import Estimates
 
 DRAWS = 400
 """Of true effects, for the estimate of recall."""
+
+LEAST_SCALE = 0.5
+"""Of scores' errors: they are not below the noise of the seeds that scores come from."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,30 @@ class Errors:
     """What true effects are expected to be: slope * score, with an error of scale * size.
 
     Args:
-        slope, scale: fitted to rows that were left out; see :func:`sizes`.
+        slopes, deviations, scales, weight: ``[K]``, what is known of both: with probability ``weight`` a
+            scale, and of the slope then a mean and a standard deviation. See :func:`errors`.
     """
 
-    slope: float = 1.0
-    scale: float = 1.0
+    slopes: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64))
+    deviations: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
+    scales: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64))
+    weight: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64))
+
+    @property
+    def slope(self) -> float:
+        """Its mean."""
+        return float((self.weight * self.slopes).sum())
+
+    @property
+    def scale(self) -> float:
+        """As root mean square."""
+        return float((self.weight * self.scales.square()).sum().sqrt())
+
+    def draw(self, generator: torch.Generator) -> tuple[float, float]:
+        """Return a slope and a scale as probable as what is known of them."""
+        k = int(torch.multinomial(self.weight, 1, generator=generator))
+        normal = float(torch.randn((), dtype=torch.float64, generator=generator))
+        return float(self.slopes[k] + self.deviations[k] * normal), float(self.scales[k])
 
 
 def sizes(spread: Tensor) -> Tensor:
@@ -65,10 +87,13 @@ def sizes(spread: Tensor) -> Tensor:
 
 
 def errors(score: Tensor, size: Tensor, measured: Estimates) -> Errors:
-    """Fit the errors of scores to measured effects by maximum likelihood.
+    """Return what measured effects say about the errors of scores.
 
     measured ~ N(slope * score, scale^2 size^2 + sem^2), over all rows that were left out: those at the top
-    were chosen by their scores, which does not bias a regression on scores.
+    were chosen by their scores, which does not bias a regression on scores. Beforehand, the slope is
+    N(1, 1), since a score is the effect to first order, and all scales from half on are as probable (their
+    logarithms), since sizes are the seeds' own noise: where measured effects are mostly noise, nothing is
+    known of the errors rather than that they are small.
 
     Args:
         score, size: ``[V]``.
@@ -78,12 +103,13 @@ def errors(score: Tensor, size: Tensor, measured: Estimates) -> Errors:
     if int(known.sum()) < 4 or not x[known].any():
         return Errors()
     x, y, noise, size = x[known], y[known], noise[known], size.double()[known]
-    scale = torch.logspace(-2, 3, 501, dtype=torch.float64)[:, None]
-    variance = scale.square() * size.square() + noise
-    slope = (x * y / variance).sum(1) / (x.square() / variance).sum(1)
-    likelihood = -(variance.log() + (y - slope[:, None] * x).square() / variance).sum(1)
-    best = int(likelihood.argmax())
-    return Errors(float(slope[best]), float(scale[best]))
+    scales = torch.logspace(math.log10(LEAST_SCALE), 3, 501, dtype=torch.float64)
+    variance = scales[:, None].square() * size.square() + noise
+    precision = (x.square() / variance).sum(1) + 1
+    slopes = ((x * y / variance).sum(1) + 1) / precision
+    missed = (y.square() / variance).sum(1) + 1 - slopes.square() * precision
+    likelihood = -(variance.log().sum(1) + precision.log() + missed) / 2
+    return Errors(slopes, precision.rsqrt(), scales, likelihood.softmax(0))
 
 
 @dataclass(frozen=True)
@@ -102,31 +128,39 @@ class Recall:
 
 
 def recall(
-    score: Tensor, error: Tensor, rows: Tensor, measured: Estimates, k: int, generator: torch.Generator
+    score: Tensor,
+    size: Tensor,
+    found: Errors,
+    rows: Tensor,
+    measured: Estimates,
+    k: int,
+    generator: torch.Generator,
 ) -> Recall:
     """Estimate which share of the k most helpful and k most harmful rows is among those verified.
 
-    True effects are drawn: around the scores, and a verified row's around what its score and its measured
-    effect say together.
+    True effects are drawn: around the scores, with errors as they may be, and a verified row's around what
+    its score and its measured effect say together.
 
     Args:
-        score: ``[N]``, times the slope of measured effects on scores.
-        error: ``[N]``, standard error of scores.
+        score: ``[N]``.
+        size: ``[N]``, that the scores' errors are in proportion to.
         rows: ``[V]``, that were verified.
         measured: their effects.
     """
-    centre, width = score.double().clone(), error.double().clone()
-    prior, seen = 1 / width[rows].square().clamp(min=1e-300), 1 / measured.sem.square().clamp(min=1e-300)
-    centre[rows] = (prior * centre[rows] + seen * measured.mean) / (prior + seen)
-    width[rows] = (prior + seen).rsqrt()
+    score, size = score.double(), size.double()
+    seen = 1 / measured.sem.square().clamp(min=1e-300)
     verified = torch.zeros(len(score), dtype=torch.bool)
     verified[rows] = True
     k = min(k, len(score) // 2)
-    found = []
-    for _ in range(DRAWS):
-        draw = centre + width * torch.randn(len(centre), dtype=torch.float64, generator=generator)
-        ends = torch.cat([draw.topk(k).indices, draw.topk(k, largest=False).indices])
-        found.append(verified[ends].double().mean())
-    shares = torch.stack(found)
+    shares = torch.empty(DRAWS, dtype=torch.float64)
+    for draw in range(DRAWS):
+        slope, scale = found.draw(generator)
+        centre, width = slope * score, scale * size
+        prior = 1 / width[rows].square().clamp(min=1e-300)
+        centre[rows] = (prior * centre[rows] + seen * measured.mean) / (prior + seen)
+        width[rows] = (prior + seen).rsqrt()
+        effect = centre + width * torch.randn(len(centre), dtype=torch.float64, generator=generator)
+        ends = torch.cat([effect.topk(k).indices, effect.topk(k, largest=False).indices])
+        shares[draw] = verified[ends].double().mean()
     low, high = torch.quantile(shares, torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
     return Recall(k, float(shares.mean()), low, high)

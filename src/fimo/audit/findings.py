@@ -73,11 +73,9 @@ class Findings:
         """Of the rows that matter most for the mean test loss; None where nothing was verified."""
         if self.verified is None:
             return None
-        score = self.screened.score[0] * self.errors[0].slope
-        generator = torch.Generator().manual_seed(0)
         return recall(
-            score, self.score_sem[0], self.verified.rows, self.verified.estimates[0], self.settings.top,
-            generator,
+            self.screened.score[0], sizes(self.screened.spread)[0], self.errors[0], self.verified.rows,
+            self.verified.estimates[0], self.settings.top, torch.Generator().manual_seed(0),
         )  # fmt: skip
 
     @cached_property

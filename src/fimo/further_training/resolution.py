@@ -84,18 +84,21 @@ def measured_noise(sensitivity: Sensitivity, wide: Setting, units: Sequence[Unit
     """
     seed, count = int(sensitivity.seeds[0]), min(most, len(units), chunk_size(wide, most))
     columns = choices.spaced(count, len(units))
-    full = _losses(wide, [Replica(seed)])  # [E, 1, J]
+    full = losses(wide, [Replica(seed)])  # [E, 1, J]
     without = full.new_empty(len(full), count, full.shape[2])
     widths = [wide.rule.width(units[k]) for k in columns]
     for width in sorted(set(widths)):  # groups of other sizes take other steps
         together = [c for c, w in enumerate(widths) if w == width]
-        without[:, together] = _losses(wide, [Replica(seed, units[columns[c]]) for c in together])
+        without[:, together] = losses(wide, [Replica(seed, units[columns[c]]) for c in together])
     narrow = sensitivity.raw[0][:, :, columns].double().transpose(1, 2)
     return (narrow - (without - full)).square().flatten(1).nanmean(1).sqrt()
 
 
-def _losses(setting: Setting, replicas: Sequence[Replica]) -> Tensor:
-    """Return the test losses ``[E, R, J]`` of runs that are made together."""
+def losses(setting: Setting, replicas: Sequence[Replica]) -> Tensor:
+    """Return the test losses ``[E, R, J]`` of runs that are made together, which leave out as many instances.
+
+    Nothing is read from the store, and nothing kept.
+    """
     chunk, found = Chunk(setting, replicas), []
     for step in chunk.evaluation_steps:
         chunk.advance(step)
