@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.audit.test_audit import asked
+from tests.reference.further_training import plain_run
 
 from fimo.audit.audit import audit
 from fimo.audit.precision import resolved
 from fimo.audit.question import Resources, Settings
 from fimo.audit.screen import screen
-from tests.audit.test_audit import asked
-from tests.reference.further_training import plain_run
 
 
 def test_effects_below_float32_are_measured_in_float64() -> None:

@@ -53,7 +53,7 @@ def resolved(question: Question, screened: Screened, resources: Resources) -> Qu
 
 
 def _effects(question: Question, protocol: Protocol, rows: Tensor, resources: Resources) -> Tensor:
-    """Return the changes ``[M, R]`` of the targets' losses by the first seed, minus their mean under shift."""
+    """Return the changes ``[M, R]`` of the targets by the first seed, under shift minus their mean."""
     model, measured = question.measured
     setting = Setting.build(
         model, question.train, measured, replace(protocol, evaluate_every="end"), resources.device
