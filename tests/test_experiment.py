@@ -98,6 +98,8 @@ def test_the_tables_have_the_contracts_columns(default_run: Path) -> None:
         "ceiling",
         "ceiling_lower",
         "followed_seeds",
+        "final_models",
+        "sem_models",
     ]
     assert set(evaluation["metric"]) == {"cosine", "spearman", "pearson"}
     assert set(evaluation["epoch"]) == {1, 2}

@@ -20,6 +20,8 @@ from tests.evaluation.synthetic import synthetic
 CONTRACT = [
     "method", "access", "metric", "step", "epoch", "seeds", "mean", "sem", "ceiling", "ceiling_lower",
     "followed_seeds",
+    "final_models",
+    "sem_models",
 ]  # fmt: skip
 
 

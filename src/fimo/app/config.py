@@ -29,6 +29,7 @@ class Model:
     measurement: Any = None
     trainable: list[str] = field(default_factory=list)
     checkpoint: str | None = None
+    seeds: int = 1
     accept_poor: bool = False
     training: str = "auto"
     optimizer: str = "sgd"

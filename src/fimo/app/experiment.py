@@ -36,6 +36,7 @@ from fimo.app.loggers import about, logged
 from fimo.app.plan import Plan
 from fimo.app.run import Run
 from fimo.app.scoring import applicable
+from fimo.app.several_models import Studied, study_models
 from fimo.app.show import shown
 from fimo.app.summary import summarise, with_findings
 from fimo.app.trainers import build_trainer, further_training_settings, training_code, training_settings
@@ -81,7 +82,28 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
 
 
 def run_stages(config: DictConfig, journal: Journal) -> float:
-    """Run all stages; see :func:`run_experiment`."""
+    """Run all stages, of one final model or of each; see :func:`run_experiment`."""
+    if config.model.seeds > 1:
+        several = study_models(config, journal, partial(one_model, one_of_several=True))
+        table = None if several is None else several.table
+    else:
+        found = one_model(config, journal)
+        table = None if found is None else found.evaluation.table
+    worth = journal.end()
+    if config.until == "report":
+        tell_in_short(config, journal.folder)
+    return worth if table is None else best_agreement(table, config.evaluation.metrics[0])
+
+
+def one_model(config: DictConfig, journal: Journal, one_of_several: bool = False) -> Studied | None:
+    """Run all stages of one final model.
+
+    Args:
+        one_of_several: also measure what the components of variance over final models need.
+
+    Returns:
+        None where they end before methods are judged: a check, an audit, further training alone.
+    """
     run_dir = journal.folder
     prepared = prepare(config, journal)
     if config.until != "check":
@@ -90,7 +112,7 @@ def run_stages(config: DictConfig, journal: Journal) -> float:
     trained = run.of_trained_part()
     if config.until == "check":
         check_run(trained.final_model, trained.data, run.plan, run.methods, run.device, run_dir)
-        return journal.end()
+        return None
 
     if not config.model.accept_poor:
         refuse_poor(run.final_model, run.data)
@@ -99,16 +121,16 @@ def run_stages(config: DictConfig, journal: Journal) -> float:
     trained = trained.with_description()
     if config.mode == "audit":
         write_audit(audited(trained, config, journal), run, final_quality, config, journal)
-        return told_in_short(config, journal)
+        return None
     sensitivity = gold_standard(trained, config.further_training.save_raw, journal)
     if config.until == "further_training":
-        return journal.end()
+        return None
 
     told = logs_agreement(journal.log, sensitivity, list(config.evaluation.metrics))
     scores = scored(trained, journal, told)
     run = run.of_methods(scores)
     findings = judged(run, prepared.tasks, journal)
-    evaluation = evaluated(scores, sensitivity, config, journal)
+    evaluation = evaluated(scores, sensitivity, config, journal, one_of_several)
     write_effects(journal.folder / "effects.csv", sensitivity, scores, run.data)
     journal.log.stage("report")
     with measured("report") as cost:
@@ -121,8 +143,7 @@ def run_stages(config: DictConfig, journal: Journal) -> float:
     journal.costs.append(cost)
     for note in evaluation.notes:
         log.warning("%s", note)
-    told_in_short(config, journal)
-    return best_agreement(evaluation.table, config.evaluation.metrics[0])
+    return Studied(results, evaluation)
 
 
 @dataclass(frozen=True)
@@ -252,14 +273,19 @@ def judged(run: Run, tasks: Mapping[str, Task], journal: Journal) -> dict[str, p
 
 
 def evaluated(
-    scores: Mapping[str, Scores], sensitivity: Sensitivity, config: DictConfig, journal: Journal
+    scores: Mapping[str, Scores],
+    sensitivity: Sensitivity,
+    config: DictConfig,
+    journal: Journal,
+    one_of_several: bool = False,
 ) -> Evaluation:
     """Judge scores by the sensitivity, and write the tables."""
     node = config.evaluation
     with journal.stage("evaluation"):
         evaluation = assess(
-            scores, sensitivity, list(node.metrics), node.seed_counts, resamples=node.bootstrap
-        )
+            scores, sensitivity, list(node.metrics), node.seed_counts, resamples=node.bootstrap,
+            seed_spread=one_of_several,
+        )  # fmt: skip
         evaluation.save(journal.folder)
     return evaluation
 
@@ -276,12 +302,10 @@ def report(results: Results, config: DictConfig, journal: Journal) -> None:
     tell(journal.log, results, journal.folder / "report.html")
 
 
-def told_in_short(config: DictConfig, journal: Journal) -> float:
-    """End a run with its answer, as ``fimo show`` prints it again."""
-    worth = journal.end()
-    log.info("results: %s", journal.folder / "report.html" if config.report else journal.folder)
-    print(f"\n{shown(journal.folder)}\n")
-    return worth
+def tell_in_short(config: DictConfig, folder: Path) -> None:
+    """Print a run's answer, as ``fimo show`` prints it again."""
+    log.info("results: %s", folder / "report.html" if config.report else folder)
+    print(f"\n{shown(folder)}\n")
 
 
 def refuse_poor(final_model: FinalModel, data: InstancesModule) -> None:

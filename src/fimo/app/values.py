@@ -30,6 +30,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 SMALLEST = {
+    "model.seeds": 1,
     "trainer.max_epochs": 0,
     "threads": 1,
     "seed": 0,
@@ -89,12 +90,31 @@ def check_values(config: DictConfig) -> None:
                 "0 leaves the network at its random initial parameters; give model.checkpoint, or at least 1"
             )
             raise InputError("trainer.max_epochs", problem)
+    _check_final_models(config)
     if config.mode == "audit" and config.until == "further_training":
         raise InputError("until", "further_training is the gold standard of mode=study; an audit has none")
     if config.further_training.shard is not None and config.until != "further_training":
         raise InputError("further_training.shard", "is for runs with until=further_training")
     _check_devices(config.trainer.devices)
     _check_packages(config)
+
+
+def _check_final_models(config: DictConfig) -> None:
+    """Refuse several final models where there can be one only."""
+    if config.model.seeds == 1:
+        return
+    if config.model.checkpoint is not None:
+        problem = "several final models are trained here; model.checkpoint is one (model.seeds=1)"
+        raise InputError("model.seeds", problem)
+    if config.mode == "audit":
+        raise InputError(
+            "model.seeds", "an audit is of one final model (model.seeds=1); mode=study has several"
+        )
+    if config.until == "check":
+        raise InputError("model.seeds", "until=check checks one final model (model.seeds=1)")
+    if config.trainer.max_epochs == 0:
+        problem = "with trainer.max_epochs=0 nothing is trained, so final models would not differ by training"
+        raise InputError("model.seeds", problem)
 
 
 def _check_names(config: DictConfig) -> None:

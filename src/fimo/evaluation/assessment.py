@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,7 @@ from fimo.errors import InputError
 from fimo.evaluation.bootstrap import bootstrap_agreement
 from fimo.evaluation.ceiling import ceiling_undefined, noise_ceilings, not_enough_seeds
 from fimo.evaluation.metrics import DEFAULT, MetricName, check_shapes, mean_and_sem
+from fimo.evaluation.over_models import SeedSpread, seed_spreads
 from fimo.evaluation.resampling import mean_agreements
 from fimo.evaluation.slope import fitted_slope
 from fimo.further_training.seeds import relation
@@ -23,7 +25,7 @@ from fimo.store.files import written_aside
 
 COLUMNS = [
     "method", "access", "metric", "step", "epoch", "seeds", "mean", "sem", "ceiling", "ceiling_lower",
-    "followed_seeds",
+    "followed_seeds", "final_models", "sem_models",
 ]  # fmt: skip
 
 AnyScores = Mapping[str, Scores | tuple[str, Tensor]]
@@ -36,20 +38,23 @@ class Evaluation:
     """How well methods agree with the sensitivity.
 
     Args:
-        table: ``evaluation.csv``, columns :data:`COLUMNS`; mean and SEM over test instances.
+        table: ``evaluation.csv``, columns :data:`COLUMNS`; mean and SEM over test instances, of one final
+            model (see :mod:`fimo.evaluation.several_models` for the mean over several).
         bootstrap: ``method,metric,step,epoch,seeds,mean,low,high,undefined,instances``: 95 % intervals over
             seeds and test instances, and how many of the instances' agreements are undefined.
         slopes: ``method,step,epoch,slope``, for methods that estimate a loss change.
-        instances: agreement ``[E, J]`` with the mean over all seeds by ``(method, metric)``.
+        instances: agreement ``[E, J]`` by ``(method, metric, seeds)``, the number of seeds averaged.
         notes: what a reader must know: too few seeds (by the upper ceiling of the first metric after all
             further training), undefined values, no ceiling.
+        spreads: by ``(method, metric)``, how the agreement varies with seeds, where that was asked for.
     """
 
     table: pd.DataFrame
     bootstrap: pd.DataFrame
     slopes: pd.DataFrame
-    instances: Mapping[tuple[str, str], Tensor]
+    instances: Mapping[tuple[str, str, int], Tensor]
     notes: tuple[str, ...] = ()
+    spreads: Mapping[tuple[str, str], SeedSpread] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write ``evaluation.csv``, ``evaluation_bootstrap.csv`` and ``evaluation_slopes.csv``."""
@@ -87,6 +92,7 @@ def assess(
     resamples: int = 100,
     subsets: int = 10,
     seed: int = 0,
+    seed_spread: bool = False,
 ) -> Evaluation:
     """Judge scores by the sensitivity, with intervals, slopes and every test instance's agreement.
 
@@ -107,6 +113,8 @@ def assess(
             as :class:`Scores` say; of pairs it is ``unknown`` for ``[E, J, L]``.
         resamples: of the bootstrap; none when 0.
         seed: of all randomness here.
+        seed_spread: also measure how agreement varies with the seeds, as several final models' components of
+            variance need it; it takes S more means over seeds.
 
     Raises:
         InputError: no scores, scores of another shape, an unknown metric, a number of seeds out of range.
@@ -128,7 +136,8 @@ def assess(
     points = {"step": sensitivity.step.tolist(), "epoch": sensitivity.epoch.tolist()}
     rows: list[pd.DataFrame] = []
     bounds: list[pd.DataFrame] = []
-    instances: dict[tuple[str, str], Tensor] = {}
+    instances: dict[tuple[str, str, int], Tensor] = {}
+    spreads: dict[tuple[str, str], SeedSpread] = {}
     notes: list[str] = []
     for metric in metrics:
         raw, adjusted = sensitivity.raw, sensitivity.subtract_mean
@@ -138,8 +147,12 @@ def assess(
         chosen = {k: seed_subsets(total, k, subsets, generator) for k in counts if k < total}
         found = mean_agreements(judged, raw, {**chosen, total: [range(total)]}, metric, adjusted)
         intervals = bootstrap_agreement(judged, raw, metric, adjusted, resamples, generator=generator)
+        if seed_spread:
+            spread = seed_spreads(judged, raw, found[total], metric, adjusted)
+            spreads |= {(name, metric): one for name, one in spread.items()}
         for name, full in found[total].items():
-            instances[name, metric] = full.clone()  # not a view of all counts' and methods'
+            for k, means in found.items():  # not views of all counts' and methods'
+                instances[name, metric, k] = means[name].clone()
             fixed = {
                 "method": name,
                 "access": entries[name].access,
@@ -151,6 +164,8 @@ def assess(
                     **_mean_columns(found[k][name]),
                     "ceiling": ceilings.upper[:, column].tolist(),
                     "ceiling_lower": ceilings.lower[:, column].tolist(),
+                    "final_models": 1,
+                    "sem_models": math.nan,
                 }
                 rows.append(pd.DataFrame({**fixed, **points, "seeds": k, **numbers}))
             low, high = intervals[name]
@@ -173,7 +188,8 @@ def assess(
         if slopes
         else pd.DataFrame(columns=["method", "step", "epoch", "slope"]),
         instances=instances,
-        notes=(*notes, *_notes(instances, total)),
+        notes=(*notes, *undefined(instances, total)),
+        spreads=spreads,
     )
 
 
@@ -308,12 +324,13 @@ def seed_subsets(seeds: int, k: int, least: int, generator: torch.Generator) -> 
     return list(chosen.values())
 
 
-def _notes(instances: Mapping[tuple[str, str], Tensor], seeds: int) -> tuple[str, ...]:
+def undefined(instances: Mapping[tuple[str, str, int], Tensor], seeds: int) -> tuple[str, ...]:
+    """Return what is undefined of agreements with the mean over so many seeds: ceiling, instances."""
     notes = [reason] if (reason := ceiling_undefined(seeds)) else []
-    for (name, metric), values in instances.items():
-        if undefined := int(values.isnan().sum()):
+    for (name, metric, averaged), values in instances.items():
+        if averaged == seeds and (count := int(values.isnan().sum())):
             notes.append(
-                f"{name}: {metric} is undefined for {undefined} of {values.numel()} test instances and "
+                f"{name}: {metric} is undefined for {count} of {values.numel()} test instances and "
                 "evaluation points (constant or non-finite vectors); means are over the others"
             )
     return tuple(notes)

@@ -112,6 +112,11 @@ class Log:
         self._begun = False
         self.summary: dict[str, Any] = {}
 
+    @property
+    def begun(self) -> bool:
+        """Whether the loggers were started, and not ended."""
+        return self._begun
+
     def begin(self, about: About) -> None:
         """Start the loggers."""
         if self.folder is None:

@@ -39,7 +39,10 @@ EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 255}
 FLUSH_SECONDS = 5.0
 """How often an offline run's file is brought up to date."""
 
-OWN = ("final_model/", "further_training/", "agreement/", "sem/", "ceiling", "distance", "method/", "stage")
+OWN = (
+    "final_model/", "final_models/", "further_training/", "agreement/", "sem/", "sem_models/", "ceiling",
+    "distance", "method/", "stage",
+)  # fmt: skip
 """Metrics that a run logs of itself begin so."""
 
 DRAWN = (

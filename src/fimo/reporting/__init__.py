@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fimo.reporting.audit_report import write_audit_report
     from fimo.reporting.audit_run import AuditRun
     from fimo.reporting.instance_table import InstanceDisplay, Show, collect
+    from fimo.reporting.models_report import write_models_report
+    from fimo.reporting.models_run import ModelsRun
     from fimo.reporting.report import write_report
     from fimo.reporting.results import Results
     from fimo.reporting.static import write_figures
@@ -23,26 +25,31 @@ if TYPE_CHECKING:
 __all__ = [
     "AuditRun",
     "InstanceDisplay",
+    "ModelsRun",
     "Results",
     "Show",
     "collect",
     "write_audit_report",
     "write_figures",
+    "write_models_report",
     "write_report",
 ]
 
 _HOMES = {
     "AuditRun": "audit_run",
     "InstanceDisplay": "instance_table",
+    "ModelsRun": "models_run",
     "Results": "results",
     "Show": "instance_table",
     "collect": "instance_table",
     "write_audit_report": "audit_report",
     "write_figures": "static",
+    "write_models_report": "models_report",
     "write_report": "report",
 }
 _NEEDS: dict[str, Mapping[str, Sequence[str]]] = {
     "write_audit_report": FIGURES,
+    "write_models_report": FIGURES,
     "write_report": FIGURES,
     "write_figures": STATIC_FIGURES,
 }

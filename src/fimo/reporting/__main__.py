@@ -51,7 +51,13 @@ def write(chosen: argparse.Namespace) -> list[Path]:
     import dataclasses
 
     from fimo.reporting.overlay import load_runs
+    from fimo.reporting.results import SEVERAL
 
+    if len(chosen.run_dir) == 1 and chosen.figures is None and (chosen.run_dir[0] / SEVERAL).exists():
+        from fimo.reporting import ModelsRun, write_models_report
+
+        folder = chosen.run_dir[0]
+        return [write_models_report(ModelsRun.load(folder), chosen.output or folder / "report.html")]
     runs = load_runs(chosen.run_dir)
     if chosen.names:
         if len(chosen.names) != len(runs):

@@ -43,7 +43,7 @@ def cost_table(run: Results, metric: str) -> pd.DataFrame:
 
 def mean_effect_table(run: Results, metric: str) -> pd.DataFrame:
     """Return ``method,subtract_mean,step,epoch,mean,sem``: agreement with raw and with adjusted changes."""
-    if not run.has_raw:
+    if not run.has_raw or not scored_methods(run):
         return pd.DataFrame(columns=["method", "subtract_mean", "step", "epoch", "mean", "sem"])
     frames = []
     average = run.sensitivity.raw.mean(0, keepdim=True)

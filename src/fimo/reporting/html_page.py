@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,15 @@ from fimo.reporting.numbers import ABSENT, MINUS, Unit, duration, number
 from fimo.store.files import written_aside
 
 
-def write_page(template: str, path: Path, data: Mapping[str, Any], **context: Any) -> Path:
+def write_page(
+    template: str, path: Path, data: Mapping[str, Any], scripts: Sequence[str] = (), **context: Any
+) -> Path:
     """Write a page that opens offline.
 
     Args:
         template: of the folder ``page``; a script of the same name goes with it.
         data: what the script reads.
+        scripts: others of the folder that come before it.
         context: what the template says.
 
     Returns:
@@ -36,7 +39,7 @@ def write_page(template: str, path: Path, data: Mapping[str, Any], **context: An
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # columns keep their order
     environment.filters |= {"number": number, "duration": duration, "decimals": decimals}
     environment.globals["unit_of"] = Unit.of
-    scripts = ("shared.js", "tables.js", template.replace(".html", ".js"))
+    scripts = ("shared.js", "tables.js", *scripts, template.replace(".html", ".js"))
     html = environment.get_template(template).render(
         data=data,
         plotly=plotly.offline.get_plotlyjs(),

@@ -31,7 +31,7 @@ from fimo.reporting.study_answer import best_method, follows, study_answer, with
 from fimo.reporting.tables import Column, effects, instance_columns, table
 from fimo.reporting.trust import coverage, departures, trusted_methods
 
-EFFECT = "change of the mean test loss when it is left out, ± standard error over seeds; positive: it helps"
+EFFECT = "change of the mean test loss when it is left out, ± standard error over {}; positive: it helps"
 
 
 def write_report(results: Results | Sequence[Results], path: str | Path) -> Path:
@@ -60,6 +60,7 @@ def write_report(results: Results | Sequence[Results], path: str | Path) -> Path
             ],
             "comparison": comparison,
         },
+        ["figures.js"],
         title=f"fimo: {' | '.join(run.name for run in runs)}",
         runs=[run_context(run, rows) for run, rows in zip(runs, measured, strict=True)],
         comparison=comparison,
@@ -76,8 +77,12 @@ def figures(runs: Sequence[Results]) -> dict[str, dict[str, Any]]:
     }
 
 
-def rows_table(run: Results, rows: pd.DataFrame) -> dict[str, Any]:
-    """Return the table of measured rows, the largest effects first; with the best method's mean score."""
+def rows_table(run: Results, rows: pd.DataFrame, over: str = "seeds") -> dict[str, Any]:
+    """Return the table of measured rows, the largest effects first; with the best method's mean score.
+
+    Args:
+        over: what effects are means over, and their errors.
+    """
     best = best_method(run)["method"]
     order = rows["effect"].abs().argsort(kind="stable")[::-1]
     ordered = rows.iloc[order]
@@ -87,17 +92,18 @@ def rows_table(run: Results, rows: pd.DataFrame) -> dict[str, Any]:
     if best in run.scores:
         judged = run.judged_scores(best)
         scores = (judged[-1] if judged.ndim == 3 else judged).double().mean(0)[order.tolist()].tolist()
-    agreeing = ordered["agreeing"] if run.seeds > 1 and run.has_raw else [None] * len(rows)
+    count = run.seeds if over == "seeds" else len(run.sensitivity.seeds)
+    agreeing = ordered["agreeing"] if count > 1 and run.has_raw else [None] * len(rows)
     in_class: Sequence[Any] = [None] * len(rows)
     if within is not None:
         in_class = effects([within[k] for k in order], ordered["error"])
     columns = [
         Column(f"training {run.noun}", "name", list(ordered["name"])),
-        Column("effect", "effect", effects(ordered["effect"], ordered["error"]), EFFECT),
+        Column("effect", "effect", effects(ordered["effect"], ordered["error"]), EFFECT.format(over)),
         Column("within its class", "effect", in_class, "effect minus the mean effect of its class"),
         Column("verdict", "verdict", list(ordered["verdict"])),
         Column("q", "q", list(ordered["q"]), "smallest false discovery rate at which the verdict holds"),
-        Column("seeds", "number", list(agreeing), f"of {run.seeds}, in which the effect has this sign"),
+        Column(over, "number", list(agreeing), f"of {count}, in which the effect has this sign"),
         Column(f"score by {best}", "number", scores, "mean over test instances"),
         Column("target", "text", list(ordered["target"])),
         Column("model says", "text", [d.prediction if d else None for d in displays]),

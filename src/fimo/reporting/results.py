@@ -37,6 +37,12 @@ JSON_FIELDS = (
 OPTIONAL_TABLES = {"bootstrap": "evaluation_bootstrap.csv", "slopes": "evaluation_slopes.csv"}
 FILES = ("sensitivity.safetensors", "evaluation.csv", "cost.csv", "report.json")
 """Of a finished run."""
+SEVERAL = "final_models.json"
+"""Of the folder of a run with several final models, see :mod:`fimo.reporting.models_run`."""
+EARLIER = {
+    "ceiling_lower": math.nan, "followed_seeds": "unknown", "final_models": 1, "sem_models": math.nan,
+}  # fmt: skip
+"""Columns that the evaluation of an earlier version's run lacks, and what stands for them."""
 TASKS = ("datamodeling", "removal", "mislabelled")
 """Further evaluations whose tables are read where a folder has them; those of others where it names them."""
 
@@ -218,6 +224,9 @@ class Results:
             InputError: a file is missing, so that the run did not finish.
         """
         folder = Path(folder)
+        if (folder / SEVERAL).exists():
+            several = f"holds several final models: load one, as {folder}/final_models/0, or all by ModelsRun"
+            raise InputError(str(folder), several)
         for file in FILES:
             if not (folder / file).exists():
                 raise InputError(str(folder), f"{file} is missing: this is no folder of a finished run")
@@ -225,9 +234,7 @@ class Results:
         sensitivity, has_raw = load_sensitivity(folder / "sensitivity.safetensors")
         # runs that were written before these columns were
         evaluation = pd.read_csv(folder / "evaluation.csv", **EXACT)
-        evaluation = pd.DataFrame(
-            {"ceiling_lower": math.nan, "followed_seeds": "unknown"} | dict(evaluation)
-        )[[*evaluation, *(c for c in ("ceiling_lower", "followed_seeds") if c not in evaluation)]]
+        evaluation = evaluation.assign(**{c: v for c, v in EARLIER.items() if c not in evaluation})
         order = list(evaluation["method"].unique())
         stored = {p.stem: Scores.load(p) for p in sorted((folder / "scores").glob("*.safetensors"))}
         shown = {
@@ -253,7 +260,7 @@ class Results:
             scores={name: stored[name] for name in order if name in stored},
             evaluation=evaluation,
             cost=pd.read_csv(folder / "cost.csv", **EXACT),
-            config=_read_config(folder / ".hydra" / "config.yaml"),
+            config=read_config(folder / ".hydra" / "config.yaml"),
             shown=shown,
             distance=pd.DataFrame(distance) if distance else None,
             retraining=load_sensitivity(again)[0] if again.exists() else None,
@@ -288,7 +295,8 @@ def _earlier(
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a run's configuration as plain containers; empty where it was not kept."""
     if not path.exists():
         return {}
     from omegaconf import OmegaConf

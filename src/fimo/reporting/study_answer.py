@@ -38,7 +38,7 @@ def study_answer(run: Results, rows: pd.DataFrame | None = None) -> Answer:
         f"({counted(run.seeds, 'seed')}).",
         _clear_sentence(rows, run),
     ]
-    helpful, harmful = (_named(run, rows, side) for side in (1, -1))
+    helpful, harmful = (named_rows(run, rows, side) for side in (1, -1))
     return Answer(
         question=f"Which training {noun}s matter to this model?",
         about=_about(run),
@@ -78,7 +78,8 @@ def _clear_sentence(rows: pd.DataFrame, run: Results) -> str:
     )
 
 
-def _named(run: Results, rows: pd.DataFrame, sign: int) -> list[NamedRow]:
+def named_rows(run: Results, rows: pd.DataFrame, sign: int) -> list[NamedRow]:
+    """Return the rows with the largest effects of a sign, for the first screen."""
     side = rows[rows["effect"] * sign > 0].sort_values("effect", ascending=sign < 0, kind="stable")
     found = []
     for row in side.head(MOST_ROWS).itertuples():

@@ -26,7 +26,8 @@ def tell(log: Log, results: Results, report: Path | None = None) -> None:
     """Log a run's findings.
 
     History, against :data:`STEP`: ``agreement/METHOD/METRIC``, ``sem/…``, ``ceiling/METRIC``,
-    ``ceiling_lower/METRIC`` and ``distance``. Summary: :func:`summary`. Media: :func:`media`.
+    ``ceiling_lower/METRIC``, ``distance``, and of several final models ``sem_models/…``.
+    Summary: :func:`summary`. Media: :func:`media`.
 
     Args:
         report: its page.
@@ -53,6 +54,8 @@ def summary(results: Results) -> dict[str, Any]:
         f"best/{metric}": rows["mean"].iloc[0],
         f"best_method/{metric}": rows["method"].iloc[0],
     }
+    if (models := int(rows["final_models"].max())) > 1:
+        found["final_models"] = models
     seconds = {row["stage"]: row["seconds"] for row in results.cost.to_dict("records")}
     methods = sum(value for stage, value in seconds.items() if stage in results.scores)
     stages = {stage: value for stage, value in seconds.items() if stage not in results.scores}
@@ -78,6 +81,8 @@ def history(results: Results) -> list[dict[str, float]]:
             record = records[int(row["step"])]
             record[f"agreement/{row['method']}/{metric}"] = row["mean"]
             record[f"sem/{row['method']}/{metric}"] = row["sem"]
+            if row["final_models"] > 1:
+                record[f"sem_models/{row['method']}/{metric}"] = row["sem_models"]
             record[f"ceiling/{metric}"] = row["ceiling"]
             record[f"ceiling_lower/{metric}"] = row["ceiling_lower"]
     distance = distance_table(results)

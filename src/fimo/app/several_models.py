@@ -1,0 +1,138 @@
+"""``model.seeds``: a study of several final models, each in a folder of its own, as one result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from fimo.app.config import plain
+from fimo.app.environment import versions
+from fimo.app.journal import Journal
+from fimo.app.loggers import in_a_line
+from fimo.cost import Cost, cost_table
+from fimo.errors import InputError
+from fimo.evaluation import Evaluation
+from fimo.evaluation.several_models import SeveralModels, over_models
+from fimo.live.part_log import PartLog
+from fimo.reporting.models_answer import models_answer
+from fimo.reporting.models_run import FOLDER, ModelsRun, only_means
+from fimo.reporting.results import Results
+from fimo.reporting.wandb import tell
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Studied:
+    """What a study of one final model found."""
+
+    results: Results
+    evaluation: Evaluation
+
+
+def study_models(
+    config: DictConfig, journal: Journal, study: Callable[[DictConfig, Journal], Studied | None]
+) -> SeveralModels | None:
+    """Study final models of seeds ``seed``, ``seed + 1``, …, and put together how methods are judged by them.
+
+    Each final model's study writes what a run of its seed alone would write, into ``final_models/SEED``;
+    what is expensive about it is in the store, so that a killed run goes on.
+
+    Args:
+        study: of one final model; None where it ends before methods are judged.
+
+    Returns:
+        None where each ends before that.
+
+    Raises:
+        InputError: of a final model, which its message names.
+    """
+    seeds = list(range(config.seed, config.seed + config.model.seeds))
+    results: dict[int, Results] = {}
+    evaluations: list[Evaluation] = []
+    for number, seed in enumerate(seeds):
+        said = f"final model {number + 1} of {len(seeds)}, seed={seed}"
+        log.info("%s", said)
+        folder = journal.folder / FOLDER / str(seed)
+        with _part(config, journal, seed, said, folder) as (one, part):
+            found = study(one, part)
+        journal.costs.extend(part.costs)
+        journal.skipped.update(part.skipped)
+        if found is not None:
+            results[seed] = only_means(found.results)
+            evaluations.append(found.evaluation)
+    journal.costs[:] = added(journal.costs)
+    if not evaluations:
+        return None
+    with journal.stage("evaluation"):
+        several = over_models(evaluations)
+        several.save(journal.folder)
+    with journal.stage("report"):
+        report(several, results, config, journal)
+    journal.costs[:] = added(journal.costs)
+    for note in several.notes:
+        log.warning("%s", note)
+    return several
+
+
+@contextmanager
+def _part(
+    config: DictConfig, journal: Journal, seed: int, said: str, folder: Path
+) -> Iterator[tuple[DictConfig, Journal]]:
+    """Yield a final model's configuration and journal; its errors say which final model it is."""
+    one = OmegaConf.merge(config, {"seed": seed, "model": {"seeds": 1}})
+    assert isinstance(one, DictConfig)
+    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+    (folder / ".hydra" / "config.yaml").write_text(OmegaConf.to_yaml(one))
+    settings = {"seed": config.seed, "model.seeds": config.model.seeds}
+    own = PartLog(journal.log, folder, f"{FOLDER}/{seed}", settings)
+    part = Journal(folder, log=own)
+    try:
+        yield one, part
+    except InputError as error:
+        own.end("failed", in_a_line(error))
+        raise InputError(error.key, f"{error.problem} ({said})") from error
+    except (KeyboardInterrupt, SystemExit):
+        own.end("interrupted", "interrupted")
+        raise
+    except BaseException as error:
+        own.end("failed", in_a_line(error))
+        raise
+    part.end()
+    own.end("finished")
+
+
+def report(
+    several: SeveralModels, results: Mapping[int, Results], config: DictConfig, journal: Journal
+) -> None:
+    """Write what is shown of all final models, and log it."""
+    run = ModelsRun.of(results, several, cost_table(added(journal.costs)), plain(config), versions())
+    run.save(journal.folder)
+    models_answer(run).save(journal.folder)
+    if config.report:
+        from fimo.reporting import write_models_report  # with packages that nothing else needs
+
+        write_models_report(run, journal.folder / "report.html")
+    tell(journal.log, run.combined, journal.folder / "report.html")
+
+
+def added(costs: Sequence[Cost]) -> list[Cost]:
+    """Return one cost for each stage: sums over final models, the largest memory, the mean share reused."""
+    by_stage: dict[str, list[Cost]] = {}
+    for cost in costs:
+        by_stage.setdefault(cost.stage, []).append(cost)
+    return [
+        Cost(
+            stage,
+            sum(c.seconds for c in each),
+            max(c.peak_memory_mb for c in each),
+            sum(c.gradient_evaluations for c in each),
+            sum(c.reused for c in each) / len(each),
+        )
+        for stage, each in by_stage.items()
+    ]
