@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.projection import project
+from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.arnoldi import Arnoldi
 from fimo.methods.attribution_problem import AttributionProblem
@@ -43,6 +44,7 @@ def test_cg_and_lissa_converge_to_the_dense_influence(
     methods: list[CurvatureMethod] = [ConjugateGradients(0.5, tolerance=1e-9), Lissa(0.5, tolerance=1e-9)]
     if not spectral:
         methods.append(ConjugateGradients(0.5, tolerance=1e-9, precondition="ekfac"))
+        methods.append(Lissa(0.5, tolerance=1e-9, precondition="ekfac"))
     for method in methods:
         scores = method.attribute(case.final_model, case.train, case.test)
         torch.testing.assert_close(scores.values, expected, rtol=1e-5, atol=1e-8)
@@ -69,11 +71,70 @@ def test_cg_and_lissa_through_the_network_converge_to_the_dense_influence(
         torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
-def test_steps_of_lissa_on_batches_average_to_the_whole_series(curvature: str) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_preconditioned_steps_of_lissa_leave_less_than_as_many_without(name: str) -> None:
+    case = CASES[name]()
+    for depth in (20, 100):
+        left = {
+            p: residual(Lissa("auto", depth=depth, precondition=p), case)  # type: ignore[arg-type]
+            for p in ("none", "ekfac")
+        }
+        assert left["ekfac"] < 0.95 * left["none"]
+
+
+def test_of_a_linear_model_preconditioned_iterations_need_a_fraction_of_the_steps() -> None:
+    """Inputs of unlike size, which K-FAC's factors of the one layer know."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(300, 8, dtype=torch.float64, generator=generator) * torch.logspace(-1.5, 1, 8)
+    targets = (inputs[:, -3:] + torch.randn(300, 3, generator=generator)).argmax(1)
+    train, test = Instances(inputs[:290], targets[:290]), Instances(inputs[290:], targets[290:])
+    network = torch.nn.Sequential(torch.nn.Linear(8, 3)).double()
+    torch.nn.init.zeros_(network[0].weight)
+    case = Case("softmax", FinalModel(network, cross_entropy, accept_poor=True), train, test)
+    expected = dense.influence(case, dense.gauss_newton(case.final_model, case.train), 1e-4)
+    for few in (
+        ConjugateGradients(1e-4, max_iterations=5, precondition="ekfac"),
+        Lissa(1e-4, depth=10, precondition="ekfac"),
+    ):
+        scores = few.attribute(case.final_model, train, test).values
+        assert (scores - expected).norm() < 0.02 * expected.norm()
+    for unaided in (ConjugateGradients(1e-4, max_iterations=5), Lissa(1e-4, depth=1000)):
+        scores = unaided.attribute(case.final_model, train, test).values
+        assert (scores - expected).norm() > 0.2 * expected.norm()
+
+
+def test_a_preconditioned_series_that_diverges_is_refused() -> None:
+    case = CASES["mlp_classification"]()
+    for batch_size in (None, 4):
+        method = Lissa(0.1, scale=0.01, batch_size=batch_size, precondition="ekfac")
+        with pytest.raises(InputError, match="LiSSA diverged"):
+            method.attribute(case.final_model, case.train, case.test)
+
+
+def test_a_preconditioner_needs_factors() -> None:
+    case = CASES["mlp_classification"]()
+    own = FinalModel(
+        torch.nn.Sequential(torch.nn.Linear(4, 70)).double(), lambda f, y: f.square().sum(1), accept_poor=True
+    )
+    for kind in (ConjugateGradients, Lissa):
+        assert "no targets can be drawn" in (kind(precondition="ekfac").inapplicable(own, case.train) or "")
+        assert kind().inapplicable(own, case.train) is None
+        with pytest.raises(InputError, match="precondition: expected one of none, ekfac"):
+            kind(precondition="jacobi")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("curvature", "precondition", "scale"),
+    [("gauss_newton", "none", 30.0), ("hessian", "none", 30.0), ("gauss_newton", "ekfac", 8.0)],
+)
+def test_steps_of_lissa_on_batches_average_to_the_whole_series(
+    curvature: str, precondition: str, scale: float
+) -> None:
     """The batches of different steps are independent, so that the expected iterate is the whole one's."""
     case = CASES["mlp_classification"]()
-    arguments = {"damping": 2.0, "curvature": curvature, "depth": 6, "scale": 30.0}
+    arguments = {
+        "damping": 2.0, "curvature": curvature, "depth": 6, "scale": scale, "precondition": precondition,
+    }  # fmt: skip
     whole = Lissa(**arguments).attribute(case.final_model, case.train, case.test).values  # type: ignore[arg-type]
     drawn = torch.stack(
         [

@@ -90,13 +90,14 @@ class KroneckerFactors:
         self.coverage = 1 - sum(shapes[n].numel() for n in self.uncovered) / p
         self.mean_eigenvalue = sum(b.values.sum().item() for b in blocks) / p
 
-    def solve(self, vectors: Tensor, dampings: Tensor, relative: bool = False) -> Tensor:
-        """Return ``(C + damping)^-1 vectors`` for each damping.
+    def solve(self, vectors: Tensor, dampings: Tensor, relative: bool = False, power: float = 1.0) -> Tensor:
+        """Return ``(C + damping)^-power vectors`` for each damping.
 
         Args:
             vectors: ``[P, K]``.
             dampings: ``[E]``.
             relative: each block's damping is multiplied by its mean eigenvalue over that of all.
+            power: 1/2 for the inverse's root.
 
         Returns:
             ``[E, P, K]``.
@@ -114,7 +115,7 @@ class KroneckerFactors:
             for into, damping in zip(solved, dampings.tolist(), strict=True):
                 # a module without any curvature (dead units) still gets a finite answer
                 damped = block.values + damping * max(factor, 1e-6)
-                block.scatter(block.rotate_back(rotated / damped), into, widths)
+                block.scatter(block.rotate_back(rotated / damped**power), into, widths)
         return torch.stack([torch.cat([s[name] for name in self.shapes], 1).T for s in solved])
 
 

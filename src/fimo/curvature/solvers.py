@@ -15,6 +15,10 @@ from fimo.curvature.krylov_spaces import Space, SpectralSpace
 log = logging.getLogger(__name__)
 
 
+GROWN = 100.0
+"""Growth of a preconditioned residual, which shrinks, that batches don't explain."""
+
+
 class DivergenceError(ArithmeticError):
     """An iteration grew instead of converging; the message says by how much and what to change."""
 
@@ -84,16 +88,23 @@ def lissa(
     depth: int,
     tolerance: float = 1e-6,
     batches: Callable[[int], Callable[[Tensor], Tensor]] | None = None,
+    precondition: Callable[[Tensor], Tensor] | None = None,
 ) -> Solution:
     """Solve by the truncated Neumann series of LiSSA (Agarwal et al., 2017; Koh and Liang, 2017).
 
-        x_0 = g,   x_t = g + (I - (C_t + damping) / scale) x_{t-1},   (C + damping)^-1 g = lim x_t / scale
+        x_0 = M g / scale,   x_t = x_{t-1} + M (g - (C_t + damping) x_{t-1}) / scale
+
+    With M the identity it is the series x_t = g + (I - (C_t + damping) / scale) x_{t-1}, divided by the
+    scale; with M an approximate inverse of C + damping, ASTRA's (Wang et al., 2025).
 
     Args:
-        scale: larger than (largest eigenvalue + damping) / 2; the speed depends on it, the answer does not.
+        scale: larger than half the largest eigenvalue of M (C + damping); the speed depends on it, the answer
+            does not.
         depth: largest number of iterations.
-        tolerance: stops when |x_t - x_{t-1}| / |g|, the residual, is this small; unused with batches.
+        tolerance: stops when |g - (C + damping) x_{t-1}| / |g|, the residual, is this small; unused with
+            batches.
         batches: maps a step to the product with the matrix of that step's batch; the whole matrix when None.
+        precondition: M on vectors of the space, symmetric and positive; the identity when None.
 
     Raises:
         DivergenceError: the iterate grew beyond what the damped inverse can make of g.
@@ -101,26 +112,34 @@ def lissa(
     g = space.right_hand_sides()
     size = space.inner(g, g).clamp(min=0).sqrt()
     size = size.where(size > 0, 1)
-    x, residuals = g.clone(), torch.ones_like(size)
+    step = (g if precondition is None else precondition(g)) / scale
+    x, residuals = step, torch.ones_like(size)
+    # of preconditioned steps it is this norm that never grows
+    first = space.inner(g, step).clamp(min=0)
     # the inverse is at most 1 / damping for a matrix without negative eigenvalues
-    bound = 10 * scale / damping + 10
+    bound = 10 / damping + 10 / scale
     iterations = 0
-    for step in range(depth):
-        times = space.times if batches is None else batches(step)
-        change = g - (times(x) + damping * x) / scale
-        x = x + change
-        iterations = step + 1
-        if step % 10 == 9 or iterations == depth:
-            growth = space.inner(x, x).clamp(min=0).sqrt() / size
-            if not bool((growth <= bound).all()):
+    for number in range(depth):
+        times = space.times if batches is None else batches(number)
+        residual = g - (times(x) + damping * x)
+        step = (residual if precondition is None else precondition(residual)) / scale
+        x = x + step
+        iterations = number + 1
+        if number % 10 == 9 or iterations == depth:
+            if precondition is None:
+                growth, most = space.inner(x, x).clamp(min=0).sqrt() / size, bound
+            else:
+                growth = (space.inner(residual, step).clamp(min=0) / first.where(first > 0, 1)).sqrt()
+                most = GROWN
+            if not bool((growth <= most).all()):
                 raise DivergenceError(
                     f"LiSSA diverged: after {iterations} steps an iterate is {growth.max().item():.3g} times "
                     f"its right-hand side (scale={scale:.3g}, damping={damping:.3g}); raise either of them"
                 )
-            residuals = space.inner(change, change).clamp(min=0).sqrt() / size
+            residuals = space.inner(residual, residual).clamp(min=0).sqrt() / size
             if batches is None and bool((residuals <= tolerance).all()):
                 break
-    return Solution(x / scale, residuals, iterations, bool((residuals <= tolerance).all()))
+    return Solution(x, residuals, iterations, bool((residuals <= tolerance).all()))
 
 
 def lissa_on_spectrum(space: SpectralSpace, damping: float, scale: float, depth: int) -> Solution:

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from fimo.curvature.hessian import hessian
 from fimo.curvature.jacobian import Rows
+from fimo.curvature.kronecker import KroneckerFactors, fit_factors, no_factors
 from fimo.curvature.krylov import KrylovSpace
 from fimo.curvature.krylov_spaces import KernelSpace, ParameterSpace, Space, SpectralSpace
 from fimo.curvature.linear_products import LinearHessian
 from fimo.curvature.operators import GaussNewton, Hessian, RowsOperator
 from fimo.curvature.solvers import (
     DivergenceError,
+    Extremes,
     Solution,
     extreme_eigenvalues,
     lissa,
@@ -29,7 +31,7 @@ from fimo.curvature.solvers import (
 from fimo.curvature.spectrum import MAX_DIMENSION
 from fimo.data.instances import Instances
 from fimo.errors import InputError
-from fimo.methods.cg import IteratedCurvature, gauss_newton_products, gauss_newton_trace
+from fimo.methods.cg import IteratedCurvature, gauss_newton_products, gauss_newton_trace, inverse_of
 from fimo.methods.damping import DampingValue
 from fimo.methods.gradient import CurvatureMethod
 from fimo.models.final_model import FinalModel
@@ -66,6 +68,10 @@ class Lissa(CurvatureMethod):
         batch_size: training instances per step, drawn anew each time; null: all of them. With batches an
             automatic scale bounds any batch's largest eigenvalue.
         tolerance: of the relative residual.
+        precondition: ``none``, or ``ekfac``: each step is multiplied by EK-FAC's inverse with the same
+            damping (ASTRA; Wang et al., 2025), so that directions of little curvature are not last: fewer
+            steps, see :ref:`preconditioned`. They are then taken one by one, at most 5000; ``scale`` is
+            relative to EK-FAC.
         seed: of the batches.
 
     Raises:
@@ -85,6 +91,7 @@ class Lissa(CurvatureMethod):
         scale: float | None = None,
         batch_size: int | None = None,
         tolerance: float = 1e-4,
+        precondition: Literal["none", "ekfac"] = "none",
         seed: int = 0,
         memory_mb: float = 1024,
         storage: str | None = None,
@@ -98,8 +105,14 @@ class Lissa(CurvatureMethod):
                 raise InputError(key, f"expected at least 1 but got {value}")
         if scale is not None and scale <= 0:
             raise InputError("scale", f"expected a positive number or null but got {scale}")
+        if precondition not in ("none", "ekfac"):
+            raise InputError("precondition", f"expected one of none, ekfac but got {precondition!r}")
         self.curvature, self.depth, self.scale = curvature, depth, scale
         self.batch_size, self.tolerance, self.seed = batch_size, tolerance, seed
+        self.precondition = precondition
+
+    def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
+        return no_factors(final_model, train, "auto") if self.precondition == "ekfac" else None
 
     @property
     def shifted(self) -> bool:
@@ -116,6 +129,7 @@ class Lissa(CurvatureMethod):
         return kind(
             gradients, train, operator, rows, by_rows, self.memory_mb, self.curvature == "hessian",
             self.depth, self.scale, None if whole else self.batch_size, self.tolerance, self.seed,
+            fit_factors(gradients, train) if self.precondition == "ekfac" else None,
         )  # fmt: skip
 
 
@@ -154,6 +168,7 @@ class LissaHessian(Lissa):
             scale,
             batch_size,
             tolerance,
+            "none",
             seed,
             memory_mb,
             storage,
@@ -173,6 +188,7 @@ class LissaCurvature(IteratedCurvature):
         of_hessian: whether it is the Hessian, which may be indefinite.
         depth, scale, tolerance, seed: see :class:`Lissa`.
         batch: training instances per step; None for all.
+        factors: of the preconditioner; None for none.
     """
 
     of_hessian: bool
@@ -181,8 +197,11 @@ class LissaCurvature(IteratedCurvature):
     batch: int | None
     tolerance: float
     seed: int
+    factors: KroneckerFactors | None
 
     def space(self, left: Rows) -> Space:
+        if self.factors is not None:  # a preconditioner is one of parameter space
+            return ParameterSpace(self.operator, left)
         if self.batch is None:
             if self.spectral:
                 return super().space(left)
@@ -196,27 +215,58 @@ class LissaCurvature(IteratedCurvature):
         return ParameterSpace(self.operator, left)
 
     def iterate(self, space: Space, part: Rows, damping: float) -> Solution:
-        scale = self.scale if self.scale is not None else self.largest() * 1.05 + damping
-        depth = self.depth if self.depth is not None else self._needed(damping, scale)
         try:
-            if self.batch is not None:
-                return self._by_batches(space, damping, scale, min(depth, self.depth or MAX_STEPS))
-            if isinstance(space, SpectralSpace):
-                return self._warned(lissa_on_spectrum(space, damping, scale, depth), damping)
-            assert isinstance(space, KrylovSpace)
-            solution = lissa_in_krylov_space(space, damping, scale, depth, self.tolerance)
-            if solution is None:
-                log.info("LiSSA takes its steps: the memory does not suffice for a Krylov space")
-                steps = min(depth, self.depth or MAX_STEPS)
-                solution = lissa(space, damping, scale, steps, self.tolerance)
-            return self._warned(solution, damping)
+            if self.factors is not None:
+                return self._preconditioned(space, self.factors, damping)
+            return self._series(space, damping)
         except DivergenceError as error:
             raise InputError("scale" if "raise the scale" in str(error) else "damping", str(error)) from error
 
-    def _by_batches(self, space: Space, damping: float, scale: float, depth: int) -> Solution:
+    def _series(self, space: Space, damping: float) -> Solution:
+        scale = self.scale if self.scale is not None else self.largest() * 1.05 + damping
+        depth = self.depth if self.depth is not None else self._needed(damping, scale)
+        if self.batch is not None:
+            return self._by_batches(space, damping, scale, min(depth, self.depth or MAX_STEPS))
+        if isinstance(space, SpectralSpace):
+            return self._warned(lissa_on_spectrum(space, damping, scale, depth), damping)
+        assert isinstance(space, KrylovSpace)
+        solution = lissa_in_krylov_space(space, damping, scale, depth, self.tolerance)
+        if solution is None:
+            log.info("LiSSA takes its steps: the memory does not suffice for a Krylov space")
+            steps = min(depth, self.depth or MAX_STEPS)
+            solution = lissa(space, damping, scale, steps, self.tolerance)
+        return self._warned(solution, damping)
+
+    def _preconditioned(self, space: Space, factors: KroneckerFactors, damping: float) -> Solution:
+        inverse, depth = inverse_of(factors, damping), self.depth or MAX_STEPS
+        scale = self.scale or 1.05 * self._largest_preconditioned(factors, damping)
+        if self.batch is not None:
+            return self._by_batches(space, damping, scale, depth, inverse)
+        return self._warned(lissa(space, damping, scale, depth, self.tolerance, None, inverse), damping)
+
+    def _largest_preconditioned(self, factors: KroneckerFactors, damping: float) -> float:
+        """Return a bound of the largest eigenvalue of M (C + damping), M the damped factors' inverse."""
+        root = inverse_of(factors, damping, 0.5)
+
+        def times(vectors: Tensor) -> Tensor:
+            inside = root(vectors)
+            return root(self.operator.times(inside) + damping * inside)
+
+        largest = self._extremes(times, smallest=False).upper
+        return 2 * largest if self.batch is not None else largest  # a batch's may be larger
+
+    def _by_batches(
+        self,
+        space: Space,
+        damping: float,
+        scale: float,
+        depth: int,
+        precondition: Callable[[Tensor], Tensor] | None = None,
+    ) -> Solution:
+        batches = self._batches(space)
         for _ in range(5 if self.scale is None else 1):
             try:
-                return lissa(space, damping, scale, depth, self.tolerance, self._batches(space))
+                return lissa(space, damping, scale, depth, self.tolerance, batches, precondition)
             except DivergenceError as error:
                 # a batch may have larger eigenvalues than the whole: an automatic scale then doubles
                 last, scale = error, 2 * scale
@@ -255,6 +305,10 @@ class LissaCurvature(IteratedCurvature):
 
         See :func:`~fimo.curvature.solvers.extreme_eigenvalues`.
         """
+        extremes = self._extremes(self.operator.times, smallest=self.of_hessian)
+        return extremes.lower, extremes.upper
+
+    def _extremes(self, times: Callable[[Tensor], Tensor], smallest: bool) -> Extremes:
         generator = torch.Generator(self.operator.device).manual_seed(1)
         start = torch.randn(
             self.operator.p,
@@ -265,8 +319,7 @@ class LissaCurvature(IteratedCurvature):
         )
         room = int(self.memory_mb * 2**20 / (self.operator.p * self.operator.dtype.itemsize))
         steps = max(LANCZOS_STEPS, min(MOST_LANCZOS_STEPS, room))
-        both = self.of_hessian
-        extremes = extreme_eigenvalues(self.operator.times, start, steps, smallest=both)
+        extremes = extreme_eigenvalues(times, start, steps, smallest=smallest)
         if not extremes.converged:
             log.warning(
                 "the curvature's extreme eigenvalues are known to %.1g after %d steps only; if LiSSA "
@@ -274,7 +327,7 @@ class LissaCurvature(IteratedCurvature):
                 extremes.error,
                 steps,
             )
-        return extremes.lower, extremes.upper
+        return extremes
 
     def _batches(self, space: Space) -> Callable[[int], Callable[[Tensor], Tensor]]:
         n, size = len(self.train), self.batch
