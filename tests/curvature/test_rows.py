@@ -60,6 +60,15 @@ def test_an_instance_s_own_inner_products_are_those_of_its_rows(name: str) -> No
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_squared_rows_are_the_rows_entry_by_entry(name: str) -> None:
+    case = CASES[name]()
+    for gradients in in_forms(case).values():
+        rows = gradients.losses(case.train)
+        torch.testing.assert_close(rows.squares().dense(), rows.dense().square())
+        assert type(rows.squares()) is type(rows)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_sampled_rows_have_the_gauss_newton_matrix_as_expected_second_moment(name: str) -> None:
     case = CASES[name]()
     truth = dense.gauss_newton(case.final_model, case.train)

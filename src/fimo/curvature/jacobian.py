@@ -70,6 +70,10 @@ class Rows(ABC):
     def to(self, dtype: torch.dtype) -> Rows:
         """Return the same rows, converted to ``dtype`` before they are used."""
 
+    @abstractmethod
+    def squares(self) -> Rows:
+        """Return the rows with every entry squared, in the same form."""
+
     def gram(self, other: Rows, weight: Tensor | None = None) -> Tensor:
         """Return inner products ``[n, R, m, S]`` with the rows of ``other``.
 
@@ -151,6 +155,9 @@ class DenseRows(Rows):
     def to(self, dtype: torch.dtype) -> Rows:
         return DenseRows(self.values.to(dtype), self.shapes)
 
+    def squares(self) -> Rows:
+        return DenseRows(self.values.square(), self.shapes)
+
     def parameter_norms(self) -> dict[str, Tensor]:
         return {name: part.square().sum(-1) for name, part in split(self.values, self.shapes).items()}
 
@@ -224,6 +231,12 @@ class FactoredRows(Rows):
     def to(self, dtype: torch.dtype) -> Rows:
         layers = tuple(
             LayerFactors(f.weight, f.bias, f.entering.to(dtype), f.delta.to(dtype)) for f in self.layers
+        )
+        return FactoredRows(layers, self.shapes)
+
+    def squares(self) -> Rows:
+        layers = tuple(
+            LayerFactors(f.weight, f.bias, f.entering.square(), f.delta.square()) for f in self.layers
         )
         return FactoredRows(layers, self.shapes)
 
@@ -348,6 +361,12 @@ class StreamedRows(Rows):
 
     def to(self, dtype: torch.dtype) -> Rows:
         return StreamedRows(self.make_blocks, self.n, self.r, self.shapes, dtype, self.on)
+
+    def squares(self) -> Rows:
+        return StreamedRows(
+            lambda: (block.squares() for block in self.blocks()),
+            self.n, self.r, self.shapes, self.converted, self.on,
+        )  # fmt: skip
 
 
 def split(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:

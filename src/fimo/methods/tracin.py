@@ -45,12 +45,7 @@ class TracIn(GradientMethod):
     ) -> None:
         super().__init__(memory_mb, storage, cache)
         self.checkpoints = None if checkpoints is None else list(checkpoints)
-        count = 1 if self.checkpoints is None else len(self.checkpoints)
-        self.rates = [float(lr)] * count if isinstance(lr, int | float) else [float(x) for x in lr]
-        if count == 0 or len(self.rates) != count:
-            raise InputError(
-                "lr", f"expected one learning rate per checkpoint but got {len(self.rates)} for {count}"
-            )
+        self.rates = rates_of(self.checkpoints, lr)
         self.normalise = normalise
 
     @property
@@ -74,6 +69,19 @@ class TracIn(GradientMethod):
         if self.checkpoints is None:
             return [final_model]
         return [at_checkpoint(final_model, c) for c in self.checkpoints]
+
+
+def rates_of(checkpoints: Sequence[object] | None, lr: float | Sequence[float]) -> list[float]:
+    """Return the learning rate at each checkpoint; at the final model alone when ``checkpoints`` is None.
+
+    Raises:
+        InputError: there is no checkpoint, or another number of rates.
+    """
+    count = 1 if checkpoints is None else len(checkpoints)
+    rates = [float(lr)] * count if isinstance(lr, int | float) else [float(x) for x in lr]
+    if count == 0 or len(rates) != count:
+        raise InputError("lr", f"expected one learning rate per checkpoint but got {len(rates)} for {count}")
+    return rates
 
 
 def at_checkpoint(final_model: FinalModel, checkpoint: str | Path | Mapping[str, Tensor]) -> FinalModel:
