@@ -29,8 +29,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 METHODS = [
     "arnoldi", "best", "calibrated", "cg", "datainf", "ekfac", "embedding", "exact", "gradcos", "graddot",
-    "kfac", "knn_shapley", "less", "lissa", "lissa_h", "random", "representer", "response", "source", "tracin",
-    "trak", "unrolled",
+    "kfac", "knn_shapley", "less", "lissa", "lissa_h", "logra", "random", "representer", "response", "source",
+    "tracin", "trak", "unrolled",
 ]  # fmt: skip
 
 

@@ -48,7 +48,7 @@ METHODS = [
         "kfac",
         "arnoldi",
     ],
-    *["trak", "representer", "random", "embedding", "knn_shapley", "less"],
+    *["trak", "representer", "random", "embedding", "knn_shapley", "less", "logra"],
 ]
 
 # iterations stop at a tolerance, which order and blocks of instances reach at different steps; there is no
