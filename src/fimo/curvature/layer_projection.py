@@ -146,7 +146,8 @@ def _orthonormal(k: int, n: int, generator: torch.Generator) -> Tensor:
     if k >= n:
         return torch.eye(n, dtype=torch.float64)
     drawn = torch.randn(n, k, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(drawn)[0].T
+    columns: Tensor = torch.linalg.qr(drawn)[0]
+    return columns.T
 
 
 def _inverse_root(moments: Tensor, negligible: float = 1e-8) -> Tensor:

@@ -144,8 +144,8 @@ class ConjugateGradients(CurvatureMethod):
         tolerance: of the relative residual.
         max_iterations: after which the scores are what they are, with a warning.
         precondition: ``none`` or ``ekfac``, the factors with the same damping (as ASTRA does; Wang et al.,
-            2025). It pays with ``max_iterations`` of ten or so, and where EK-FAC is nearly the curvature (one
-            trained layer); else it starts faster and converges later: see :ref:`preconditioned`.
+            2025). It leaves two or three times less after ten or so iterations, where large networks stop;
+            to convergence it takes as many or up to twice as many: see :ref:`preconditioned`.
     """
 
     needs = "further training to match, or a damping"
