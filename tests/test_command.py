@@ -96,7 +96,7 @@ def table(folder: Path, rows: str) -> str:
         ),
         ("+method=?", "method: no choice '?'; there are arnoldi, "),
         ("+method=", "method: expected a choice but got nothing; there are arnoldi, "),
-        ("experiment=", "experiment: expected a choice but got nothing; there are cifar10_small, "),
+        ("experiment=", "experiment: expected a choice but got nothing; there are bench/adult, "),
         ("+method=list", "method: no choice 'list'; there are arnoldi, "),
         ("+method=Tracin", "method: no choice 'Tracin'; did you mean tracin?"),
         ("+method=null", "method: null is no choice; without it all methods run"),

@@ -63,8 +63,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("audit", "methods"):
-        return importlib.import_module(f"fimo.{name}")  # packages that are called as functions
+    if name in ("audit", "bench", "methods"):
+        return importlib.import_module(f"fimo.{name}")  # packages; audit and methods are called as functions
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

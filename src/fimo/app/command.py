@@ -47,6 +47,11 @@ def main(conf: Path) -> None:
         return
     if sys.argv[1:2] == ["store"]:
         inventory.console(sys.argv[2:])
+    if sys.argv[1:2] == ["bench"]:
+        from fimo.bench.command import console as bench  # which stands above the command line
+
+        with _open_output():
+            bench(sys.argv[2:])
     if sys.argv[1:2] == ["show"]:
         with _open_output():
             show.console(sys.argv[2:])

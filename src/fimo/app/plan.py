@@ -124,13 +124,22 @@ def shard(text: str, seeds: list[int], left_out: list[Any]) -> tuple[list[int], 
     Raises:
         InputError: not of that form, or more parts than either.
     """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not int(match[1]) < int(match[2]):
-        raise InputError("further_training.shard", f"expected k/n with k from 0 to n - 1 but got {text!r}")
-    k, n = int(match[1]), int(match[2])
+    k, n = part(text, "further_training.shard")
     if n <= len(seeds):
         return seeds[k::n], left_out
     if n <= len(left_out):
         return seeds, left_out[k::n]
     most = max(len(seeds), len(left_out))
     raise InputError("further_training.shard", f"expected at most {most} parts but got {n}")
+
+
+def part(text: str, key: str) -> tuple[int, int]:
+    """Return k and n of ``k/n``, the k-th of n parts.
+
+    Raises:
+        InputError: with ``key``: not of that form.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise InputError(key, f"expected k/n with k from 0 to n - 1 but got {text!r}")
+    return int(match[1]), int(match[2])
