@@ -22,7 +22,6 @@ GROUPS = ["dataset", "model", "trainer", "further_training", "evaluation", "logg
 
 NEEDED = {
     "dataset=csv": [f"dataset.path={CONF}"],
-    "dataset=mnist": [f"dataset.path={CONF}"],
     "dataset=custom": ["dataset.train._target_=my.train", "dataset.test._target_=my.test"],
     "model=custom": ["model.network._target_=my.network"],
 }
@@ -52,7 +51,7 @@ def test_every_method_composes_under_its_own_name(choice: str) -> None:
     assert config.methods[choice.split("/")[-1]]._target_.startswith("fimo.methods.")
 
 
-@pytest.mark.parametrize("choice", [c for c in choices("experiment") if not c.startswith("bench/")])
+@pytest.mark.parametrize("choice", choices("experiment"))
 def test_every_experiment_composes(choice: str) -> None:
     assert validated(composed(f"experiment={choice}"), PLACES).further_training.lr > 0
 

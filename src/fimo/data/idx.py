@@ -36,7 +36,7 @@ class IdxData(InstancesModule):
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         train_size: int | None = None,
         test_size: int | None = None,
         name: str = "mnist",
@@ -46,6 +46,8 @@ class IdxData(InstancesModule):
         for key, size in (("train_size", train_size), ("test_size", test_size)):
             if size is not None and size < 1:
                 raise InputError(f"dataset.{key}", f"expected a positive number or null but got {size}")
+        if path is None:
+            raise InputError("dataset.path", "must be given: a folder with train-images-idx3-ubyte and so on")
         self.path, self.train_size, self.test_size = Path(path), train_size, test_size
         self.task = "classification"
 
