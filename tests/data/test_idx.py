@@ -84,7 +84,7 @@ def test_parts_that_can_not_be_are_refused(tmp_path: Path, settings: dict[str, i
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="dataset.path: must be given"):
+    with pytest.raises(InputError, match=r"dataset\.path: must be given"):
         IdxData()
     with pytest.raises(InputError, match="holds no train-images-idx3-ubyte"):
         loaded(tmp_path)
