@@ -106,7 +106,7 @@ def test_of_a_linear_model_preconditioned_iterations_need_a_fraction_of_the_step
 def test_a_preconditioned_series_that_diverges_is_refused() -> None:
     case = CASES["mlp_classification"]()
     for batch_size in (None, 4):
-        method = Lissa(0.1, scale=0.01, batch_size=batch_size, precondition="ekfac")
+        method = Lissa(0.1, scale=0.01, depth=50, batch_size=batch_size, precondition="ekfac")
         with pytest.raises(InputError, match="LiSSA diverged"):
             method.attribute(case.final_model, case.train, case.test)
 
@@ -121,6 +121,8 @@ def test_a_preconditioner_needs_factors() -> None:
         assert kind().inapplicable(own, case.train) is None
         with pytest.raises(InputError, match="precondition: expected one of none, ekfac"):
             kind(precondition="jacobi")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="depth: expected a number"):
+        Lissa(batch_size=4, precondition="ekfac")
 
 
 @pytest.mark.parametrize(
@@ -175,6 +177,9 @@ def test_lissa_with_the_hessian_converges_to_the_dense_influence(name: str) -> N
     hessian = dense.hessian(case.final_model, case.train)
     damping = 3.0 - torch.linalg.eigvalsh(hessian)[0].clamp(max=0).item()
     method = LissaHessian(damping, depth=500, batch_size=None, tolerance=1e-9)
+    scores = method.attribute(case.final_model, case.train, case.test).values
+    torch.testing.assert_close(scores, dense.influence(case, hessian, damping), rtol=1e-5, atol=1e-8)
+    method = Lissa(damping, curvature="hessian", tolerance=1e-9, precondition="ekfac")
     scores = method.attribute(case.final_model, case.train, case.test).values
     torch.testing.assert_close(scores, dense.influence(case, hessian, damping), rtol=1e-5, atol=1e-8)
 

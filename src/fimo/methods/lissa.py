@@ -70,8 +70,8 @@ class Lissa(CurvatureMethod):
         tolerance: of the relative residual.
         precondition: ``none``, or ``ekfac``: each step is multiplied by EK-FAC's inverse with the same
             damping (ASTRA; Wang et al., 2025), so that directions of little curvature are not last: fewer
-            steps, see :ref:`preconditioned`. They are then taken one by one, at most 5000; ``scale`` is
-            relative to EK-FAC.
+            steps, see :ref:`preconditioned`. They are then taken one by one, at most 5000 (with batches,
+            ``depth`` of them); ``scale`` is relative to EK-FAC.
         seed: of the batches.
 
     Raises:
@@ -107,6 +107,11 @@ class Lissa(CurvatureMethod):
             raise InputError("scale", f"expected a positive number or null but got {scale}")
         if precondition not in ("none", "ekfac"):
             raise InputError("precondition", f"expected one of none, ekfac but got {precondition!r}")
+        if precondition == "ekfac" and batch_size is not None and depth is None:
+            raise InputError(
+                "depth",
+                "expected a number: how many preconditioned steps on batches suffice is not known in advance",
+            )
         self.curvature, self.depth, self.scale = curvature, depth, scale
         self.batch_size, self.tolerance, self.seed = batch_size, tolerance, seed
         self.precondition = precondition
