@@ -102,7 +102,7 @@ def test_the_schema_of_further_training_has_the_protocols_fields_and_defaults() 
 
 
 def test_the_default_configuration_of_further_training_is_the_protocols() -> None:
-    node = validated(composed(), PLACES).further_training
+    node = validated(composed("further_training.epochs=20"), PLACES).further_training
     given, plain = Protocol(**{name: node[name] for name in PROTOCOL_FIELDS}), Protocol(epochs=node.epochs)
     assert given == plain
 
@@ -129,7 +129,13 @@ def test_several_methods_compose() -> None:
     [
         ("+model.typo=1", "model.typo", "unknown key"),
         ("+trainer.max_epoch=3", "trainer.max_epoch", "max_epochs"),
-        ("trainer.max_epochs=abc", "trainer.max_epochs", "Integer"),
+        ("trainer.max_epochs=abc", "trainer.max_epochs", "expected a whole number or auto but got 'abc'"),
+        (
+            "further_training.epochs=1.5",
+            "further_training.epochs",
+            "expected a whole number or auto but got 1.5",
+        ),
+        ("further_training.epochs=0", "further_training.epochs", "at least 1"),
         ("trainer.max_epochs=-1", "trainer.max_epochs", "at least 0"),
         ("dataset=csv", "dataset.path", "must be given"),
         ("dataset=concrete dataset.path=/nowhere.txt", "dataset.path", "no such file: /nowhere.txt"),

@@ -138,6 +138,7 @@ def test_what_is_in_the_store_is_not_made_again_and_gives_the_same_bytes(
     audit(question, settings, Resources(store)).save(tmp_path / "first")
     monkeypatch.setattr("fimo.audit.screen.adjoints", None)
     monkeypatch.setattr("fimo.engine.driver.advance", None)
+    monkeypatch.setattr("fimo.audit.audit.suspects", None)
     audit(question, settings, Resources(store)).save(tmp_path / "again")
     assert same(tmp_path / "first", tmp_path / "again")
 
@@ -218,6 +219,8 @@ def test_half_as_many_more_rows_are_verified_as_are_of_interest() -> None:
 def test_no_round_is_begun_that_would_end_too_late() -> None:
     found = audit(asked(), Settings(top=10, seeds=40, minutes=1e-6, act=False), Resources())
     assert found.summary["seeds"] == [0, 1, 2]
+    assert "suspects" not in found.summary
+    assert found.rows["suspect_q"].isna().all()
 
 
 def test_scores_are_trimmed_means_with_their_errors() -> None:

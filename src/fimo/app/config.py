@@ -45,7 +45,7 @@ class Trainer:
     Those that apply to further training too are :data:`fimo.app.trainer_arguments.OF_BOTH`.
     """
 
-    max_epochs: int = 100
+    max_epochs: Any = "auto"
     accelerator: str = "cpu"
     devices: Any = 1
     strategy: str = "auto"
@@ -62,7 +62,7 @@ class FurtherTraining:
     optimizer: str = "sgd"
     lr: float = 0.01
     batch_size: int = 32
-    epochs: int | None = None
+    epochs: Any = "auto"
     steps: int | None = None
     leave_out: str = "shift"
     evaluate_every: Any = "epoch"

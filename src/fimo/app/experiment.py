@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from fimo.app.amounts import settle_amounts
 from fimo.app.audit_report import write_audit
 from fimo.app.audited import audited, settings_of
 from fimo.app.build import (
@@ -169,6 +170,7 @@ def prepare(config: DictConfig, journal: Journal) -> Prepared:
         InputError: naming the key at fault.
     """
     data = build_data(config)
+    settle_amounts(config, data)
     plan = Plan.of(config, data)
     check_evaluation(config, len(plan.seeds))
     with_validation_part(data, plan.test, config)

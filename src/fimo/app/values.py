@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fimo.app import wandb_artifacts
+from fimo.app.amounts import check_amounts
 from fimo.app.definitions import arguments
 from fimo.engine.settings import LEAVE_OUT_RULES, OPTIMIZERS, RANGES, SCHEDULES, check_range
 from fimo.errors import InputError, nearest
@@ -31,7 +32,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 SMALLEST = {
     "model.seeds": 1,
-    "trainer.max_epochs": 0,
     "threads": 1,
     "seed": 0,
     "evaluation.bootstrap": 0,
@@ -71,6 +71,7 @@ def check_values(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and not value >= least:
             raise InputError(key, f"expected at least {least} but got {value}")
+    check_amounts(config)
     for name in ("momentum", "weight_decay"):
         check_range(f"model.{name}", config.model[name])
     for name in RANGES:

@@ -19,6 +19,8 @@ from fimo.audit.suspects import Suspects, inapplicable, suspects
 from fimo.audit.tables import pairs_of, rows_of
 from fimo.audit.verify import verify
 from fimo.further_training.seeds import other_seeds
+from fimo.store.files import read_tensors, write_tensors
+from fimo.store.fingerprint import Key, kept, suspects_key
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +42,10 @@ def audit(question: Question, settings: Settings, resources: Resources) -> Audit
         with _stage("verify", seconds):
             question = resolved(question, screened, resources)
             verified = verify(question, screened, settings, resources)
-    with _stage("suspects", seconds):
-        suspicious = suspected(question)
+    suspicious = None
+    if _there_is_time("suspects", settings, seconds):
+        with _stage("suspects", seconds):
+            suspicious = suspected(question, resources)
     findings = Findings(question, settings, screened, verified, suspicious, seconds)
     acted = Acted()
     if acts and verified is not None:
@@ -50,35 +54,47 @@ def audit(question: Question, settings: Settings, resources: Resources) -> Audit
     return Audit(rows_of(findings), pairs_of(findings), summary=summary, **acted.tables)
 
 
-def suspected(question: Question) -> Suspects | None:
-    """Return which rows' targets are probably wrong; None, with a word in the log, where none can tell."""
-    if (why := inapplicable(question.final_model, question.train)) is not None:
+def suspected(question: Question, resources: Resources) -> Suspects | None:
+    """Return which rows' targets are probably wrong, from the store where they are there.
+
+    None, with a word in the log, where none can tell.
+    """
+    model, train = question.final_model, question.train
+    if (why := inapplicable(model, train)) is not None:
         log.info("no wrong targets are looked for: %s", why)
         return None
-    return suspects(question.final_model, question.train, question.protocol)
+
+    def key() -> Key:
+        return suspects_key(resources.described(model, train), question.protocol)
+
+    with kept(resources.store, "suspects", key) as folder:
+        path = folder / "suspects"
+        if not path.exists():
+            write_tensors(path, suspects(model, train, question.protocol).tensors())
+        return Suspects.of_tensors(read_tensors(path))
 
 
 def act(acting: Acting, seconds: dict[str, float]) -> Acted:
     """Go through the stages after verification, while there is time."""
-    question, minutes = acting.findings.question, acting.findings.settings.minutes
+    question, settings = acting.findings.question, acting.findings.settings
     found = Acted(cleaned=acting.cleaned(), removed=acting.removed)
-
-    def there_is_time(name: str) -> bool:
-        if minutes is None or sum(seconds.values()) < 60 * minutes:
-            return True
-        log.warning("no %s: audit.minutes=%g are over", name, minutes)
-        return False
-
-    if question.tests and there_is_time("answers"):
+    if question.tests and _there_is_time("answers", settings, seconds):
         with _stage("answers", seconds):
             found = replace(found, answers=acting.answers())
-    if question.judged and there_is_time("proof of cleaning"):
+    if question.judged and _there_is_time("proof of cleaning", settings, seconds):
         with _stage("proof", seconds):
             found = replace(found, proof=acting.proof())
-    if there_is_time("groups"):
+    if _there_is_time("groups", settings, seconds):
         with _stage("groups", seconds):
             found = replace(found, groups=acting.groups())
     return found
+
+
+def _there_is_time(name: str, settings: Settings, seconds: dict[str, float]) -> bool:
+    if settings.minutes is None or sum(seconds.values()) < 60 * settings.minutes:
+        return True
+    log.warning("no %s: audit.minutes=%g are over", name, settings.minutes)
+    return False
 
 
 @contextmanager

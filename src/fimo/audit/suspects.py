@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -58,6 +59,19 @@ class Suspects:
         what = "a target's distance from what is expected" if of_values else "the log-odds against its label"
         who = ["networks"] * (self.forest < 1) + ["a random forest"] * (self.forest > 0)
         return f"{what}, by {' and '.join(who)} that did not see the row"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all of it as tensors by name; see :meth:`of_tensors`."""
+        whole = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            n: v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for n, v in whole.items()
+        }
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Suspects:
+        """Return what :meth:`tensors` are of."""
+        numbers = {name: float(tensors[name]) for name in ("share", "forest")}
+        return cls(**{**tensors, **numbers})  # type: ignore[arg-type]
 
     def within(self, rate: float = 0.1) -> Tensor:
         """Return the indices of the longest list with at most this false discovery rate, the first first."""

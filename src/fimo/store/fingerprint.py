@@ -169,6 +169,12 @@ def adjoint_key(
     return Key(parts, f"{problem.about}, {len(weight)} adjoints of seed {seed}, {_protocol(protocol)}")
 
 
+def suspects_key(problem: Problem, protocol: Protocol) -> Key:
+    """Return what it depends on which rows' targets are taken to be wrong."""
+    parts = {**problem.parts, "protocol": protocol.key(), **computed_by("fimo.audit.suspects")}
+    return Key(parts, f"{problem.about}, suspects")
+
+
 def scores_key(
     problem: Problem,
     test: Instances,
