@@ -249,8 +249,9 @@ def scored(
         scores.save(journal.folder / "scores" / f"{name}.safetensors")
         return scores
 
-    for name in run.methods:
-        scores = journal.tried(name, partial(score, name), only=len(run.methods) == 1)
+    count = len(run.methods)
+    for k, name in enumerate(run.methods, 1):
+        scores = journal.tried(name, partial(score, name), (k, count), only=count == 1)
         if scores is not None:
             found[name] = scores
             if told is not None:
@@ -267,8 +268,8 @@ def judged(run: Run, tasks: Mapping[str, Task], journal: Journal) -> dict[str, p
     def judge(task: Task, cost: Cost) -> pd.DataFrame | Sensitivity:
         return task(dataclasses.replace(run, cost=cost))
 
-    for name, task in tasks.items():
-        finding = journal.tried(name, partial(judge, task))
+    for k, (name, task) in enumerate(tasks.items(), 1):
+        finding = journal.tried(name, partial(judge, task), (k, len(tasks)))
         if finding is not None:
             found[name] = finding
     return found

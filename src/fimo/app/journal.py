@@ -51,11 +51,14 @@ class Journal:
             yield cost
         self.costs.append(cost)
 
-    def tried(self, name: str, make: Callable[[Cost], Result], only: bool = False) -> Result | None:
+    def tried(
+        self, name: str, make: Callable[[Cost], Result], place: tuple[int, int], only: bool = False
+    ) -> Result | None:
         """Return a stage's result; None where it failed, which does not take the others with it.
 
         Args:
-            only: there are no others.
+            place: the how many-th of how many such stages it is, for the log.
+            only: its failure is the run's.
 
         Raises:
             OSError: a full disk fails everything that follows too.
@@ -73,7 +76,7 @@ class Journal:
             log.error("%s failed: %s", name, problem)
             self.skipped[name] = f"failed: {problem}"
             return None
-        log.info("%s: %.1f s", name, cost.seconds)
+        log.info("%s: %.1f s (%d of %d)", name, cost.seconds, *place)
         self.log.log({f"method/{name}/seconds": cost.seconds})
         return found
 
