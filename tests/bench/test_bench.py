@@ -175,10 +175,13 @@ def test_a_setting_of_ones_own_is_a_file(tmp_path: Path, capsys) -> None:
     preset = tmp_path / "experiment" / "bench" / "tiny.yaml"
     preset.parent.mkdir(parents=True)
     lines = ["# @package _global_", "# Benchmark: mine", "defaults: [override /dataset: diabetes]"]
-    preset.write_text("\n".join([*lines, "further_training: {seeds: 2, left_out: 3, epochs: 1}"]))
+    lines += ["further_training: {seeds: 2, left_out: 3, epochs: 1}", "trainer: {max_epochs: auto}"]
+    preset.write_text("\n".join(lines))
     common = ["--folder", f"{tmp_path}/made", "--config-dir", str(tmp_path)]
-    assert main(["make", "tiny/adam", *common, "--store", f"{tmp_path}/store", "--models", "1"]) == 0
+    making = ["make", "tiny/adam", *common, "--store", f"{tmp_path}/store", "--models", "1"]
+    assert main(making) == main(making) == 0
     assert load("tiny/adam", tmp_path / "made").card["about"] == "mine"
+    assert ", 100 epochs" in (tmp_path / "made" / "tiny" / "adam" / "README.md").read_text()
     capsys.readouterr()
     assert main(["list", "tiny", *common]) == 0
     printed = capsys.readouterr().out.splitlines()

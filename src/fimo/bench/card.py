@@ -124,7 +124,7 @@ def facts(card: Mapping[str, Any]) -> dict[str, str]:
         "prepared with": ", ".join(f"`{k}={v}`" for k, v in own.items() if v not in (None, [], 0)),
         "network": f"`{model['network']['_target_']}`, {model['parameters']:,} parameters{part}",
         "final models": f"seeds {final_models}: {config['model']['optimizer']}, learning rate "
-        f"{config['model']['lr']:g}, {config['trainer']['max_epochs']} epochs",
+        f"{config['model']['lr']:g}, {model['epochs']} epochs",
         "further training": f"{protocol['optimizer']}, learning rate {protocol['lr']:g}, "
         f"batches of {protocol['batch_size']}, {amount}",
         "left out": f"{card['left_out']} training instances, by the rule `{protocol['leave_out']}`",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -103,7 +104,7 @@ def make_final_model(setting: Setting, seed: int, making: Making) -> None:
     if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise InputError("trainer.accelerator", "it is for a GPU, and none is here")
     began = time.monotonic()
-    trained = Trained.of(config)
+    trained = Trained.of(copy.deepcopy(config))  # which gets numbers where it says auto
     with measured("further_training") as cost:
         truth = with_rows(trained.run.gold_standard(cost), trained.run.data)
     check_finite(truth.sensitivity)

@@ -67,6 +67,7 @@ class Trained:
             "measurement": OmegaConf.to_container(config.model)["measurement"],  # type: ignore[index, call-overload]
             "trainable": list(config.model.trainable),
             "trained_part": cut,
+            "epochs": config.trainer.max_epochs,
             "parameters": run.final_model.size,
         }
         known = dataclasses.replace(run.final_model, accept_poor=True)  # not judged again
