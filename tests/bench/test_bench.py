@@ -178,7 +178,7 @@ def test_a_setting_of_ones_own_is_a_file(tmp_path: Path, capsys) -> None:
     lines += ["further_training: {seeds: 2, left_out: 3, epochs: 1}", "trainer: {max_epochs: auto}"]
     preset.write_text("\n".join(lines))
     common = ["--folder", f"{tmp_path}/made", "--config-dir", str(tmp_path)]
-    making = ["make", "tiny/adam", *common, "--store", f"{tmp_path}/store", "--models", "1"]
+    making = ["make", "tiny/adam", *common, "--store", f"{tmp_path}/kept", "--models", "1"]
     assert main(making) == main(making) == 0
     assert load("tiny/adam", tmp_path / "made").card["about"] == "mine"
     assert ", 100 epochs" in (tmp_path / "made" / "tiny" / "adam" / "README.md").read_text()
