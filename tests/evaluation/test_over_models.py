@@ -55,21 +55,28 @@ def test_the_parts_sum_to_the_variance_of_a_mean_drawn_anew() -> None:
     found = variance_components(spreads_of(values))
     torch.testing.assert_close(found.mean, values.mean((1, 2, 3)))
     parts = {name: sd**2 for name, sd in SDS.items()}
-    expected = {
-        "models": parts["models"] / 4,
-        "seeds": parts["seeds"] / 12,
-        "tests": parts["tests"] / 6,
-        "interactions": parts["models_tests"] / 24 + parts["seeds_tests"] / 72,
-    }
-    assert sum(expected.values()) == pytest.approx(float(found.mean.var()), rel=0.03)
     exact = module.VarianceComponents(
         **{name: torch.tensor([value]) for name, value in parts.items()},
         mean=torch.zeros(1),
         counts=(4, 3),
         defined=torch.tensor([6]),
-    )
-    for name, value in exact.of_mean().items():
-        assert float(value) == pytest.approx(expected[name])
+    ).of_mean()
+    expected = {
+        "models": parts["models"] / 4 + parts["models_tests"] / 24,
+        "seeds": parts["seeds"] / 12 + parts["seeds_tests"] / 72,
+        "tests": parts["tests"] / 6,
+    }
+    assert {name: float(value) for name, value in exact.items()} == pytest.approx(expected)
+    assert sum(expected.values()) == pytest.approx(float(found.mean.var()), rel=0.03)
+
+
+def test_the_parts_of_models_and_seeds_are_the_squared_standard_error_over_final_models() -> None:
+    values = drawn(4, 3, 6, repeats=200)
+    parts = variance_components(spreads_of(values)).of_mean()
+    squared = values.mean((2, 3)).var(-1) / 4
+    whole = parts["models"] > 0
+    assert whole.sum() > 50
+    torch.testing.assert_close((parts["models"] + parts["seeds"])[whole], squared[whole])
 
 
 def test_mean_squares_are_those_of_a_plain_analysis_of_variance() -> None:
@@ -103,7 +110,7 @@ def test_with_one_seed_its_part_is_counted_with_the_final_models() -> None:
     assert float(found.models.mean()) == pytest.approx(together, rel=0.05)
     parts = found.of_mean()
     assert parts["seeds"].isnan().all()
-    assert parts["interactions"].isfinite().all()
+    torch.testing.assert_close(parts["models"], values.mean((2, 3)).var(-1) / 4)
 
 
 def test_the_spread_over_seeds_is_that_of_agreements_measured_again_with_other_seeds() -> None:

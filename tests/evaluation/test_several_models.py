@@ -81,7 +81,6 @@ def test_the_better_method_comes_first_whatever_their_order() -> None:
 
 
 def test_the_parts_of_the_variance_are_those_that_the_means_over_final_models_show() -> None:
-    """V_M, the variance between final models, is K times all parts but that of the test instances."""
     each = evaluations(models=4)
     found = over_models(each)
     assert list(found.variance) == VARIANCE
@@ -89,10 +88,10 @@ def test_the_parts_of_the_variance_are_those_that_the_means_over_final_models_sh
     row = found.variance[(found.variance.method == "poor") & (found.variance.metric == "cosine")].iloc[-1]
     table = torch.stack([e.instances["poor", "cosine", 6][-1] for e in each]).double()
     between = float(table.mean(1).var())
-    k, s, j = 4, 6, 5
-    whole = row.variance_models + row.variance_seeds / s + row.variance_models_tests / j
-    assert whole + row.variance_seeds_tests / (s * j) == pytest.approx(between)
-    assert row.part_models == pytest.approx(max(0.0, row.variance_models) / k)
+    seeds = (row.variance_seeds + row.variance_seeds_tests / 5) / 6
+    assert row.variance_models + row.variance_models_tests / 5 + seeds == pytest.approx(between)
+    assert row.part_models + row.part_seeds == pytest.approx(between / 4)
+    assert row.part_seeds == pytest.approx(seeds / 4)
     assert (row.final_models, row.seeds, row.tests) == (4, 6, 5)
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fimo.reporting import AuditRun, write_audit_report, write_report
+from fimo.reporting import AuditRun, write_audit_report, write_models_report, write_report
 from tests.reporting.audit_example import example_run
 from tests.reporting.example import example, example_tasks, show_text
+from tests.reporting.test_models_report import several
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -116,6 +117,33 @@ def test_tabs_of_several_runs_are_drawn_when_opened_and_text_stays_text(tmp_path
     assert answer["opened"]
     assert answer["traces"] > 4
     assert answer["sentence"].startswith("<script>alert(")
+
+
+def test_every_figure_and_table_of_several_final_models_is_drawn(tmp_path: Path) -> None:
+    answer, console = visit(
+        write_models_report(several(), tmp_path / "report.html"),
+        """
+        document.querySelector('[data-metric="pearson"]').click();
+        const drawn = Array.from(document.querySelectorAll(".plot[data-figure]"))
+          .filter((e) => !e.closest("figure").hidden)
+          .map((e) => [e.dataset.figure, e.querySelectorAll(".trace, .hm, .point").length]);
+        const inside = (e) => e.querySelector(".main-svg").getBoundingClientRect().height <= e.clientHeight + 1;
+        return {
+          drawn: Object.fromEntries(drawn),
+          inside: Array.from(document.querySelectorAll(".plot.by-row")).map(inside),
+          methods: document.querySelectorAll('[data-methods="0"] tbody tr').length,
+          rows: document.querySelectorAll('.data[data-run="0"] tbody tr').length,
+        };
+        """,
+    )
+    assert console == ""
+    assert {"agreement", "each", "beats", "parts", "datamodeling", "removal", "mislabelled"} <= set(
+        answer["drawn"]
+    )
+    assert all(traces > 0 for name, traces in answer["drawn"].items() if name not in ("seeds", "cost"))
+    assert answer["inside"] == [True] * 3
+    assert answer["methods"] == 2
+    assert answer["rows"] == 15
 
 
 def test_an_audit_s_tables_sort_search_filter_and_download(tmp_path: Path) -> None:

@@ -122,26 +122,28 @@ class VarianceComponents:
     counts: tuple[int, int]
     defined: Tensor
 
+    @property
+    def between_models(self) -> Tensor:
+        """Variance ``[...]`` between final models of their mean over these test instances, without seeds'."""
+        return self.models + self.models_tests / self.defined
+
+    @property
+    def between_seeds(self) -> Tensor:
+        """Variance ``[...]`` between seeds of a final model of their mean over these test instances."""
+        return self.seeds + self.seeds_tests / self.defined
+
     def of_mean(self) -> dict[str, Tensor]:
         """Return the variance ``[...]`` of the mean agreement, by what it comes from.
 
-        ``models`` is K times, ``seeds`` KS times and ``tests`` J times smaller than the component;
-        ``interactions`` are the other two, KJ and KSJ times smaller. Each says what more final models, more
-        seeds or more test instances would gain; their sum is the variance of the mean if all three were
-        drawn anew. Negative estimates count as zero.
+        ``models`` is :attr:`between_models` over K and ``seeds`` :attr:`between_seeds` over KS: together the
+        squared standard error over final models, for these test instances. ``tests`` is what other test
+        instances would add, their component over J. A negative estimate counts as zero.
         """
         models, seeds = self.counts
-
-        def part(component: Tensor, count: int | Tensor) -> Tensor:
-            return component.clamp(min=0.0) / count
-
-        own = self.seeds_tests if seeds > 1 else torch.zeros_like(self.models_tests)
         return {
-            "models": part(self.models, models),
-            "seeds": part(self.seeds, models * seeds),
-            "tests": part(self.tests, self.defined),
-            "interactions": part(self.models_tests, models * self.defined)
-            + part(own, models * seeds * self.defined),
+            "models": self.between_models.clamp(min=0.0) / models,
+            "seeds": self.between_seeds.clamp(min=0.0) / (models * seeds),
+            "tests": self.tests.clamp(min=0.0) / self.defined,
         }
 
 

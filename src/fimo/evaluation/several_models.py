@@ -26,7 +26,7 @@ PAIRS = [
 VARIANCE = [
     "metric", "step", "epoch", "method", "mean", "final_models", "seeds", "tests",
     "variance_models", "variance_seeds", "variance_tests", "variance_models_tests", "variance_seeds_tests",
-    "part_models", "part_seeds", "part_tests", "part_interactions",
+    "part_models", "part_seeds", "part_tests",
 ]  # fmt: skip
 
 

@@ -89,7 +89,9 @@ def last_figure(runs: Sequence[Results], metric: str) -> go.Figure:
     axes(figure, metric, "")
     figure.update_yaxes(categoryorder="array", categoryarray=order, zeroline=False, dtick=1)
     figure.update_xaxes(zeroline=True)
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
+    figure.update_layout(
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}, meta={"rows": len(order)}
+    )
     return figure
 
 

@@ -25,7 +25,6 @@ PARTS = {
     "part_models": "final models",
     "part_seeds": "seeds of further training",
     "part_tests": "test instances",
-    "part_interactions": "their interactions",
 }
 """Columns of ``evaluation_variance.csv`` that sum to the variance of the mean agreement."""
 
@@ -111,6 +110,12 @@ def parts(run: ModelsRun, metric: str) -> pd.DataFrame:
     return ordered
 
 
+def between_models(table: pd.DataFrame) -> pd.Series:
+    """Return the standard deviation between final models, without the noise of seeds, by method."""
+    variance = table["part_models"] * table["final_models"]
+    return variance.clip(lower=0.0) ** 0.5
+
+
 def _about(run: ModelsRun) -> str:
     combined, seeds = run.combined, list(run.models)
     facts = [combined.name, f"trained with seeds {listed(list(map(str, seeds)))}"]
@@ -178,8 +183,8 @@ def _variance(run: ModelsRun) -> list[str]:
         return []
     name, shares = found
     said = [f"{shares[column]:.0%} from {what}" for column, what in PARTS.items()]
-    spread = parts(run, run.combined.metrics[0])["variance_models"].iloc[0]
-    between = f" Between final models its standard deviation is {max(0.0, spread) ** 0.5:.2f}."
+    deviation = between_models(parts(run, run.combined.metrics[0])).iloc[0]
+    between = f" Between final models its standard deviation is {deviation:.2f}."
     return [f"The variance of {name}'s mean agreement is {', '.join(said[:-1])} and {said[-1]}.{between}"]
 
 
@@ -188,7 +193,7 @@ def _advice(run: ModelsRun) -> list[str]:
     if (found := _shares(run)) is not None:
         column = str(found[1].idxmax())
         numbers = {"models": 2 * len(run.models), "seeds": 2 * run.seeds}
-        said += [MORE[column].format(**numbers)] if column in MORE else []
+        said.append(MORE[column].format(**numbers))
     said.append(f"Each final model's own rows, scores and report are in {FOLDER}/SEED.")
     return said
 

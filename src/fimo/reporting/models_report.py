@@ -10,16 +10,25 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from fimo.reporting.curves import drawn_tasks, figure_of_task
 from fimo.reporting.findings import at_last_point, label
 from fimo.reporting.flat import flat
 from fimo.reporting.html_page import decimals, write_page
 from fimo.reporting.interactive import all_figures
 from fimo.reporting.measured_rows import measured_rows
-from fimo.reporting.models_answer import PARTS, models_answer, parts, probabilities, ranked
+from fimo.reporting.models_answer import (
+    PARTS,
+    SAME,
+    between_models,
+    models_answer,
+    parts,
+    probabilities,
+    ranked,
+)
 from fimo.reporting.models_run import FOLDER, ModelsRun
 from fimo.reporting.panels import Palette, axes
 from fimo.reporting.report import rows_table
-from fimo.reporting.style import OTHER, PALETTE
+from fimo.reporting.style import PALETTE
 from fimo.reporting.tables import Column, table
 
 FACTS = {
@@ -57,6 +66,7 @@ def write_models_report(run: ModelsRun, path: str | Path) -> Path:
         seeds=run.seeds,
         tests=len(combined.sensitivity.test),
         epochs=int(combined.sensitivity.epoch[-1]),
+        curves={figure_of_task(task): curve.caption for task, curve in drawn_tasks([combined]).items()},
         facts=[FACTS[name] for name in known],
         models=[model_line(run, seed, known) for seed in run.models],
         cost=combined.cost.to_dict("records"),
@@ -115,7 +125,7 @@ def each_figure(run: ModelsRun, metric: str) -> go.Figure:
     axes(figure, metric, "")
     figure.update_yaxes(autorange="reversed", zeroline=False, dtick=1)
     figure.update_xaxes(zeroline=True)
-    figure.update_layout(showlegend=False, height=90 + 24 * len(last))
+    figure.update_layout(showlegend=False, meta={"rows": len(last)})
     return figure
 
 
@@ -144,7 +154,7 @@ def beats_figure(run: ModelsRun, metric: str) -> go.Figure:
     axes(figure, "", "")
     figure.update_yaxes(autorange="reversed", zeroline=False, dtick=1)
     figure.update_xaxes(dtick=1, tickangle=-45)
-    figure.update_layout(height=170 + 24 * len(names))
+    figure.update_layout(meta={"rows": len(names) + 3})
     return figure
 
 
@@ -158,7 +168,7 @@ def parts_figure(run: ModelsRun, metric: str) -> go.Figure:
                 x=shown[column].fillna(0.0),
                 orientation="h",
                 name=name,
-                marker={"color": OTHER if column == "part_interactions" else PALETTE[position]},
+                marker={"color": PALETTE[position]},
                 hovertemplate="%{x:.2g}<extra>%{y}, " + name + "</extra>",
             )
     axes(figure, f"variance of the mean {metric}", "")
@@ -166,7 +176,7 @@ def parts_figure(run: ModelsRun, metric: str) -> go.Figure:
     figure.update_xaxes(exponentformat="power")
     figure.update_layout(
         barmode="stack",
-        height=120 + 24 * len(shown),
+        meta={"rows": len(shown) + 1},
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
     )
     return figure
@@ -177,7 +187,7 @@ def methods_table(run: ModelsRun) -> dict[str, Any]:
     combined, first = run.combined, ranked(run)
     order = list(first["method"])
     last = {m: at_last_point(combined, m).set_index("method").loc[order] for m in combined.metrics}
-    spread = parts(run, combined.metrics[0])["variance_models"].clip(lower=0.0) ** 0.5
+    spread = between_models(parts(run, combined.metrics[0]))
     seconds = dict(zip(combined.cost["stage"], combined.cost["seconds"], strict=True))
     access = dict(zip(combined.evaluation["method"], combined.evaluation["access"], strict=True))
     palette = Palette([combined]).color
@@ -195,7 +205,7 @@ def methods_table(run: ModelsRun) -> dict[str, Any]:
         Column("final models", "text", ends, "lowest and highest agreement of one, by the first measure"),
         Column(
             "between them", "number", [_known(spread.get(m)) for m in order],
-            "standard deviation between final models, without the noise of seeds and test instances",
+            "standard deviation between final models on these test instances, without the noise of seeds",
         ),
         Column("beats the next", "text", [_percent(p) for p in first["beats_next"]], "on average"),
         Column("on another", "text", [_percent(p) for p in first["another"]], "on one more final model"),
@@ -221,7 +231,9 @@ def model_line(run: ModelsRun, seed: int, facts: list[str]) -> dict[str, Any]:
 
 
 def _percent(probability: float | None) -> str | None:
-    return None if probability is None or probability != probability else f"{probability:.0%}"
+    if probability is None or probability != probability:
+        return None
+    return "the same" if probability == SAME else f"{probability:.0%}"
 
 
 def _known(value: float | None) -> float | None:

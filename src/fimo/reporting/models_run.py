@@ -17,13 +17,16 @@ from fimo.data.reading import EXACT
 from fimo.errors import InputError
 from fimo.evaluation.several_models import SeveralModels
 from fimo.further_training.sensitivity import Sensitivity
-from fimo.reporting.results import SEVERAL, Results, read_config
+from fimo.reporting.results import SEVERAL, Results, read_config, task_file
 from fimo.store.files import written_aside
 
 FOLDER = "final_models"
 """Of a run's folder: a folder for each final model, by its seed."""
 
 EACH = "evaluation_models.csv"
+
+VALUES = ("mean", "sem", "ceiling", "ceiling_lower", "chance", "final_models", "sem_models")
+"""Columns of further evaluations' tables that are no part of what tells rows apart."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,8 @@ class ModelsRun:
             bootstrap=None,
             slopes=None,
             distance=_distances(runs, order),
-            tasks={},
-            curves={},
+            tasks=(tasks := _tasks(runs)),
+            curves={task: curve for task, curve in first.curves.items() if task in tasks},
             folder=None,
         )
         each = several.each.assign(seed=several.each["model"].map(dict(enumerate(order))))
@@ -101,6 +104,9 @@ class ModelsRun:
         """Write what a run's folder holds besides the evaluation's tables and the single final models."""
         with written_aside(folder / EACH) as path:
             self.each.to_csv(path, index=False)
+        for task, table in self.combined.tasks.items():
+            with written_aside(task_file(folder, task)) as path:
+                table.to_csv(path, index=False)
         about = {
             "final_models": [{"seed": seed, **facts} for seed, facts in self.models.items()],
             "notes": list(self.combined.warnings),
@@ -181,6 +187,27 @@ def _without_predictions(run: Results) -> Any:
         split: {i: dataclasses.replace(d, prediction=None, loss=None) for i, d in shown.items()}
         for split, shown in run.shown.items()
     }
+
+
+def _tasks(runs: Sequence[Results]) -> dict[str, pd.DataFrame]:
+    """Return further evaluations of final models as means, ``sem`` over final models.
+
+    Tables whose rows are not the same with every final model are in the single final models' folders only.
+    """
+    found = {}
+    for task in runs[0].tasks:
+        tables = [run.tasks[task] for run in runs if task in run.tasks]
+        table = pd.concat(tables)
+        keys = [column for column in tables[0] if column not in VALUES]
+        rows = table.groupby(keys, sort=False, dropna=False)
+        if len(tables) < len(runs) or (rows.size() != len(runs)).any():
+            continue
+        values = [column for column in tables[0] if column in VALUES]
+        means = rows[values].mean().assign(sem=rows["mean"].sem(), final_models=len(runs))
+        found[task] = means.reset_index()[
+            [*tables[0], *([] if "final_models" in values else ["final_models"])]
+        ]
+    return found
 
 
 def _distances(runs: Sequence[Results], seeds: Sequence[int]) -> pd.DataFrame | None:

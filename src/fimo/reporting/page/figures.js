@@ -40,7 +40,9 @@ function draw(element) {
   const traces = chosen.data.map((t) => (hidden.has(t.legendgroup || t.name) ? { ...t, visible: "legendonly" } : t));
   const layout = themed(chosen.layout);
   if (element.closest(".pair") && run !== "comparison") layout.showlegend = false; // the large figure above has it
-  if (figure === "last") element.style.setProperty("--rows", layout.yaxis.categoryarray.length);
+  const rows = layout.meta?.rows;
+  element.classList.toggle("by-row", Boolean(rows));
+  if (rows) element.style.setProperty("--rows", rows);
   Plotly.react(element, traces, narrowed(layout, element), settings);
 }
 
