@@ -127,7 +127,8 @@ def test_every_figure_and_table_of_several_final_models_is_drawn(tmp_path: Path)
         const drawn = Array.from(document.querySelectorAll(".plot[data-figure]"))
           .filter((e) => !e.closest("figure").hidden)
           .map((e) => [e.dataset.figure, e.querySelectorAll(".trace, .hm, .point").length]);
-        const inside = (e) => e.querySelector(".main-svg").getBoundingClientRect().height <= e.clientHeight + 1;
+        const height = (e) => e.querySelector(".main-svg").getBoundingClientRect().height;
+        const inside = (e) => height(e) <= e.clientHeight + 1;
         return {
           drawn: Object.fromEntries(drawn),
           inside: Array.from(document.querySelectorAll(".plot.by-row")).map(inside),

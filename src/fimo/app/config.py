@@ -28,7 +28,7 @@ class Model:
     loss: Any = "auto"
     measurement: Any = None
     trainable: list[str] = field(default_factory=list)
-    checkpoint: str | None = None
+    checkpoint: Any = None
     seeds: int = 1
     accept_poor: bool = False
     training: str = "auto"

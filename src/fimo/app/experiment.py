@@ -37,7 +37,7 @@ from fimo.app.loggers import about, logged
 from fimo.app.plan import Plan
 from fimo.app.run import Run
 from fimo.app.scoring import applicable
-from fimo.app.several_models import Studied, study_models
+from fimo.app.several_models import Studied, final_models, study_models
 from fimo.app.show import shown
 from fimo.app.summary import summarise, with_findings
 from fimo.app.trainers import build_trainer, further_training_settings, training_code, training_settings
@@ -84,7 +84,7 @@ def run_experiment(config: DictConfig, run_dir: Path) -> float:
 
 def run_stages(config: DictConfig, journal: Journal) -> float:
     """Run all stages, of one final model or of each; see :func:`run_experiment`."""
-    if config.model.seeds > 1:
+    if len(final_models(config)) > 1:
         several = study_models(config, journal, partial(one_model, one_of_several=True))
         table = None if several is None else several.table
     else:

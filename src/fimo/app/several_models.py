@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,6 +18,7 @@ from fimo.errors import InputError
 from fimo.evaluation import Evaluation
 from fimo.evaluation.several_models import SeveralModels, over_models
 from fimo.live.part_log import PartLog
+from fimo.reporting.flat import flat
 from fimo.reporting.models_answer import models_answer
 from fimo.reporting.models_run import FOLDER, ModelsRun, only_means
 from fimo.reporting.results import Results
@@ -38,9 +38,9 @@ class Studied:
 def study_models(
     config: DictConfig, journal: Journal, study: Callable[[DictConfig, Journal], Studied | None]
 ) -> SeveralModels | None:
-    """Study final models of seeds ``seed``, ``seed + 1``, …, and put together how methods are judged by them.
+    """Study several final models, and put together how methods are judged by them.
 
-    Each final model's study writes what a run of its seed alone would write, into ``final_models/SEED``;
+    Each final model's study writes what a run of it alone would write, into a folder of ``final_models``;
     what is expensive about it is in the store, so that a killed run goes on.
 
     Args:
@@ -52,19 +52,18 @@ def study_models(
     Raises:
         InputError: of a final model, which its message names.
     """
-    seeds = list(range(config.seed, config.seed + config.model.seeds))
     results: dict[int, Results] = {}
     evaluations: list[Evaluation] = []
-    for number, seed in enumerate(seeds):
-        said = f"final model {number + 1} of {len(seeds)}, seed={seed}"
+    models = final_models(config)
+    for number, (name, one) in enumerate(models.items()):
+        said = f"final model {number + 1} of {len(models)}, {one.model.checkpoint or f'seed={name}'}"
         log.info("%s", said)
-        folder = journal.folder / FOLDER / str(seed)
-        with _part(config, journal, seed, said, folder) as (one, part):
+        with _part(config, journal, f"{FOLDER}/{name}", one, said) as part:
             found = study(one, part)
         journal.costs.extend(part.costs)
         journal.skipped.update(part.skipped)
         if found is not None:
-            results[seed] = only_means(found.results)
+            results[name] = only_means(found.results)
             evaluations.append(found.evaluation)
     journal.costs[:] = added(journal.costs)
     if not evaluations:
@@ -80,20 +79,31 @@ def study_models(
     return several
 
 
+def final_models(config: DictConfig) -> dict[int, DictConfig]:
+    """Return the configuration of each final model alone, by its seed; of those given, by their position."""
+    model = {"seeds": 1}
+    if OmegaConf.is_list(config.model.checkpoint):
+        given = enumerate(config.model.checkpoint)
+        changes = {k: {"model": {**model, "checkpoint": file}} for k, file in given}
+    else:
+        seeds = range(config.seed, config.seed + config.model.seeds)
+        changes = {seed: {"seed": seed, "model": model} for seed in seeds}
+    merged = {name: OmegaConf.merge(config, change) for name, change in changes.items()}
+    return {name: one for name, one in merged.items() if isinstance(one, DictConfig)}
+
+
 @contextmanager
-def _part(
-    config: DictConfig, journal: Journal, seed: int, said: str, folder: Path
-) -> Iterator[tuple[DictConfig, Journal]]:
-    """Yield a final model's configuration and journal; its errors say which final model it is."""
-    one = OmegaConf.merge(config, {"seed": seed, "model": {"seeds": 1}})
-    assert isinstance(one, DictConfig)
+def _part(config: DictConfig, journal: Journal, name: str, one: DictConfig, said: str) -> Iterator[Journal]:
+    """Yield the journal of a final model's study, in a folder of this name; errors say which it is."""
+    folder = journal.folder / name
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     (folder / ".hydra" / "config.yaml").write_text(OmegaConf.to_yaml(one))
-    settings = {"seed": config.seed, "model.seeds": config.model.seeds}
-    own = PartLog(journal.log, folder, f"{FOLDER}/{seed}", settings)
+    whole = flat(plain(config))
+    settings = {key: whole[key] for key in whole if key == "seed" or key.startswith("model.")}
+    own = PartLog(journal.log, folder, name, settings)
     part = Journal(folder, log=own)
     try:
-        yield one, part
+        yield part
     except InputError as error:
         own.end("failed", in_a_line(error))
         raise InputError(error.key, f"{error.problem} ({said})") from error

@@ -46,7 +46,7 @@ FROM_SCRATCH = ("fimo.models.mlp.mlp", "fimo.models.resnet9.resnet9")
 NOT_ARGUMENTS = ("recommended", "validation_size")
 """Keys of ``dataset`` that are not its class's: the first is read by model and trainer."""
 
-FILES = ("dataset.path", "dataset.prompts", "model.checkpoint")
+FILES = ("dataset.path", "dataset.prompts")
 
 
 def check_values(config: DictConfig) -> None:
@@ -57,11 +57,14 @@ def check_values(config: DictConfig) -> None:
     """
     for key in FILES:
         path = OmegaConf.select(config, key)
-        if key == "model.checkpoint" and str(path).startswith(wandb_artifacts.WANDB):
-            wandb_artifacts.check_name(str(path))
-            require(key, WANDB)
-        elif path is not None and not Path(str(path)).exists():
+        if path is not None and not Path(str(path)).exists():
             raise InputError(key, f"no such file: {path}")
+    for name in checkpoints(config):
+        if name.startswith(wandb_artifacts.WANDB):
+            wandb_artifacts.check_name(name)
+            require("model.checkpoint", WANDB)
+        elif not Path(name).exists():
+            raise InputError("model.checkpoint", f"no such file: {name}")
     for key, allowed in CHOICES.items():
         value = OmegaConf.select(config, key)
         if value not in allowed:
@@ -100,22 +103,44 @@ def check_values(config: DictConfig) -> None:
     _check_packages(config)
 
 
+def checkpoints(config: DictConfig) -> list[str]:
+    """Return the final models that are given: none, one file, or several."""
+    given = config.model.checkpoint
+    if given is None:
+        return []
+    return list(map(str, given)) if OmegaConf.is_list(given) else [str(given)]
+
+
 def _check_final_models(config: DictConfig) -> None:
     """Refuse several final models where there can be one only."""
-    if config.model.seeds == 1:
+    given, seeds = checkpoints(config), config.model.seeds
+    if OmegaConf.is_list(config.model.checkpoint):
+        if len(given) < 2 or len(set(given)) < len(given):
+            raise InputError(
+                "model.checkpoint", f"expected a file, or several different ones but got {given}"
+            )
+        if seeds not in (1, len(given)):
+            raise InputError(
+                "model.seeds", f"{len(given)} final models are given, none of {seeds} is trained"
+            )
+        key, one = "model.checkpoint", "one file"
+    elif seeds > 1:
+        key, one = "model.seeds", "model.seeds=1"
+        if given:
+            raise InputError(
+                key, f"{seeds} final models are trained here, but model.checkpoint gives one ({one})"
+            )
+        if config.trainer.max_epochs == 0:
+            problem = (
+                "with trainer.max_epochs=0 nothing is trained, so final models would not differ by training"
+            )
+            raise InputError(key, problem)
+    else:
         return
-    if config.model.checkpoint is not None:
-        problem = "several final models are trained here; model.checkpoint is one (model.seeds=1)"
-        raise InputError("model.seeds", problem)
     if config.mode == "audit":
-        raise InputError(
-            "model.seeds", "an audit is of one final model (model.seeds=1); mode=study has several"
-        )
+        raise InputError(key, f"an audit is of one final model ({one}); mode=study has several")
     if config.until == "check":
-        raise InputError("model.seeds", "until=check checks one final model (model.seeds=1)")
-    if config.trainer.max_epochs == 0:
-        problem = "with trainer.max_epochs=0 nothing is trained, so final models would not differ by training"
-        raise InputError("model.seeds", problem)
+        raise InputError(key, f"until=check checks one final model ({one})")
 
 
 def _check_names(config: DictConfig) -> None:
@@ -146,9 +171,9 @@ def _check_packages(config: DictConfig) -> None:
 
 def _check_files(config: DictConfig) -> None:
     """Refuse a folder where a file is expected, and a file where a folder is."""
-    checkpoint = config.model.checkpoint
-    if checkpoint is not None and Path(str(checkpoint)).is_dir():
-        raise InputError("model.checkpoint", f"expected a file but {checkpoint} is a folder")
+    for checkpoint in checkpoints(config):
+        if Path(checkpoint).is_dir():
+            raise InputError("model.checkpoint", f"expected a file but {checkpoint} is a folder")
     if not config.store.strip():
         raise InputError("store", "expected a folder but got an empty name")
     store = Path(config.store)

@@ -68,7 +68,7 @@ def write_models_report(run: ModelsRun, path: str | Path) -> Path:
         epochs=int(combined.sensitivity.epoch[-1]),
         curves={figure_of_task(task): curve.caption for task, curve in drawn_tasks([combined]).items()},
         facts=[FACTS[name] for name in known],
-        models=[model_line(run, seed, known) for seed in run.models],
+        models=[model_line(run, name, known) for name in run.models],
         cost=combined.cost.to_dict("records"),
         config=flat(combined.config),
     )
@@ -111,7 +111,7 @@ def each_figure(run: ModelsRun, metric: str) -> go.Figure:
             y=[method] * len(each),
             mode="markers",
             marker={"size": 7, "color": color, "opacity": 0.55},
-            text=[f"seed {seed}" for seed in each["seed"]],
+            text=[f"final model {name}" for name in each["final_model"]],
             hovertemplate="%{text}: %{x:.3f}<extra>" + method + "</extra>",
         )
         figure.add_scatter(
@@ -216,14 +216,14 @@ def methods_table(run: ModelsRun) -> dict[str, Any]:
     return table(columns, "methods.csv", shown=30)
 
 
-def model_line(run: ModelsRun, seed: int, facts: list[str]) -> dict[str, Any]:
+def model_line(run: ModelsRun, name: int, facts: list[str]) -> dict[str, Any]:
     """Return what the table of final models says of one."""
-    each = run.each[(run.each["seed"] == seed) & (run.each["metric"] == run.combined.metrics[0])]
+    each = run.each[(run.each["final_model"] == name) & (run.each["metric"] == run.combined.metrics[0])]
     best: pd.Series = each.sort_values("mean", ascending=False, na_position="last").iloc[0]
     return {
-        "seed": seed,
-        "folder": f"{FOLDER}/{seed}",
-        "facts": [run.models[seed][name] for name in facts],
+        "name": name,
+        "folder": f"{FOLDER}/{name}",
+        "facts": [run.models[name][fact] for fact in facts],
         "ceiling": float(best["ceiling"]),
         "best": best["method"],
         "mean": float(best["mean"]),

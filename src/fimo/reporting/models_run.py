@@ -21,7 +21,7 @@ from fimo.reporting.results import SEVERAL, Results, read_config, task_file
 from fimo.store.files import written_aside
 
 FOLDER = "final_models"
-"""Of a run's folder: a folder for each final model, by its seed."""
+"""Of a run's folder: a folder for each final model, by its seed; of those given, by their position."""
 
 EACH = "evaluation_models.csv"
 
@@ -37,8 +37,8 @@ class ModelsRun:
         combined: all of them as one run: standard errors are over final models throughout, of agreements
             and of effects, whose "seeds" are the final models'; no method's scores.
         evaluation, pairs, variance: tables of :class:`~fimo.evaluation.several_models.SeveralModels`.
-        each: ``method,metric,seed,mean,ceiling`` after all further training; ``seed`` the final model's.
-        models: by seed of the final model, ``train_loss, test_loss`` and so on.
+        each: ``method,metric,final_model,mean,ceiling`` after all further training.
+        models: by final model (its seed; of given ones the position), ``train_loss, test_loss`` and so on.
         seeds: of further training.
     """
 
@@ -62,7 +62,7 @@ class ModelsRun:
         """Put studies of single final models together.
 
         Args:
-            results: by seed, see :func:`only_means`.
+            results: by final model, see :func:`only_means`.
             several: their evaluations, in the same order.
             cost: of all together.
         """
@@ -89,14 +89,14 @@ class ModelsRun:
             curves={task: curve for task, curve in first.curves.items() if task in tasks},
             folder=None,
         )
-        each = several.each.assign(seed=several.each["model"].map(dict(enumerate(order))))
+        each = several.each.assign(final_model=several.each["model"].map(dict(enumerate(order))))
         return cls(
             combined,
             several.table,
             several.pairs,
             several.variance,
-            each[["method", "metric", "seed", "mean", "ceiling"]],
-            {seed: dict(run.final_model) for seed, run in results.items()},
+            each[["method", "metric", "final_model", "mean", "ceiling"]],
+            {name: dict(run.final_model) for name, run in results.items()},
             int(several.table["seeds"].max()),
         )
 
@@ -108,7 +108,7 @@ class ModelsRun:
             with written_aside(task_file(folder, task)) as path:
                 table.to_csv(path, index=False)
         about = {
-            "final_models": [{"seed": seed, **facts} for seed, facts in self.models.items()],
+            "final_models": [{"final_model": name, **facts} for name, facts in self.models.items()],
             "notes": list(self.combined.warnings),
             "versions": dict(self.combined.versions),
         }
@@ -128,7 +128,7 @@ class ModelsRun:
                 str(folder), f"{SEVERAL} is missing: no folder of several final models' finished run"
             )
         about = json.loads((folder / SEVERAL).read_text())
-        seeds = [int(facts["seed"]) for facts in about["final_models"]]
+        names = [int(facts["final_model"]) for facts in about["final_models"]]
         tables = {
             name: pd.read_csv(folder / file, **EXACT)
             for name, file in (
@@ -139,9 +139,9 @@ class ModelsRun:
             )
         }
         each = tables.pop("each")
-        each["model"] = each["seed"].map({seed: k for k, seed in enumerate(seeds)})
+        each["model"] = each["final_model"].map({name: k for k, name in enumerate(names)})
         return cls.of(
-            {seed: only_means(Results.load(folder / FOLDER / str(seed))) for seed in seeds},
+            {name: only_means(Results.load(folder / FOLDER / str(name))) for name in names},
             SeveralModels(**tables, each=each, notes=tuple(about["notes"])),
             pd.read_csv(folder / "cost.csv", **EXACT),
             read_config(folder / ".hydra" / "config.yaml"),
