@@ -24,6 +24,7 @@ from tests.test_config import PLACES, composed
 from tests.test_experiment import SMALL
 
 CONF = Path(__file__).parents[1] / "conf"
+OTHER = CONF / "config.yaml"
 METHODS = ["graddot", "random", "response"]
 CHOSEN = [*SMALL, f"+method=[{','.join(METHODS)}]", "logger=none", "evaluation.bootstrap=5"]
 
@@ -185,7 +186,16 @@ def test_an_error_names_its_final_model_and_one_seed_leaves_its_folder_as_it_was
     ("overrides", "said"),
     [
         (["model.seeds=0"], "model.seeds: expected at least 1 but got 0"),
-        (["model.seeds=2", f"model.checkpoint={__file__}"], "model.seeds: several final models are trained"),
+        (["model.seeds=2", f"model.checkpoint={__file__}"], "model.seeds: 2 final models are trained here"),
+        ([f"model.checkpoint=[{__file__}]"], "model.checkpoint: expected a file, or several different ones"),
+        ([f"model.checkpoint=[{__file__},{__file__}]"], "model.checkpoint: expected a file, or several"),
+        ([f"model.checkpoint=[{__file__},{CONF}]"], "model.checkpoint: expected a file but"),
+        ([f"model.checkpoint=[{__file__},nothing.pt]"], "model.checkpoint: no such file: nothing.pt"),
+        (
+            [f"model.checkpoint=[{__file__},{OTHER}]", "model.seeds=3"],
+            "model.seeds: 2 final models are given",
+        ),
+        ([f"model.checkpoint=[{__file__},{OTHER}]", "mode=audit"], "model.checkpoint: an audit is of one"),
         (["model.seeds=2", "mode=audit"], "model.seeds: an audit is of one final model"),
         (["model.seeds=2", "until=check"], "model.seeds: until=check checks one final model"),
         (
@@ -198,6 +208,18 @@ def test_what_can_be_of_one_final_model_only_is_refused(overrides: list[str], sa
     with pytest.raises(InputError) as refused:
         validated(composed(*overrides), PLACES)
     assert str(refused.value).startswith(said)
+
+
+def test_several_checkpoints_are_as_many_final_models(place: Path) -> None:
+    files = [place / "three" / "final_models" / seed / "final_model.ckpt" for seed in ("7", "5")]
+    folder = run(place, "given", f"model.checkpoint=[{','.join(map(str, files))}]", "report=false")
+    for name, seed in (("0", "7"), ("1", "5")):
+        trained, given = place / "three" / "final_models" / seed, folder / "final_models" / name
+        for file in ("sensitivity.safetensors", "scores/response.safetensors"):
+            assert (given / file).read_bytes() == (trained / file).read_bytes()
+    assert set(pd.read_csv(folder / "evaluation.csv")["final_models"]) == {2}
+    about = shown(folder, width=10_000).splitlines()[1]
+    assert f"{files[0]} and {files[1]}" in about
 
 
 def test_further_training_alone_is_made_for_each_final_model(tmp_path: Path) -> None:

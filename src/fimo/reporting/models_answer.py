@@ -59,7 +59,7 @@ def models_answer(run: ModelsRun, rows: pd.DataFrame | None = None) -> Answer:
             "evaluation.csv": "agreement of each method with the measurement, mean over final models",
             "evaluation_pairs.csv": "each two methods: probability that one beats the other",
             "evaluation_variance.csv": "where the variance of an agreement comes from",
-            FOLDER: "the study of each final model, by its seed",
+            FOLDER: "the study of each final model",
         },
     )
 
@@ -116,9 +116,16 @@ def between_models(table: pd.DataFrame) -> pd.Series:
     return variance.clip(lower=0.0) ** 0.5
 
 
+def given(run: ModelsRun) -> list[str]:
+    """Return the files of final models that were given; none where they were trained."""
+    files = (run.combined.config.get("model") or {}).get("checkpoint")
+    return list(map(str, files)) if isinstance(files, list) else []
+
+
 def _about(run: ModelsRun) -> str:
-    combined, seeds = run.combined, list(run.models)
-    facts = [combined.name, f"trained with seeds {listed(list(map(str, seeds)))}"]
+    combined, files = run.combined, given(run)
+    made = listed(files) if files else f"trained with seeds {listed(list(map(str, run.models)))}"
+    facts = [combined.name, made]
     if combined.dataset.get("train"):
         sizes = f"{combined.dataset['train']:,} training and {combined.dataset.get('test', 0):,} test"
         facts.append(f"{sizes} {combined.noun}s")
@@ -194,7 +201,7 @@ def _advice(run: ModelsRun) -> list[str]:
         column = str(found[1].idxmax())
         numbers = {"models": 2 * len(run.models), "seeds": 2 * run.seeds}
         said.append(MORE[column].format(**numbers))
-    said.append(f"Each final model's own rows, scores and report are in {FOLDER}/SEED.")
+    said.append(f"Each final model's own rows, scores and report are in {FOLDER}.")
     return said
 
 
