@@ -29,7 +29,7 @@ PARTS = {
 """Columns of ``evaluation_variance.csv`` that sum to the variance of the mean agreement."""
 
 MORE = {
-    "part_models": "More final models (model.seeds={models}) would narrow the comparison of methods most.",
+    "part_models": "More final models ({models}) would narrow the comparison of methods most.",
     "part_seeds": "More seeds of further training (further_training.seeds={seeds}) would narrow it most.",
     "part_tests": "More test instances (further_training.test) would narrow the error of an agreement most.",
 }
@@ -199,10 +199,14 @@ def _advice(run: ModelsRun) -> list[str]:
     said: list[str] = []
     if (found := _shares(run)) is not None:
         column = str(found[1].idxmax())
-        numbers = {"models": 2 * len(run.models), "seeds": 2 * run.seeds}
-        said.append(MORE[column].format(**numbers))
+        said.append(MORE[column].format(models=_more(run, 2 * len(run.models)), seeds=2 * run.seeds))
     said.append(f"Each final model's own rows, scores and report are in {FOLDER}.")
     return said
+
+
+def _more(run: ModelsRun, number: int) -> str:
+    """Return how so many final models are asked for."""
+    return f"{number} in model.checkpoint" if given(run) else f"model.seeds={number}"
 
 
 def _distrust(run: ModelsRun) -> Sequence[str]:
@@ -211,7 +215,7 @@ def _distrust(run: ModelsRun) -> Sequence[str]:
         said.insert(
             0,
             f"{len(run.models)} final models are few: the errors over final models are themselves uncertain "
-            f"(model.seeds={FEW} or more).",
+            f"({_more(run, FEW)} or more).",
         )
     if same := same_seeds([run.combined]):
         said.append(
