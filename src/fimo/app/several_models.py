@@ -65,6 +65,7 @@ def study_models(
         if found is not None:
             results[name] = only_means(found.results)
             evaluations.append(found.evaluation)
+        del found  # with it go the single seeds' changes
     journal.costs[:] = added(journal.costs)
     if not evaluations:
         return None
