@@ -153,10 +153,10 @@ def _beaten(run: ModelsRun) -> str:
     """Return which methods the best one surely beats, and which can't be told from it."""
     order = list(ranked(run)["method"])
     beats = probabilities(run, run.combined.metrics[0])
-    if len(order) < 2 or not beats:
-        return "There is no other method to compare it with."
     chance = {m: beats.get((order[0], m), float("nan")) for m in order[1:]}
     chance = {m: p for m, p in chance.items() if p != SAME}
+    if not chance:
+        return "There is no other method to compare it with."
     rivals = [m for m, p in chance.items() if not p >= SURE]
     others = counted(len(chance), "other method")
     if not rivals:
