@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -82,13 +83,13 @@ def study_models(
 
 def final_models(config: DictConfig) -> dict[int, DictConfig]:
     """Return the configuration of each final model alone, by its seed; of those given, by their position."""
-    model = {"seeds": 1}
+    changes: dict[int, dict[str, Any]] = {}
     if OmegaConf.is_list(config.model.checkpoint):
-        given = enumerate(config.model.checkpoint)
-        changes = {k: {"model": {**model, "checkpoint": file}} for k, file in given}
+        for position, file in enumerate(config.model.checkpoint):
+            changes[position] = {"model": {"seeds": 1, "checkpoint": file}}
     else:
-        seeds = range(config.seed, config.seed + config.model.seeds)
-        changes = {seed: {"seed": seed, "model": model} for seed in seeds}
+        for seed in range(config.seed, config.seed + config.model.seeds):
+            changes[seed] = {"seed": seed, "model": {"seeds": 1}}
     merged = {name: OmegaConf.merge(config, change) for name, change in changes.items()}
     return {name: one for name, one in merged.items() if isinstance(one, DictConfig)}
 
