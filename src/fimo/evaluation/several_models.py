@@ -87,17 +87,7 @@ def over_models(evaluations: Sequence[Evaluation]) -> SeveralModels:
         points = rows.drop_duplicates("step")[["step", "epoch"]]
         pairs += list(_pairs(evaluations, methods, str(metric), points))
         variances += list(_variance(evaluations, methods, str(metric), points))
-    first, total = tables[0]["metric"].iloc[0], int(table["seeds"].max())
-    last = table[
-        (table["step"] == table["step"].max()) & (table["seeds"] == total) & (table["metric"] == first)
-    ]
-    few = not_enough_seeds(float(last["ceiling"].iloc[0]), total, str(first))
-    together = {
-        key: torch.cat([e.instances[key] for e in evaluations])
-        for key in evaluations[0].instances
-        if key[0] in methods
-    }
-    notes = [*([few] if few else []), *undefined(together, total)]
+    notes = _notes(evaluations, table, methods)
     notes += [f"{name}: has no scores with some final models and is left out" for name in missing]
     return SeveralModels(
         table,
@@ -198,6 +188,19 @@ def _with_all_seeds(evaluation: Evaluation, method: str, metric: str) -> torch.T
     """Return a method's agreement ``[E, J]`` with the mean over all seeds."""
     most = max(k for name, by, k in evaluation.instances if (name, by) == (method, metric))
     return evaluation.instances[method, metric, most]
+
+
+def _notes(evaluations: Sequence[Evaluation], table: pd.DataFrame, methods: Sequence[str]) -> list[str]:
+    """Return what a reader must know: too few seeds by the mean ceiling, undefined values in all."""
+    first, total = str(table["metric"].iloc[0]), int(table["seeds"].max())
+    last = table[(table["step"] == table["step"].max()) & (table["seeds"] == total)]
+    few = not_enough_seeds(float(last[last["metric"] == first]["ceiling"].iloc[0]), total, first)
+    together = {
+        key: torch.cat([e.instances[key] for e in evaluations])
+        for key in evaluations[0].instances
+        if key[0] in methods
+    }
+    return [*([few] if few else []), *undefined(together, total)]
 
 
 def _each(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

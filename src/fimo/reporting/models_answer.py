@@ -112,8 +112,8 @@ def parts(run: ModelsRun, metric: str) -> pd.DataFrame:
 
 def between_models(table: pd.DataFrame) -> pd.Series:
     """Return the standard deviation between final models, without the noise of seeds, by method."""
-    variance = table["part_models"] * table["final_models"]
-    return variance.clip(lower=0.0) ** 0.5
+    deviation: pd.Series = (table["part_models"] * table["final_models"]) ** 0.5
+    return deviation
 
 
 def given(run: ModelsRun) -> list[str]:
