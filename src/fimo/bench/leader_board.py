@@ -132,8 +132,9 @@ def ranking_rows(board: Board) -> list[list[str]]:
     count = len(board.settings)
     return [
         [
-            row["method"], f"{row['settings']} of {count}", f"{row['share']:.3f}", f"{row['first']:.3f}",
-            f"{row['last']:.3f}", percent(row["share_of_cost"]),
+            row["method"], f"{row['settings']} of {count}",
+            *(with_error(row[share], math.nan) for share in ("share", "first", "last")),
+            percent(row["share_of_cost"]),
         ]
         for row in board.ranking.reset_index().to_dict("records")
     ]  # fmt: skip

@@ -185,6 +185,7 @@ def told(rows: pd.DataFrame) -> str:
 
 def with_error(mean: float, sem: float) -> str:
     """Return a mean and, where there is one, its standard error."""
+    mean = round(mean, 3) + 0.0  # no negative zero
     return f"{mean:.3f}" if math.isnan(sem) else f"{mean:.3f} ± {sem:.3f}"
 
 
