@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from fimo.bench.command import main
 from fimo.bench.gold_standard import GoldStandard, load
 from fimo.bench.settings import chosen
 from fimo.errors import InputError
+from fimo.reporting.dashboard import main as dashboard
 
 SMALL = ["--scale", "0.1", "--models", "2", "--threads", "1"]
 SETTING = "diabetes/sgd"
@@ -326,6 +328,35 @@ def test_the_leader_board_orders_methods_and_its_page_says_what_they_did(copy: P
     for image in ("board_agreement.png", "board_cost.png"):
         assert f"]({image})" in text
         assert (page.parent / image).stat().st_size > 1000
+
+
+def test_loggers_get_what_they_get_of_a_study(copy: Path, capsys) -> None:
+    scored(copy, "--method", "graddot", "--method", "random", capsys=capsys)
+    places = []
+    for _ in range(2):
+        assert main(["table", SETTING, "--folder", str(copy), "--logger", "csv"]) == 0
+        places.append(Path(capsys.readouterr().out.splitlines()[-1]))
+    assert places[0] == places[1]
+    points = pd.read_csv(places[0] / "metrics.csv").query("axis == 'further_training/step'")
+    results = pd.read_csv(copy / "results.csv").query(f"setting == '{SETTING}'")
+    assert len(points) == results["step"].nunique()
+    for row in results.itertuples():
+        point = points[points["further_training/step"] == row.step].iloc[0]
+        assert point[f"agreement/{row.method}/{row.metric}"] == row.mean
+        assert point[f"sem_models/{row.method}/{row.metric}"] == row.sem_models
+        assert point[f"ceiling/{row.metric}"] == row.ceiling_upper
+    summary = json.loads((places[0] / "summary.json").read_text())
+    last = results.query("metric == 'cosine' and step == 26").set_index("method")["mean"]
+    assert (summary["best_method/cosine"], summary["best/cosine"]) == (last.idxmax(), last.max())
+
+
+def test_a_dashboard_draws_the_benchmarks_methods(copy: Path, capsys) -> None:
+    pytest.importorskip("wandb_workspaces")
+    scored(copy, "--method", "graddot", capsys=capsys)
+    assert dashboard([str(copy), "--entity", "team", "--print"]) == 0
+    printed = capsys.readouterr().out
+    assert "agreement/graddot/cosine" in printed
+    assert "ceiling/spearman" in printed
 
 
 def test_results_of_an_earlier_gold_standard_are_left_out(copy: Path, capsys) -> None:

@@ -139,8 +139,16 @@ def table(given: argparse.Namespace) -> int:
     from fimo.bench.leader_board import Board, text
     from fimo.bench.settings import matching
 
-    board = Board.of(given.folder, given.metric, matching(given.setting, made(given.folder)))
+    names = matching(given.setting, made(given.folder))
+    board = Board.of(given.folder, given.metric, names)
     print(text(board))
+    if given.logger:
+        from fimo.bench.logged import rows_of, tell
+        from fimo.bench.settings import chosen
+
+        for name, rows in rows_of(given.folder, names).items():
+            setting = chosen([name], given.config_dir)[0]
+            print(tell(board.golds[name], rows, given.folder, setting, given.logger))
     if given.page:
         from fimo.bench.page import write_page
 
@@ -214,5 +222,6 @@ def parser() -> argparse.ArgumentParser:
     scoring.add_argument("--store", default=STORE, help=f"of what these train ({STORE})")
     tabling = actions.add_parser("table", parents=[common], help="the leader board")
     tabling.add_argument("--metric", default="cosine", help="cosine (the default), spearman or pearson")
+    tabling.add_argument("--logger", help="log each setting's as a run: wandb, tensorboard, csv")
     tabling.add_argument("--page", help="write it with figures to this file of Markdown")
     return found

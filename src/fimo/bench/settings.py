@@ -49,13 +49,14 @@ class Setting:
         optimizer = self.name.rpartition("/")[2]
         return [f"experiment={GROUP}/{self.preset}", f"further_training={OPTIMIZERS[optimizer]}"]
 
-    def config(self, seed: int, store: str | Path, scale: float = 1.0) -> DictConfig:
+    def config(self, seed: int, store: str | Path, scale: float = 1.0, logger: str = "none") -> DictConfig:
         """Return the checked configuration of one final model.
 
         Args:
             seed: of the final model.
             store: the cache of results.
             scale: of seeds, left-out and test instances and epochs.
+            logger: a choice of loggers.
 
         Raises:
             InputError: naming the key at fault, such as ``dataset.path``.
@@ -63,7 +64,7 @@ class Setting:
         own = [] if self.config_dir is None else [f"hydra.searchpath=[file://{self.config_dir.absolute()}]"]
         overrides = [
             *self.overrides, f"seed={seed}", f"scale={scale}", f"store={store}", "+method=random",
-            "logger=none", "report=false", "trainer.enable_progress_bar=false", *own,
+            f"logger={logger}", "report=false", "trainer.enable_progress_bar=false", *own,
         ]  # fmt: skip
         use_installed_packages()
         base = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}

@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from fimo.errors import InputError
+from fimo.evaluation.metrics import DEFAULT
 from fimo.live.agreement import STEP
 
 if TYPE_CHECKING:
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from fimo.reporting.results import Results
 
 PROGRESS = "further_training/replica_steps"
+
+BENCHMARK = "results.csv"
+"""What tells the benchmark's folder from a run's."""
 
 
 def dashboard(
@@ -139,7 +145,7 @@ def one_value(run: Results, task: str) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m fimo.reporting.dashboard", description=__doc__)
-    parser.add_argument("run_dir", nargs="+", help="folders of runs, whose methods the dashboard draws")
+    parser.add_argument("run_dir", nargs="+", help="folders of runs or of the benchmark")
     parser.add_argument("--entity", required=True, help="W&B user or team")
     parser.add_argument("--project", default="fimo")
     parser.add_argument("--name", default="fimo", help="of the dashboard")
@@ -150,9 +156,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         folders = [Path(folder) for folder in chosen.run_dir]
         audits = [folder for folder in folders if (folder / "audit.json").exists()]
-        runs = [Results.load(folder) for folder in folders if folder not in audits]
-        methods = list(dict.fromkeys(method for run in runs for method in run.scores))
-        metrics = runs[0].metrics if runs else []
+        boards = {f: pd.read_csv(f / BENCHMARK) for f in folders if (f / BENCHMARK).exists()}
+        runs = [Results.load(folder) for folder in folders if folder not in [*audits, *boards]]
+        judged = [*(run.scores for run in runs), *(board["method"] for board in boards.values())]
+        methods = list(dict.fromkeys(str(method) for names in judged for method in names))
+        metrics = list(runs[0].metrics if runs else DEFAULT if boards else [])
         tasks = list(dict.fromkeys(task for run in runs for task in run.tasks if one_value(run, task)))
         found = dashboard(chosen.entity, chosen.project, methods, metrics, tasks, chosen.name, bool(audits))
     except InputError as error:
