@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fimo.data.instances import Instances
 from fimo.engine.choice import stack_network
 from fimo.engine.context import Setting, evaluation_batch
 from fimo.engine.devices import products
@@ -17,6 +18,7 @@ from fimo.engine.protocol import Protocol
 from fimo.engine.replicas import Replica
 from fimo.engine.stacked import StackedNetwork
 from fimo.errors import InputError
+from fimo.models.loss_function import Loss
 
 
 class StackedOptimizer:
@@ -130,6 +132,12 @@ class Chunk:
         with torch.no_grad(), products(self.setting.device, False):
             losses = self.network.test_losses(self.setting.test, evaluation_batch(self.setting))
             return losses[:r].double(), self.network.distance()[:r]
+
+    def losses(self, instances: Instances, loss: Loss) -> Tensor:
+        """Return losses ``[R, n]`` (float64) of instances in the evaluation dtype, on the CPU."""
+        with torch.no_grad(), products(self.setting.device, False):
+            found = self.network.test_losses(instances, evaluation_batch(self.setting), loss)
+            return found[: len(self.replicas)].double().cpu()
 
     def state(self) -> dict[str, Tensor]:
         """Return a copy of all that the rest of the runs depends on: by name, ``[R, P']``."""
