@@ -15,6 +15,7 @@ from fimo.data.instances import Inputs, Instances
 from fimo.engine.leave_out import Batch
 from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
+from fimo.models.loss_function import Loss
 from fimo.models.train_mode import TrainMode, seeded
 
 log = logging.getLogger(__name__)
@@ -108,8 +109,13 @@ class StackedNetwork(ABC):
             parameters: :attr:`parameters` in that dtype.
         """
 
-    def test_losses(self, test: Instances, batch_size: int = 1024) -> Tensor:
-        """Return the losses ``[R, J]`` of test instances (in the evaluation dtype), in eval mode."""
+    def test_losses(self, test: Instances, batch_size: int = 1024, loss: Loss | None = None) -> Tensor:
+        """Return the losses ``[R, J]`` of test instances (in the evaluation dtype), in eval mode.
+
+        Args:
+            loss: another one than the measurement.
+        """
+        loss = loss or self.measurement
         parameters = self.parameters
         if self.evaluation_dtype != self.dtype:
             parameters = self.views(self._wide.to(self.evaluation_dtype).copy_(self.flat))
@@ -117,7 +123,7 @@ class StackedNetwork(ABC):
         for batch in test.batches(batch_size):
             outputs = self.outputs(parameters, batch.inputs)
             targets = batch.targets.expand(self.replicas, *batch.targets.shape).flatten(0, 1)
-            losses.append(self.measurement(outputs.flatten(0, 1), targets).view(self.replicas, -1))
+            losses.append(loss(outputs.flatten(0, 1), targets).view(self.replicas, -1))
         return torch.cat(losses, 1)
 
     def distance(self) -> Tensor:
