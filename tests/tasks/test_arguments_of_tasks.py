@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -25,7 +26,7 @@ from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.scores import Scores
-from fimo.tasks import Datamodeling, Mislabelled, Removal, Retraining, datamodeling, mislabelled
+from fimo.tasks import Datamodeling, Distribution, Mislabelled, Removal, Retraining, datamodeling, mislabelled
 from fimo.tasks.base import seeds_of
 from fimo.tasks.mislabelled import GOLD_STANDARD, own
 
@@ -157,6 +158,7 @@ def test_findings_are_added_to_the_results_or_written(tmp_path: Path) -> None:
         (Mislabelled, "mislabelled.order_by", ["self", "test"], ["own"]),
         (Removal, "removal.counts", [[1]], [[], [0, 2]]),
         (Removal, "removal.random_sets", [1], [0]),
+        (Distribution, "distribution.permutations", [1], [0]),
     ],
 )
 def test_an_argument_is_refused_from_where_it_means_nothing(
@@ -171,7 +173,7 @@ def test_an_argument_is_refused_from_where_it_means_nothing(
         assert refused.value.key == f"evaluation.tasks.{key}"
 
 
-@pytest.mark.parametrize("name", ["lds", "counterfactual", "mislabelled", "retraining"])
+@pytest.mark.parametrize("name", ["lds", "counterfactual", "mislabelled", "retraining", "distribution"])
 def test_a_task_and_its_file_have_the_same_defaults(name: str) -> None:
     ((key, config),) = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml").tasks).items()  # type: ignore[union-attr]
     signature = inspect.signature(get_class(config.pop("_target_")).__init__)
@@ -187,6 +189,27 @@ def test_seeds_that_there_are_not_are_named_with_the_task(monkeypatch: pytest.Mo
             task(seeds=4)(judged())
     with pytest.raises(InputError, match=r"evaluation\.tasks\.mislabelled\.seeds: expected 1 to 3"):
         Mislabelled(seeds=4)._found(judged(methods={}), [0, 5])
+
+
+def test_distributions_are_the_gold_standards_own_under_the_rows_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raw = torch.randn(2, 1, 2, 2)
+    found = Sensitivity(
+        raw, torch.tensor([5]), torch.tensor([1]), torch.tensor([0, 3]), torch.tensor([1, 0]),
+        torch.tensor([7, 8]), full_losses=torch.rand(2, 1, 2, dtype=torch.float64),
+    )  # fmt: skip
+    asked: list[Any] = []
+    monkeypatch.setattr(Run, "leave_out", lambda self, *given: asked.append(given) or found)
+    origin = SimpleNamespace(row=np.array([10, 20, 30, 40]))
+    run = judged(data=SimpleNamespace(origin=lambda split: origin))
+    table = Distribution(seeds=2)(run)
+    assert asked == [([(0,), (3,)], [7, 8])]
+    assert table[["test_row", "train_row"]].to_numpy().tolist() == [[20, 10], [20, 40], [10, 10], [10, 40]]
+    np.testing.assert_allclose(table["mean"], raw[:, 0].double().mean(0).flatten(), atol=1e-7)
+    Distribution(seeds=2).check(run)
+    with pytest.raises(InputError, match="needs at least 2 but there is 1"):
+        Distribution(seeds=1).check(run)
 
 
 def test_labels_are_flipped_of_classes_before_a_training_that_is_made_here(

@@ -74,7 +74,21 @@ def test_every_way_to_judge_writes_its_table_with_error_bars_and_cost(everything
     assert mislabelled["mean"].between(0, 1).all()
     assert (mislabelled["repeats"] == 2).all()
     stages = list(pd.read_csv(everything / "cost.csv")["stage"])
-    assert stages[-6:] == ["datamodeling", "removal", "mislabelled", "retraining", "evaluation", "report"]
+    tasks = ["datamodeling", "removal", "mislabelled", "retraining", "distribution"]
+    assert stages[-7:] == [*tasks, "evaluation", "report"]
+
+
+def test_distributions_over_seeds_are_of_the_gold_standards_runs(everything: Path) -> None:
+    table = pd.read_csv(everything / "evaluation_distribution.csv")
+    found = load_file(everything / "sensitivity.safetensors")
+    effect = found["raw"][:, -1].double().mean(0).flatten()
+    assert len(table) == 5 * 4
+    assert table["mean"].to_numpy() == pytest.approx(effect.numpy(), abs=1e-7)
+    assert table["mean_p"].between(0, 1).all()
+    assert table["train_row"].nunique() == 4
+    cost = pd.read_csv(everything / "cost.csv").set_index("stage")
+    again = cost.loc["distribution", "seconds"]
+    assert again < cost.loc["further_training", "seconds"] + 5  # no run was made for it
 
 
 def test_retraining_is_on_the_same_instances_as_the_sensitivity(everything: Path) -> None:

@@ -7,12 +7,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from fimo.errors import InputError
+from fimo.further_training.distribution import compared
 from fimo.store.files import read_tensors, written_aside
 
 
@@ -63,6 +66,52 @@ class Sensitivity:
     def sensitivity(self) -> Tensor:
         """The gold standard ``[E, J, L]``: adjusted changes averaged over seeds; computed once."""
         return adjust(self.raw.mean(0), self.subtract_mean)
+
+    def distribution(self, point: int = -1, permutations: int = 999, seed: int = 0) -> pd.DataFrame:
+        """Return what leaving out does to the distribution of test losses over seeds, not only to its mean.
+
+        See :class:`~fimo.further_training.distribution.DistributionChange`.
+
+        Args:
+            point: position of the evaluation point; the last when -1.
+            permutations: random ones, by which p-values are computed; all 2^S where these are no more.
+            seed: of the permutations.
+
+        Returns:
+            A row for each test and left-out instance: ``step,epoch,test,train``, ``test_row,train_row`` where
+            they are known, then ``mean,mean_p,variance_full,variance_without,variance_p,wasserstein,
+            wasserstein_p``.
+
+        Raises:
+            InputError: fewer than two seeds, no such point, or raw changes or full runs' losses are not kept.
+
+        Example:
+            >>> losses = torch.rand(9, 1, 2, generator=torch.Generator().manual_seed(0))
+            >>> raw = torch.stack([0 * losses, 0.5 + 0 * losses], -1)
+            >>> axes = {"step": torch.tensor([9]), "epoch": torch.tensor([1]), "left_out": torch.arange(2)}
+            >>> axes |= {"test": torch.arange(2), "seeds": torch.arange(9)}
+            >>> found = Sensitivity(raw, **axes, full_losses=losses).distribution()
+            >>> found["wasserstein"].round(6).tolist()
+            [0.0, 0.5, 0.0, 0.5]
+        """
+        if self.full_losses is None:
+            raise InputError("sensitivity", "the full runs' losses are not known, only changes")
+        if not -len(self.step) <= point < len(self.step):
+            raise InputError("point", f"expected -{len(self.step)} to {len(self.step) - 1} but got {point}")
+        full = self.full_losses[:, point].double()
+        without = full[..., None] + self.raw[:, point].double()
+        found = compared(full, without, permutations, seed)
+        tests, left_out = len(self.test), len(self.left_out)
+        columns: dict[str, Any] = {"step": int(self.step[point]), "epoch": int(self.epoch[point])}
+        for suffix, mine, theirs in (
+            ("", self.test, self.left_out),
+            ("_row", self.test_row, self.left_out_row),
+        ):
+            if mine is not None and theirs is not None:
+                columns[f"test{suffix}"] = mine.repeat_interleave(left_out).numpy()
+                columns[f"train{suffix}"] = theirs.repeat(tests).numpy()
+        columns |= {name: values.flatten().numpy() for name, values in vars(found).items()}
+        return pd.DataFrame(columns)
 
     def save(self, path: Path | str, with_raw: bool = True) -> None:
         """Write ``sensitivity.safetensors``: the sensitivity, all axes, and the raw changes if asked."""

@@ -2,12 +2,14 @@
 
 from fimo.tasks.base import Judged, Task
 from fimo.tasks.datamodeling import Datamodeling
+from fimo.tasks.distribution import Distribution
 from fimo.tasks.mislabelled import Mislabelled
 from fimo.tasks.removal import Removal
 from fimo.tasks.retraining import Retraining
 
 __all__ = [
     "Datamodeling",
+    "Distribution",
     "Judged",
     "Mislabelled",
     "Removal",
