@@ -40,11 +40,15 @@ from fimo.further_training.sensitivity import Sensitivity
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.base import AttributionMethod
 from fimo.methods.best import Best
+from fimo.methods.bif import BayesianInfluence
 from fimo.methods.calibrated import CalibratedResponse
+from fimo.methods.daunce import Daunce
 from fimo.methods.exact import ExactInfluence
 from fimo.methods.graddot import GradDot
+from fimo.methods.mirrored import Mirrored
 from fimo.methods.response import Response
 from fimo.methods.source import Source
+from fimo.methods.unlearning import Unlearning
 from fimo.methods.unrolled import Unrolled
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import cross_entropy, mean_squared_error
@@ -62,6 +66,14 @@ METHODS: dict[str, Callable[[], AttributionMethod]] = {
     "calibrated": CalibratedResponse,
     "best": Best,
     "unrolled": Unrolled,
+    "unlearning": Unlearning,
+    "unlearning_far": lambda: Unlearning(steps=30, direction="up"),
+    "bif": BayesianInfluence,
+    "daunce": Daunce,
+    "daunce_256": lambda: Daunce(runs=256),
+    "mirrored": Mirrored,
+    "mirrored_up": lambda: Mirrored("up"),
+    "mirrored_all_seeds": lambda: Mirrored(seeds=None),
 }
 
 

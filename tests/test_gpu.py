@@ -28,9 +28,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "lion": {"optimizer": "lion", "lr": 0.01},
 }
 METHODS = [
-    "arnoldi", "best", "calibrated", "cg", "datainf", "ekfac", "embedding", "exact", "gradcos", "graddot",
-    "kfac", "knn_shapley", "less", "lissa", "lissa_h", "logra", "random", "representer", "response", "source",
-    "tracin", "trak", "unrolled",
+    "arnoldi", "best", "bif", "calibrated", "cg", "datainf", "daunce", "ekfac", "embedding", "exact",
+    "gradcos", "graddot", "kfac", "knn_shapley", "less", "lissa", "lissa_h", "logra", "mirrored", "random",
+    "representer", "response", "source", "tracin", "trak", "unlearning", "unrolled",
 ]  # fmt: skip
 
 
