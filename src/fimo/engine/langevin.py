@@ -29,7 +29,8 @@ class Langevin:
 
     with L the mean training loss (Welling and Teh, 2011). Batches are drawn with replacement, and their
     gradients' noise is lessened by the same batch's gradient at the final model, of which the mean is known
-    (Baker et al., 2019): else it would heat a chain that hardly moves.
+    (Baker et al., 2019). What is left heats a chain the more, the farther it is from the final model: where
+    precision is so large that chains drift farther than they spread, only the whole training set will do.
 
     Args:
         precision: of the mean training loss, n * beta.
@@ -90,7 +91,8 @@ class Langevin:
             if known is None:
                 gradient = self._mean_gradient(network, setting)
             else:
-                gradient = self._batch_gradient(network, setting, generators, known)
+                change = self._batch_change(network, setting, generators)
+                gradient = {name: c + known[name][:1] for name, c in change.items()}
             self._move(network, generators, gradient)
             if step > self.burn_in and (step - self.burn_in) % self.thinning == 0:
                 for losses, (instances, loss) in zip(found, read, strict=True):
@@ -112,24 +114,16 @@ class Langevin:
             drift = self.precision * gradient[name][: len(generators)] + self.localisation * (p - start)
             p.add_(drift, alpha=-self.step_size / 2).add_(normal.view_as(p))
 
-    def _batch_gradient(
-        self,
-        network: StackedNetwork,
-        setting: Setting,
-        generators: list[torch.Generator],
-        known: dict[str, Tensor],
+    def _batch_change(
+        self, network: StackedNetwork, setting: Setting, generators: list[torch.Generator]
     ) -> dict[str, Tensor]:
-        """Return estimates ``[C, ...]`` of the mean gradient: a batch's, less its own at the final model.
-
-        Args:
-            known: the mean gradient at the final model.
-        """
+        """Return estimates ``[C, ...]`` of how the mean gradient differs from that at the final model."""
         count, n = len(generators), len(setting.train)
         drawn = [torch.randint(n, (self.batch_size,), generator=g) for g in generators]
         index = torch.stack(drawn * 2).to(network.device)
         weight = torch.full(index.shape, 1 / self.batch_size, dtype=network.dtype, device=network.device)
         network.differentiate(setting.train, Batch(index, weight), 0)
-        return {name: g[:count] - g[count:] + known[name][:1] for name, g in network.gradients.items()}
+        return {name: g[:count] - g[count:] for name, g in network.gradients.items()}
 
     def _mean_gradient(self, network: StackedNetwork, setting: Setting) -> dict[str, Tensor]:
         """Return the gradients ``[R, ...]`` of the mean training loss, in passes of one batch size."""

@@ -20,7 +20,7 @@ from fimo.models.final_model import FinalModel
 from fimo.models.train_mode import TrainMode
 from fimo.scores import Scores
 
-RANGE = 30.0
+RANGE = 10.0
 """The largest curvature over the damping that ``beta: null`` chooses."""
 
 SPREAD = 0.01
@@ -49,7 +49,7 @@ class BayesianInfluence(AttributionMethod):
     draws, and is in the standard errors, which come from the chains.
 
     Args:
-        beta: inverse temperature of an instance's loss; None for a damping of a thirtieth of the largest
+        beta: inverse temperature of an instance's loss; None for a damping of a tenth of the largest
             curvature.
         localisation: gamma; None lets a parameter vary by a hundredth of the parameters' root mean square
             where the loss is flat.
@@ -58,13 +58,14 @@ class BayesianInfluence(AttributionMethod):
         burn_in: steps before the first draw.
         draws: of each chain.
         thinning: steps from one draw to the next.
-        batch_size: training instances of a step, with control variates (two gradients each); all of them
-            where there are no more.
+        batch_size: training instances of a step; all of them when None. Batches have control variates (two
+            gradients for each instance), and still are right only where chains stay near the final model: at
+            a minimum, or with a small beta.
         seed: of batches and noise.
     """
 
     needs = "nothing else; forward derivatives where beta or step_size are not given"
-    cost = "chains x (burn_in + draws x thinning) steps, and a forward pass of all instances for each draw"
+    cost = "chains x (burn_in + draws x thinning) gradients of all training instances"
     use = "influence beyond the second order of the losses, for the price of many runs"
 
     def __init__(
@@ -73,10 +74,10 @@ class BayesianInfluence(AttributionMethod):
         localisation: float | None = None,
         step_size: float | None = None,
         chains: int = 16,
-        burn_in: int = 200,
+        burn_in: int = 100,
         draws: int = 50,
-        thinning: int = 10,
-        batch_size: int = 64,
+        thinning: int = 5,
+        batch_size: int | None = None,
         seed: int = 0,
     ) -> None:
         for key, number in (("beta", beta), ("localisation", localisation), ("step_size", step_size)):
@@ -84,7 +85,7 @@ class BayesianInfluence(AttributionMethod):
                 raise InputError(key, f"expected a positive number or null but got {number}")
         for key, value, least in (
             ("chains", chains, 2), ("burn_in", burn_in, 0), ("draws", draws, 1), ("thinning", thinning, 1),
-            ("batch_size", batch_size, 1),
+            ("batch_size", 1 if batch_size is None else batch_size, 1),
         ):  # fmt: skip
             if value < least:
                 raise InputError(key, f"expected at least {least} but got {value}")
@@ -101,7 +102,7 @@ class BayesianInfluence(AttributionMethod):
         dynamics, beta = self.dynamics(model, train)
         dtype = "float64" if problem.dtype == torch.float64 else "float32"
         protocol = Protocol(
-            lr=dynamics.step_size, batch_size=min(self.batch_size, len(train)), steps=dynamics.steps,
+            lr=dynamics.step_size, batch_size=dynamics.batch_size, steps=dynamics.steps,
             dtype=dtype, evaluation_dtype=dtype,
         )  # fmt: skip
         setting = Setting.build(model, train, test, protocol, train.targets.device)
@@ -114,7 +115,7 @@ class BayesianInfluence(AttributionMethod):
             raise InputError("step_size", f"chains with steps of {dynamics.step_size:.3g} diverge")
         found = covariance(ours, theirs)
         values, sem, adjusted = (beta * x.to(test.targets.device, problem.dtype) for x in found)
-        both = 1 if self.batch_size >= len(train) else 2
+        both = 1 if dynamics.batch_size == len(train) else 2
         note = (
             f"chains with beta {beta:.3g}, localisation {dynamics.localisation:.3g}, step_size "
             f"{dynamics.step_size:.3g}: a damping of {dynamics.localisation / dynamics.precision:.3g}"
@@ -143,8 +144,9 @@ class BayesianInfluence(AttributionMethod):
             beta = RANGE * localisation / (n * largest)
         if step is None:
             step = SHARE / (n * beta * largest + localisation)
+        batch = min(self.batch_size or n, n)
         dynamics = Langevin(
-            n * beta, localisation, step, self.burn_in, self.draws, self.thinning, self.batch_size, self.seed
+            n * beta, localisation, step, self.burn_in, self.draws, self.thinning, batch, self.seed
         )
         return dynamics, beta
 
@@ -161,8 +163,8 @@ def largest_curvature(final_model: FinalModel, train: Instances) -> float:
 def covariance(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return unbiased covariances ``[J, L]`` of losses, with standard errors, by independent chains.
 
-    The product of means is the mean over pairs of different chains, whose errors are independent; within a
-    chain draws may depend on one another.
+    They are those between chains, averaged over draws: within a chain draws depend on one another, and all
+    chains drift together from where they start, by more than they spread where beta is large.
 
     Args:
         ours, theirs: ``[C, T, J]`` and ``[C, T, L]``.
@@ -170,14 +172,11 @@ def covariance(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         The covariances; the standard errors of these, and of these minus their mean over L.
     """
-    c = len(ours)
-    a, b = ours.double(), theirs.double()
-    a, b = a - a.mean((0, 1)), b - b.mean((0, 1))  # pooled means are zero: what rounds is small
-    means_a, means_b = a.mean(1), b.mean(1)  # [C, J], [C, L], each of which sums to zero
+    c, draws = ours.shape[:2]
+    a, b = (x.double() - x.double().mean(0) for x in (ours, theirs))
     mean, squares = a.new_zeros(2, a.shape[2], b.shape[2]), a.new_zeros(2, a.shape[2], b.shape[2])
-    for k in range(c):
-        # the pairs of chain k and others have -m_k m_k / (C - 1) for the mean of their products
-        own = a[k].T @ b[k] / a.shape[1] + means_a[k][:, None] * means_b[k] / (c - 1)
+    for k in range(c):  # Welford's recursion
+        own = a[k].T @ b[k] * (c / (c - 1) / draws)
         both = torch.stack([own, own - own.mean(1, keepdim=True)])
         apart = both - mean
         mean += apart / (k + 1)
