@@ -10,6 +10,7 @@ import torch
 
 from fimo.evaluation import assess
 from fimo.reporting import Results, write_report
+from fimo.reporting.explorer import explorer_data
 from fimo.reporting.trust import coverage, departures, share_of_ceiling_table, trusted_methods
 from fimo.scores import Scores
 from tests.evaluation.synthetic import synthetic
@@ -91,3 +92,18 @@ def test_the_page_says_it_and_error_bars_survive_the_runs_folder(tmp_path: Path)
     assert "How far can these scores be trusted?" in page
     assert f"#{int(results.sensitivity.left_out[17])} (" in page
     assert "How far can these" not in write_report(example(), tmp_path / "other.html").read_text()
+
+
+def test_errors_of_scores_without_an_axis_of_amounts_are_shown_as_they_are_judged() -> None:
+    results = example()
+    known = results.scores["datainf"]
+    bars = torch.rand_like(known.values)
+    scores = {**results.scores, "datainf": dataclasses.replace(known, sem=bars, sem_adjusted=2 * bars)}
+    results = dataclasses.replace(results, scores=scores)
+    found = results.errors("datainf")
+    assert found is not None
+    assert torch.equal(found, bars)  # no mean is subtracted from what is no change after further training
+    shown = explorer_data(results)["tests"][1]
+    place = results.sensitivity.test.tolist().index(shown["index"])
+    assert shown["errors"]["datainf"] == pytest.approx(bars[place].tolist(), rel=1e-3)
+    assert set(shown["errors"]) == {"datainf"}

@@ -34,6 +34,8 @@ def explorer_data(run: Results, per_test: int = 5) -> dict[str, Any]:
     last = run.sensitivity.sensitivity[-1]
     judged = {m: run.judged_scores(m) for m in methods}
     scores = {m: s[-1] if s.ndim == 3 else s for m, s in judged.items()}
+    known = {m: bars for m in methods if (bars := run.errors(m)) is not None}
+    errors = {m: bars[-1] if bars.ndim == 3 else bars for m, bars in known.items()}
     metric = run.metrics[0]
     values = {m: agreement(s, last[None], metric)[0] for m, s in scores.items()}  # type: ignore[arg-type]
     tests: list[dict[str, Any]] = []
@@ -50,7 +52,7 @@ def explorer_data(run: Results, per_test: int = 5) -> dict[str, Any]:
                 "display": as_shown(display),
                 "sensitivity": rounded(last[j]),
                 "scores": {m: rounded(s[j]) for m, s in scores.items()},
-                "errors": {m: rounded(bars[-1, j]) for m in methods if (bars := run.errors(m)) is not None},
+                "errors": {m: rounded(bars[j]) for m, bars in errors.items()},
                 "agreement": {m: round(v[j].item(), 3) for m, v in values.items()},
                 "helpful": [{**vars(row), "name": run.called("train", row.index)} for row in helpful],
                 "harmful": [{**vars(row), "name": run.called("train", row.index)} for row in harmful],

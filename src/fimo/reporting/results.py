@@ -114,7 +114,7 @@ class Results:
 
     def errors(self, method: str) -> Tensor | None:
         """Return the standard errors of a method's scores as they are judged, NaN where withheld."""
-        return self.scores[method].bars(self.sensitivity.subtract_mean)
+        return self.scores[method].bars(self.sensitivity.subtract_mean and self.predicts_raw_changes(method))
 
     @functools.cached_property
     def effects(self) -> pd.DataFrame:
