@@ -70,7 +70,7 @@ def test_rows_are_projected_as_matrices_from_both_sides(name: str) -> None:
     """Of linear layers from what enters and leaves them, of others from their gradients."""
     case = CASES[name]()
     gradients = InstanceGradients(case.final_model)
-    projection = LayerProjection(gradients.shapes, 2, 0, torch.zeros((), dtype=torch.float64))
+    projection = LayerProjection.random(gradients.shapes, 2, 0, torch.zeros((), dtype=torch.float64))
     whole = matrix_of(projection, case.final_model)
     assert projection.sizes == projected_size(gradients.shapes, 2)
     torch.testing.assert_close(whole @ whole.T, torch.eye(len(whole), dtype=torch.float64))  # orthonormal
@@ -86,7 +86,7 @@ def test_a_smaller_projection_is_influence_in_the_subspace(name: str) -> None:
     case = CASES[name]()
     gradients = InstanceGradients(case.final_model)
     whole = matrix_of(
-        LayerProjection(gradients.shapes, 2, 5, torch.zeros((), dtype=torch.float64)), case.final_model
+        LayerProjection.random(gradients.shapes, 2, 5, torch.zeros((), dtype=torch.float64)), case.final_model
     )
     test, train = (
         dense.instance_gradients(case.final_model, part) @ whole.T for part in (case.test, case.train)

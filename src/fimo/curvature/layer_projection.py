@@ -8,7 +8,7 @@ of the whole gradient costs k^2 in out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class Side:
         return (leaving[..., None] * entering[:, None, None]).flatten(2)
 
 
+@dataclass(frozen=True)
 class LayerProjection:
     """A projection of rows in parameter space, module by module.
 
@@ -54,15 +55,22 @@ class LayerProjection:
 
     Args:
         shapes: of all trainable parameters.
-        dimension: k, of each side; a side that is not longer stays as it is.
-        seed: of the projections, which are drawn on the CPU: the same on every device.
-        like: whose dtype and device the projections have.
+        sides: of each module.
     """
 
-    def __init__(self, shapes: Shapes, dimension: int, seed: int, like: Tensor) -> None:
-        self.shapes = shapes
+    shapes: Shapes
+    sides: tuple[Side, ...]
+
+    @classmethod
+    def random(cls, shapes: Shapes, dimension: int, seed: int, like: Tensor) -> LayerProjection:
+        """Draw orthonormal projections, on the CPU: they are the same on every device.
+
+        Args:
+            dimension: k, of each side; a side that is not longer stays as it is.
+            like: whose dtype and device the projections have.
+        """
         generator = torch.Generator().manual_seed(seed)
-        self.sides = [
+        sides = [
             Side(
                 names,
                 _orthonormal(dimension, rows, generator).to(like),
@@ -70,6 +78,7 @@ class LayerProjection:
             )
             for names, rows in _modules(shapes)
         ]
+        return cls(shapes, tuple(sides))
 
     @property
     def sizes(self) -> list[int]:
@@ -85,20 +94,14 @@ class LayerProjection:
         Args:
             second_moment: ``[P]``.
         """
-        found = object.__new__(LayerProjection)
-        found.shapes, found.sides = self.shapes, []
+        sides = []
         parts = split(second_moment[None], self.shapes)
         for side in self.sides:
             moment = _matrices(parts, side.names, self.shapes)[0]
             rows, columns, mean = moment.mean(1), moment.mean(0), moment.mean()
-            found.sides.append(
-                replace(
-                    side,
-                    leaving=side.leaving * _inverse_root(rows) * mean.sqrt(),
-                    entering=side.entering * _inverse_root(columns),
-                )
-            )
-        return found
+            leaving = side.leaving * _inverse_root(rows) * mean.sqrt()
+            sides.append(Side(side.names, leaving, side.entering * _inverse_root(columns)))
+        return LayerProjection(self.shapes, tuple(sides))
 
     def project(self, rows: Rows) -> Tensor:
         """Return the projected rows ``[n, R, sum of sizes]``; memory beyond that is bounded by one block."""

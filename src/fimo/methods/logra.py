@@ -95,7 +95,7 @@ class Logra(CurvatureMethod):
             raise InputError("dimension", reason)
         gradients = self.gradients(final_model)
         like = torch.zeros((), dtype=gradients.dtype, device=gradients.device)
-        projection = LayerProjection(gradients.shapes, self.dimension, self.seed, like)
+        projection = LayerProjection.random(gradients.shapes, self.dimension, self.seed, like)
         losses = gradients.losses(train)
         if self.second_moment:
             ones = torch.ones(losses.n, 1, 1, dtype=losses.dtype, device=losses.device)
