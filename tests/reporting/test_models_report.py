@@ -72,6 +72,12 @@ def test_the_first_screen_says_what_more_of_would_help_most() -> None:
         assert "71% from" in answer.others[0]
 
 
+def test_a_single_rival_is_named_with_its_probability() -> None:
+    run = several()
+    sure = f"{probabilities(run, 'cosine')['good', 'poor']:.0%}"
+    assert models_answer(run).verdict[1] == f"It beats poor with a probability of {sure}."
+
+
 def test_methods_with_the_same_agreement_are_no_rivals() -> None:
     run = several()
     same = dataclasses.replace(run, pairs=run.pairs.assign(probability=0.5))

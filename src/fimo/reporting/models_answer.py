@@ -157,6 +157,8 @@ def _beaten(run: ModelsRun) -> str:
     chance = {m: p for m, p in chance.items() if p != SAME}
     if not chance:
         return "There is no other method to compare it with."
+    if len(chance) == 1:
+        return "".join(f"It beats {m} with a probability of {p:.0%}." for m, p in chance.items())
     rivals = [m for m, p in chance.items() if not p >= SURE]
     others = counted(len(chance), "other method")
     if not rivals:
