@@ -121,7 +121,7 @@ def test_the_cleaned_table_lacks_what_harms_and_the_proof_judges_it(found: Audit
     assert best["change"] < -3 * best["change_sem"]
     assert best["beyond_random"] < -3 * best["beyond_random_sem"]
     assert set(found.proof["metric"]) == {"test loss", "accuracy"}
-    assert "test loss goes from" in found.summary["proof"][0]
+    assert "test loss on the other half goes from" in found.summary["proof"][0]
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,8 @@ def proof_in_words(table: pd.DataFrame) -> list[str]:
         before = best["mean"] - best["change"]
         over_seeds, over_tests = (figures(best[c], 1) for c in ("change_sem", "change_sem_tests"))
         found.append(
-            f"without the {int(best['rows'])} harmful and suspect rows, {metric} goes from {figures(before)} "
+            f"without the harmful and suspect rows that one half of the test rows chooses "
+            f"({round(best['rows'])} on average), {metric} on the other half goes from {figures(before)} "
             f"to {figures(best['mean'])} ({_signed(best['change'])} ± {over_seeds} over seeds, ± "
             f"{over_tests} over test rows); without as many random rows it changes by "
             f"{_signed(random['change'])} ± {figures(random['change_sem'], 1)}"
