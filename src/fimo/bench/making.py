@@ -21,7 +21,7 @@ from fimo.app.environment import versions
 from fimo.app.experiment import check_finite
 from fimo.app.plan import part
 from fimo.bench.card import write_card
-from fimo.bench.gold_standard import ABOUT, FINAL_MODEL, SENSITIVITY
+from fimo.bench.gold_standard import ABOUT, CARD, FINAL_MODEL, SENSITIVITY
 from fimo.bench.settings import Setting, identity
 from fimo.bench.trained import Trained
 from fimo.cost import Cost, measured
@@ -70,28 +70,28 @@ def make(settings: Sequence[Setting], making: Making, shard: str | None = None) 
         if setting.name in left_out:
             continue
         try:
-            make_final_model(setting, seed, making)
+            if make_final_model(setting, seed, making):
+                finish(setting, making)
         except InputError as error:  # the other settings go on
             left_out[setting.name] = str(error)
             log.warning("%s is left out: %s", setting.name, error)
-            continue
-        finish(setting, making)
     if left_out and len(left_out) == len({setting.name for setting, _ in units[k::n]}):
         raise InputError("setting", f"nothing was made: {'; '.join(left_out.values())}")
     return left_out
 
 
-def finish(setting: Setting, making: Making) -> bool:
-    """Write a setting's card once all its final models are there; return whether they are."""
+def finish(setting: Setting, making: Making) -> None:
+    """Write a setting's card once all its final models are there."""
     folder = making.folder / setting.name
-    if not all((folder / f"{FINAL_MODEL}{seed}" / ABOUT).exists() for seed in range(making.models)):
-        return False
-    write_card(folder, setting.name, setting.about)
-    return True
+    if all((folder / f"{FINAL_MODEL}{seed}" / ABOUT).exists() for seed in range(making.models)):
+        write_card(folder, setting.name, setting.about)
 
 
-def make_final_model(setting: Setting, seed: int, making: Making) -> None:
+def make_final_model(setting: Setting, seed: int, making: Making) -> bool:
     """Train one final model of a setting and measure its sensitivities, unless they are there.
+
+    Returns:
+        whether the setting's card must be written: something was made, or there is none.
 
     Raises:
         InputError: naming the key of the setting at fault, or ``--folder`` where there are others.
@@ -100,7 +100,7 @@ def make_final_model(setting: Setting, seed: int, making: Making) -> None:
     config = setting.config(seed, making.store, making.scale)
     if (folder / ABOUT).exists():
         check_same(folder, identity(config))
-        return
+        return not (folder.parent / CARD).exists()
     if config.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise InputError("trainer.accelerator", "it is for a GPU, and none is here")
     began = time.monotonic()
@@ -117,6 +117,7 @@ def make_final_model(setting: Setting, seed: int, making: Making) -> None:
         "%s, final model %d: %.0f s, noise ceiling (cosine) at the end %.3f",
         setting.name, seed, time.monotonic() - began, about["ceilings"]["cosine"]["upper"][-1],
     )  # fmt: skip
+    return True
 
 
 def check_same(folder: Path, config: Mapping[str, Any]) -> None:

@@ -63,14 +63,15 @@ class Setting:
         """
         own = [] if self.config_dir is None else [f"hydra.searchpath=[file://{self.config_dir.absolute()}]"]
         overrides = [
-            *self.overrides, f"seed={seed}", f"scale={scale}", f"store={store}", "+method=random",
-            f"logger={logger}", "report=false", "trainer.enable_progress_bar=false", *own,
+            *self.overrides, f"seed={seed}", f"scale={scale}", "+method=random", f"logger={logger}",
+            "report=false", "trainer.enable_progress_bar=false", *own,
         ]  # fmt: skip
         use_installed_packages()
         base = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
         conf = packaged_conf()
         with initialize_config_dir(str(conf), **base):
             composed = compose("config", overrides=overrides)
+        composed.store = str(store)  # as an override, any path would have to be quoted
         return validated(composed, places(self.config_dir))
 
 
