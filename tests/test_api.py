@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fimo
 from fimo import api, scores
 from fimo.data import conversion
+from fimo.further_training import sensitivity
 from fimo.methods.graddot import GradDot
 from fimo.methods.response import Response
 from fimo.models import final_model
@@ -53,7 +54,7 @@ def test_every_public_name_is_there_and_documented() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [api, scores, final_model, conversion, fimo.methods], ids=lambda m: m.__name__
+    "module", [api, scores, sensitivity, final_model, conversion, fimo.methods], ids=lambda m: m.__name__
 )
 def test_examples_of_the_documentation_run(module: Any) -> None:
     found = doctest.testmod(module, extraglobs={"fimo": fimo, "torch": torch})
