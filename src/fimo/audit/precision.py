@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fimo.audit.question import Question, Resources
 from fimo.audit.screen import Screened
-from fimo.engine.context import Setting
+from fimo.engine.context import Setting, chunk_size
 from fimo.engine.protocol import Protocol
 from fimo.engine.replicas import Replica
 from fimo.engine.threads import side_by_side
@@ -60,7 +60,10 @@ def _effects(question: Question, protocol: Protocol, rows: Tensor, resources: Re
     )
     # a run of another width than the full one's can't be made with it
     full = losses(setting, [Replica(0)])[-1]
-    without = losses(setting, [Replica(0, (row,)) for row in rows.tolist()])[-1]
+    parts = rows.split(chunk_size(setting, len(rows)))
+    without = torch.cat(
+        [losses(setting, [Replica(0, (row,)) for row in part.tolist()])[-1] for part in parts]
+    )
     weight = question.weight[[m for m, target in enumerate(question.targets) if target.sides]]
     changes = torch.einsum("mj,rj->mr", weight, (without - full).double().cpu())
     return changes if question.rule.shares_batches else changes - changes.mean(1, keepdim=True)
