@@ -21,7 +21,7 @@ def plan(*overrides: str) -> Plan:
     case = CASES["mlp_regression"]()
     data: Any = type("Data", (), {"train": case.train, "test": case.test})
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        few = ["further_training.left_out=4", "further_training.test=2"]
+        few = ["further_training.left_out=4", "further_training.test=2", "further_training.epochs=2"]
         return Plan.of(compose("config", overrides=[*few, *overrides]), data)
 
 

@@ -147,6 +147,9 @@ def test_a_network_that_was_just_trained_with_weight_normalisation_can_be_a_fina
     assert network[0].weight.grad_fn is not None
 
 
+WITHOUT_GRADIENTS = ("random", "embedding", "knn_shapley")
+
+
 def without_curvature(kind: str) -> tuple[FinalModel, Instances]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -160,7 +163,7 @@ def without_curvature(kind: str) -> tuple[FinalModel, Instances]:
         return FinalModel(one, cross_entropy), Instances(x, torch.zeros(24, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("random", "embedding")])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in WITHOUT_GRADIENTS])
 @pytest.mark.parametrize("kind", ["perfect fit", "one class", "one class, any network"])
 def test_without_gradients_scores_are_zero_whatever_the_curvature(kind: str, method: str) -> None:
     model, data = without_curvature(kind)
