@@ -166,6 +166,20 @@ def test_seeds_of_other_networks_have_the_adjoints_of_each(name: str) -> None:
     torch.testing.assert_close(adjoints(*data, [0, 5], weight), each, rtol=1e-9, atol=1e-12)
 
 
+def test_threads_that_follow_seeds_keep_each_other_s_tangents() -> None:
+    case, protocol = CASES["conv_net"](), protocol_of("sgd_decayed")
+    data = (case.final_model, case.train, case.test, protocol)
+    weight, seeds = torch.rand(2, len(case.test), dtype=torch.float64), list(range(8))
+    each = torch.stack([adjoint(*data, seed, weight=weight)[-1] for seed in seeds])
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = adjoints(*data, seeds, weight)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, each, rtol=1e-9, atol=1e-12)
+
+
 def test_weights_of_other_test_instances_than_there_are_are_refused() -> None:
     case = CASES["mlp_regression"]()
     with pytest.raises(InputError, match=r"weight: expected weights \[M, 5\] of test losses"):

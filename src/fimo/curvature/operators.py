@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad, vjp, vmap
 
 from fimo.curvature.jacobian import Rows, Shapes
 from fimo.data.instances import Instances
 from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
+from fimo.models.forward_mode import jvp
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ class GaussNewton(AutogradOperator):
             return self.final_model.loss(values, batch.targets).sum()
 
         def product(vector: Tensor) -> Tensor:
-            at, pushed = jvp(outputs, (self.parameters,), (self._unflatten(vector),))[:2]
+            at, pushed = jvp(outputs, (self.parameters,), (self._unflatten(vector),))
             if roots is None:
                 curved = jvp(grad(loss), (at,), (pushed,))[1]
             else:

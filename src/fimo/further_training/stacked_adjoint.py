@@ -63,15 +63,16 @@ def adjoints(
     setting = Setting.build(final_model, train, train[:1], protocol, run.device)
     one = 8 * (1 + len(protocol.update_rule.state)) * final_model.size * math.isqrt(run.points[-1])
     wide = DTYPES[protocol.evaluation_dtype]
-    start_of = TestGradients(
-        final_model.to(run.device, wide), test.to(run.device, wide), "loss", weight.to(run.device, wide)
-    )
     parts, start = [], 0
     for size in even_parts(len(seeds), max(1, KEPT_BYTES // one), workers):
         parts.append(list(seeds[start : start + size]))
         start += size
 
     def of_part(part: list[int]) -> Tensor:
+        # a network of its own: a call puts parameters in, where another thread's would find them
+        start_of = TestGradients(
+            final_model.to(run.device, wide), test.to(run.device, wide), "loss", weight.to(run.device, wide)
+        )
         with torch.no_grad():
             return _StackedRuns(run, setting, part).differentiated(start_of)
 

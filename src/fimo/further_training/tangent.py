@@ -13,8 +13,9 @@ from fimo.data.instances import Instances
 from fimo.engine.optimizers import State, Tensors
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import Unit
-from fimo.further_training.unrolled_step import FullRun, along, evaluate_outputs
+from fimo.further_training.unrolled_step import FullRun, evaluate_outputs
 from fimo.models.final_model import FinalModel
+from fimo.models.forward_mode import jvp
 from fimo.validation import choices
 
 
@@ -102,7 +103,7 @@ def _updated(
     """Return the state after the optimizer's step, and its derivatives ``[L, ...]``."""
 
     def one(dz: State, dg: Tensors) -> tuple[State, State]:
-        return along(lambda z, g: run.update(z, g, step), (state, gradient), (dz, dg))
+        return jvp(lambda z, g: run.update(z, g, step), (state, gradient), (dz, dg))
 
     return vmap(one, out_dims=(None, 0))(derivative, d_gradient)  # type: ignore[arg-type]
 
@@ -121,7 +122,7 @@ def _outputs(final_model: FinalModel, run: FullRun, units: Sequence[Unit], test:
             return found, measurement(found, test.targets)
 
         def one(d, parameters=parameters, both=both):  # type: ignore[no-untyped-def]
-            return along(both, (parameters,), (d,))
+            return jvp(both, (parameters,), (d,))
 
         with run.randomness(0), torch.no_grad():
             mapped = vmap(one, out_dims=(None, 0))  # type: ignore[arg-type]

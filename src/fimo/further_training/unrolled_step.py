@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, vmap
 
 from fimo.data.instances import Inputs, Instances
 from fimo.engine.choice import choose_engine
@@ -21,6 +20,7 @@ from fimo.engine.replicas import Replica, Unit
 from fimo.errors import InputError
 from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
+from fimo.models.forward_mode import jvp
 from fimo.models.linear_layers import Linearised, forward, linear_layers
 from fimo.models.train_mode import TrainMode, seeded
 
@@ -155,7 +155,7 @@ class FullRun:
             return (losses * weight).sum(), losses
 
         def one(direction: Tensors, weight_direction: Tensor) -> tuple[Tensors, Tensors, Tensor]:
-            (gradient, _), (d_gradient, d_losses) = along(
+            (gradient, _), (d_gradient, d_losses) = jvp(
                 grad(weighted, has_aux=True), (parameters, batch.weight), (direction, weight_direction)
             )
             return gradient, d_gradient, d_losses
@@ -178,14 +178,6 @@ class FullRun:
         seed = step_seed(self.seed, step) if self.stochastic else None
         with seeded(seed, self.device), plain_attention():
             yield
-
-
-def along(
-    function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[Any, Any]:
-    """Return a function's value and its derivative along tangents (``torch.func.jvp``)."""
-    value, derivative = jvp(function, primals, tangents)  # type: ignore[misc]
-    return value, derivative
 
 
 def evaluate_outputs(model: FinalModel, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:

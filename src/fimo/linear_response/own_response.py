@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import vmap
 
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import split
@@ -12,6 +12,7 @@ from fimo.curvature.kronecker import KroneckerFactors, fit_factors, no_factors
 from fimo.curvature.spectrum import Phi
 from fimo.data.instances import Inputs, Instances
 from fimo.models.final_model import FinalModel, functional_apply
+from fimo.models.forward_mode import jvp
 
 PIECE_BYTES = 2**28
 """Of parameter vectors held at once."""
@@ -40,7 +41,7 @@ def own_response(
     def along(inputs: Inputs, direction: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return one instance's outputs, and their derivative along a direction of its own."""
         one = {k: v[None] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[None]
-        outputs, moved = jvp(  # type: ignore[misc]
+        outputs, moved = jvp(
             lambda p: functional_apply(final_model.network, {**buffers, **p}, one),
             (parameters,),
             (direction,),
