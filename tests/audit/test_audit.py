@@ -237,3 +237,18 @@ def test_a_row_that_counted_in_one_seed_s_last_batch_does_not_lead() -> None:
     values = torch.ones(10, 1, 3, dtype=torch.float64)
     values[:, 0, 1], values[4, 0, 2] = 2.0, 100.0
     assert trimmed(values)[0][0].tolist() == [1.0, 2.0, 1.0]
+
+
+def test_a_network_with_parameters_outside_of_layers_is_audited() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scale = nn.Linear(4, 3), nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.layer(x)) * self.scale
+
+    _, train, test = classification(40, 0)
+    model = FinalModel(Scaled(), nn.CrossEntropyLoss(reduction="none"), accept_poor=True)
+    found = fimo.audit(model, train, test, protocol(), top=3, verify=False, seeds=2)
+    assert (found.rows["self_effect"] > 0).all()

@@ -44,7 +44,7 @@ def own_response(
         outputs, moved = jvp(
             lambda p: functional_apply(final_model.network, {**buffers, **p}, one),
             (parameters,),
-            (direction,),
+            ({name: direction[name] for name in parameters},),  # layers come in another order
         )
         return outputs[0], moved[0]
 
