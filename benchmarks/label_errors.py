@@ -11,8 +11,9 @@ with other flips, other initial parameters and another order of the data) of
 - ``cleanlab``: its label quality score, the probability of the label by the same training without the row's
   fold (of five), by cleanlab itself where that is installed;
 - ``suspects``: :func:`fimo.audit.suspects.suspects`, and then its list at a false discovery rate of .10: the
-  share of it that was not flipped (0 where it is empty), the share of flipped labels that it holds, and the
-  largest share that a cut of its order holds at that rate (``at best``: only who knows the flips finds it).
+  share of it that was not flipped (0 where it is empty), the share of flipped labels that it holds, both also
+  of the list that takes labels as certain, and the largest share that a cut of its order holds at that rate
+  (``at best``: only who knows the flips finds it).
 
 Data sets: digits, breast_cancer; with ``--path`` sst2 (a folder with train.tsv, and ``--minilm`` a folder
 with the encoder: 3,000 sentences, a linear head on MiniLM's embeddings), adult (its CSV file: 3,000 rows, the
@@ -29,7 +30,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fimo.audit.suspects import suspects
+from fimo.audit.suspects import Suspects, suspects
 from fimo.curvature.gradients import InstanceGradients
 from fimo.data.bundled import BundledData
 from fimo.data.instances import Instances
@@ -120,6 +121,16 @@ def at_best(score: Tensor, flipped: Tensor) -> float:
     return float((found * (share <= RATE)).max() / found[-1])
 
 
+def of_list(found: Suspects, flipped: Tensor, suffix: str = "") -> dict[str, float]:
+    """Return how long a list is, the share of it that was not flipped, and the share of flips in it."""
+    listed = found.within(RATE)
+    return {
+        f"listed{suffix}": len(listed),
+        f"fdr{suffix}": float((~flipped[listed]).double().mean()) if len(listed) else 0.0,
+        f"found{suffix}": float(flipped[listed].sum() / flipped.sum()),
+    }
+
+
 def self_influences(model: FinalModel, train: Instances, training: Protocol) -> dict[str, Tensor]:
     rows = InstanceGradients(model, 256).losses(train)
     squares = torch.cat([piece.dense().square().flatten(1).sum(1) for piece in rows.pieces()])
@@ -161,13 +172,12 @@ def main() -> None:
             seconds = time.perf_counter() - began
             orders["suspects"] = found.score
             precision = {n: float(average_precision(v.double(), flipped)) for n, v in orders.items()}
-            listed = found.within(RATE)
+            bold = suspects(model, train, certain=True, seed=repetition)
             rows.append(
                 {
                     "dataset": chosen.dataset, "share": share, "repetition": repetition, **precision,
-                    "listed": len(listed), "seconds": seconds, "estimated share": found.share,
-                    "fdr": float((~flipped[listed]).double().mean()) if len(listed) else 0.0,
-                    "found": float(flipped[listed].sum() / flipped.sum()),
+                    "seconds": seconds, "estimated share": found.share,
+                    **of_list(found, flipped), **of_list(bold, flipped, ", certain"),
                     "at best": at_best(found.score, flipped),
                     "right label": float((found.suggested == right.targets)[flipped].double().mean()),
                 }

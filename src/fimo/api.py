@@ -190,6 +190,7 @@ def audit(
     minutes: float | None = None,
     seeds: int = 10,
     controls: int | None = None,
+    certain_labels: bool = False,
     act: bool = True,
     names: Origin | Sequence[Any] | None = None,
     test_names: Origin | Sequence[Any] | None = None,
@@ -215,6 +216,8 @@ def audit(
         minutes: no further round of seeds is begun that would end later.
         seeds: most seeds with which a row is left out; predictions follow as many others.
         controls: random rows that are left out besides; twice ``top`` when None.
+        certain_labels: a row's inputs leave no doubt of its label, as of digits that a person can read: more
+            rows are then listed as suspects.
         act: leave groups of rows out as well, and together the rows behind the predictions of ``tests``, and
             prove what cleaning is worth.
         names, test_names: of the rows, as a list or an :class:`~fimo.data.origin.Origin`; a DataFrame's index
@@ -243,7 +246,7 @@ def audit(
     if not isinstance(further_training, Protocol):
         raise InputError("further_training", _no_protocol(further_training))
     check_device(device)
-    settings = Settings(top, q, verify, minutes, seeds, controls, act)
+    settings = Settings(top, q, verify, minutes, seeds, controls, certain_labels, act)
     given = (train, test)
     train, test = admit(model, *train_and_test(train, test, inputs, target, ("train", "test")))
     train_origin = origin_of(names, given[0], len(train), "names")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from fimo.audit.false_discovery import error_probability, error_share, list_rates
+from fimo.audit.false_discovery import error_probability, list_rates
 
 
 def planted(seed, share, rows=3000, spread=3.0):
@@ -21,8 +21,8 @@ def test_lists_hold_the_false_discovery_rate_where_the_truth_is_known(share):
     false, found, shares = [], [], []
     for seed in range(30):
         suspicion, others, wrong = planted(seed, share)
-        shares.append(error_share(suspicion, others))
-        probability = error_probability(suspicion, others, shares[-1])
+        probability, estimate = error_probability(suspicion, others)
+        shares.append(estimate)
         listed = list_rates(probability, suspicion) <= 0.1
         false.append((listed & ~wrong).sum() / max(1, listed.sum()))
         # the longest list that knowledge of the truth would allow
@@ -38,14 +38,14 @@ def test_without_errors_nothing_is_listed():
     listed = 0
     for seed in range(20):
         suspicion, others, _ = planted(seed, 0.0)
-        share = error_share(suspicion, others)
-        listed += int((list_rates(error_probability(suspicion, others, share), suspicion) <= 0.1).sum())
+        probability, _ = error_probability(suspicion, others)
+        listed += int((list_rates(probability, suspicion) <= 0.1).sum())
     assert listed == 0
 
 
 def test_probabilities_rise_with_suspicion_and_rates_fall():
     suspicion, others, _ = planted(0, 0.1)
-    probability = error_probability(suspicion, others, 0.1)
+    probability, _ = error_probability(suspicion, others)
     rates = list_rates(probability, suspicion)
     order = np.argsort(-suspicion)
     assert (np.diff(probability[order]) <= 1e-12).all()
@@ -53,8 +53,19 @@ def test_probabilities_rise_with_suspicion_and_rates_fall():
     assert ((probability >= 0) & (probability <= 1) & (rates >= 0) & (rates <= 1)).all()
 
 
-def test_the_share_of_errors_is_a_tail_s_bound():
-    observed = np.array([5.0, 4.0, 3.0, 0.0, -1.0, -2.0, -3.0, -4.0, -5.0, -6.0])
-    others = np.array([6.0, 5.0, 4.5, 2.0])
-    # tails of 2, 3 ... rows: .2 of the rows beyond 4 against 3 of 4 errors, .3 against 3 of 4, ...
-    assert error_share(observed, others, least=2) == pytest.approx(0.2 / 0.75)
+def test_where_no_row_is_ambiguous_the_bold_list_is_longer_and_holds_its_rate():
+    false, found = {}, {}
+    for certain in (False, True):
+        lists = []
+        for seed in range(20):
+            # classes are certain, and the predictor, which learnt from wrong labels too, no surer
+            generator = np.random.default_rng(seed)
+            wrong = generator.random(500) < 0.05
+            surprise = generator.normal(-3.0, 0.8, 500)
+            suspicion = np.where(wrong, -surprise, surprise)
+            listed = list_rates(error_probability(suspicion, -suspicion, certain)[0], suspicion) <= 0.1
+            hits = (listed & wrong).sum()
+            lists.append(((listed.sum() - hits) / max(1, listed.sum()), hits / wrong.sum()))
+        false[certain], found[certain] = np.mean(lists, 0)
+    assert false[False] <= false[True] <= 0.1
+    assert found[True] > found[False] + 0.02

@@ -210,7 +210,7 @@ def build_final_model(module: FinalModelModule, config: DictConfig) -> FinalMode
     )
 
 
-AUDIT_FIELDS = ("top", "q", "verify", "minutes", "seeds", "controls", "act")
+AUDIT_FIELDS = ("top", "q", "verify", "minutes", "seeds", "controls", "certain_labels", "act")
 """Settings of an audit that are keys under ``audit``, with the same names."""
 
 

@@ -109,6 +109,7 @@ class AuditSettings:
     minutes: float | None = None
     seeds: int = 10
     controls: int | None = None
+    certain_labels: bool = False
     act: bool = True
 
 

@@ -45,7 +45,7 @@ def audit(question: Question, settings: Settings, resources: Resources) -> Audit
     suspicious = None
     if _there_is_time("suspects", settings, seconds):
         with _stage("suspects", seconds):
-            suspicious = suspected(question, resources)
+            suspicious = suspected(question, settings.certain_labels, resources)
     findings = Findings(question, settings, screened, verified, suspicious, seconds)
     acted = Acted()
     if acts and verified is not None:
@@ -54,7 +54,7 @@ def audit(question: Question, settings: Settings, resources: Resources) -> Audit
     return Audit(rows_of(findings), pairs_of(findings), summary=summary, **acted.tables)
 
 
-def suspected(question: Question, resources: Resources) -> Suspects | None:
+def suspected(question: Question, certain: bool, resources: Resources) -> Suspects | None:
     """Return which rows' targets are probably wrong, from the store where they are there.
 
     None, with a word in the log, where none can tell.
@@ -65,12 +65,13 @@ def suspected(question: Question, resources: Resources) -> Suspects | None:
         return None
 
     def key() -> Key:
-        return suspects_key(resources.described(model, train), question.protocol)
+        return suspects_key(resources.described(model, train), question.protocol, certain)
 
     with kept(resources.store, "suspects", key) as folder:
         path = folder / "suspects"
         if not path.exists():
-            write_tensors(path, suspects(model, train, question.protocol).tensors())
+            found = suspects(model, train, question.protocol, certain=certain)
+            write_tensors(path, found.tensors())
         return Suspects.of_tensors(read_tensors(path))
 
 

@@ -15,60 +15,51 @@ from __future__ import annotations
 import numpy as np
 from scipy.optimize import minimize
 
-LEAST = 10
-"""Fewest rows of a tail that the share of errors is read from."""
-
-SHARPNESS = 2.0
-"""How sharply the ratio f / f1 turns from a logistic curve to its floor; see :func:`error_probability`."""
+SHARPNESS = {False: 2.0, True: 4.0}
+"""How sharply the ratio f / f1 turns from a logistic curve to its floor, by whether classes are certain given
+the row; see :func:`error_probability`."""
 
 ALLOWANCE = 0.5
 """Right rows that every list is taken to hold besides: the estimate alone is too hopeful of a short one."""
 
+START = 0.05
+"""The share of wrong rows that its estimation begins with."""
 
-def error_share(observed: np.ndarray, planted: np.ndarray, least: int = LEAST) -> float:
-    """Return an estimate of the share pi of wrong rows, from the most suspicious ones.
 
-    Since f >= pi f1 everywhere, every tail bounds pi by (share of rows in it) / (share of planted errors in
-    it), and the bound is an equality where only errors are as suspicious: the smallest is taken. Where no
-    class is certain anywhere, right rows stay among the most suspicious, and the estimate is too large.
+def error_probability(
+    observed: np.ndarray, planted: np.ndarray, certain: bool = False
+) -> tuple[np.ndarray, float]:
+    """Return the probability ``[N]`` that each row is wrong (1 - the local false discovery rate), and pi.
+
+    The ratio f / f1 falls with suspicion to its floor pi. Its shape is a smooth maximum of the floor and of a
+    logistic curve, (pi^k + exp(-k (a + b s)))^(1/k), whose pi, a and b are fitted by telling rows as they are
+    from planted errors. With a predictor of right labels k = 1 would be exact, as suspicions are log-odds.
+    One that learnt from wrong labels, too, is never surer than they let it be, and with it k = infinity,
+    where no row's right class is in doubt. Where some rows are ambiguous, the most ambiguous right ones
+    are as suspicious as errors, and nothing in rows and labels tells which of the two it is: 2 then holds
+    what it promises, and larger k does not (``benchmarks/label_errors.py``).
 
     Args:
         observed: ``[N]`` suspicions of the rows as they are.
         planted: ``[M]`` suspicions of errors by construction.
-        least: rows of the smallest tail.
+        certain: whoever knows the row knows its class.
     """
-    n, ordered = len(observed), np.sort(observed)[::-1]
-    beyond = 1 - np.searchsorted(np.sort(planted), ordered, side="left") / len(planted)
-    share = np.arange(1, n + 1) / n
-    bounds = share[min(least, n) - 1 :] / np.maximum(beyond[min(least, n) - 1 :], 1 / len(planted))
-    return float(min(1.0, bounds.min()))
-
-
-def error_probability(observed: np.ndarray, planted: np.ndarray, share: float) -> np.ndarray:
-    """Return the probability ``[N]`` that each row is wrong: 1 - the local false discovery rate.
-
-    The ratio f / f1 falls with suspicion to its floor pi. Its shape is a smooth maximum of the floor and of a
-    logistic curve, (pi^k + exp(-k (a + b s)))^(1/k), whose a and b are fitted by telling rows as they are
-    from planted errors. With a predictor of right labels k = 1 would be exact, as suspicions are log-odds;
-    with one whose probabilities have the errors in them already, k = infinity. On planted errors 2 holds
-    what it promises (``benchmarks/label_errors.py``), 3 on some data sets no longer.
-    """
-    n, weight = len(observed), len(observed) / len(planted)
+    n, weight, k = len(observed), len(observed) / len(planted), SHARPNESS[certain]
     centre, scale = np.median(observed), max(float(np.std(observed)), 1e-12)
     ours, theirs = (observed - centre) / scale, (planted - centre) / scale
-    floor = np.log(max(share, 1e-12))
 
-    def log_ratio(a: float, log_b: float, s: np.ndarray) -> np.ndarray:
-        curve = np.logaddexp(SHARPNESS * floor, -SHARPNESS * (a + np.exp(log_b) * s)) / SHARPNESS
-        return np.asarray(curve)
+    def log_ratio(t: np.ndarray, s: np.ndarray) -> np.ndarray:
+        log_share, a, log_b = t
+        return np.asarray(np.logaddexp(k * log_share, -k * (a + np.exp(log_b) * s)) / k)
 
     def loss(t: np.ndarray) -> float:
-        mine = np.logaddexp(0, -log_ratio(t[0], t[1], ours)).sum()
-        others = np.logaddexp(0, log_ratio(t[0], t[1], theirs)).sum()
-        return float((mine + weight * others) / n + 1e-6 * (t**2).sum())
+        mine = np.logaddexp(0, -log_ratio(t, ours)).sum()
+        others = np.logaddexp(0, log_ratio(t, theirs)).sum()
+        return float((mine + weight * others) / n + 1e-6 * (t[1:] ** 2).sum())
 
-    found = minimize(loss, np.zeros(2), method="BFGS").x
-    return np.asarray(np.exp(np.minimum(0.0, floor - log_ratio(found[0], found[1], ours))))
+    found = minimize(loss, np.array([np.log(START), 0.0, 0.0]), method="BFGS").x
+    chance = np.exp(np.minimum(0.0, found[0] - log_ratio(found, ours)))
+    return np.asarray(chance), min(1.0, float(np.exp(found[0])))
 
 
 def list_rates(probability: np.ndarray, suspicion: np.ndarray) -> np.ndarray:

@@ -141,6 +141,8 @@ class Settings:
         minutes: after which no further round of seeds, and no further stage, is begun; None for no limit.
         seeds: most seeds with which a row is left out; the screen follows as many others.
         controls: random rows that are left out besides; twice ``top`` when None.
+        certain_labels: whoever knows a row's inputs knows its label; see
+            :func:`~fimo.audit.suspects.suspects`.
         act: leave out groups of rows too, and the rows of named predictions together, and prove what cleaning
             is worth.
 
@@ -154,6 +156,7 @@ class Settings:
     minutes: float | None = None
     seeds: int = 10
     controls: int | None = None
+    certain_labels: bool = False
     act: bool = True
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fimo.audit.false_discovery import error_probability, error_share, list_rates
+from fimo.audit.false_discovery import error_probability, list_rates
 from fimo.audit.out_of_sample import OutOfSample, out_of_sample
 from fimo.data.instances import IGNORED, Instances
 from fimo.engine.protocol import Protocol
@@ -86,6 +86,7 @@ def suspects(
     train: Instances,
     further_training: Protocol | None = None,
     *,
+    certain: bool = False,
     folds: int = 5,
     repeats: int = 4,
     seed: int = 0,
@@ -103,6 +104,8 @@ def suspects(
         model: the final model, trained here or read from a checkpoint.
         train: all N training instances.
         further_training: needed where the network can't be initialised anew.
+        certain: whoever knows a row's inputs knows its label, as of digits that a person can read: the list
+            at a rate is longer then. By default some rows may be ambiguous, which look like errors.
         folds, repeats: of cross-validation.
         seed: of folds, initial parameters and trees.
 
@@ -127,8 +130,7 @@ def suspects(
     else:
         score, planted, judged = _of_classes(found.expected, labels)
     observed = score[judged].numpy()
-    share = error_share(observed, planted)
-    chance = error_probability(observed, planted, share)
+    chance, share = error_probability(observed, planted, certain)
     probability, q = torch.zeros_like(score), torch.ones_like(score)
     probability[judged], q[judged] = torch.from_numpy(chance), torch.from_numpy(list_rates(chance, observed))
     suggested = found.expected if labels is None else found.expected.argmax(1)

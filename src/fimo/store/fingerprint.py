@@ -169,9 +169,11 @@ def adjoint_key(
     return Key(parts, f"{problem.about}, {len(weight)} adjoints of seed {seed}, {_protocol(protocol)}")
 
 
-def suspects_key(problem: Problem, protocol: Protocol) -> Key:
+def suspects_key(problem: Problem, protocol: Protocol, certain: bool) -> Key:
     """Return what it depends on which rows' targets are taken to be wrong."""
-    parts = {**problem.parts, "protocol": protocol.key(), **computed_by("fimo.audit.suspects")}
+    parts = {
+        **problem.parts, "protocol": protocol.key(), "certain": certain, **computed_by("fimo.audit.suspects")
+    }  # fmt: skip
     return Key(parts, f"{problem.about}, suspects")
 
 
