@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from fimo.app.config import plain
+from fimo.app.displayed import displayed
 from fimo.app.environment import versions
 from fimo.app.journal import Journal
 from fimo.app.run import Run
@@ -22,9 +21,6 @@ from fimo.reporting.audit_answer import audit_answer
 from fimo.reporting.audit_run import AuditRun, test_rows, train_rows
 from fimo.reporting.instance_table import InstanceDisplay
 from fimo.reporting.wandb_audit import tell_audit
-
-BATCH = 1_000
-"""Instances whose predictions are computed at once."""
 
 
 def write_audit(found: Audit, run: Run, quality: Quality, config: DictConfig, journal: Journal) -> None:
@@ -62,15 +58,4 @@ def displays(
 ) -> dict[int, InstanceDisplay]:
     """Return instances, and what the final model makes of them, by their data rows."""
     position = {int(row): k for k, row in enumerate(data.origin(split).row)}
-    found: dict[int, InstanceDisplay] = {}
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        positions = [position[row] for row in batch]
-        instances = getattr(data, split)[positions]
-        with torch.no_grad():
-            outputs, losses = final_model.outputs(instances), final_model.losses(instances)
-        for row, k, output, loss in zip(batch, positions, outputs, losses, strict=True):
-            found[row] = InstanceDisplay(
-                **asdict(data.named(split, k)), prediction=data.prediction(output), loss=float(loss)
-            )
-    return found
+    return dict(zip(rows, displayed(data, final_model, split, [position[r] for r in rows]), strict=True))

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from fimo.app.displayed import displayed
 from fimo.app.effects import ids_of
 from fimo.app.environment import versions
 from fimo.cost import Cost, cost_table
@@ -47,12 +48,7 @@ def summarise(
     """Gather what a run found."""
 
     def show(split: Split, index: int) -> InstanceDisplay:
-        instance = getattr(data, split)[[index]]
-        return InstanceDisplay(
-            **asdict(data.named(split, index)),
-            prediction=data.prediction(final_model.outputs(instance)[0]),
-            loss=float(final_model.losses(instance)),
-        )
+        return next(displayed(data, final_model, split, [index]))
 
     return Results(
         name=f"{data.name}: {', '.join(methods)}"

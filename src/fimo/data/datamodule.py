@@ -77,7 +77,7 @@ class InstancesModule(pl.LightningDataModule):
 
     def shown_targets(self, split: Split) -> list[float | int | str]:
         """Return the targets of a part as people read them, as :meth:`display` does."""
-        return [self.display(split, k).target for k in range(len(getattr(self, split)))]
+        return [self.shown(split, k).target for k in range(len(getattr(self, split)))]
 
     def table(self) -> pd.DataFrame | None:
         """Return the file of the training rows as it is, all rows and columns; None where there is no table.
@@ -91,8 +91,12 @@ class InstancesModule(pl.LightningDataModule):
 
         :meth:`display` counts the training instances that were loaded, some of which may be held out.
         """
+        return self.display(split, self._loaded_index(split, index))
+
+    def _loaded_index(self, split: Split, index: int) -> int:
+        """Return the index of an instance of a part among those that were loaded."""
         held = self._trained if split == "train" else None
-        return self.display(split, index if held is None else int(held[index]))
+        return index if held is None else int(held[index])
 
     def named(self, split: Split, index: int) -> Display:
         """Return an instance as a person reads it, under its own name, with what its source says beside."""
@@ -109,6 +113,14 @@ class InstancesModule(pl.LightningDataModule):
         if self.task == "classification":
             return self.class_names[int(outputs.argmax())] if self.class_names else str(int(outputs.argmax()))
         return ", ".join(figures(v) for v in outputs.flatten()[:3].tolist())
+
+    def predicted(self, split: Split, index: int, outputs: Tensor) -> str:
+        """Return an instance's network outputs as a person reads them, who knows the instance."""
+        return self.prediction(outputs)
+
+    def pieces(self, split: Split, index: int) -> tuple[str, ...] | None:
+        """Return the text of each token of a sequence whose tokens are predicted; None of all else."""
+        return None
 
     def original(self, values: Tensor) -> Tensor:
         """Return outputs or targets of a regression ``[...]`` in the target's own units."""

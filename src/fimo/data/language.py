@@ -1,12 +1,12 @@
-"""Text files as passages for a causal language model; test instances are passages or completions."""
+"""Passages, and prompts with completions, for a causal language model: text files and tables."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from pathlib import Path
+import logging
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -14,26 +14,38 @@ from fimo.data.datamodule import InstancesModule, Split, held_out
 from fimo.data.display import Display
 from fimo.data.instances import IGNORED, Instances
 from fimo.data.origin import Origin
-from fimo.data.text import read_table
-from fimo.data.tokens import BYTES, make_tokens
+from fimo.data.passages import Columns, Passages, Tokenised, read_passages
+from fimo.data.tokens import BYTES, WITHOUT_TEXT, WordTokens, make_tokens
 from fimo.errors import InputError
+
+log = logging.getLogger(__name__)
+
+EXPLAINED = ("instance", "token")
 
 
 class LanguageData(InstancesModule):
-    """Passages of text files; a position's target is the next token.
+    """Passages, or prompts with completions; a position's target is the next token.
 
     Instances are ``input_ids`` ``[n, T]`` with targets ``[n, T]``, -100 where there is nothing to predict:
-    padding on the right, and the prompt of a completion. The data set shifts, not the loss.
+    padding on the right, and prompts. The data set shifts, not the loss. A passage's first token is not
+    predicted. Prompts and completions become tokens apart from each other, without special ones.
 
     Args:
-        path: a folder of ``.txt`` files (searched through), or one file. Blank lines end a passage.
-        prompts: a table (tsv, csv, parquet, jsonl) with columns ``prompt`` and ``completion`` as test
-            instances, whose loss is the completion's; None holds out passages.
-        test_path: a folder or file of passages as test instances.
-        tokenizer: ``bytes``, or a model's folder, package or hub name.
-        length: most tokens of a passage; longer ones become several.
-        test_size: share, or number, of passages held out where ``prompts`` is None.
+        path: a folder of ``.txt`` files (searched through) or one text file, where blank lines end a passage;
+            or a table (tsv, csv, parquet, jsonl) with a column ``text``, or ``prompt`` and ``completion``.
+        prompts: a table of prompts and completions as test instances; None holds out passages.
+        test_path: a folder, file or table of test instances.
+        tokenizer: ``bytes``, ``words`` (of all texts of ``path``), or a model's folder, package or hub name.
+        vocabulary: most words of ``words``, the most frequent; None for all.
+        length: most tokens that are predicted of a passage; longer ones become several.
+        explain: ``instance``, or ``token``: each token of a test instance is one of its own. An instance's
+            loss is the mean of its tokens', and so are its sensitivities and the scores of methods that are
+            linear in the test loss.
+        test_size: share, or number, of passages held out where no test instances are given.
         split_seed: of the split.
+        text, prompt, completion, id: names of columns.
+        fact: a column that says which fact a passage states, or a test instance asks for; see
+            :class:`fimo.tasks.FactTracing`.
     """
 
     def __init__(
@@ -47,128 +59,164 @@ class LanguageData(InstancesModule):
         batch_size: int = 16,
         split_seed: int = 0,
         test_path: str | None = None,
+        vocabulary: int | None = None,
+        explain: str = "instance",
+        text: str = "text",
+        prompt: str = "prompt",
+        completion: str = "completion",
+        id: str | None = None,
+        fact: str | None = None,
     ) -> None:
         super().__init__(name, batch_size)
         if length < 2:
             raise InputError("dataset.length", f"expected at least 2 tokens but got {length}")
+        if explain not in EXPLAINED:
+            raise InputError("dataset.explain", f"expected instance or token but got {explain!r}")
         self.task = "language_modelling"
         self.path, self.prompts, self.length, self.test_path = path, prompts, length, test_path
         if prompts is not None and test_path is not None:
             raise InputError("dataset.test_path", "expected either dataset.prompts or dataset.test_path")
         self.tokenizer, self.test_size, self.split_seed = tokenizer or BYTES, test_size, split_seed
+        self.vocabulary, self.explain = vocabulary, explain
+        self.columns = Columns(text, prompt, completion, id, fact)
 
     def load(self) -> None:
-        self.tokens = make_tokens(self.tokenizer)
+        written, test_written = self.read()
+        self.tokens = make_tokens(self.tokenizer, [*written.prompts, *written.texts], self.vocabulary)
         if self.tokens.longest is not None and self.length > self.tokens.longest:
             raise InputError(
                 "dataset.length", f"{self.length} tokens are more than the model's {self.tokens.longest}"
             )
-        passages = self._passages(self.path, "dataset.path")
-        if len(passages) < 4:
-            raise InputError(
-                "dataset.path", f"{self.path} holds {len(passages)} passages; expected at least 4"
-            )
-        if self.test_path is not None:
-            train, test = passages, self._passages(self.test_path, "dataset.test_path")
-            starts = [0] * len(test)
-        elif self.prompts is None:
-            rows = held_out(len(passages), self.test_size, self.split_seed)
-            train, test = ([passages[i] for i in part] for part in rows)
-            starts = [0] * len(test)
-            whole = Origin.counted(len(passages))
-            self.origins = {"train": whole[rows[0]], "test": whole[rows[1]]}
+        train = written.cut(self.tokens, self.length + 1)
+        if test_written is None:
+            if len(train) < 4:
+                raise InputError(
+                    "dataset.path", f"{self.path} holds {len(train)} passages; expected at least 4"
+                )
+            wholes = np.unique(train.whole)
+            rows = held_out(len(wholes), self.test_size, self.split_seed)
+            train, test = (train.of(wholes[part]) for part in rows)
         else:
-            train = passages
-            test, starts = self._completions(Path(self.prompts))
-        self._sources = {"train": train, "test": test}
-        self._starts = {"train": [0] * len(train), "test": starts}
-        self.train = self._instances([ids for _, ids in train], [0] * len(train))
-        self.test = self._instances([ids for _, ids in test], starts)
+            test = test_written.cut(self.tokens, self.length + 1)
+        self._check(train, test)
+        self._tokenised: dict[Split, Tokenised] = {"train": train, "test": test}
+        self.origins = {"train": train.passages.origin, "test": test.passages.origin}
+        self.train, self.test = (shifted(part, self.tokens.padding) for part in (train, test))
+        self._token: list[tuple[int, int]] | None = None
+        if self.explain == "token":
+            self._explain_tokens()
         self.outputs = self.tokens.vocabulary
+
+    def read(self) -> tuple[Passages, Passages | None]:
+        """Return what is trained on, and the test instances; None where they are held out of it."""
+        train = read_passages(self.path, "dataset.path", self.columns)
+        if self.prompts is not None:
+            return train, read_passages(self.prompts, "dataset.prompts", self.columns, prompts=True)
+        if self.test_path is not None:
+            return train, read_passages(self.test_path, "dataset.test_path", self.columns)
+        return train, None
 
     @property
     def inputs(self) -> int:
         """Number of token indices (what a network's embedding must know)."""
         return self.tokens.vocabulary
 
+    def table(self) -> pd.DataFrame:
+        return self._tokenised["train"].passages.frame
+
+    def facts(self, split: Split) -> list[str] | None:
+        """Return which fact each instance of a part states or asks for, empty for none.
+
+        None where no column says it.
+        """
+        facts = self._tokenised[split].passages.facts
+        if facts is None:
+            return None
+        count = len(getattr(self, split))
+        return [facts[self._place(split, self._loaded_index(split, k))[0]] for k in range(count)]
+
+    def predicted(self, split: Split, index: int, outputs: Tensor) -> str:
+        """Return a completion by the most likely tokens; of a passage, how many of its tokens these are."""
+        targets = getattr(self, split).targets[index]
+        kept = targets != IGNORED
+        best = outputs.argmax(-1)[kept]
+        if self._place(split, self._loaded_index(split, index))[1]:
+            return self.tokens.decode(best.tolist()).strip()
+        right = int((best == targets[kept]).sum())
+        return f"{right} of {int(kept.sum())} tokens"
+
     def prediction(self, outputs: Tensor) -> str:
         """Return the most likely next token at each position, as text."""
         return self.tokens.decode(outputs.argmax(-1).tolist())
 
     def display(self, split: Split, index: int) -> Display:
-        source, ids = self._sources[split][index]
-        start = self._starts[split][index]
-        text = self.tokens.decode(ids)
+        row, start, stop = self._place(split, index)
+        part = self._tokenised[split]
+        before, after = (self.tokens.decode(part.ids[row][k]) for k in (slice(start), slice(start, stop)))
         if not start:
-            return Display(source, text=text)
-        return Display(self.tokens.decode(ids[start:]), text=self.tokens.decode(ids[:start]) + " ▸ …")
+            return Display(part.passages.sources[row], text=after)
+        return Display(after.strip() or WITHOUT_TEXT, text=f"{before} ▸ …")
 
-    def _passages(self, given: str | None, key: str) -> list[tuple[str, list[int]]]:
-        """Return the passages of a folder or a file, each with its file's name."""
-        if given is None:
-            raise InputError(key, "must be given: a folder of .txt files, or one file")
-        path = Path(given)
-        files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
-        if not files:
-            raise InputError(key, f"no .txt file in {path}")
-        return [
-            (file.name, piece)
-            for file in files
-            for text in paragraphs(file)
-            for piece in pieces(self.tokens.encode([text])[0], self.length + 1)
-        ]
+    def pieces(self, split: Split, index: int) -> tuple[str, ...]:
+        row, _, stop = self._place(split, self._loaded_index(split, index))
+        return tuple(self.tokens.pieces(self._tokenised[split].ids[row][:stop]))
 
-    def _completions(self, path: Path) -> tuple[list[tuple[str, list[int]]], list[int]]:
-        table = read_table(path)
-        for column in ("prompt", "completion"):
-            if column not in table:
-                raise InputError("dataset.prompts", f"{path} has no column {column!r}")
-            blank = table[column].astype(str).str.strip() == ""
-            if blank.any():
-                row = int(np.flatnonzero(blank)[0])
-                raise InputError("dataset.prompts", f"the {column} in row {row} of {path} is empty")
-        if table.empty:
-            raise InputError("dataset.prompts", f"{path} has no rows")
-        found, starts = [], []
-        prompts = self.tokens.encode(table["prompt"].astype(str).tolist(), special=False)
-        completions = self.tokens.encode(table["completion"].astype(str).tolist(), special=False)
-        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            if len(prompt) + len(completion) > self.length + 1:
-                raise InputError(
-                    "dataset.prompts",
-                    f"row {row} of {path} has {len(prompt) + len(completion)} tokens; "
-                    f"dataset.length={self.length}",
-                )
-            found.append((path.name, [*prompt, *completion]))
-            starts.append(len(prompt))
-        return found, starts
+    def _place(self, split: Split, index: int) -> tuple[int, int, int | None]:
+        """Return which passage an instance that was loaded is, and from where to where it is predicted."""
+        if split == "test" and self._token is not None:
+            row, position = self._token[index]
+            return row, position, position + 1
+        return index, self._tokenised[split].starts[index], None
 
-    def _instances(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Instances:
-        longest = max(map(len, sequences)) - 1
-        input_ids = torch.full((len(sequences), longest), self.tokens.padding)
-        targets = torch.full((len(sequences), longest), IGNORED)
-        for row, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
-            input_ids[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-            first = max(start - 1, 0)  # position first predicts the token after it
-            targets[row, first : len(ids) - 1] = torch.tensor(ids[first + 1 :])
-        return Instances({"input_ids": input_ids}, targets)
+    def _check(self, train: Tokenised, test: Tokenised) -> None:
+        for part, key in ((train, "path"), (test, "test_path" if self.prompts is None else "prompts")):
+            if not len(part):
+                raise InputError(f"dataset.{key}", "no passage has two tokens, one to predict")
+        decisions = []
+        if len(train) + len(test) > len(np.unique(train.whole)) + len(np.unique(test.whole)):
+            decisions.append(f"passages of more than {self.length} tokens are several instances")
+        if isinstance(self.tokens, WordTokens):
+            unknown = sum(self.tokens.unknown in ids for ids in test.ids)
+            if unknown:
+                decisions.append(f"{unknown} of {len(test)} test instances hold unknown words")
+        self.decisions = tuple(decisions)
+        for line in decisions:
+            log.info("%s", line)
+
+    def _explain_tokens(self) -> None:
+        """Make each predicted token of the test instances an instance."""
+        self.test, where = by_token(self.test)
+        self._token = [(j, position + 1) for j, position in where]
+        names = self.origins["test"].ids
+        ids = tuple(f"{names[j]}:{position}" for j, position in self._token)
+        self.origins = {**self.origins, "test": replace(Origin.counted(len(ids)), id=ids)}
 
 
-def paragraphs(file: Path) -> list[str]:
-    """Return a file's passages, between blank lines.
+def shifted(passages: Tokenised, padding: int) -> Instances:
+    """Return passages as instances: input t is followed by target t, which is -100 within prompts."""
+    longest = max(map(len, passages.ids)) - 1
+    input_ids = torch.full((len(passages), longest), padding)
+    targets = torch.full((len(passages), longest), IGNORED)
+    for row, (ids, start) in enumerate(zip(passages.ids, passages.starts, strict=True)):
+        input_ids[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+        first = max(start - 1, 0)  # position first predicts the token after it
+        targets[row, first : len(ids) - 1] = torch.tensor(ids[first + 1 :])
+    return Instances({"input_ids": input_ids}, targets)
 
-    Raises:
-        InputError: the file is not UTF-8 text.
+
+def by_token(instances: Instances) -> tuple[Instances, list[tuple[int, int]]]:
+    """Return each predicted token of sequences as an instance of its own, in their order.
+
+    Args:
+        instances: with targets ``[n, T]``, -100 where nothing is predicted.
+
+    Returns:
+        the instances, with a single target each, and the row and the position of each: input t is followed by
+        target t.
     """
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError("dataset.path", f"{file} is not a UTF-8 text file") from None
-    return [p.strip() for p in re.split(r"\n\s*\n", text) if p.strip()]
-
-
-def pieces(ids: Sequence[int], length: int) -> list[list[int]]:
-    """Cut token indices into pieces of at most ``length``, of about equal size; none of a single token."""
-    count = max(1, -(-len(ids) // length))
-    found = [list(part) for part in np.array_split(np.asarray(ids), count)]
-    return [[int(i) for i in part] for part in found if len(part) > 1]
+    rows, positions = (instances.targets != IGNORED).nonzero(as_tuple=True)
+    found = instances[rows]
+    at = torch.zeros_like(found.targets, dtype=torch.bool)
+    at[torch.arange(len(rows)), positions] = True
+    single = torch.where(at, found.targets, IGNORED)
+    return Instances(found.inputs, single), list(zip(rows.tolist(), positions.tolist(), strict=True))

@@ -1,8 +1,10 @@
-"""Texts to token indices: a model's own tokenizer, or bytes."""
+"""Texts to token indices: a model's own tokenizer, words, or bytes."""
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,12 @@ from fimo.extras import TEXT, require
 
 KEY = "dataset.tokenizer"
 BYTES = "bytes"
+WORDS = "words"
+WITHOUT_TEXT = "¶"
+"""What is shown of a token that stands for no text, such as a text's end."""
+
+INCOMPLETE = "\ufffd"
+"""That a text ends with whose last character's bytes are not all there."""
 
 
 class Tokens(ABC):
@@ -35,6 +43,18 @@ class Tokens(ABC):
     def decode(self, indices: Sequence[int]) -> str:
         """Return the text of token indices, without special tokens."""
 
+    def pieces(self, indices: Sequence[int]) -> list[str]:
+        """Return each token's own part of the text; a character of several tokens goes with its last."""
+        found, shown = [], ""
+        for k in range(len(indices)):
+            text = self.decode(indices[: k + 1])
+            if text.endswith(INCOMPLETE) and k + 1 < len(indices):
+                found.append("")
+                continue
+            found.append(text[len(shown) :] if len(text) > len(shown) else WITHOUT_TEXT)
+            shown = text
+        return found
+
 
 class ByteTokens(Tokens):
     """UTF-8 bytes as tokens, an end-of-text token and padding: works for any text, offline."""
@@ -46,6 +66,43 @@ class ByteTokens(Tokens):
 
     def decode(self, indices: Sequence[int]) -> str:
         return bytes(i for i in indices if i < 256).decode(errors="replace")
+
+
+class WordTokens(Tokens):
+    """Words and punctuation marks of given texts as tokens, the most frequent first.
+
+    Words that these texts lack, or that are too rare, are one unknown token.
+
+    Args:
+        texts: whose words are known.
+        most: words that are known; all when None.
+    """
+
+    unknown, end, padding = 0, 1, 2
+    special = ("<unk>", "<end>", "<pad>")
+    pattern = re.compile(r"<\w+>|\w+(?:['\u2019]\w+)*|[^\w\s]")
+
+    def __init__(self, texts: Sequence[str], most: int | None = None) -> None:
+        if most is not None and most < 1:
+            raise InputError("dataset.vocabulary", f"expected at least 1 but got {most}")
+        count = Counter(word for text in texts for word in self.pattern.findall(text))
+        for name in self.special:
+            count.pop(name, None)
+        by_frequency = sorted(count, key=lambda word: (-count[word], word))[:most]
+        self.words = [*self.special, *by_frequency]
+        self._index = {word: k for k, word in enumerate(self.words)}
+        self.vocabulary = len(self.words)
+
+    def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+        ends = [self.end] if special else []
+        return [
+            [*(self._index.get(word, self.unknown) for word in self.pattern.findall(text)), *ends]
+            for text in texts
+        ]
+
+    def decode(self, indices: Sequence[int]) -> str:
+        text = " ".join(self.words[i] for i in indices if i not in (self.end, self.padding))
+        return re.sub(r" ([.,;:!?)\]])", r"\1", text)
 
 
 class ModelTokens(Tokens):
@@ -82,8 +139,12 @@ class ModelTokens(Tokens):
         return str(self.tokenizer.decode(indices, skip_special_tokens=True))
 
 
-def make_tokens(name: str | None) -> Tokens:
-    """Return a configuration's tokenizer: ``bytes``, or a model's (:func:`fimo.data.hub.model_source`).
+def make_tokens(name: str | None, texts: Sequence[str] = (), most: int | None = None) -> Tokens:
+    """Return a configuration's tokenizer.
+
+    Args:
+        name: ``bytes``, ``words``, or a model's (:func:`fimo.data.hub.model_source`).
+        texts: whose words ``words`` knows, and ``most`` of them.
 
     Raises:
         InputError: none is given, or it can't be read.
@@ -92,4 +153,6 @@ def make_tokens(name: str | None) -> Tokens:
         raise InputError(
             KEY, "must be given; a text model such as model=minilm or model=bert brings its own, or say bytes"
         )
+    if name == WORDS:
+        return WordTokens(texts, most)
     return ByteTokens() if name == BYTES else ModelTokens(name)

@@ -90,10 +90,13 @@ class LanguageModelling(Loss):
 
     Of logits ``[n, T, V]``, where position t predicts ``targets[:, t]`` (the data set shifts them), and
     token indices ``[n, T]`` int64, -100 where there is nothing to predict: ``[n]``, 0 for an instance without
-    tokens.
+    tokens. So a batch's mean weighs instances alike, whatever their lengths.
+
+    Args:
+        total: the sum over an instance's tokens instead: a batch's mean weighs tokens alike.
     """
 
-    name = "language_modelling"
+    total: bool = False
     targets = "tokens"
     convex = True
     saturates = True
@@ -101,16 +104,25 @@ class LanguageModelling(Loss):
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         losses = F.cross_entropy(outputs.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-        return losses.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)
+        return losses.sum(1) if self.total else losses.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """In configurations and messages."""
+        return "language_modelling_sum" if self.total else "language_modelling"
+
+    def by_token(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        losses = F.cross_entropy(outputs.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+        return losses.masked_fill(targets == IGNORED, torch.nan)
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         residual = _softmax_residual(outputs.detach(), targets.clamp(min=0), 2)
-        return residual.mul_(_token_shares(targets, outputs.dtype)[:, :, None])
+        return residual.mul_(self._shares(targets, outputs.dtype)[:, :, None])
 
     def _flat_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         by_token = outputs.view(*outputs.shape[:2], targets.shape[1], -1)  # [n, C, T, V]
         residual = _softmax_residual(by_token, targets.clamp(min=0)[:, None], 3)
-        return residual.mul_(_token_shares(targets, outputs.dtype)[:, None, :, None]).flatten(2)
+        return residual.mul_(self._shares(targets, outputs.dtype)[:, None, :, None]).flatten(2)
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> Tensor:
         d = outputs.shape[1:].numel()
@@ -120,7 +132,7 @@ class LanguageModelling(Loss):
     def hessian_times(self, outputs: Tensor, targets: Tensor, vectors: Tensor) -> Tensor:
         by_token = vectors.view(*vectors.shape[:2], *outputs.shape[1:])  # [n, K, T, V]
         curved = _softmax_curved(outputs.softmax(-1)[:, None], by_token)
-        return curved.mul_(_token_shares(targets, outputs.dtype)[:, None, :, None]).flatten(2)
+        return curved.mul_(self._shares(targets, outputs.dtype)[:, None, :, None]).flatten(2)
 
     def rank(self, shape: torch.Size) -> int:
         return shape[0] * max(1, shape[1] - 1)
@@ -130,13 +142,18 @@ class LanguageModelling(Loss):
     ) -> Tensor:
         p, kept = outputs.flatten(0, 1).softmax(-1), targets != IGNORED
         # averaged over tokens, which are drawn independently: rescaled likewise to be the Hessian
-        scale = kept.sum(1).clamp(min=1)[:, None, None] ** 0.5
+        scale = 1 if self.total else kept.sum(1).clamp(min=1)[:, None, None] ** 0.5
         drawn = [torch.multinomial(p, 1, generator=generator).view(targets.shape) for _ in range(samples)]
         each = [self.gradient(outputs, torch.where(kept, y, IGNORED)) * scale for y in drawn]
         return torch.stack(each, 1) / math.sqrt(samples)
 
     def best_constant(self, targets: Tensor, width: int) -> Tensor:
         return _log_shares(targets, width)
+
+    def _shares(self, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return each position's weight ``[n, T]`` in its instance's loss."""
+        tokens = targets != IGNORED
+        return tokens.to(dtype) if self.total else _token_shares(targets, dtype)
 
 
 @dataclass(frozen=True)

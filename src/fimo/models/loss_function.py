@@ -73,6 +73,10 @@ class Loss(ABC):
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the losses ``[n]``."""
 
+    def by_token(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """Return a sequence's losses ``[n, T]`` by token, NaN where nothing is predicted; None of others."""
+        return None
+
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return each instance's derivative in its outputs, ``[n, ...]``."""
         with torch.enable_grad():

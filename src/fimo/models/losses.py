@@ -19,11 +19,19 @@ cross_entropy = CrossEntropy()
 binary_cross_entropy = BinaryCrossEntropy()
 huber = Huber()
 language_modelling = LanguageModelling()
+language_modelling_sum = LanguageModelling(total=True)
 correct_probability = CorrectProbability()
 
 LOSSES: dict[str, Loss] = {
     loss.name: loss
-    for loss in (mean_squared_error, cross_entropy, binary_cross_entropy, huber, language_modelling)
+    for loss in (
+        mean_squared_error,
+        cross_entropy,
+        binary_cross_entropy,
+        huber,
+        language_modelling,
+        language_modelling_sum,
+    )
 }
 
 MEASUREMENTS: dict[str, Loss] = {

@@ -17,7 +17,7 @@ from fimo.reporting.html_page import write_page
 from fimo.reporting.instance_lines import folded
 from fimo.reporting.numbers import number
 from fimo.reporting.results import plain
-from fimo.reporting.tables import Column, effects, instance_columns, table
+from fimo.reporting.tables import Column, content, effects, instance_columns, table
 
 MOST_PAIRS = 100
 """Rows listed for each named test instance."""
@@ -160,7 +160,7 @@ def tests(run: AuditRun) -> list[dict[str, Any]]:
                 "text": sentence(str(answer["text"])) if answer.get("text") else "",
                 "removals": removals_table(answer) if answer.get("removals") else None,
                 "facts": plain(_facts(display, answer)),
-                "instance": {k: v for k in ("image", "text") if (v := getattr(display, k, None))},
+                "instance": content(display),
                 "table": pairs_table(run, pairs, str(answer.get("unit", "")), identifier),
             }
         )

@@ -22,10 +22,14 @@ class InstanceDisplay(Display):
     Args:
         prediction: of the final model, as ``target``.
         loss: of the final model.
+        tokens: of a sequence whose tokens are predicted: the text of each.
+        token_losses: of the final model on each of them; None of a prompt's, and of the first.
     """
 
     prediction: Value | None = None
     loss: float | None = None
+    tokens: tuple[str, ...] | None = None
+    token_losses: tuple[float | None, ...] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return what JSON can hold, without what is absent."""

@@ -62,11 +62,17 @@ def effects(values: Iterable[float], errors: Iterable[float]) -> list[list[float
 
 def instance_columns(displays: Sequence[Display | None]) -> list[Column]:
     """Return the columns that show instances: text or picture, then values (one-hot columns put together)."""
-    parts = [{k: v for k in ("image", "text") if (v := getattr(d, k, None))} or None for d in displays]
+    parts = [content(d) or None for d in displays]
     rows: list[Mapping[str, Any]] = [folded(d.row) if d and d.row else {} for d in displays]
     names = list(dict.fromkeys(name for row in rows for name in row))[:MOST_COLUMNS]
     values = [Column(name, _kind(rows, name), [row.get(name) for row in rows]) for name in names]
     return [Column("instance", "instance", parts), *values]
+
+
+def content(display: Display | None) -> dict[str, Any]:
+    """Return what an instance is besides values, as the page's script shows it."""
+    names = ("image", "text", "tokens", "token_losses")
+    return {name: value for name in names if (value := getattr(display, name, None))}
 
 
 def _kind(rows: Sequence[Mapping[str, Any]], name: str) -> Kind:

@@ -35,11 +35,28 @@ const picture = (address, name) => {
   return image;
 };
 
+// A sequence by its tokens, each coloured by its loss: what is predicted, after what is given.
+function tokenText(instance) {
+  const text = make("div", null, "tokens");
+  const losses = instance.token_losses || [];
+  instance.tokens.forEach((token, k) => {
+    const loss = losses[k];
+    const span = make("span", token, typeof loss === "number" ? "predicted" : "given");
+    if (typeof loss === "number") {
+      span.style.setProperty("--share", `${Math.round(100 * Math.min(1, loss / 8))}%`);
+      span.title = `loss ${number(loss, 3)}, probability ${number(Math.exp(-loss), 2)}`;
+    }
+    text.append(span);
+  });
+  return text;
+}
+
 // An instance in full: its picture or text, then facts by name.
 function showFacts(box, name, instance, facts) {
   box.replaceChildren(make("b", name));
   if (instance.image) box.append(make("br"), picture(instance.image, ""));
-  if (instance.text) box.append(make("p", instance.text));
+  if (instance.tokens) box.append(tokenText(instance));
+  else if (instance.text) box.append(make("p", instance.text));
   const list = make("dl");
   for (const [key, value] of Object.entries(facts)) {
     if (value === undefined || value === null) continue;

@@ -118,7 +118,11 @@ function dataTable(box, table) {
     }
     if (kind === "instance") {
       const td = make("td", null, "sentence");
-      if (value?.text) td.append(make("div", value.text, "clamp"));
+      if (value?.tokens) {
+        const clamp = make("div", null, "clamp");
+        clamp.append(tokenText(value));
+        td.append(clamp);
+      } else if (value?.text) td.append(make("div", value.text, "clamp"));
       if (value?.image) td.append(picture(value.image, "instance"));
       return td;
     }
