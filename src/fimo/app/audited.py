@@ -52,6 +52,9 @@ def audited(run: Run, config: DictConfig, journal: Journal) -> Audit:
     )  # fmt: skip
     resources = Resources(run.store, run.device, run.trainer, run.problem)
     journal.log.stage("audit")
+    journal.ahead.begin("audit", journal.log)
     found = audit(question, settings_of(config, data), resources)
-    journal.costs.extend(Cost(stage, seconds) for stage, seconds in found.summary["stages"].items())
+    stages = found.summary["stages"]
+    journal.costs.extend(Cost(stage, seconds) for stage, seconds in stages.items())
+    journal.ahead.ended(Cost("audit", sum(stages.values())))
     return found

@@ -40,6 +40,7 @@ from fimo.app.scoring import applicable
 from fimo.app.several_models import Studied, final_models, study_models
 from fimo.app.show import shown
 from fimo.app.summary import summarise, with_findings
+from fimo.app.time_left import TimeLeft
 from fimo.app.trainers import build_trainer, further_training_settings, training_code, training_settings
 from fimo.app.validation_part import with_validation_part
 from fimo.cost import Cost, measured, write_costs
@@ -109,6 +110,7 @@ def one_model(config: DictConfig, journal: Journal, one_of_several: bool = False
     prepared = prepare(config, journal)
     if config.until != "check":
         journal.log.begin(about(prepared.run, config, run_dir))
+    journal.ahead = time_left(prepared, config)
     run, final_quality = with_final_model(prepared, config, journal)
     trained = run.of_trained_part()
     if config.until == "check":
@@ -134,6 +136,7 @@ def one_model(config: DictConfig, journal: Journal, one_of_several: bool = False
     evaluation = evaluated(scores, sensitivity, config, journal, one_of_several)
     write_effects(journal.folder / "effects.csv", sensitivity, scores, run.data)
     journal.log.stage("report")
+    journal.ahead.begin("report", journal.log)
     with measured("report") as cost:
         results = summarise(
             plain(config), run.data, run.final_model, final_quality, sensitivity, run.methods, scores,
@@ -142,6 +145,7 @@ def one_model(config: DictConfig, journal: Journal, one_of_several: bool = False
         results = with_findings(results, findings, run_dir, prepared.tasks)
         report(results, config, journal)
     journal.costs.append(cost)
+    journal.ahead.ended(cost)
     for note in evaluation.notes:
         log.warning("%s", note)
     return Studied(results, evaluation)
@@ -198,6 +202,25 @@ def prepare(config: DictConfig, journal: Journal) -> Prepared:
         {**settings, "callbacks": [*settings["callbacks"], further], "logger": logger}, FinalModels(config),
     )  # fmt: skip
     return Prepared(run, module, trainer, build_tasks(config, run))
+
+
+def time_left(prepared: Prepared, config: DictConfig) -> TimeLeft:
+    """Return what foretells the time of a run's stages, whose work is counted in products with parameters."""
+    run, plan, rows = prepared.run, prepared.run.plan, len(prepared.run.data.train)
+    size = run.final_model.size
+    one = plan.protocol.total_steps(rows) * min(plan.protocol.batch_size, rows) * size
+    works: dict[str, float] = {}
+    if run.trained_here:
+        works["final_model"] = (config.trainer.max_epochs or 1) * rows * size
+    if config.mode == "audit":
+        return TimeLeft(run.store.root, {**works, "audit": config.audit.seeds * one}, run.device.type)
+    works["further_training"] = runs = len(plan.seeds) * (len(plan.left_out) + 1) * one
+    if config.until != "further_training":
+        for name, method in run.methods.items():
+            works[name] = len(plan.followed) * one if method.follows_further_training else rows * size
+        works |= dict.fromkeys(prepared.tasks, runs)
+        works |= {"evaluation": len(plan.seeds) * len(plan.left_out) * len(plan.test), "report": 1}
+    return TimeLeft(run.store.root, works, run.device.type)
 
 
 def with_final_model(prepared: Prepared, config: DictConfig, journal: Journal) -> tuple[Run, Quality]:

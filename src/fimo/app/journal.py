@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from fimo.app.time_left import TimeLeft
 from fimo.cost import Cost, measured, write_costs
 from fimo.curvature.solvers import DivergenceError
 from fimo.errors import InputError, reason
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Journal:
     """What a run's stages cost and what of them failed, as it goes on.
 
@@ -30,12 +31,14 @@ class Journal:
         costs: of the stages that ended.
         skipped: by method or task, why it has no result.
         log: is told of each stage.
+        ahead: foretells the stages' time, once they are known.
     """
 
     folder: Path
     costs: list[Cost] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     log: Log = field(default_factory=Log)
+    ahead: TimeLeft = field(default_factory=TimeLeft)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Cost]:
@@ -47,9 +50,11 @@ class Journal:
     @contextlib.contextmanager
     def _counted(self, name: str) -> Iterator[Cost]:
         self.log.stage(name)
+        self.ahead.begin(name, self.log)
         with measured(name) as cost:
             yield cost
         self.costs.append(cost)
+        self.ahead.ended(cost)
 
     def tried(
         self, name: str, make: Callable[[Cost], Result], place: tuple[int, int], only: bool = False

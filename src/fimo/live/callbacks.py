@@ -169,6 +169,7 @@ class LogsFurtherTraining(LogsOnly):
         if done > self._steps:
             values["per_second"] = (done - self._steps) / max(1e-9, now - self._logged)
             values["time_left"] = left * (now - self._began) / done
+            live.log({"time_left": values["time_left"] + live.later})
         self._steps = done
         live.log({f"{name}/{k}": v for k, v in values.items()}, f"{name}/replica_steps", found + done)
 

@@ -110,6 +110,7 @@ class Log:
         self._last: dict[str, float] = {}
         self._file: Outlet | None = None
         self._begun = False
+        self.later = 0.0  # seconds of the stages after this one, as far as they are known
         self.summary: dict[str, Any] = {}
 
     @property
