@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from fimo.app.displayed import of_tokens
+from fimo.curvature.gradients import InstanceGradients
+from fimo.curvature.kronecker import fit_factors
 from fimo.data.instances import IGNORED, Instances
 from fimo.data.language import by_token
 from fimo.engine.protocol import Protocol
 from fimo.further_training import further_train
 from fimo.methods.datainf import DataInf
+from fimo.methods.ekfac import Ekfac
 from fimo.methods.graddot import GradDot
+from fimo.methods.kfac import Kfac
 from fimo.models.final_model import FinalModel
 from fimo.models.huggingface import causal_lm
 from fimo.models.losses import language_modelling, language_modelling_sum
@@ -112,6 +118,49 @@ def test_grad_dot_of_a_model_with_tied_embeddings_is_the_product_of_whole_gradie
 
     expected = gradients(test) @ gradients(train).T
     close(GradDot().attribute(final_model, train, test).values, expected)
+
+
+class OfLinearLayers(nn.Module):
+    """GPT-2's blocks with ``nn.Linear`` for its own linear layers, whose weights are transposed."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).requires_grad_(True)
+        for name, layer in list(self.network.named_modules()):
+            if type(layer).__name__ == "Conv1D":
+                rows, columns = layer.weight.shape  # type: ignore[union-attr,misc]
+                linear = nn.Linear(rows, columns).double()  # type: ignore[arg-type]
+                linear.load_state_dict({"weight": layer.weight.T, "bias": layer.bias})  # type: ignore[operator,union-attr]
+                parent, _, attribute = name.rpartition(".")
+                setattr(self.network.get_submodule(parent), attribute, linear)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.network(input_ids)
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_kronecker_factors_know_gpt2_s_transposed_layers(corrected: bool) -> None:
+    gpt2, train, test = model(), instances(), instances(4, 2)
+    linear = FinalModel(OfLinearLayers(gpt2.network), language_modelling, accept_poor=True)
+    factors = fit_factors(InstanceGradients(gpt2), train, corrected, fisher="empirical")
+    assert factors.coverage == 1
+    method = Ekfac(fisher="empirical", damping=0.1) if corrected else Kfac(fisher="empirical", damping=0.1)
+    found, expected = (method.attribute(m, train, test).values for m in (gpt2, linear))
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", [Ekfac, Kfac])
+def test_padding_changes_no_kronecker_factor(method: type[Ekfac] | type[Kfac]) -> None:
+    final_model, train, test = model(), instances(), instances(4, 2)
+    assert isinstance(train.inputs, dict)
+    wider = Instances(
+        {"input_ids": F.pad(train.inputs["input_ids"], (0, 3), value=5)},
+        F.pad(train.targets, (0, 3), value=IGNORED),
+    )
+    found, expected = (
+        method(fisher="empirical", damping=0.1).attribute(final_model, t, test).values for t in (wider, train)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
 def test_shown_losses_belong_to_the_tokens_that_they_are_of() -> None:

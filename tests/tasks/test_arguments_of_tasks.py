@@ -173,7 +173,17 @@ def test_an_argument_is_refused_from_where_it_means_nothing(
         assert refused.value.key == f"evaluation.tasks.{key}"
 
 
-@pytest.mark.parametrize("name", ["lds", "counterfactual", "mislabelled", "retraining", "distribution"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lds",
+        "counterfactual",
+        "mislabelled",
+        "retraining",
+        "distribution",
+        "fact_tracing",
+    ],
+)
 def test_a_task_and_its_file_have_the_same_defaults(name: str) -> None:
     ((key, config),) = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml").tasks).items()  # type: ignore[union-attr]
     signature = inspect.signature(get_class(config.pop("_target_")).__init__)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import FactoredRows, Rows
-from fimo.data.instances import Instances
+from fimo.data.instances import IGNORED, Instances
 from fimo.errors import InputError
 from fimo.models.attention import plain_attention
 from fimo.models.final_model import apply
+from fimo.models.loss_function import Loss
 
 
 @dataclass
@@ -27,11 +28,13 @@ class Moments:
         names: its trainable parameters: weight, bias, or both.
         entering: ``[in (+ 1), in (+ 1)]``, mean over instances and positions; ``[V]`` for an embedding.
         leaving: ``[out, out]``, summed over positions, mean over instances.
+        transposed: the weight is ``[in, out]``, as in GPT-2's linear layers.
     """
 
     names: tuple[str, ...]
     entering: Tensor
     leaving: Tensor
+    transposed: bool = False
 
 
 def layer_moments(
@@ -74,8 +77,8 @@ def _by_hooks(
     leaving: dict[nn.Module, Tensor] = {}
     positions: dict[nn.Module, int] = {}
     for batch in train.batches(64):
-        mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
-        with _recorded(list(modules)) as calls, plain_attention(), torch.enable_grad():
+        mask = tokens_of(batch, loss)
+        with _recorded(list(modules), len(batch)) as calls, plain_attention(), torch.enable_grad():
             outputs = apply(network, batch.inputs)
         at = outputs.detach()
         if fisher == "exact":
@@ -97,10 +100,22 @@ def _by_hooks(
                 b = delta.T @ delta
                 leaving[module] = b if module not in leaving else leaving[module] + b
     return [
-        Moments(names, entering[m] / max(1, positions[m]), leaving[m] / len(train))
+        Moments(names, entering[m] / max(1, positions[m]), leaving[m] / len(train), is_transposed(m))
         for m, names in modules.items()
         if m in entering
     ]
+
+
+def tokens_of(batch: Instances, loss: Loss) -> Tensor | None:
+    """Return which positions ``[n, T]`` are tokens and no padding, 1 or true; None where all are.
+
+    By the attention mask; in a language model's data without one, all up to the last token that is predicted.
+    """
+    if isinstance(batch.inputs, dict) and "attention_mask" in batch.inputs:
+        return batch.inputs["attention_mask"]
+    if loss.targets != "tokens":
+        return None
+    return (batch.targets != IGNORED).flip(1).cumsum(1).flip(1) > 0
 
 
 def _supported(gradients: InstanceGradients) -> dict[nn.Module, tuple[str, ...]]:
@@ -115,7 +130,7 @@ def _supported(gradients: InstanceGradients) -> dict[nn.Module, tuple[str, ...]]
             and module.padding_mode == "zeros"
             and not isinstance(module.padding, str)
         )
-        if type(module) in (nn.Linear, nn.Embedding) or plain_convolution:
+        if type(module) in (nn.Linear, nn.Embedding) or is_transposed(module) or plain_convolution:
             parameters = [getattr(module, "weight", None), getattr(module, "bias", None)]
             own = tuple(names[id(p)] for p in parameters if p is not None and id(p) in names)
             if own and not claimed & set(own):
@@ -124,15 +139,29 @@ def _supported(gradients: InstanceGradients) -> dict[nn.Module, tuple[str, ...]]
     return found
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether a module is GPT-2's linear layer, with a weight ``[in, out]``; without importing it."""
+    return any(
+        c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__
+    )
+
+
 @contextlib.contextmanager
-def _recorded(modules: list[nn.Module]) -> Iterator[list[tuple[nn.Module, Tensor, Tensor]]]:
-    """Record (module, input, output) of each call; outputs stay in the graph, hooks are removed."""
+def _recorded(modules: list[nn.Module], n: int) -> Iterator[list[tuple[nn.Module, Tensor, Tensor]]]:
+    """Record (module, input, output) of each call; outputs stay in the graph, hooks are removed.
+
+    Args:
+        n: instances of a call.
+    """
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = inputs[0].detach()
+        if isinstance(module, nn.Embedding) and len(output) == 1 < n:  # of positions: alike in all instances
+            x, output = (t.expand(n, *t.shape[1:]) for t in (x, output))
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        calls.append((module, inputs[0].detach(), output))
+        calls.append((module, x, output))
         return output.clone()  # an in-place activation then changes the clone
 
     handles = [m.register_forward_hook(hook) for m in modules]
@@ -162,7 +191,11 @@ def _second_moment_entering(
     elif isinstance(module, nn.Conv2d):
         assert not isinstance(module.padding, str)
         x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)
-    if mask is not None and isinstance(module, nn.Linear) and x.shape[:-1] == mask.shape:
+    if (
+        mask is not None
+        and (isinstance(module, nn.Linear) or is_transposed(module))
+        and x.shape[:-1] == mask.shape
+    ):
         flat = x[mask.bool()]
     else:
         flat = x.reshape(-1, x.shape[-1])

@@ -45,6 +45,7 @@ class Block:
         rows: number of rows of the matrix form; the columns are those of each parameter in turn.
         left, right: orthonormal eigenvectors, or None for the identity.
         values: eigenvalues, of the shape of the matrix form.
+        transposed: the parameters hold the matrix form's transpose, as GPT-2's linear layers do.
     """
 
     names: tuple[str, ...]
@@ -53,15 +54,21 @@ class Block:
     left: Tensor | None
     right: Tensor | None
     values: Tensor
+    transposed: bool = False
 
     def gather(self, parts: dict[str, Tensor]) -> Tensor:
         """Return flat parts ``[K, numel]`` as matrices ``[K, rows, columns]``."""
-        return torch.cat([parts[name].reshape(len(parts[name]), self.rows, -1) for name in self.names], 2)
+        return torch.cat([self._matrices(parts[name]) for name in self.names], 2)
 
     def scatter(self, matrices: Tensor, into: dict[str, Tensor], widths: list[int]) -> None:
         """Put matrices back as flat parts ``[K, numel]``."""
         for name, part in zip(self.names, matrices.split(widths, 2), strict=True):
-            into[name] = part.flatten(1)
+            into[name] = (part.transpose(1, 2) if self.transposed else part).flatten(1)
+
+    def _matrices(self, part: Tensor) -> Tensor:
+        if self.transposed:
+            return part.reshape(len(part), -1, self.rows).transpose(1, 2)
+        return part.reshape(len(part), self.rows, -1)
 
     def rotate(self, matrices: Tensor) -> Tensor:
         """Return the coordinates along the eigenvectors: ``left^T G right``."""
@@ -190,7 +197,8 @@ def _kronecker_block(moments: Moments, shapes: dict[str, torch.Size]) -> Block:
         return Block(moments.names, "kronecker", len(a_values), None, b_vectors.to(dtype), values)
     a_values, a_vectors = torch.linalg.eigh(moments.entering.double())
     values = (b_values.clamp(min=0)[:, None] * a_values.clamp(min=0)).to(dtype)
-    return Block(moments.names, "kronecker", len(b_values), b_vectors.to(dtype), a_vectors.to(dtype), values)
+    left, right = b_vectors.to(dtype), a_vectors.to(dtype)
+    return Block(moments.names, "kronecker", len(left), left, right, values, moments.transposed)
 
 
 def _other_blocks(gradients: InstanceGradients, covered: set[str]) -> list[Block]:

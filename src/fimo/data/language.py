@@ -135,6 +135,12 @@ class LanguageData(InstancesModule):
         count = len(getattr(self, split))
         return [facts[self._place(split, self._loaded_index(split, k))[0]] for k in range(count)]
 
+    def texts(self, split: Split) -> list[str]:
+        """Return each instance of a part as it is written, a prompt with its completion."""
+        written = self._tokenised[split].passages
+        rows = [self._place(split, self._loaded_index(split, k))[0] for k in range(len(getattr(self, split)))]
+        return [f"{written.prompts[row]} {written.texts[row]}".strip() for row in rows]
+
     def predicted(self, split: Split, index: int, outputs: Tensor) -> str:
         """Return a completion by the most likely tokens; of a passage, how many of its tokens these are."""
         targets = getattr(self, split).targets[index]

@@ -3,6 +3,7 @@
 from fimo.tasks.base import Judged, Task
 from fimo.tasks.datamodeling import Datamodeling
 from fimo.tasks.distribution import Distribution
+from fimo.tasks.fact_tracing import FactTracing
 from fimo.tasks.mislabelled import Mislabelled
 from fimo.tasks.removal import Removal
 from fimo.tasks.retraining import Retraining
@@ -10,6 +11,7 @@ from fimo.tasks.retraining import Retraining
 __all__ = [
     "Datamodeling",
     "Distribution",
+    "FactTracing",
     "Judged",
     "Mislabelled",
     "Removal",
