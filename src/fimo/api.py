@@ -167,6 +167,7 @@ def attribute(
         raise InputError("method", f"{name} does not apply here: {why}")
     if isinstance(further_training, Protocol):
         further_training = followed(model, train_instances, further_training, seeds, store)
+    chosen.load()
     began = time.perf_counter()
     scores = chosen.attribute(model, train_instances, test_instances, left_out, further_training)
     indices = choices.indices(left_out, len(train_instances), "left_out")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import json
 import resource
 import sys
@@ -92,6 +94,24 @@ def write_costs(costs: Sequence[Cost], path: Path) -> None:
         cost_table(costs).to_csv(aside, index=False)
 
 
+def held_memory_mb() -> float:
+    """Return the memory that the process holds now, less what it can return to the system."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
+    accelerator = torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+    return _status("VmRSS") + accelerator
+
+
+def _status(name: str) -> float:
+    """Return a number of megabytes of the process's status; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
+
+
 def _reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -102,9 +122,7 @@ def _reset_peak() -> None:
 def peak_memory_mb() -> float:
     """Return the largest memory of process and accelerator (since the stage began, where that is known)."""
     accelerator = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024 + accelerator
+    if peak := _status("VmHWM"):
+        return peak + accelerator
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, kilobytes elsewhere
     return peak / (2**20 if sys.platform == "darwin" else 1024) + accelerator

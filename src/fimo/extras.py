@@ -34,12 +34,18 @@ def require(key: str, needed: Mapping[str, Sequence[str]], instead: str = "") ->
     Raises:
         InputError: in one line: which are missing, and how to install them.
     """
-    lacking = {extra: [m for m in modules if not installed(m)] for extra, modules in needed.items()}
-    lacking = {extra: modules for extra, modules in lacking.items() if modules}
-    if lacking:
-        names = dict.fromkeys(PACKAGES.get(m, m) for modules in lacking.values() for m in modules)
-        problem = f"needs {', '.join(names)}, not installed here: pip install 'fimo[{','.join(lacking)}]'"
+    if problem := lacking(needed):
         raise InputError(key, f"{problem}; {instead}" if instead else problem)
+
+
+def lacking(needed: Mapping[str, Sequence[str]]) -> str | None:
+    """Return in one line which packages are not installed, and how to install them; None where all are."""
+    missing = {extra: [m for m in modules if not installed(m)] for extra, modules in needed.items()}
+    missing = {extra: modules for extra, modules in missing.items() if modules}
+    if not missing:
+        return None
+    names = dict.fromkeys(PACKAGES.get(m, m) for modules in missing.values() for m in modules)
+    return f"needs {', '.join(names)}, not installed here: pip install 'fimo[{','.join(missing)}]'"
 
 
 def available(needed: Mapping[str, Sequence[str]]) -> bool:

@@ -17,7 +17,7 @@ from fimo.app.search_path import SearchPath
 from fimo.app.trainer_arguments import check_callbacks, check_trainer
 from fimo.app.values import check_values
 from fimo.errors import InputError, nearest, shortened
-from fimo.methods.catalogue import all_methods
+from fimo.methods.catalogue import all_methods, own_methods
 
 
 @dataclass
@@ -196,7 +196,7 @@ def chosen_methods(methods: Any, places: SearchPath) -> DictConfig:
     """
     chosen = {name: node for name, node in methods.items() if "_target_" in (node or {})}
     there = places.files("method")
-    known = chosen or all_methods(there.values())
+    known = chosen or own_methods(all_methods(there.values()))
     for name in methods:
         if name not in known:
             if name in there:

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from fimo.bench.gold_standard import GoldStandard, load, made
-from fimo.bench.scoring import FINAL_MODELS, RESULTS, percent, with_error
+from fimo.bench.scoring import BY_FINAL_MODEL, COLUMNS, FINAL_MODELS, RESULTS, percent, with_error
 from fimo.errors import InputError
 from fimo.evaluation.over_models import probability_better
 from fimo.reporting.plain_text import table as plain_table
@@ -53,7 +53,8 @@ class Board:
             raise InputError("--folder", f"{folder} holds no {RESULTS}; fimo bench score makes it")
         names = settings or made(folder)
         golds = {name: load(name, folder) for name in names}
-        tables = [pd.read_csv(folder / name) for name in (RESULTS, FINAL_MODELS)]
+        files = ((RESULTS, COLUMNS), (FINAL_MODELS, BY_FINAL_MODEL))
+        tables = [pd.read_csv(folder / name).reindex(columns=columns) for name, columns in files]
         if metric not in set(tables[0]["metric"]):
             there = ", ".join(sorted(set(tables[0]["metric"])))
             raise InputError("--metric", f"there are no results of {metric!r}; there are {there}")
@@ -77,18 +78,19 @@ class Board:
 
         Returns:
             ``settings`` (how many), ``share`` of the upper ceiling, a mean over evaluation points and then
-            over settings, the same at the ``first`` and the ``last`` point, and the median
-            ``share_of_cost``, by ``method``. Methods that were judged in fewer settings come last.
+            over settings, the same at the ``first`` and the ``last`` point, the median ``share_of_cost``
+            and the largest ``memory_mb``, by ``method``. Methods that were judged in fewer settings come
+            last.
         """
         rows = self.results.assign(share=self.results["mean"] / self.results["ceiling_upper"])
         keys = ["method", "setting"]
         by_setting = rows.groupby(keys).agg(
             share=("share", "mean"), first=("share", "first"), last=("share", "last"),
-            share_of_cost=("share_of_cost", "first"),
+            share_of_cost=("share_of_cost", "first"), memory_mb=("memory_mb", "first"),
         ).reset_index()  # fmt: skip
         found = by_setting.groupby("method").agg(
             settings=("setting", "nunique"), share=("share", "mean"), first=("first", "mean"),
-            last=("last", "mean"), share_of_cost=("share_of_cost", "median"),
+            last=("last", "mean"), share_of_cost=("share_of_cost", "median"), memory_mb=("memory_mb", "max"),
         )  # fmt: skip
         return found.sort_values(["settings", "share"], ascending=False)
 
@@ -98,11 +100,12 @@ class Board:
         Returns:
             ``mean``, over evaluation points and final models; ``better``, the probability that the method
             beats the next one, paired over final models; ``seconds`` of one final model;
-            ``share_of_cost``; by ``method``.
+            ``share_of_cost``; ``memory_mb``; by ``method``.
         """
         rows = self.results[self.results["setting"] == name]
         found = rows.groupby("method").agg(
-            mean=("mean", "mean"), seconds=("seconds", "first"), share_of_cost=("share_of_cost", "first")
+            mean=("mean", "mean"), seconds=("seconds", "first"), share_of_cost=("share_of_cost", "first"),
+            memory_mb=("memory_mb", "first"),
         ).sort_values("mean", ascending=False)  # fmt: skip
         single = self.by_final_model[self.by_final_model["setting"] == name]
         values = single.groupby(["method", "final_model"])["mean"].mean().unstack().loc[found.index]
@@ -118,7 +121,7 @@ class Board:
 
 def text(board: Board) -> str:
     """Return the leader board for a terminal."""
-    header = ["method", "settings", "of the ceiling", "first", "last", "cost"]
+    header = ["method", "settings", "of the ceiling", "first", "last", "cost", "MB"]
     lines = [header, *ranking_rows(board)]
     notes = [f"judged by an earlier gold standard, left out: {pair}" for pair in board.outdated]
     said = f"{board.metric} as a share of the upper noise ceiling, over {len(board.settings)} settings"
@@ -134,10 +137,15 @@ def ranking_rows(board: Board) -> list[list[str]]:
         [
             row["method"], f"{row['settings']} of {count}",
             *(with_error(row[share], math.nan) for share in ("share", "first", "last")),
-            percent(row["share_of_cost"]),
+            percent(row["share_of_cost"]), megabytes(row["memory_mb"]),
         ]
         for row in board.ranking.reset_index().to_dict("records")
     ]  # fmt: skip
+
+
+def megabytes(memory: float) -> str:
+    """Return megabytes without a fraction; nothing where they were not measured."""
+    return "" if math.isnan(memory) else f"{memory:,.0f}"
 
 
 def setting_rows(board: Board, name: str) -> Iterator[list[str]]:
@@ -148,11 +156,11 @@ def setting_rows(board: Board, name: str) -> Iterator[list[str]]:
     yield [
         "*noise ceilings*",
         *(f"{row['ceiling_lower']:.3f} to {row['ceiling_upper']:.3f}" for row in best),
-        *([""] * 3),
+        *([""] * 4),
     ]
     for found in methods.reset_index().to_dict("records"):
         cells = [rows.loc[(found["method"], step)] for step in points]
         shown = [with_error(cell["mean"], cell["sem_models"]) for cell in cells]
         better = "" if math.isnan(found["better"]) else f"{found['better']:.2f}"
-        cost = [f"{found['seconds']:.2f}", percent(found["share_of_cost"])]
+        cost = [f"{found['seconds']:.2f}", percent(found["share_of_cost"]), megabytes(found["memory_mb"])]
         yield [f"`{found['method']}`", *shown, better, *cost]

@@ -38,7 +38,8 @@ OVERALL = """\
 As a share of the upper noise ceiling, which a perfect prediction reaches: the mean over evaluation
 points and then over settings, and the same at the first and the last evaluation point. The cost is the
 median over settings of the method's seconds as a share of the seconds that the gold standard took, full
-runs that the method follows included. Methods that do not apply everywhere come last."""
+runs that the method follows included. MB is the memory that it took at most above what the process held.
+Methods that do not apply everywhere come last."""
 
 EACH = """\
 *Beats the next* is the probability that the method's agreement, averaged over evaluation points, is
@@ -53,7 +54,7 @@ def write_page(board: Board, path: Path) -> list[Path]:
     """
     agreement, cost = (path.with_name(f"{path.stem}_{name}.png") for name in ("agreement", "cost"))
     draw(board, agreement, cost)
-    header = ["method", "settings", "of the ceiling", "first", "last", "cost"]
+    header = ["method", "settings", "of the ceiling", "first", "last", "cost", "MB"]
     parts = [
         "# Leader board",
         INTRODUCTION.format(metric=board.metric.capitalize()),
@@ -71,7 +72,7 @@ def write_page(board: Board, path: Path) -> list[Path]:
             f"### {name}\n{card['about']}.",
             "\n".join(f"- {subject}: {said[subject]}" for subject in ABOUT),
             markdown(
-                ["method", *steps, "beats the next", "seconds", "cost"], list(setting_rows(board, name))
+                ["method", *steps, "beats the next", "seconds", "cost", "MB"], list(setting_rows(board, name))
             ),
         ]
     with written_aside(path) as aside:

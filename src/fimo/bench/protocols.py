@@ -84,7 +84,9 @@ def judge_of(protocol: str, gold: GoldStandard, setting: Setting, store: Path) -
         found = rows(task(run))
         found = found[found["method"] == candidate.name].rename(columns={"ceiling": "ceiling_upper"})
         columns = ["metric", "epoch", "step", "mean", "ceiling_lower", "ceiling_upper"]
-        return found[columns].assign(final_model=one.about["seed"], seconds=float("nan"))
+        return found[columns].assign(
+            final_model=one.about["seed"], seconds=float("nan"), memory_mb=float("nan")
+        )
 
     return judge
 

@@ -16,6 +16,7 @@ from filelock import FileLock
 from fimo.api import attribute
 from fimo.app.arguments import imported
 from fimo.bench.gold_standard import GoldStandard, Measured
+from fimo.cost import held_memory_mb, measured
 from fimo.errors import InputError
 from fimo.evaluation.assessment import adjusted_scores, aligned
 from fimo.evaluation.metrics import DEFAULT, agreement
@@ -30,13 +31,13 @@ RESULTS, FINAL_MODELS = "results.csv", "final_models.csv"
 
 COLUMNS = [
     "setting", "method", "metric", "epoch", "mean", "sem_models", "ceiling_lower", "ceiling_upper", "seconds",
-    "share_of_cost", "step", "final_models", "gold_standard",
+    "share_of_cost", "step", "final_models", "gold_standard", "memory_mb",
 ]  # fmt: skip
 """Of ``results.csv``."""
 
 BY_FINAL_MODEL = [
     "setting", "method", "metric", "epoch", "final_model", "mean", "ceiling_lower", "ceiling_upper",
-    "seconds", "step", "gold_standard",
+    "seconds", "step", "gold_standard", "memory_mb",
 ]  # fmt: skip
 """Of ``final_models.csv``."""
 
@@ -107,21 +108,27 @@ def by_agreement(one: Measured, candidate: Candidate) -> pd.DataFrame:
     Methods that follow seeds follow others than those of the gold standard.
 
     Returns:
-        ``metric,epoch,step,final_model,mean,ceiling_lower,ceiling_upper,seconds``.
+        ``metric,epoch,step,final_model,mean,ceiling_lower,ceiling_upper,seconds,memory_mb``.
     """
     truth = one.truth
-    scores = aligned(scores_of(one, candidate.method), truth, candidate.name)
+    candidate.method.load()
+    before = held_memory_mb()
+    with measured(candidate.name) as cost:
+        found = scores_of(one, candidate.method)
+    memory = max(0.0, cost.peak_memory_mb - before)
+    scores = aligned(found, truth, candidate.name)
     values = adjusted_scores(scores.values, scores.predicts_loss_change, truth.subtract_mean)
     fixed = {"epoch": truth.epoch.tolist(), "step": truth.step.tolist(), "final_model": one.about["seed"]}
     tables = []
     for metric in DEFAULT:
         ceilings = one.about["ceilings"][metric]
-        found = {
+        agreed = {
             "mean": agreement(values, truth.sensitivity, metric).nanmean(-1).tolist(),
             "ceiling_lower": ceilings["lower"],
             "ceiling_upper": ceilings["upper"],
         }
-        tables.append(pd.DataFrame({"metric": metric, **fixed, **found, "seconds": scores.seconds}))
+        spent = {"seconds": scores.seconds, "memory_mb": memory}
+        tables.append(pd.DataFrame({"metric": metric, **fixed, **agreed, **spent}))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -146,7 +153,7 @@ def over_final_models(rows: pd.DataFrame, gold: GoldStandard) -> pd.DataFrame:
     found = rows.groupby([*AMOUNT, "gold_standard"], sort=False).agg(
         mean=("mean", "mean"), sem_models=("mean", "sem"), ceiling_lower=("ceiling_lower", "mean"),
         ceiling_upper=("ceiling_upper", "mean"), seconds=("seconds", "mean"),
-        final_models=("final_model", "nunique"),
+        final_models=("final_model", "nunique"), memory_mb=("memory_mb", "max"),
     ).reset_index()  # fmt: skip
     return found.assign(share_of_cost=found["seconds"] / cost_of(gold))[COLUMNS]
 

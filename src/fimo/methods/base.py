@@ -70,6 +70,9 @@ class AttributionMethod(ABC):
         """Return why the method can't run on this model and data, or None; must be cheap."""
         return None
 
+    def load(self) -> None:  # noqa: B027, as most need none
+        """Import the libraries that it needs, so that its seconds are those of its computation."""
+
     def unfollowable(self, protocol: Protocol) -> str | None:
         """Return why the method can't follow this further training, or None.
 

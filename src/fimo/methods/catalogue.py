@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 PLUGINS = "fimo.conf"
 """Entry points of packages that add methods, data sets, networks, presets and so on."""
 
+OTHERS = "fimo.methods.others."
+"""Where other libraries' implementations are."""
+
 
 def packaged_conf() -> Path:
     """Return the folder of configuration groups: an installed wheel's, else the repository's."""
@@ -59,6 +62,12 @@ def all_methods(files: Iterable[Path]) -> DictConfig:
     merged = OmegaConf.merge({}, *map(OmegaConf.load, files))
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def own_methods(methods: DictConfig) -> DictConfig:
+    """Return the settings of methods but other libraries' implementations, which run when they are named."""
+    chosen = {name: one for name, one in methods.items() if not str(one._target_).startswith(OTHERS)}
+    return OmegaConf.create(chosen)
 
 
 def method_files(folders: Iterable[Path]) -> dict[str, Path]:

@@ -1,0 +1,1 @@
+"""Other libraries' implementations as attribution methods, one module for each library."""
