@@ -105,7 +105,7 @@ def test_the_tables_have_the_contracts_columns(default_run: Path) -> None:
     assert set(evaluation["epoch"]) == {1, 2}
     assert evaluation["seeds"].max() == 3
     relation = evaluation.drop_duplicates("method").set_index("method")["followed_seeds"]
-    follows = {"response", "calibrated", "best", "unrolled", "source", "mirrored", "daunce"}
+    follows = {"response", "calibrated", "best", "unrolled", "source", "mirrored", "sketched", "daunce"}
     assert {name for name, how in relation.items() if how == "other"} == follows & set(relation.index)
     assert set(relation[[name for name in relation.index if name not in follows]]) == {"none"}
     cost = pd.read_csv(default_run / "run" / "cost.csv")

@@ -31,7 +31,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 METHODS = [
     "arnoldi", "best", "bif", "calibrated", "cg", "datainf", "daunce", "ekfac", "embedding", "exact",
     "gradcos", "graddot", "kfac", "knn_shapley", "less", "lissa", "lissa_h", "logra", "mirrored", "random",
-    "representer", "response", "source", "tracin", "trak", "unlearning", "unrolled",
+    "representer", "response", "sketched", "source", "tracin", "trak", "unlearning", "unrolled",
 ]  # fmt: skip
 
 

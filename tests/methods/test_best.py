@@ -9,7 +9,9 @@ import torch
 
 from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
+from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods import response
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.best import Best
 from fimo.methods.calibrated import CalibratedResponse
 from fimo.methods.response import Response
@@ -18,6 +20,10 @@ from tests.methods.test_response import following
 
 CASE = CASES["mlp_regression"]()
 RUN = (CASE.final_model, CASE.train, CASE.test, torch.tensor([0, 2, 5, 7, 9]))
+
+
+def problem(ft: FurtherTraining) -> AttributionProblem:
+    return AttributionProblem(*RUN, ft)
 
 
 def test_little_sgd_takes_the_response_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
@@ -41,7 +47,7 @@ def test_little_sgd_takes_the_response_and_says_why(caplog: pytest.LogCaptureFix
     ],
 )
 def test_much_sgd_and_adam_are_corrected_by_real_runs(protocol: Protocol) -> None:
-    method, reason = Best().choose(CASE.final_model, CASE.train, following(CASE, protocol))
+    method, reason = Best().choose(problem(following(CASE, protocol)))
     assert isinstance(method, CalibratedResponse)
     assert reason
 
@@ -53,7 +59,7 @@ def test_where_the_kernel_is_too_large_ekfac_s_eigenbasis_is_taken(
     ft = following(CASE, Protocol(lr=0.02, batch_size=6, epochs=2, dtype="float64"))
     method = Best()
     found = method.attribute(*RUN, ft)
-    chosen, _ = method.choose(CASE.final_model, CASE.train, ft)
+    chosen, _ = method.choose(problem(ft))
     assert chosen.form == "ekfac"
     assert any("EK-FAC's eigenbasis" in note for note in found.notes)
     assert found.values.shape == (2, len(CASE.test), 5)
@@ -69,7 +75,7 @@ def test_a_wrong_argument_is_refused_by_name() -> None:
 def test_the_choice_is_by_epochs_and_the_chosen_method_has_the_arguments_bars_and_cost() -> None:
     def chosen(**arguments: float) -> tuple[object, str]:
         ft = following(CASE, Protocol(lr=0.02, batch_size=6, epochs=2, dtype="float64"))
-        return Best(**arguments).choose(CASE.final_model, CASE.train, ft)  # type: ignore[arg-type]
+        return Best(**arguments).choose(problem(ft))  # type: ignore[arg-type]
 
     linear, why = chosen(short=2, memory_mb=7, checks=3)  # up to so many
     assert isinstance(linear, Response)
@@ -82,13 +88,13 @@ def test_the_choice_is_by_epochs_and_the_chosen_method_has_the_arguments_bars_an
     assert (corrected.budget, corrected.memory_mb, corrected.checks) == (0.3, 7, 3)
     assert isinstance(chosen(short=0)[0], CalibratedResponse)
     adam = following(CASE, Protocol(optimizer="adam", lr=1e-3, batch_size=6, epochs=1, dtype="float64"))
-    assert Best().choose(CASE.final_model, CASE.train, adam)[1].startswith("adam's")
+    assert Best().choose(problem(adam))[1].startswith("adam's")
 
 
 def test_the_cost_and_the_error_bars_are_the_chosen_method_s() -> None:
     ft = following(CASE, Protocol(lr=0.02, batch_size=6, epochs=2, dtype="float64"))
     found = Best().attribute(*RUN, ft)
-    method, reason = Best().choose(CASE.final_model, CASE.train, ft)
+    method, reason = Best().choose(problem(ft))
     chosen = method.attribute(*RUN, ft)
     assert found.sem is not None
     assert chosen.sem is not None

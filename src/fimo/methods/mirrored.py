@@ -77,11 +77,11 @@ class Mirrored(FollowingMethod):
             raise InputError("model.measurement", reason)
         tally, spread = Tally(), SeedSpread()
         for seed in problem.followed.seeds[: self.seeds]:
-            spread.add(self._of_seed(problem, seed, tally))
+            spread.add(self.of_seed(problem, seed, tally))
         copies = make_rule(problem.followed.protocol, problem.train).multiplicity(problem.index)
         return self.with_bars(problem, spread.mean * copies.to(spread.mean), NO_BARS, tally)
 
-    def _of_seed(self, problem: AttributionProblem, seed: int, tally: Tally) -> Tensor:
+    def of_seed(self, problem: AttributionProblem, seed: int, tally: Tally) -> Tensor:
         """Return one seed's scores ``[E, J, L]``, in the final model's dtype."""
         given, test, n = problem.followed, problem.test, len(problem.train)
         # a schedule counts the steps over the N training instances
@@ -111,9 +111,18 @@ class Mirrored(FollowingMethod):
         place = torch.tensor([[n + j] for j, _ in runs], device=device)
         weight = torch.tensor([[sign * self.weight / n] for _, sign in runs], dtype=dtype, device=device)
 
+        # in the batch itself where that is cheaper: not where all runs share products with it, and not where
+        # its dropout masks would be others
+        within = setting.engine != "linear" and not setting.stochastic
+
         def batches(part: Tensor) -> Iterator[Batch]:
             extra, extra_weight = place[part.to(device)], weight[part.to(device)]
             for batch in full_batches(setting.protocol, n, seed, dtype, device):
-                yield Batch(batch.index, batch.weight.expand(len(part), -1), extra, extra_weight)
+                index, weights = batch.index, batch.weight.expand(len(part), -1)
+                if within:
+                    index = torch.cat([index.expand(len(part), -1), extra], 1)
+                    yield Batch(index, torch.cat([weights, extra_weight], 1))
+                else:
+                    yield Batch(index, weights, extra, extra_weight)
 
         return batches

@@ -20,10 +20,12 @@ from fimo.engine.threads import side_by_side
 from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining, Trajectory
 from fimo.linear_response.gradient_flow import MeanBatchResponse
+from fimo.linear_response.linearity import GROUPS
 from fimo.linear_response.output_kernel import Kernel
 from fimo.linear_response.output_space import MAX_OUTPUTS, OutputSpace
 from fimo.linear_response.path_points import Segment, mean_of, midpoint, segments, spread
 from fimo.linear_response.recursion import Along, moved, outputs_along, responses
+from fimo.linear_response.response_cost import response_share
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.following import CHECKED_SEEDS, FollowingMethod, Tally
 from fimo.models.final_model import FinalModel
@@ -205,6 +207,26 @@ class Response(FollowingMethod):
             runs = [list(itertools.islice(trajectories, n)) for n in parts[start : start + workers]]
             for found in side_by_side(follow, runs, workers):
                 yield from found
+
+    def expected_share(self, problem: AttributionProblem) -> float:
+        """Return about what it costs as a share of the gold standard, where Jacobians have no factors.
+
+        With the real runs for error bars, and the full runs beside them.
+        """
+        model, given, n = problem.final_model, problem.followed, len(problem.train)
+        outputs = model.outputs(problem.test[:1])[0]
+        share, most = self._kernel_plan(problem, len(given.seeds))
+        cut = len(segments(given.steps, most))
+        checked = self.checks + min(2 * GROUPS, len(given.seeds)) if self.checks else 0
+        return checked / (len(given.seeds) * (len(problem.index) + 1)) + response_share(
+            model, problem.train, given,
+            left_out=len(problem.index),
+            rows=min(self.max_rows, n * model.loss.rank(outputs.shape)),
+            outputs=len(problem.test) * outputs.numel(),
+            kernels=cut if share else cut * len(given.seeds),
+            segments=cut,
+            memory_mb=self.memory_mb,
+        )  # fmt: skip
 
     def _kernel_plan(self, problem: AttributionProblem, seeds: int) -> tuple[bool, int]:
         """Return whether seeds share kernels, and the number of segments."""
