@@ -19,6 +19,7 @@ from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.kronecker import fit_factors
 from fimo.data.instances import IGNORED, Instances
 from fimo.data.language import by_token
+from fimo.data.packing import packed
 from fimo.engine.protocol import Protocol
 from fimo.further_training import further_train
 from fimo.methods.datainf import DataInf
@@ -81,6 +82,24 @@ def test_padding_changes_no_loss_and_no_score(loss: object) -> None:
         one = alone(train, i)
         close(final_model.losses(one), final_model.losses(train)[[i]])
         close(GradDot().attribute(final_model, one, test).values[:, 0], padded[:, i])
+
+
+def test_sequences_that_share_a_row_have_the_numbers_that_they_have_alone() -> None:
+    final_model, train, test = model(language_modelling_sum), instances(), instances(4, 2)
+    rows, members = packed(train, 10)
+    assert sum(map(len, members)) == N
+    assert 1 < len(rows) < N
+    losses, scores = final_model.losses(train), GradDot().attribute(final_model, train, test).values
+    found = GradDot().attribute(final_model, rows, test).values
+    for k, inside in enumerate(members):
+        close(final_model.losses(rows)[k], losses[inside].sum())
+        close(found[:, k], scores[:, inside].sum(1))
+    each = language_modelling.by_token(final_model.outputs(rows), rows.targets)
+    alone = language_modelling.by_token(final_model.outputs(train), train.targets)
+    close(each[~each.isnan()], alone[~alone.isnan()])
+    packed_mean = model().losses(rows)
+    tokens = (rows.targets != IGNORED).sum(1)
+    close(packed_mean * tokens, final_model.losses(rows))
 
 
 def test_a_token_s_scores_and_sensitivities_average_to_its_instance_s() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from fimo.errors import InputError
+from fimo.models.checkpoint import load_checkpoint
 from fimo.models.final_model import FinalModel
 from fimo.models.lora import LowRankAdapter, add_adapters
 from fimo.models.losses import cross_entropy
@@ -66,3 +69,25 @@ def test_a_pattern_without_a_layer_and_a_bad_rank_are_refused() -> None:
         add_adapters(network(), ["*query"])
     with pytest.raises(InputError, match=r"adapters: expected a rank of at least 1"):
         add_adapters(network(), ["0"], rank=0)
+
+
+def test_a_checkpoint_from_before_the_adapters_is_read_and_another_one_refused(tmp_path: Path) -> None:
+    plain, adapted, x = network(), network(), torch.randn(4, 5).double()
+    nn.init.normal_(plain.get_parameter("2.weight"))
+    torch.save({"state_dict": {f"net.{k}": v for k, v in plain.state_dict().items()}}, tmp_path / "plain.pt")
+    add_adapters(adapted, ["0", "2"], rank=2)
+    load_checkpoint(adapted, tmp_path / "plain.pt")
+    torch.testing.assert_close(adapted(x), plain(x), rtol=0, atol=0)
+    torch.save(moved(adapted).state_dict(), tmp_path / "adapted.pt")
+    again = network()
+    add_adapters(again, ["0", "2"], rank=2)
+    load_checkpoint(again, tmp_path / "adapted.pt")
+    torch.testing.assert_close(again(x), adapted(x), rtol=0, atol=0)
+    state = plain.state_dict()
+    state.pop("2.bias")
+    torch.save(state, tmp_path / "less.pt")
+    with pytest.raises(InputError, match=r"lacks .*2\.layer\.bias"):
+        load_checkpoint(again, tmp_path / "less.pt")
+    torch.save(plain.state_dict() | {"9.bias": torch.ones(1)}, tmp_path / "more.pt")
+    with pytest.raises(InputError, match=r"has 9\.bias, which this network lacks"):
+        load_checkpoint(again, tmp_path / "more.pt")

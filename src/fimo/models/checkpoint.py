@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fimo.errors import InputError, shortened
+from fimo.models.lora import LowRankAdapter
 from fimo.store.files import read_tensors
 
 KEY = "model.checkpoint"
@@ -20,7 +21,8 @@ def load_checkpoint(network: nn.Module, path: str | Path) -> None:
     """Load a Lightning checkpoint, a plain state_dict or a safetensors file into a network, in place.
 
     Names may carry a prefix that all of the network's own names share in the file (``network.``,
-    ``model.``, ``module.`` and so on); other entries of the file are then ignored.
+    ``model.``, ``module.`` and so on); other entries of the file are then ignored. Of a network with low-rank
+    adapters the file may be of the network without them: fresh adapters change no output.
 
     Raises:
         InputError: naming ``model.checkpoint``: no such file, not a checkpoint, a missing or unexpected
@@ -29,8 +31,13 @@ def load_checkpoint(network: nn.Module, path: str | Path) -> None:
     path = Path(path)
     tensors = read_checkpoint(path)
     wanted = network.state_dict()
-    prefix = _prefix(list(tensors), list(wanted))
+    before = names_without_adapters(network)
+    prefix = _prefix(list(tensors), list(before.values()))
     found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    if not found.keys() & (wanted.keys() - set(before.values())):  # a file without adapters
+        now = {old: name for name, old in before.items()}
+        fresh = {name: tensor for name, tensor in wanted.items() if name not in before}
+        found = {now.get(name, name): tensor for name, tensor in found.items()} | fresh
     missing = [name for name in wanted if name not in found]
     if missing:
         raise InputError(KEY, f"{path} lacks {shortened(missing, 3)}; it holds {shortened(list(tensors), 6)}")
@@ -47,6 +54,19 @@ def load_checkpoint(network: nn.Module, path: str | Path) -> None:
         if not torch.isfinite(found[name]).all():
             raise InputError(KEY, f"layer {name} in {path} holds NaN or infinite values")
     network.load_state_dict(found)
+
+
+def names_without_adapters(network: nn.Module) -> dict[str, str]:
+    """Return the names that a network's tensors had before it got adapters, without those of the adapters."""
+    adapters = [name for name, module in network.named_modules() if isinstance(module, LowRankAdapter)]
+    found = {}
+    for name in network.state_dict():
+        inside = [a for a in adapters if name.startswith(f"{a}.")]
+        if not inside:
+            found[name] = name
+        elif name.startswith(f"{inside[-1]}.layer."):
+            found[name] = f"{inside[-1]}.{name.removeprefix(f'{inside[-1]}.layer.')}"
+    return found
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

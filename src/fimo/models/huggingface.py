@@ -121,11 +121,20 @@ class Logits(nn.Module):
         self.model, self.causal = model, causal
         self.order = None if order is None or list(order) == sorted(order) else list(order)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return logits ``[n, C]``, or ``[n, T, V]`` of a language model."""
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
+        """Return logits ``[n, C]``, or ``[n, T, V]`` of a language model.
+
+        Args:
+            segments: ``[n, T]``, of a language model's rows of several sequences, which one each token is of;
+                see :func:`fimo.data.packing.packed`.
+        """
         arguments: dict[str, Any] = {"input_ids": input_ids}
         if self.causal:
             arguments["use_cache"] = False
+            if segments is not None:
+                arguments |= apart(segments, next(self.model.parameters()).dtype)
         elif attention_mask is not None:
             arguments["input_ids"], attention_mask = trimmed(input_ids, attention_mask)
             arguments["attention_mask"] = additive(attention_mask, next(self.model.parameters()).dtype)
@@ -294,6 +303,14 @@ def additive(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
     n, length = attention_mask.shape
     absent = (1 - attention_mask)[:, None, None, :].to(dtype)
     return (absent * torch.finfo(dtype).min).expand(n, 1, length, length)
+
+
+def apart(segments: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the mask ``[n, 1, T, T]`` and the positions ``[n, T]`` of sequences that share a row."""
+    order = torch.arange(segments.shape[1], device=segments.device)
+    seen = (segments[:, :, None] == segments[:, None, :]) & (order[:, None] >= order)
+    mask = (~seen).to(dtype) * torch.finfo(dtype).min
+    return {"attention_mask": mask[:, None], "position_ids": seen.sum(-1) - 1}
 
 
 def set_dropout(network: nn.Module, rate: float) -> None:
