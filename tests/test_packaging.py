@@ -17,6 +17,7 @@ from packaging.version import Version
 
 import fimo
 from fimo.app.command import console
+from fimo.app.environment import versions
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -120,3 +121,16 @@ def test_hooks_before_a_commit_are_those_of_make_lint_and_need_no_network() -> N
     for hook in hooks:
         command = hook["entry"].removeprefix(".venv/bin/")
         assert f"$(BIN)/{command}" in lint
+
+
+def test_versions_are_known_of_a_checkout_that_is_not_installed(monkeypatch):
+    installed = importlib.metadata.version
+
+    def version(name):
+        if name == "fimo":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert versions()["fimo"] == fimo.__version__
+    assert versions()["torch"] == installed("torch")

@@ -7,7 +7,9 @@ import logging
 import platform
 import warnings
 
-PACKAGES = ("fimo", "torch", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy", "scikit-learn")
+import fimo
+
+PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy", "scikit-learn")
 
 
 def quiet_libraries() -> None:
@@ -25,4 +27,6 @@ def quiet_libraries() -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    return {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}}
+    # this package's own may not be installed: a checkout on the path of modules
+    ours = {"python": platform.python_version(), "fimo": fimo.__version__}
+    return ours | {p: importlib.metadata.version(p) for p in PACKAGES}
