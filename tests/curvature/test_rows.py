@@ -160,7 +160,7 @@ def test_gradients_that_are_computed_again_are_said_once(caplog: pytest.LogCaptu
         gradients.losses(case.train)
     assert len(caplog.messages) == 1
     assert "methods.NAME.memory_mb=1 " in caplog.messages[0]
-    assert "cache=FOLDER" in caplog.messages[0]
+    assert "cache=FOLDER" not in caplog.messages[0]  # what layers leave is not written
 
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])

@@ -200,7 +200,8 @@ def test_datainf_damps_each_layer_by_itself() -> None:
     case = CASES["mlp_regression"]()
     method = DataInf()
     layers = method.fit(case.final_model, case.train)
-    dampings = [layers.damping(group, method.damping, None).item() for group in layers.groups]
+    norms, _ = layers.norms_and_products(layers.gradients.measurements(case.test))
+    dampings = [damping for (damping,) in layers.dampings(norms, [method.damping], None).values()]
     assert len(set(dampings)) == len(dampings) == 6
     problem = AttributionProblem(case.final_model, case.train, case.test)
     sweep = method.sweep(layers, [Damping.parse(d) for d in ("0.1x", "1x", 0.3)], problem)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fimo.data.instances import Instances
 from fimo.errors import InputError
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.ekfac import Ekfac
 from fimo.methods.exact import ExactInfluence
 from fimo.methods.gradient import CurvatureMethod
@@ -135,7 +136,8 @@ def test_every_damping_has_its_own_leverages() -> None:
     method = ExactInfluence(rescaled=True)
     curvature = method.fit(case.final_model, case.train)
     left, dampings = curvature.gradients.measurements(case.test), torch.tensor([0.01, 0.2, 3.0])
-    both = method.solved(curvature, left, case.train, dampings).values
+    problem = AttributionProblem(case.final_model, case.train, case.test)
+    both = method.solved(curvature, left, problem, dampings).values
     for values, damping in zip(both, dampings.tolist(), strict=True):
         one = ExactInfluence(damping, rescaled=True).attribute(case.final_model, case.train, case.test)
         torch.testing.assert_close(values[:, 0] / len(case.train), one.values)

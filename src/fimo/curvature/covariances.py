@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fimo.curvature.arranged_rows import calls_of
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import FactoredRows, Rows
-from fimo.data.instances import IGNORED, Instances
+from fimo.curvature.module_rows import ConvolutionCall, EmbeddingCall, LinearCall, ModuleRows
+from fimo.curvature.recording import is_transposed, tokens_of
+from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.models.attention import plain_attention
 from fimo.models.final_model import apply
-from fimo.models.loss_function import Loss
 
 
 @dataclass
@@ -51,7 +53,7 @@ def layer_moments(
     if isinstance(rows, FactoredRows):
         found = [_of_factors(rows, k) for k in range(len(rows.layers))]
     else:
-        found = _by_hooks(gradients, train, fisher, samples, seed)
+        found = _of_calls(rows) or _by_hooks(gradients, train, fisher, samples, seed)
     for m in found:
         if not (m.entering.isfinite().all() and m.leaving.isfinite().all()):
             raise InputError("model", f"activations or gradients at {m.names[0]} are not finite")
@@ -65,6 +67,84 @@ def _of_factors(rows: FactoredRows, k: int) -> Moments:
     a, delta = torch.cat(parts, 1), layer.delta.flatten(0, 1)
     names = tuple(name for name in (layer.weight, layer.bias) if name)
     return Moments(names, a.T @ a / rows.n, delta.T @ delta / rows.n)
+
+
+def _of_calls(rows: Rows) -> list[Moments] | None:
+    """Return the factors of layers by what entered and left them, or None where rows don't say."""
+    claimed: dict[str, int] = {}
+    calls: dict[int, LinearCall | EmbeddingCall] = {}
+    entering: dict[int, Tensor] = {}
+    leaving: dict[int, Tensor] = {}
+    positions: dict[int, int] = {}
+    for block in _parts(rows):
+        if block is None:
+            return None
+        made: dict[tuple[int, bool, bool], tuple[Tensor, int]] = {}  # layers may share what enters them
+        for call in sorted(block.calls, key=lambda c: c.owner):
+            grouped = isinstance(call, ConvolutionCall) and call.groups > 1
+            if not isinstance(call, LinearCall | EmbeddingCall) or grouped:
+                continue
+            k = call.owner
+            if any(claimed.setdefault(name, k) != k for name in call.names):
+                continue  # tied: represented by the first module's use
+            if isinstance(call, EmbeddingCall):
+                a, count = _entering_table(call, block.mask)
+            else:
+                key = (call.entering.data_ptr(), bool(call.weight), bool(call.bias))
+                if isinstance(call, ConvolutionCall) or key not in made:
+                    made[key] = _entering_layer(call, block.mask)
+                a, count = made[key]
+            delta = call.delta if isinstance(call, ConvolutionCall) else call.delta.flatten(0, 2)
+            b = delta.mT @ delta
+            b = b.sum((0, 1)) if b.ndim == 4 else b
+            calls[k] = call
+            entering[k] = entering[k] + a if k in entering else a
+            leaving[k] = leaving[k].add_(b) if k in leaving else b
+            positions[k] = positions.get(k, 0) + count
+    return [
+        Moments(
+            call.names, entering[k] / max(1, positions[k]), leaving[k] / rows.n,
+            isinstance(call, LinearCall) and call.transposed,
+        )
+        for k, call in calls.items()
+    ]  # fmt: skip
+
+
+def _parts(rows: Rows) -> Iterator[ModuleRows | None]:
+    """Yield rows in parts by what enters and leaves layers; None for one that isn't."""
+    for block in rows.blocks():
+        yield from calls_of(block) or (None,)
+
+
+def _entering_table(call: EmbeddingCall, mask: Tensor | None) -> tuple[Tensor, int]:
+    """Return how often each row of a table is looked up, and how often any is."""
+    kept = _kept(call.index, mask)
+    return torch.bincount(kept, minlength=call.size).to(call.delta.dtype), len(kept)
+
+
+def _entering_layer(call: LinearCall, mask: Tensor | None) -> tuple[Tensor, int]:
+    """Return the sum over instances and positions of a a^T, and the number of positions."""
+    at = call.positions()
+    if isinstance(call, ConvolutionCall):
+        flat, count = at, at.shape[0] * at.shape[1]
+    else:
+        flat = _kept(at, mask)[None]
+        count = flat.shape[1]
+    if not call.weight:
+        return flat.new_full((1, 1), count), count
+    a = (flat.mT @ flat).sum(0)
+    if call.bias:
+        sums = flat.sum((0, 1))
+        a = torch.cat([torch.cat([a, sums[:, None]], 1), F.pad(sums, (0, 1), value=count)[None]])
+    return a, count
+
+
+def _kept(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the positions ``[., ...]`` of values ``[n, T, ...]`` that are no padding."""
+    t = values.shape[1]
+    if mask is None or mask.shape[1] < t or bool(mask[:, t:].any()):
+        return values.flatten(0, 1)
+    return values[mask[:, :t]]
 
 
 def _by_hooks(
@@ -106,18 +186,6 @@ def _by_hooks(
     ]
 
 
-def tokens_of(batch: Instances, loss: Loss) -> Tensor | None:
-    """Return which positions ``[n, T]`` are tokens and no padding, 1 or true; None where all are.
-
-    By the attention mask; in a language model's data without one, all up to the last token that is predicted.
-    """
-    if isinstance(batch.inputs, dict) and "attention_mask" in batch.inputs:
-        return batch.inputs["attention_mask"]
-    if loss.targets != "tokens":
-        return None
-    return (batch.targets != IGNORED).flip(1).cumsum(1).flip(1) > 0
-
-
 def _supported(gradients: InstanceGradients) -> dict[nn.Module, tuple[str, ...]]:
     """Return the modules in Kronecker form with the names of their trainable parameters, each name once."""
     names = {id(gradients.final_model.network.get_parameter(n)): n for n in gradients.shapes}
@@ -137,13 +205,6 @@ def _supported(gradients: InstanceGradients) -> dict[nn.Module, tuple[str, ...]]
                 found[module] = own
                 claimed |= set(own)
     return found
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Return whether a module is GPT-2's linear layer, with a weight ``[in, out]``; without importing it."""
-    return any(
-        c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__
-    )
 
 
 @contextlib.contextmanager

@@ -7,16 +7,21 @@ vectors in output space. So there is one backward pass, and the kinds of rows di
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from fimo.curvature.jacobian import DenseRows, FactoredRows, LayerFactors, Rows, StreamedRows
+from fimo.curvature.arranged_rows import ArrangedRows
+from fimo.curvature.jacobian import DenseRows, FactoredRows, LayerFactors, Rows, StreamedRows, split
+from fimo.curvature.module_rows import FormedCall, ModuleRows
+from fimo.curvature.recording import Recorder, UnseenError, recorder_for
 from fimo.data.instances import Inputs, Instances
 from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
@@ -27,6 +32,14 @@ from fimo.store.fingerprint import folder_of, gradients_key
 
 log = logging.getLogger(__name__)
 
+BATCH = 64
+"""Most instances whose layers' inputs and derivatives are made together."""
+
+Form = Literal["dense", "layers", "calls"]
+"""How rows are held of networks with layers of known form, other than those of linear layers only: ``dense``
+where all fit into memory, which pays for rows that are used many times; ``layers``: by what enters and leaves
+layers, or formed layer by layer where that is less; ``calls``: never formed."""
+
 Cotangents = Callable[[Tensor, Tensor], Tensor]
 """(outputs ``[n, ...]``, targets ``[n, ...]``) -> vectors in output space ``[n, R, ...]``."""
 
@@ -34,12 +47,14 @@ Cotangents = Callable[[Tensor, Tensor], Tensor]
 class InstanceGradients:
     """Rows of instances for one final model.
 
-    Networks of linear layers are differentiated by products of their layers' inputs and deltas; any other by
-    ``torch.func`` in blocks of instances; one that can't be vectorised, instance by instance.
+    Networks of linear layers are differentiated by products of their layers' inputs and deltas, and so are
+    layers of known form in others (:mod:`~fimo.curvature.recording`); what is left of their parameters by
+    ``torch.func`` in blocks of instances; what can't be vectorised, instance by instance.
 
     Args:
         final_model: whose trainable parameters are differentiated, in eval mode.
-        memory_mb: of one block of rows, and the most that is kept in memory at once as dense rows.
+        memory_mb: of one block of rows, and the most that is kept in memory at once as dense rows, or as
+            what enters and leaves layers.
         storage: dtype in which dense rows are kept or cached (``torch.bfloat16`` halves float32); they are
             computed, and converted back before any product, in the final model's own. None: the same.
         cache: a folder for blocks of rows too large for memory, read back instead of computed again.
@@ -67,33 +82,34 @@ class InstanceGradients:
         self.evaluations = 0
         self.vectorise = True
         self._told = False
+        self._recorder: Recorder | None = None
+        self._tried = False
 
     def count(self, evaluations: int) -> None:
         """Add to the number of evaluations, for products that don't go through rows."""
         self.evaluations += evaluations
 
-    def losses(self, instances: Instances) -> Rows:
+    def losses(self, instances: Instances, form: Form = "dense") -> Rows:
         """Return the gradients of the training loss: R = 1."""
-        return self.rows(instances, gradient_of(self.final_model.loss), "loss")
+        return self.rows(instances, gradient_of(self.final_model.loss), "loss", form=form)
 
-    def measurements(self, instances: Instances) -> Rows:
+    def measurements(self, instances: Instances, form: Form = "dense") -> Rows:
         """Return the gradients of what is explained on test instances: R = 1."""
-        return self.rows(
-            instances, gradient_of(self.final_model.measurement or self.final_model.loss), "measurement"
-        )
+        loss = self.final_model.measurement or self.final_model.loss
+        return self.rows(instances, gradient_of(loss), "measurement", form=form)
 
-    def outputs(self, instances: Instances) -> Rows:
+    def outputs(self, instances: Instances, form: Form = "dense") -> Rows:
         """Return the Jacobians of the outputs: R = D, the number of (flattened) outputs."""
-        return self.rows(instances, _identity, "outputs")
+        return self.rows(instances, _identity, "outputs", form=form)
 
-    def gauss_newton(self, instances: Instances) -> Rows:
+    def gauss_newton(self, instances: Instances, form: Form = "dense") -> Rows:
         """Return the rows A with ``A^T A = sum_i J_i^T H_i J_i``, H_i the loss's Hessian in the outputs.
 
         R is D, or less where every H_i lacks rank (D - 1 for cross-entropy).
         """
-        return self.rows(instances, self.final_model.loss.hessian_root, "gauss_newton")
+        return self.rows(instances, self.final_model.loss.hessian_root, "gauss_newton", form=form)
 
-    def sampled(self, instances: Instances, samples: int = 1, seed: int = 0) -> Rows:
+    def sampled(self, instances: Instances, samples: int = 1, seed: int = 0, form: Form = "dense") -> Rows:
         """Return rows A with ``E[A^T A] = sum_i J_i^T H_i J_i``: gradients for targets that the model draws.
 
         R is the number of samples; each is divided by its square root.
@@ -103,9 +119,8 @@ class InstanceGradients:
         def cotangents(f: Tensor, y: Tensor) -> Tensor:
             return loss.sampled_gradients(f, y, samples, generator)
 
-        return self.rows(
-            instances, cotangents, f"sampled-{samples}-{seed}", lambda: generator.manual_seed(seed)
-        )
+        name = f"sampled-{samples}-{seed}"
+        return self.rows(instances, cotangents, name, lambda: generator.manual_seed(seed), form)
 
     def rows(
         self,
@@ -113,40 +128,132 @@ class InstanceGradients:
         cotangents: Cotangents,
         name: str,
         before: Callable[[], object] = lambda: None,
+        form: Form = "dense",
     ) -> Rows:
         """Return the Jacobians of instances applied to cotangents.
 
         Args:
             name: of the kind of rows, part of a cached block's key.
             before: called before each pass over the instances (to seed a generator).
+            form: see :data:`Form`.
         """
         if (layers := layers_on(self.final_model, instances)) is not None:
             before()
             return self._factored(instances, layers, cotangents)
-        probe = self.final_model.outputs(instances[:1])
-        before()
-        r = cotangents(probe, instances.targets[:1]).shape[1]
-        block = max(1, int(self.memory / (self.p * r * torch.empty((), dtype=self.dtype).element_size())))
+        r = self._row_count(instances, cotangents, before)
+        block = max(1, int(self.memory / (self.p * r * self.dtype.itemsize)))
+        if form != "dense" or len(instances) > block:
+            recorded = self._recorded(instances, cotangents, before, r, form)
+            if recorded is not None:
+                return recorded
         stream = self._stream(instances, cotangents, name, before, block, r)
         if len(instances) <= block:
             return DenseRows(stream.dense(), self.shapes)
-        if len(instances) * self.p * r * torch.empty((), dtype=self.storage).element_size() <= self.memory:
+        if len(instances) * self.p * r * self.storage.itemsize <= self.memory:
             kept = [b.to(self.storage) for b in stream.blocks()]
             return StreamedRows(lambda: iter(kept), len(instances), r, self.shapes, self.dtype, self.device)
-        if self.cache is None and not self._told:
+        if self.cache is None:
+            size = len(instances) * self.p * r * self.dtype.itemsize
+            each = f", all of them for each block of {block} where two sets are multiplied"
+            others = ", its storage=bfloat16 or its cache=FOLDER"
+            self._tell(f"gradients of {len(instances)} instances", size, each, others)
+        return stream
+
+    def _row_count(self, instances: Instances, cotangents: Cotangents, before: Callable[[], object]) -> int:
+        probe = self.final_model.outputs(instances[:1])
+        before()
+        return cotangents(probe, instances.targets[:1]).shape[1]
+
+    def _tell(self, what: str, size: float, when: str = "", others: str = "") -> None:
+        """Say, once, that rows take more than the memory."""
+        if not self._told:
             self._told = True
             log.info(
-                "gradients of %d instances take %.1f GiB, more than memory_mb=%.0f: they are computed again "
-                "whenever they are used, all of them for each block of %d where two sets are multiplied; "
-                "methods.NAME.memory_mb=%d for the method NAME, its storage=bfloat16 or its cache=FOLDER "
-                "saves that",
-                len(instances),
-                len(instances) * self.p * r * torch.empty((), dtype=self.dtype).element_size() / 2**30,
-                self.memory / 2**20,
-                block,
-                math.ceil(len(instances) * self.p * r * self.dtype.itemsize / 2**20),
-            )
-        return stream
+                "%s take %.1f GiB, more than memory_mb=%.0f: they are computed again whenever they are used"
+                "%s; methods.NAME.memory_mb=%d for the method NAME%s saves that",
+                what, size / 2**30, self.memory / 2**20, when, math.ceil(size / 2**20), others,
+            )  # fmt: skip
+
+    def _recorded(
+        self,
+        instances: Instances,
+        cotangents: Cotangents,
+        before: Callable[[], object],
+        r: int,
+        form: Form,
+    ) -> Rows | None:
+        """Return rows by what enters and leaves layers, kept in memory where they fit."""
+        recorder = self._known_layers(instances)
+        if recorder is None:
+            return None
+        each = recorder.bytes_each * r + (self.p - self._covered) * r * self.dtype.itemsize
+        window = int(max(1, self.memory / 4 / each))
+        size = min(BATCH, window)
+
+        def blocks() -> Iterator[Rows]:
+            before()
+            for some in instances.batches(window):
+                block: Rows = self._arranged(recorder, some, cotangents, size)
+                if form != "calls" and isinstance(block, ModuleRows | ArrangedRows):
+                    block = block.formed()
+                yield block
+
+        if len(instances) <= window:
+            return next(blocks())
+        make = blocks
+        if len(instances) * each <= self.memory:
+            kept = list(blocks())
+
+            def make() -> Iterator[Rows]:
+                return iter(kept)
+        else:
+            what = f"inputs and derivatives of layers of {len(instances)} instances"
+            self._tell(what, len(instances) * each)
+        return StreamedRows(make, len(instances), r, self.shapes, self.dtype, self.device)
+
+    def _known_layers(self, instances: Instances) -> Recorder | None:
+        """Return the recorder of the network's layers, tried once; None where dense rows are asked for."""
+        if self.cache is not None or self.storage != self.dtype:
+            return None
+        if not self._tried:
+            self._tried, self._recorder = True, recorder_for(self.final_model, instances)
+            recorded = self._recorder.names if self._recorder is not None else set()
+            self._covered = sum(self.shapes[name].numel() for name in recorded)
+        return self._recorder if 2 * self._covered >= self.p else None
+
+    def _arranged(self, recorder: Recorder, some: Instances, cotangents: Cotangents, size: int) -> Rows:
+        """Return rows made in batches, of instances of about the same length: little of them is padding."""
+        if len(some) <= size:
+            return self._block(recorder, some, cotangents)
+        lengths = _lengths(some)
+        order = (
+            torch.arange(len(some), device=self.device) if lengths is None else lengths.argsort(stable=True)
+        )
+        parts = [self._block(recorder, some[at], cotangents) for at in order.split(size)]
+        return ArrangedRows(tuple(parts), order.argsort())
+
+    def _block(self, recorder: Recorder, batch: Instances, cotangents: Cotangents) -> ModuleRows | DenseRows:
+        """Return the rows of some instances; those of parameters outside of the known layers are formed."""
+        vectors: list[Tensor] = []
+
+        def drawn(outputs: Tensor) -> Tensor:
+            vectors.append(cotangents(outputs, batch.targets))
+            return vectors[0]
+
+        try:
+            rows = recorder.rows(batch, drawn)
+        except UnseenError as error:  # a network whose calls depend on its inputs
+            log.info("gradients of some instances are not taken by layers: %s", error)
+            found = vectors[0] if vectors else cotangents(self.final_model.outputs(batch), batch.targets)
+            return DenseRows(self._jacobian_products(batch, found, self.parameters), self.shapes)
+        self.evaluations += vectors[0].shape[0] * vectors[0].shape[1]
+        others = {n: p for n, p in self.parameters.items() if n not in recorder.names}
+        if not others:
+            return rows
+        shapes = {n: p.shape for n, p in others.items()}
+        formed = split(self._jacobian_products(batch, vectors[0], others), shapes)
+        calls = [FormedCall((n,), -1, v, shapes[n][0] if shapes[n] else 1) for n, v in formed.items()]
+        return ModuleRows((*rows.calls, *calls), self.shapes, rows.mask)
 
     def _factored(self, instances: Instances, layers: list[Layer], cotangents: Cotangents) -> FactoredRows:
         state = {name: p.detach() for name, p in self.final_model.network.named_parameters()}
@@ -199,12 +306,22 @@ class InstanceGradients:
 
     def _dense(self, instances: Instances, cotangents: Cotangents) -> Tensor:
         """Return ``[n, R, P]`` of one block."""
+        recorder = self._known_layers(instances)
+        if recorder is not None:
+            dense = [self._block(recorder, b, cotangents).dense() for b in instances.batches(BATCH)]
+            return dense[0] if len(dense) == 1 else torch.cat(dense)
         vectors = cotangents(self.final_model.outputs(instances), instances.targets)
         self.evaluations += vectors.shape[0] * vectors.shape[1]
+        return self._jacobian_products(instances, vectors, self.parameters)
+
+    def _jacobian_products(
+        self, instances: Instances, vectors: Tensor, parameters: dict[str, Tensor]
+    ) -> Tensor:
+        """Return ``[n, R, P]`` of some parameters, by ``torch.func`` where it can be vectorised."""
         if self.vectorise:
             try:
                 with plain_attention():
-                    return vmap(self._one)(instances.inputs, vectors)
+                    return vmap(functools.partial(self._one, parameters))(instances.inputs, vectors)
             except (RuntimeError, ValueError) as error:
                 if "out of memory" in str(error).lower():
                     raise
@@ -213,22 +330,22 @@ class InstanceGradients:
                 self.vectorise = False
         with plain_attention():
             return torch.stack(
-                [self._single(instances[i : i + 1], vectors[i]) for i in range(len(instances))]
+                [self._single(parameters, instances[i : i + 1], vectors[i]) for i in range(len(instances))]
             )
 
-    def _one(self, inputs: Inputs, vectors: Tensor) -> Tensor:
+    def _one(self, parameters: dict[str, Tensor], inputs: Inputs, vectors: Tensor) -> Tensor:
         """Return the rows ``[R, P]`` of one instance, whose inputs lack the instance axis."""
         alone = {k: v[None] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[None]
 
-        def outputs(parameters: dict[str, Tensor]) -> Tensor:
-            return functional_apply(self.final_model.network, {**self.buffers, **parameters}, alone)[0]
+        def outputs(at: dict[str, Tensor]) -> Tensor:
+            return functional_apply(self.final_model.network, {**self.buffers, **at}, alone)[0]
 
-        pullback = vjp(outputs, self.parameters)[1]
+        pullback = vjp(outputs, parameters)[1]
         found = vmap(lambda v: pullback(v)[0])(vectors)
-        return torch.cat([found[name].reshape(len(vectors), -1) for name in self.shapes], 1)
+        return torch.cat([found[name].reshape(len(vectors), -1) for name in parameters], 1)
 
-    def _single(self, instance: Instances, vectors: Tensor) -> Tensor:
-        parameters = {n: p.clone().requires_grad_() for n, p in self.parameters.items()}
+    def _single(self, parameters: dict[str, Tensor], instance: Instances, vectors: Tensor) -> Tensor:
+        parameters = {n: p.clone().requires_grad_() for n, p in parameters.items()}
         with torch.enable_grad():
             network = self.final_model.network
             outputs = functional_apply(network, {**self.buffers, **parameters}, instance.inputs)[0]
@@ -249,6 +366,12 @@ class InstanceGradients:
 def gradient_of(loss: Loss) -> Cotangents:
     """Return the cotangents of a loss's gradients: R = 1."""
     return lambda outputs, targets: loss.gradient(outputs, targets)[:, None]
+
+
+def _lengths(instances: Instances) -> Tensor | None:
+    """Return the number ``[n]`` of each instance's positions that are no padding; None where none is."""
+    mask = instances.inputs.get("attention_mask") if isinstance(instances.inputs, dict) else None
+    return None if mask is None or mask.ndim != 2 or bool(mask.all()) else mask.sum(1)
 
 
 def _identity(outputs: Tensor, targets: Tensor) -> Tensor:

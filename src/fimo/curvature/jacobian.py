@@ -89,9 +89,15 @@ class Rows(ABC):
         stacked = _by_blocks(self, other, lambda a, b: torch.stack(list(_block_grams(a, b).values())), 1)
         return dict(zip(self.shapes, stacked, strict=True))
 
+    def grams_with(self, other: Rows) -> dict[str, Tensor] | None:
+        """Return :meth:`grams` with other rows in memory where these have a way of their own, else None."""
+        return None
+
     def own_gram(self) -> Tensor:
         """Return each instance's inner products ``[n, R, R]`` of its own rows."""
-        return torch.cat([_own_gram(b) for b in self.blocks()])
+        if isinstance(self, DenseRows | FactoredRows):
+            return _own_gram(self)
+        return torch.cat([b.own_gram() for b in self.blocks()])
 
     def squared_norms(self) -> Tensor:
         """Return ``[n, R]``."""
@@ -114,6 +120,16 @@ class Rows(ABC):
             total += block.transposed_times(weights[start : start + block.n])
             start += block.n
         return total
+
+    def add_sums(self, weights: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+        """Add sums of each parameter's entries of rows in memory, with weights of its own.
+
+        Args:
+            weights: ``[n, R, K]`` by parameter.
+            into: ``[K, numel]`` by parameter.
+        """
+        for name, weight in weights.items():
+            into[name].add_(split(self.transposed_times(weight).T, self.shapes)[name])
 
 
 @dataclass(frozen=True)
@@ -149,6 +165,10 @@ class DenseRows(Rows):
     def part(self, start: int, stop: int) -> Rows:
         return DenseRows(self.values[start:stop], self.shapes)
 
+    def some(self, at: Tensor) -> DenseRows:
+        """Return the rows of some instances."""
+        return DenseRows(self.values[at], self.shapes)
+
     def dense(self) -> Tensor:
         return self.values
 
@@ -166,6 +186,11 @@ class DenseRows(Rows):
 
     def transposed_times(self, weights: Tensor) -> Tensor:
         return self.values.flatten(0, 1).T @ weights.flatten(0, 1)
+
+    def add_sums(self, weights: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+        parts = split(self.values.flatten(0, 1), self.shapes)
+        for name, weight in weights.items():
+            into[name].addmm_(weight.flatten(0, 1).T, parts[name])
 
 
 @dataclass(frozen=True)
@@ -399,6 +424,8 @@ def _block_gram(left: Rows, right: Rows) -> Tensor:
             total = part if total is None else total.add_(part)
         assert total is not None
         return total
+    if (found := _grams_by_layers(left, right)) is not None:
+        return sum_of(found)
     products: Tensor = torch.tensordot(left.dense(), right.dense(), dims=([2], [2]))
     return products
 
@@ -427,8 +454,18 @@ def _block_grams(left: Rows, right: Rows) -> dict[str, Tensor]:
             if a.bias:
                 found[a.bias] = _layer_gram(a, b, False, True)
         return {name: found[name] for name in left.shapes}
+    if (by_layers := _grams_by_layers(left, right)) is not None:
+        return by_layers
     ours, theirs = split(left.dense(), left.shapes), split(right.dense(), left.shapes)
     return {name: torch.tensordot(ours[name], theirs[name], dims=([2], [2])) for name in left.shapes}
+
+
+def _grams_by_layers(left: Rows, right: Rows) -> dict[str, Tensor] | None:
+    found = left.grams_with(right)
+    if found is not None:
+        return found
+    turned = right.grams_with(left)
+    return None if turned is None else {name: part.permute(2, 3, 0, 1) for name, part in turned.items()}
 
 
 def _layer_gram(a: LayerFactors, b: LayerFactors, weight: bool, bias: bool) -> Tensor:

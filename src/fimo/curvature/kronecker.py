@@ -10,15 +10,19 @@ used twice only make the eigenvectors less apt, never the moments wrong.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fimo.curvature.arranged_rows import ArrangedRows, calls_of
 from fimo.curvature.covariances import Moments, layer_moments
 from fimo.curvature.gradients import InstanceGradients
-from fimo.curvature.jacobian import FactoredRows, Rows, split
+from fimo.curvature.jacobian import FactoredRows, Rows, Shapes, split
+from fimo.curvature.module_rows import ModuleRows
+from fimo.curvature.module_terms import formed, second_moments
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.models.final_model import FinalModel
@@ -45,7 +49,7 @@ class Block:
         rows: number of rows of the matrix form; the columns are those of each parameter in turn.
         left, right: orthonormal eigenvectors, or None for the identity.
         values: eigenvalues, of the shape of the matrix form.
-        transposed: the parameters hold the matrix form's transpose, as GPT-2's linear layers do.
+        stacked: parameters are rows of the matrix form, not columns: a bias is the last row.
     """
 
     names: tuple[str, ...]
@@ -54,21 +58,21 @@ class Block:
     left: Tensor | None
     right: Tensor | None
     values: Tensor
-    transposed: bool = False
+    stacked: bool = False
 
     def gather(self, parts: dict[str, Tensor]) -> Tensor:
         """Return flat parts ``[K, numel]`` as matrices ``[K, rows, columns]``."""
-        return torch.cat([self._matrices(parts[name]) for name in self.names], 2)
+        if self.stacked:
+            columns = self.values.shape[1]
+            return torch.cat([parts[n].reshape(len(parts[n]), -1, columns) for n in self.names], 1)
+        return torch.cat([parts[n].reshape(len(parts[n]), self.rows, -1) for n in self.names], 2)
 
-    def scatter(self, matrices: Tensor, into: dict[str, Tensor], widths: list[int]) -> None:
+    def scatter(self, matrices: Tensor, into: dict[str, Tensor], shapes: Shapes) -> None:
         """Put matrices back as flat parts ``[K, numel]``."""
-        for name, part in zip(self.names, matrices.split(widths, 2), strict=True):
-            into[name] = (part.transpose(1, 2) if self.transposed else part).flatten(1)
-
-    def _matrices(self, part: Tensor) -> Tensor:
-        if self.transposed:
-            return part.reshape(len(part), -1, self.rows).transpose(1, 2)
-        return part.reshape(len(part), self.rows, -1)
+        across = self.values.shape[1] if self.stacked else self.rows
+        sizes = [shapes[name].numel() // across for name in self.names]
+        for name, part in zip(self.names, matrices.split(sizes, 1 if self.stacked else 2), strict=True):
+            into[name] = part.flatten(1)
 
     def rotate(self, matrices: Tensor) -> Tensor:
         """Return the coordinates along the eigenvectors: ``left^T G right``."""
@@ -110,10 +114,31 @@ class KroneckerFactors:
             ``[E, P, K]``.
         """
         parts = split(vectors.T, self.shapes)
+        return self._solved(lambda block: block.rotate(block.gather(parts)), dampings, relative, power)
+
+    def solve_rows(self, rows: Rows, dampings: Tensor, relative: bool = False) -> Tensor:
+        """Return the same of rows in memory, ``[E, P, n R]``, turned before they are formed."""
+        parts = calls_of(rows)
+        if parts is None:
+            return self.solve(rows.dense().flatten(0, 1).T, dampings, relative)
+
+        def rotated(block: Block) -> Tensor:
+            each = [_rotated(part, block).unflatten(0, (part.n, part.r)) for part in parts]
+            return (rows.in_order(each) if isinstance(rows, ArrangedRows) else each[0]).flatten(0, 1)
+
+        return self._solved(rotated, dampings, relative)
+
+    def _solved(
+        self,
+        rotated: Callable[[Block], Tensor],
+        dampings: Tensor,
+        relative: bool = False,
+        power: float = 1.0,
+    ) -> Tensor:
+        """Return :meth:`solve` of vectors by their coordinates ``[K, rows, columns]`` in each block."""
         solved: list[dict[str, Tensor]] = [{} for _ in dampings]
         for block in self.blocks:
-            widths = [self.shapes[name].numel() // block.rows for name in block.names]
-            rotated = block.rotate(block.gather(parts))
+            at = rotated(block)
             factor = (
                 block.values.mean().item() / self.mean_eigenvalue
                 if relative and self.mean_eigenvalue
@@ -122,8 +147,24 @@ class KroneckerFactors:
             for into, damping in zip(solved, dampings.tolist(), strict=True):
                 # a module without any curvature (dead units) still gets a finite answer
                 damped = block.values + damping * max(factor, 1e-6)
-                block.scatter(block.rotate_back(rotated / damped**power), into, widths)
+                block.scatter(block.rotate_back(at / damped**power), into, self.shapes)
         return torch.stack([torch.cat([s[name] for name in self.shapes], 1).T for s in solved])
+
+
+def _rotated(rows: ModuleRows, block: Block) -> Tensor:
+    """Return the coordinates ``[n R, rows, columns]`` of rows along a block's eigenvectors."""
+    if block.kind == "kronecker":
+        found = [
+            formed([term.rotated(block.left, block.right) for term in terms])
+            for terms in rows.terms(block.names, biased=len(block.names) > 1)
+        ]
+        return torch.stack(found, 1).flatten(0, 1)
+    parts = {}
+    for name in block.names:
+        each = [formed(terms).flatten(1) for terms in rows.terms((name,))]
+        none = torch.zeros(rows.n, rows.r, rows.shapes[name].numel(), dtype=rows.dtype, device=rows.device)
+        parts[name] = (torch.stack(each, 1) if each else none).flatten(0, 1)
+    return block.rotate(block.gather(parts))
 
 
 def fit_factors(
@@ -151,13 +192,14 @@ def fit_factors(
         raise InputError("fisher", reason)
     fisher = chosen_fisher(gradients.final_model, train, fisher)
     if fisher == "exact":
-        rows = gradients.gauss_newton(train)
+        rows = gradients.gauss_newton(train, form="calls")
     elif fisher == "sampled":
-        rows = gradients.sampled(train, samples, seed)
+        rows = gradients.sampled(train, samples, seed, form="calls")
     else:
-        rows = gradients.losses(train)
+        rows = gradients.losses(train, form="calls")
     found = layer_moments(gradients, train, rows, fisher, samples, seed)
-    blocks = [_kronecker_block(m, gradients.shapes) for m in found]
+    eigenvectors = Eigenvectors()
+    blocks = [_kronecker_block(m, eigenvectors) for m in found]
     blocks += _other_blocks(gradients, {name for b in blocks for name in b.names})
     needs_rows = [b for b in blocks if corrected or b.kind != "kronecker"]
     if needs_rows:
@@ -187,18 +229,35 @@ def no_factors(final_model: FinalModel, train: Instances, fisher: Fisher) -> str
     )
 
 
-def _kronecker_block(moments: Moments, shapes: dict[str, torch.Size]) -> Block:
-    b_values, b_vectors = torch.linalg.eigh(moments.leaving.double())
+class Eigenvectors:
+    """Eigendecompositions of symmetric matrices, equal ones (of layers that share what enters them) once."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def of(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the eigenvalues (float64), without those below zero, and the eigenvectors."""
+        for known, values, vectors in self.found:
+            if known.shape == matrix.shape and torch.equal(known, matrix):
+                return values, vectors
+        values, vectors = torch.linalg.eigh(matrix.double())
+        self.found.append((matrix, values.clamp(min=0), vectors.to(matrix.dtype)))
+        return self.found[-1][1:]
+
+
+def _kronecker_block(moments: Moments, eigenvectors: Eigenvectors) -> Block:
+    b_values, b_vectors = eigenvectors.of(moments.leaving)
     dtype = moments.leaving.dtype
     if moments.entering.dim() == 1:  # a diagonal: an embedding's token frequencies
-        a_values, a_vectors = moments.entering.double(), None
         # the embedding's matrix is [tokens, width]: its rows are the tokens
-        values = (a_values[:, None] * b_values.clamp(min=0)).to(dtype)
-        return Block(moments.names, "kronecker", len(a_values), None, b_vectors.to(dtype), values)
-    a_values, a_vectors = torch.linalg.eigh(moments.entering.double())
-    values = (b_values.clamp(min=0)[:, None] * a_values.clamp(min=0)).to(dtype)
-    left, right = b_vectors.to(dtype), a_vectors.to(dtype)
-    return Block(moments.names, "kronecker", len(left), left, right, values, moments.transposed)
+        values = (moments.entering.double()[:, None] * b_values).to(dtype)
+        return Block(moments.names, "kronecker", len(values), None, b_vectors, values)
+    a_values, a_vectors = eigenvectors.of(moments.entering)
+    if moments.transposed:
+        values = (a_values[:, None] * b_values).to(dtype)
+        return Block(moments.names, "kronecker", len(values), a_vectors, b_vectors, values, stacked=True)
+    values = (b_values[:, None] * a_values).to(dtype)
+    return Block(moments.names, "kronecker", len(values), b_vectors, a_vectors, values)
 
 
 def _other_blocks(gradients: InstanceGradients, covered: set[str]) -> list[Block]:
@@ -235,11 +294,15 @@ def _second_moments(rows: Rows, blocks: list[Block], n: int) -> None:
             assert block.right is not None
             a = (torch.cat(entering, 1) @ block.right).square()
             total += (layer.delta @ block.left).square().sum(1).T @ a
-    else:
-        for piece in rows.pieces():
-            parts = split(piece.dense().flatten(0, 1), rows.shapes)
+    for stretch in () if isinstance(rows, FactoredRows) else rows.blocks():
+        if (parts := calls_of(stretch)) is not None:
+            for part in parts:
+                _moments_of_calls(part, blocks, totals, dense)
+            continue
+        for piece in stretch.pieces():
+            split_up = split(piece.dense().flatten(0, 1), rows.shapes)
             for k, (block, total) in enumerate(zip(blocks, totals, strict=True)):
-                matrices = block.gather(parts)
+                matrices = block.gather(split_up)
                 if k in dense:
                     dense[k].addmm_(matrices[:, 0].T, matrices[:, 0])
                 else:
@@ -250,3 +313,19 @@ def _second_moments(rows: Rows, blocks: list[Block], n: int) -> None:
             block.values, block.right = values.clamp(min=0).to(rows.dtype)[None], vectors.to(rows.dtype)
         else:
             block.values = total / n
+
+
+def _moments_of_calls(
+    rows: ModuleRows, blocks: list[Block], totals: list[Tensor], dense: dict[int, Tensor]
+) -> None:
+    """Add the second moments of rows to those of blocks."""
+    for k, (block, total) in enumerate(zip(blocks, totals, strict=True)):
+        if block.kind == "kronecker":
+            for terms in rows.terms(block.names, biased=len(block.names) > 1):
+                second_moments(terms, block.left, block.right, total)
+            continue
+        flat = _rotated(rows, replace(block, right=None))[:, 0]
+        if k in dense:
+            dense[k].addmm_(flat.T, flat)
+        else:
+            total += flat.square().sum(0)

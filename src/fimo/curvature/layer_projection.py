@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fimo.curvature.arranged_rows import ArrangedRows
 from fimo.curvature.jacobian import FactoredRows, LayerFactors, Rows, Shapes, split
+from fimo.curvature.module_rows import ModuleRows
+from fimo.curvature.module_terms import formed
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,18 @@ class Side:
         parts += [torch.ones_like(layer.entering[:, :1])] if layer.bias else []
         entering, leaving = torch.cat(parts, 1) @ self.entering.T, layer.delta @ self.leaving.T
         return (leaving[..., None] * entering[:, None, None]).flatten(2)
+
+    def of_calls(self, rows: ModuleRows) -> Tensor:
+        """Return ``[n, R, size]`` of rows by what enters and leaves layers."""
+        total = torch.zeros(rows.n, rows.r, self.size, dtype=rows.dtype, device=rows.device)
+        start = 0
+        for name in self.names:
+            columns = self.entering[:, start : start + _columns(rows.shapes[name])].T
+            start += len(columns)
+            for r, terms in enumerate(rows.terms((name,))):
+                for term in terms:
+                    total[:, r] += formed([term.rotated(self.leaving.T, columns)]).flatten(1)
+        return total
 
 
 @dataclass(frozen=True)
@@ -113,8 +128,17 @@ class LayerProjection:
             by_name = {layer.weight or layer.bias: layer for layer in rows.layers}
             yield torch.cat([side.of_factors(by_name[side.names[0]]) for side in self.sides], 2)
             return
-        for piece in rows.pieces():
-            parts = split(piece.dense().flatten(0, 1), rows.shapes)
+        for block in rows.blocks():
+            if isinstance(block, ModuleRows):
+                yield torch.cat([side.of_calls(block) for side in self.sides], 2)
+            elif isinstance(block, ArrangedRows):
+                yield block.in_order([self.project(part) for part in block.parts])
+            else:
+                yield from self._dense_blocks(block)
+
+    def _dense_blocks(self, block: Rows) -> Iterator[Tensor]:
+        for piece in block.pieces():
+            parts = split(piece.dense().flatten(0, 1), block.shapes)
             found = [side.of_matrices(_matrices(parts, side.names, self.shapes)) for side in self.sides]
             yield torch.cat(found, 1).view(piece.n, piece.r, -1)
 

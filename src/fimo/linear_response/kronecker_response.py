@@ -29,11 +29,10 @@ def kronecker_response(
         parts = split(piece.dense()[:, 0], shapes)
         moved: list[dict[str, Tensor]] = [{} for _ in phis]
         for block in factors.blocks:
-            widths = [shapes[name].numel() // block.rows for name in block.names]
             rotated, values = block.rotate(block.gather(parts)), block.values.double().clamp(min=0)
             for into, phi in zip(moved, phis, strict=True):
                 scaled = rotated * phi(values).to(rotated.dtype)
-                block.scatter(block.rotate_back(scaled), into, widths)
+                block.scatter(block.rotate_back(scaled), into, shapes)
         vectors = [torch.cat([m[name] for name in shapes], 1).T for m in moved]
         found.append(torch.stack([left.times(v) for v in vectors]))
     return torch.cat(found, 3)

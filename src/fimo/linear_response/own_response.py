@@ -69,8 +69,7 @@ def _answer(factors: KroneckerFactors | None, phi: Phi, force: dict[str, Tensor]
         return {name: part * phi(torch.zeros(())).to(part) for name, part in force.items()}
     moved: dict[str, Tensor] = {}
     for block in factors.blocks:
-        widths = [factors.shapes[name].numel() // block.rows for name in block.names]
         rotated = block.rotate(block.gather(force))
         scaled = rotated * phi(block.values.double().clamp(min=0)).to(rotated.dtype)
-        block.scatter(block.rotate_back(scaled), moved, widths)
+        block.scatter(block.rotate_back(scaled), moved, factors.shapes)
     return moved

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fimo.curvature.gradients import InstanceGradients
-from fimo.curvature.jacobian import Rows
+from fimo.curvature.jacobian import FactoredRows, Rows, split
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
@@ -82,15 +82,11 @@ class DataInf(GradientMethod):
     def fit(self, final_model: FinalModel, train: Instances) -> LayerGradients:
         """Return what all test instances and dampings share."""
         gradients = self.gradients(final_model)
-        rows = gradients.losses(train)
         groups: dict[str, list[str]] = {}
         for name in gradients.shapes:
             group = name if self.grouping == "parameter" else name.rpartition(".")[0]
             groups.setdefault(group, []).append(name)
-        named = rows.parameter_norms()
-        norms = {g: sum_named(named, names)[:, 0] for g, names in groups.items()}
-        whole = sum(norm.double().mean().item() for norm in norms.values())
-        return LayerGradients(gradients, rows, groups, norms, LEAST * whole / gradients.p)
+        return LayerGradients(gradients, gradients.losses(train, "layers"), groups)
 
     def scores(self, problem: AttributionProblem) -> Scores:
         layers = self.fit(problem.final_model, problem.train)
@@ -105,28 +101,71 @@ class DataInf(GradientMethod):
         self, layers: LayerGradients, dampings: Sequence[Damping], problem: AttributionProblem
     ) -> Tensor:
         """Return the scores ``[E, J, L]`` for E dampings, which share all inner products."""
-        each = {
-            group: torch.cat([layers.damping(group, d, problem.further_training) for d in dampings])
-            for group in layers.groups
-        }
-        gradients = layers.gradients
-        test_rows, removed = gradients.measurements(problem.test), gradients.losses(problem.removed)
-        test_train, train_removed = test_rows.grams(layers.rows), layers.rows.grams(removed)
-        test_removed = test_rows.grams(removed)
-        n = len(problem.train)
-        total: list[Tensor] = []
+        gradients, rows = layers.gradients, layers.rows
+        removed = rows if problem.left_out is None else gradients.losses(problem.removed, "layers")
+        found = []
+        for test in gradients.measurements(problem.test).pieces(self.memory_mb / (1 + len(dampings))):
+            if isinstance(rows, FactoredRows):
+                found.append(self._by_products(layers, dampings, problem, test, removed))
+            else:
+                found.append(self._by_sums(layers, dampings, problem, test, removed))
+        return torch.cat(found, 1) / len(problem.train)
+
+    def _by_products(
+        self,
+        layers: LayerGradients,
+        dampings: Sequence[Damping],
+        problem: AttributionProblem,
+        test: Rows,
+        removed: Rows,
+    ) -> Tensor:
+        """Return ``[E, J, L]`` by inner products of all layers, which factored rows have for little."""
+        norms, test_train = layers.norms_and_products(test)
+        train_removed, test_removed = layers.rows.grams(removed), test.grams(removed)
+        total = torch.zeros(len(dampings), test.n, removed.n, dtype=removed.dtype, device=removed.device)
+        each = layers.dampings(norms, dampings, problem.further_training)
         for group, names in layers.groups.items():
-            outer = sum_named(test_train, names)[:, 0, :, 0]
-            inner = sum_named(train_removed, names)[:, 0, :, 0]
-            direct = sum_named(test_removed, names)[:, 0, :, 0]
-            for e, damping in enumerate(each[group].tolist()):
-                weighted = outer / (damping + layers.norms[group])
-                part = (direct - weighted @ inner / n) / damping
-                if e < len(total):
-                    total[e] += part
-                else:
-                    total.append(part)
-        return torch.stack(total) / n
+            inner, direct = (
+                sum_named(train_removed, names)[:, 0, :, 0],
+                sum_named(test_removed, names)[:, 0, :, 0],
+            )
+            for e, damping in enumerate(each[group]):
+                weighted = test_train[group] / (damping + norms[group])
+                total[e] += (direct - weighted @ inner / layers.rows.n) / damping
+        return total
+
+    def _by_sums(
+        self,
+        layers: LayerGradients,
+        dampings: Sequence[Damping],
+        problem: AttributionProblem,
+        test: Rows,
+        removed: Rows,
+    ) -> Tensor:
+        """Return the same by sums of training gradients, one for each test instance and damping.
+
+        They pass over the training gradients twice, and once over those of left-out instances.
+        """
+        norms, test_train = layers.norms_and_products(test)
+        each = layers.dampings(norms, dampings, problem.further_training)
+        weights = {
+            name: torch.cat([(test_train[group] / (d + norms[group])).T for d in each[group]], 1)
+            for group, names in layers.groups.items()
+            for name in names
+        }
+        shapes = layers.gradients.shapes
+        own = test.dense()[:, 0].repeat(len(each[next(iter(each))]), 1)  # [E J, P]
+        parts = split(own, shapes)
+        start = 0
+        for block in layers.rows.blocks():
+            some = {name: -w[start : start + block.n, None] / layers.rows.n for name, w in weights.items()}
+            start += block.n
+            block.add_sums(some, parts)
+        for group, names in layers.groups.items():
+            divisors = own.new_tensor(each[group]).repeat_interleave(test.n)[:, None]
+            for name in names:
+                parts[name].div_(divisors)
+        return removed.times(own.T)[:, 0].T.reshape(-1, test.n, removed.n)
 
 
 @dataclass(frozen=True)
@@ -137,23 +176,40 @@ class LayerGradients:
         gradients: of the final model.
         rows: of all N training instances.
         groups: names of parameters by layer.
-        norms: ``[N]`` squared norms by layer.
-        least: a layer's mean squared gradient counts as at least this.
     """
 
     gradients: InstanceGradients
     rows: Rows
     groups: dict[str, list[str]]
-    norms: dict[str, Tensor]
-    least: float
 
-    def damping(self, group: str, damping: Damping, further_training: FurtherTraining | None) -> Tensor:
-        """Return a layer's dampings ``[E]``."""
-        numel = sum(self.gradients.shapes[name].numel() for name in self.groups[group])
-        mean_square = self.norms[group].double().mean().item() / numel
-        mean_square = max(mean_square, self.least)
-        # the mean eigenvalue of the empirical Fisher is the mean squared gradient
-        return damping.resolve(mean_square, mean_square, further_training)
+    def norms_and_products(self, test: Rows) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return squared norms ``[N]`` of training gradients, and products ``[J, N]`` with test ones."""
+        norms: dict[str, list[Tensor]] = {group: [] for group in self.groups}
+        products: dict[str, list[Tensor]] = {group: [] for group in self.groups}
+        for block in self.rows.blocks():
+            squares, grams = block.parameter_norms(), test.grams(block)
+            for group, names in self.groups.items():
+                norms[group].append(sum_named(squares, names)[:, 0])
+                products[group].append(sum_named(grams, names)[:, 0, :, 0])
+        return {g: torch.cat(n) for g, n in norms.items()}, {g: torch.cat(p, 1) for g, p in products.items()}
+
+    def dampings(
+        self,
+        norms: dict[str, Tensor],
+        dampings: Sequence[Damping],
+        further_training: FurtherTraining | None,
+    ) -> dict[str, list[float]]:
+        """Return each layer's E dampings."""
+        whole = sum(norm.double().mean().item() for norm in norms.values())
+        least = LEAST * whole / self.gradients.p
+        found = {}
+        for group, names in self.groups.items():
+            numel = sum(self.gradients.shapes[name].numel() for name in names)
+            # the mean eigenvalue of the empirical Fisher is the mean squared gradient
+            mean_square = max(norms[group].double().mean().item() / numel, least)
+            each = [d.resolve(mean_square, mean_square, further_training) for d in dampings]
+            found[group] = torch.cat(each).tolist()
+        return found
 
 
 def sum_named(parts: dict[str, Tensor], names: list[str]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fimo.curvature.gradients import Cotangents, gradient_of
+from fimo.curvature.gradients import Cotangents, Form, gradient_of
 from fimo.curvature.jacobian import Rows
 from fimo.curvature.kronecker import Fisher, KroneckerFactors, chosen_fisher, fit_factors, no_factors
 from fimo.data.instances import Instances
@@ -98,6 +98,8 @@ class Factored(RescalableCurvature):
         empirical: whether it is the empirical Fisher, else Gauss-Newton.
     """
 
+    form: ClassVar[Form] = "calls"
+
     factors: KroneckerFactors
     relative: bool
     memory_mb: float
@@ -127,12 +129,12 @@ class Factored(RescalableCurvature):
     def combined(self, left: Rows, right: Rows, weights: Tensor, dampings: Tensor) -> Solved:
         found = []
         for piece in left.pieces(self.memory_mb / (2 + len(dampings))):
-            solved = self._solved(piece.dense(), dampings)
-            products = [
-                (right.times(s) * weight[..., None]).sum(1).T.reshape(piece.n, piece.r, right.n)
-                for s, weight in zip(solved, weights, strict=True)
-            ]
-            found.append(torch.stack(products))
+            solved = self.factors.solve_rows(piece, dampings, self.relative)  # [E, P, n R]
+            e, _, k = solved.shape
+            # one pass over the rows on the right for all dampings
+            products = right.times(solved[0] if e == 1 else torch.cat(list(solved), 1))
+            summed = (products.unflatten(2, (e, k)) * weights.permute(1, 2, 0)[..., None]).sum(1)
+            found.append(summed.permute(1, 2, 0).reshape(e, piece.n, piece.r, right.n))
         return Solved(torch.cat(found, 1))
 
     def _solved(self, vectors: Tensor, dampings: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class GradCos(GradientMethod):
 
     def scores(self, problem: AttributionProblem) -> Scores:
         gradients = self.gradients(problem.final_model)
-        left, right = gradients.measurements(problem.test), gradients.losses(problem.removed)
+        left, right = gradients.measurements(problem.test), gradients.losses(problem.removed, "layers")
         norms = left.squared_norms().sqrt() * right.squared_norms().sqrt().T
         cosines = left.gram(right)[:, 0, :, 0] / norms.where(norms > 0, 1)
         return self.result(problem, cosines, gradient_evaluations=gradients.evaluations)

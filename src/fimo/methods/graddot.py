@@ -21,6 +21,6 @@ class GradDot(GradientMethod):
 
     def scores(self, problem: AttributionProblem) -> Scores:
         gradients = self.gradients(problem.final_model)
-        left, right = gradients.measurements(problem.test), gradients.losses(problem.removed)
+        left, right = gradients.measurements(problem.test), gradients.losses(problem.removed, "layers")
         products = left.gram(right)[:, 0, :, 0]
         return self.result(problem, products, gradient_evaluations=gradients.evaluations)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fimo.curvature.gradients import InstanceGradients
+from fimo.curvature.gradients import Form, InstanceGradients
 from fimo.curvature.jacobian import Rows
 from fimo.data.instances import Instances
 from fimo.errors import InputError
@@ -85,6 +85,9 @@ class FittedCurvature(ABC):
         train: all N training instances.
     """
 
+    form: ClassVar[Form] = "dense"
+    """In which it takes test instances' rows."""
+
     gradients: InstanceGradients
     train: Instances
 
@@ -102,7 +105,7 @@ class FittedCurvature(ABC):
 
     def mean_squared_gradient(self) -> float:
         """Return the mean of the squared derivatives over training instances and parameters."""
-        norms = self.gradients.losses(self.train).squared_norms()
+        norms = self.gradients.losses(self.train, "layers").squared_norms()
         return norms.double().mean().item() / self.final_model.size
 
     @property
@@ -202,8 +205,9 @@ class CurvatureMethod(GradientMethod):
         """
         gradients = curvature.gradients
         by_loss = self.propagate == "loss"
-        left = gradients.measurements(problem.test) if by_loss else gradients.outputs(problem.test)
-        solved = self.solved(curvature, left, problem.removed, dampings)
+        rows = gradients.measurements if by_loss else gradients.outputs
+        left = rows(problem.test, curvature.form)
+        solved = self.solved(curvature, left, problem, dampings)
         found = solved.values / len(problem.train)
         if not by_loss:
             model, test = problem.final_model, problem.test
@@ -212,6 +216,8 @@ class CurvatureMethod(GradientMethod):
             return torch.stack(changes).to(outputs.dtype), solved.notes
         return found[:, :, 0].to(gradients.dtype), solved.notes
 
-    def solved(self, curvature: FittedCurvature, left: Rows, removed: Instances, dampings: Tensor) -> Solved:
+    def solved(
+        self, curvature: FittedCurvature, left: Rows, problem: AttributionProblem, dampings: Tensor
+    ) -> Solved:
         """Return ``left^T (C + damping)^-1 g_i`` of the left-out instances' gradients."""
-        return curvature.solve(left, curvature.gradients.losses(removed), dampings)
+        return curvature.solve(left, curvature.gradients.losses(problem.removed, "layers"), dampings)

@@ -96,20 +96,37 @@ class Logra(CurvatureMethod):
         gradients = self.gradients(final_model)
         like = torch.zeros((), dtype=gradients.dtype, device=gradients.device)
         projection = LayerProjection.random(gradients.shapes, self.dimension, self.seed, like)
-        losses = gradients.losses(train)
+        losses = gradients.losses(train, "layers")
         if self.second_moment:
             ones = torch.ones(losses.n, 1, 1, dtype=losses.dtype, device=losses.device)
             projection = projection.scaled(losses.squares().transposed_times(ones)[:, 0] / losses.n)
-        rows = losses if self.curvature == "empirical" else gradients.gauss_newton(train)
+        rows = losses if self.curvature == "empirical" else gradients.gauss_newton(train, "layers")
         sizes = projection.sizes if self.blocks == "layers" else [sum(projection.sizes)]
         totals = [torch.zeros(k, k, dtype=torch.float64, device=gradients.device) for k in sizes]
+        each = sum(projection.sizes) * rows.r * rows.dtype.itemsize
+        keep = self.curvature == "empirical" and rows.n * each <= gradients.memory
+        kept: list[Tensor] = []
         for block in projection.blocks(rows):
+            if keep:
+                kept.append(block)
             for total, part in zip(totals, block.flatten(0, 1).double().split(sizes, 1), strict=True):
                 total.addmm_(part.T, part)
         found = [torch.linalg.eigh(total / len(train)) for total in totals]
         values, vectors = [v.clamp(min=0) for v, _ in found], [v for _, v in found]
         relative = self.damping.kind == "auto"
-        return ProjectedCurvature(gradients, train, projection, values, vectors, relative, self.normalise)
+        projected = torch.cat(kept) if keep else None
+        return ProjectedCurvature(
+            gradients, train, projection, values, vectors, relative, self.normalise, projected
+        )
+
+    def solved(
+        self, curvature: FittedCurvature, left: Rows, problem: AttributionProblem, dampings: Tensor
+    ) -> Solved:
+        assert isinstance(curvature, ProjectedCurvature)
+        if curvature.projected is None:
+            return super().solved(curvature, left, problem, dampings)
+        right = curvature.projected[problem.index.to(curvature.projected.device)]
+        return curvature.products(curvature.coordinates(left), curvature.turned(right), dampings)
 
     def sweep(
         self, curvature: FittedCurvature, dampings: Tensor, problem: AttributionProblem
@@ -127,6 +144,7 @@ class ProjectedCurvature(FittedCurvature):
         vectors: its eigenvectors ``[k, k]``.
         relative: dampings are multiples of each block's own mean eigenvalue.
         normalise: products are cosines.
+        projected: ``[N, 1, K]``, training gradients, where they fit into the memory.
     """
 
     projection: LayerProjection
@@ -134,12 +152,17 @@ class ProjectedCurvature(FittedCurvature):
     vectors: list[Tensor]
     relative: bool
     normalise: bool
+    projected: Tensor | None = None
 
     def mean_eigenvalue(self) -> float:
         return float(torch.cat(self.values).mean())
 
     def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Solved:
-        ours, theirs = self.coordinates(left), self.coordinates(right)[:, 0]
+        return self.products(self.coordinates(left), self.coordinates(right), dampings)
+
+    def products(self, ours: Tensor, right: Tensor, dampings: Tensor) -> Solved:
+        """Return the products of coordinates ``[n, R, K]`` and ``[m, 1, K]`` with each damped inverse."""
+        theirs = right[:, 0]
         found = []
         for damping in dampings.tolist():
             inverse = 1 / self.damped(damping)
@@ -153,8 +176,11 @@ class ProjectedCurvature(FittedCurvature):
 
     def coordinates(self, rows: Rows) -> Tensor:
         """Return ``[n, R, K]`` (float64), along the eigenvectors of all blocks."""
-        sizes = [len(v) for v in self.values]
-        parts = self.projection.project(rows).double().split(sizes, 2)
+        return self.turned(self.projection.project(rows))
+
+    def turned(self, projected: Tensor) -> Tensor:
+        """Return the coordinates of projected rows ``[n, R, K]``."""
+        parts = projected.double().split([len(v) for v in self.values], 2)
         return torch.cat([part @ v for part, v in zip(parts, self.vectors, strict=True)], 2)
 
     def damped(self, damping: float) -> Tensor:

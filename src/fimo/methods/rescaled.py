@@ -13,6 +13,7 @@ from fimo.curvature.gradients import Cotangents
 from fimo.curvature.jacobian import Rows
 from fimo.data.instances import Instances
 from fimo.errors import InputError
+from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.damping import DampingValue
 from fimo.methods.gradient import CurvatureMethod, FittedCurvature, Solved
 from fimo.models.losses import Loss
@@ -47,11 +48,13 @@ class RescalableInfluence(CurvatureMethod):
         super().__init__(damping, propagate, memory_mb, storage, cache)
         self.rescaled = rescaled
 
-    def solved(self, curvature: FittedCurvature, left: Rows, removed: Instances, dampings: Tensor) -> Solved:
+    def solved(
+        self, curvature: FittedCurvature, left: Rows, problem: AttributionProblem, dampings: Tensor
+    ) -> Solved:
         if not self.rescaled:
-            return super().solved(curvature, left, removed, dampings)
+            return super().solved(curvature, left, problem, dampings)
         assert isinstance(curvature, RescalableCurvature)
-        rows, weights = remaining(curvature, removed, dampings)
+        rows, weights = remaining(curvature, problem.removed, dampings)
         return curvature.combined(left, rows, weights, dampings)
 
 

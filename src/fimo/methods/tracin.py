@@ -56,7 +56,7 @@ class TracIn(GradientMethod):
         total, evaluations = torch.zeros(()), 0
         for model, rate in zip(self._models(problem.final_model), self.rates, strict=True):
             gradients = self.gradients(model)
-            left, right = gradients.measurements(problem.test), gradients.losses(problem.removed)
+            left, right = gradients.measurements(problem.test), gradients.losses(problem.removed, "layers")
             products = left.gram(right)[:, 0, :, 0]
             if self.normalise:
                 norms = left.squared_norms().sqrt() * right.squared_norms().sqrt().T

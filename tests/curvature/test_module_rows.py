@@ -1,0 +1,273 @@
+"""Rows by what enters and leaves layers, of every kind of layer, against plain per-instance gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fimo.curvature.arranged_rows import ArrangedRows, calls_of
+from fimo.curvature.covariances import layer_moments
+from fimo.curvature.gradients import InstanceGradients
+from fimo.curvature.jacobian import DenseRows, Rows, split
+from fimo.curvature.kronecker import fit_factors
+from fimo.curvature.layer_projection import LayerProjection
+from fimo.curvature.recording import recorder_for
+from fimo.data.instances import Inputs, Instances
+from fimo.models.final_model import FinalModel
+from fimo.models.huggingface import pooled, trimmed
+from fimo.models.losses import cross_entropy
+from tests.cases import CASES
+from tests.reference import attribution as dense
+
+
+class Transposed(nn.Module):
+    """GPT-2's linear layer."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.nf = outputs
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(inputs, outputs)),
+            nn.Parameter(torch.randn(outputs)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+Transposed.__name__, Transposed.__module__ = "Conv1D", "transformers.pytorch_utils"
+
+
+class Language(nn.Module):
+    """Tied embeddings, positions for all instances, a layer that is called twice, padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(6, 4, padding_idx=0), nn.Embedding(5, 4)
+        self.mix, self.shared = Transposed(4, 4), nn.Linear(4, 4)
+        self.norm, self.scale = nn.LayerNorm(4), nn.RMSNorm(4)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.token.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.token(x) + self.position(torch.arange(x.shape[1])[None])
+        h = h + torch.tanh(self.shared(self.norm(h)))
+        h = h.cumsum(1) + self.mix(self.scale(torch.tanh(self.shared(h))))
+        return self.head(h)[:, -1]
+
+
+class Image(nn.Module):
+    """Convolutions with stride, dilation, groups and padding of all kinds, and normalisations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, stride=2, padding=(1, 2))
+        self.grouped = nn.Conv2d(4, 6, 2, groups=2, dilation=2, padding="same")
+        self.depthwise = nn.Conv2d(6, 6, 3, groups=6, bias=False, padding=1)
+        self.batch, self.group = nn.BatchNorm2d(4), nn.GroupNorm(3, 6)
+        self.batch.running_mean, self.batch.running_var = torch.randn(4), 1 + torch.rand(4)
+        self.along = nn.Conv1d(6, 3, 2, padding="valid")
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu_(self.batch(self.first(x)))
+        x = torch.tanh(self.depthwise(self.group(self.grouped(x))))
+        return self.head(self.along(x.flatten(2)).mean(2))
+
+
+class Windows(nn.Module):
+    """A layer on parts of instances, parameters outside of layers, and weights used as numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.outside = nn.Linear(3, 4), nn.Linear(8, 3)
+        self.gain, self.number = nn.Parameter(torch.rand(4)), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.inside(x.reshape(-1, 3)).view(len(x), 2, 4) * self.gain
+        h = torch.tanh(parts.flatten(1))
+        h = torch.cat([h[:, :4], F.linear(self.number(h[:, 4:]), self.number.weight).sin()], 1)
+        return self.outside(h)
+
+
+class Text(nn.Module):
+    """Padded texts, cut to the longest of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.mix, self.head = nn.Embedding(6, 4), nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        input_ids, attention_mask = trimmed(input_ids, attention_mask)
+        h = torch.tanh(self.mix(self.token(input_ids)))
+        return self.head(pooled(h.cumsum(1), attention_mask, "mean"))
+
+
+class Sequence(nn.Module):
+    """Positions before instances, which looks like instances of a batch of another size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.outside = nn.Linear(2, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outside(torch.tanh(self.inside(x.transpose(0, 1))).mean(0))
+
+
+def padded() -> dict[str, Tensor]:
+    mask = torch.arange(6) < torch.tensor([3, 6, 1, 4, 2, 5, 2])[:, None]
+    return {"input_ids": torch.randint(6, (7, 6)), "attention_mask": mask.long()}
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
+    "language": (Language, lambda: torch.randint(6, (7, 5))),
+    "image": (Image, lambda: torch.randn(7, 2, 7, 6)),
+    "windows": (Windows, lambda: torch.randn(7, 6)),
+    "text": (Text, padded),
+    "sequence": (Sequence, lambda: torch.randn(7, 6, 2)),
+}
+
+
+KNOWN = ["language", "image", "windows", "text"]
+
+
+def problem(name: str) -> tuple[FinalModel, Instances]:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        make, inputs = NETWORKS[name]
+        outputs = 6 if name == "language" else 3
+        return FinalModel(make(), cross_entropy), Instances(inputs(), torch.randint(outputs, (7,)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def by_layers(model: FinalModel, train: Instances, form: int) -> Rows:
+    """Return Gauss-Newton rows whole, made anew whenever they are used, or kept in blocks of two batches."""
+    rank = model.loss.rank(model.outputs(train).shape[1:])
+    each = recorder_for(model, train).bytes_each * rank / 2**20
+    return InstanceGradients(model, (64, 3 * each, 24 * each)[form]).gauss_newton(train, form="calls")
+
+
+@pytest.mark.parametrize("form", [0, 1, 2])
+@pytest.mark.parametrize("name", KNOWN)
+def test_rows_by_layers_are_those_of_automatic_differentiation(
+    name: str, form: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if form == 1:
+        monkeypatch.setattr("fimo.curvature.module_terms.SLICE", 20)
+    if form == 2:
+        monkeypatch.setattr("fimo.curvature.gradients.BATCH", 2)
+    model, train = problem(name)
+    rows = by_layers(model, train, form)
+    assert all(calls_of(b) for b in rows.blocks())
+    assert any(isinstance(b, ArrangedRows) for b in rows.blocks()) == (form == 2)
+    jacobians = dense.jacobians(model, train)
+    roots = model.loss.hessian_root(model.outputs(train), train.targets)
+    truth = torch.einsum("nrd,ndp->nrp", roots, jacobians)
+    torch.testing.assert_close(rows.dense(), truth)
+    torch.testing.assert_close(rows.gram(rows), torch.einsum("nrp,msp->nrms", truth, truth))
+    torch.testing.assert_close(rows.own_gram(), truth @ truth.mT)
+    torch.testing.assert_close(rows.squares().dense(), truth.square())
+    torch.testing.assert_close(rows.squared_norms(), truth.square().sum(-1))
+    for k in (1, 3):
+        vectors = torch.randn(rows.p, k, dtype=torch.float64)
+        torch.testing.assert_close(rows.times(vectors), truth @ vectors)
+        torch.testing.assert_close(
+            rows.transposed_times(rows.times(vectors)), torch.einsum("nrp,nrk->pk", truth, truth @ vectors)
+        )
+    formed = DenseRows(truth, rows.shapes)
+    for left, right in ((formed, rows), (rows, formed)):
+        torch.testing.assert_close(left.gram(right), torch.einsum("nrp,msp->nrms", truth, truth))
+    for each, part in rows.grams(rows).items():
+        at = torch.cat([torch.full((s.numel(),), n == each) for n, s in rows.shapes.items()])
+        torch.testing.assert_close(part, torch.einsum("nrp,msp->nrms", truth[..., at], truth[..., at]))
+    pieces = list(rows.pieces(2 * rows.r * rows.p * 8 / 2**20))
+    assert max(p.n for p in pieces) <= 2
+    torch.testing.assert_close(torch.cat([p.dense() for p in pieces]), truth)
+    single = rows.to(torch.float32)
+    assert single.dense().dtype == single.dtype == torch.float32
+
+
+def test_parameters_that_hooks_do_not_see_whole_are_left_to_automatic_differentiation() -> None:
+    found = {name: recorder_for(*problem(name)) for name in NETWORKS}
+    assert found["language"].names == set(problem("language")[0].parameters())
+    assert found["image"].names == set(problem("image")[0].parameters())
+    assert found["windows"].names == {"inside.weight", "inside.bias", "outside.weight", "outside.bias"}
+    assert found["sequence"].names == {"outside.weight", "outside.bias"}
+    model, train = problem("sequence")
+    rows = InstanceGradients(model, 1e-3).losses(train)
+    torch.testing.assert_close(rows.dense()[:, 0], dense.instance_gradients(model, train))
+
+
+def test_a_network_is_left_as_it_was() -> None:
+    model, train = problem("language")
+    before = {n: t.clone() for n, t in model.state().items()}
+    InstanceGradients(model).losses(train)
+    assert all(torch.equal(t, before[n]) for n, t in model.state().items())
+    assert not any(m._forward_hooks for m in model.network.modules())
+    assert not any(p.requires_grad for p in model.network.parameters())
+
+
+def test_one_forward_pass_serves_all_rows() -> None:
+    case = CASES["conv_net"]()
+    calls: list[int] = []
+    handle = case.final_model.network.conv.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        gradients = InstanceGradients(case.final_model)
+        recorder = recorder_for(case.final_model, case.train)
+        calls.clear()
+        gradients._block(recorder, case.train, case.final_model.loss.hessian_root)
+    finally:
+        handle.remove()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_second_moments_by_layers_are_those_along_the_eigenvectors(name: str) -> None:
+    model, train = problem(name)
+    factors = fit_factors(InstanceGradients(model), train, fisher="exact")
+    rows = DenseRows(InstanceGradients(model).gauss_newton(train).dense(), factors.shapes)
+    parts = split(rows.dense().flatten(0, 1), rows.shapes)
+    kinds = {n: b.kind for b in factors.blocks for n in b.names}
+    assert list(kinds) != []
+    for b in factors.blocks:
+        if b.kind == "kronecker":
+            moments = b.rotate(b.gather(parts)).square().sum(0) / len(train)
+            torch.testing.assert_close(b.values, moments)
+            back: dict[str, Tensor] = {}
+            b.scatter(b.rotate_back(b.rotate(b.gather(parts))), back, rows.shapes)
+            for n, part in back.items():
+                torch.testing.assert_close(part, parts[n])
+    expected = {
+        "language": {"mix.weight", "mix.bias", "token.weight"},
+        "image": {"first.weight"},
+        "windows": set(),
+        "text": {"mix.weight", "mix.bias"},
+    }
+    assert expected[name] <= {n for n, kind in kinds.items() if kind == "kronecker"}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_layer_projections_are_those_of_whole_rows(name: str) -> None:
+    model, train = problem(name)
+    gradients = InstanceGradients(model)
+    rows = gradients.gauss_newton(train, form="calls")
+    projection = LayerProjection.random(rows.shapes, 2, 0, torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(
+        projection.project(rows), projection.project(DenseRows(rows.dense(), rows.shapes))
+    )
+
+
+def test_padding_is_no_position_of_a_factor() -> None:
+    model, train = problem("text")
+    gradients = InstanceGradients(model)
+    rows = gradients.gauss_newton(train, form="calls")
+    (mix,) = [m for m in layer_moments(gradients, train, rows, "exact", 1, 0) if "mix.weight" in m.names]
+    tokens = train.inputs["input_ids"][train.inputs["attention_mask"].bool()]
+    a = F.pad(model.network.token(tokens), (0, 1), value=1)
+    torch.testing.assert_close(mix.entering, a.T @ a / len(a))
