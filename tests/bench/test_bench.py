@@ -417,3 +417,9 @@ def test_flipped_labels_are_found_by_every_final_model(tmp_path: Path, capsys) -
     (found,) = pd.read_csv(tmp_path / "made" / "results.csv").to_dict("records")
     assert (found["metric"], found["method"]) == ("mislabelled", "graddot")
     assert 0.2 < found["mean"] <= 1  # a tenth is flipped
+    for name in ("class_detection", "shortcut_detection", "randomised_model"):
+        assert main(["score", *common, "--method", "graddot", "--protocol", name]) == 0
+    results = pd.read_csv(tmp_path / "made" / "results.csv").set_index("metric")
+    assert 0.5 < results.loc["class_detection", "chance"] < results.loc["class_detection", "mean"]
+    assert 0 < results.loc["shortcut_detection", "chance"] < results.loc["shortcut_detection", "mean"] <= 1
+    assert abs(results.loc["randomised_model", "mean"]) < 1

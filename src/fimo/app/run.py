@@ -164,11 +164,19 @@ class Run:
 
     def with_targets(self, targets: Tensor) -> Run:
         """Return the run with other training targets ``[N]``, and a final model that was trained on them."""
+        return self.with_training_set(Instances(self.data.train.inputs, targets))
+
+    def with_training_set(self, train: Instances) -> Run:
+        """Return the run with as many other training instances, and a final model trained on them."""
         data, cost = copy.copy(self.data), Cost("final_model")
-        data.train = Instances(self.data.train.inputs, targets)
+        data.train = train
         final_model = self.final_models.trained(data, self.store, cost)
         self.cost.gradient_evaluations += cost.gradient_evaluations
         return replace(self, data=data, final_model=final_model, problem=None)
+
+    def randomised(self, seed: int) -> Run:
+        """Return the run of an untrained network, with the initial parameters of a seed."""
+        return replace(self, final_model=self.final_models.initial(self.data, seed), problem=None)
 
     def explaining(self, test: Instances) -> Run:
         """Return the run of other test instances."""

@@ -217,7 +217,9 @@ def parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], help="an argument of it: damping=10x; repeatable"
     )
     scoring.add_argument(
-        "--protocol", help="lds, retraining or mislabelled instead of agreement with the gold standard"
+        "--protocol",
+        help="lds, retraining, mislabelled, or a control (class_detection …) instead of agreement with the "
+        "gold standard",
     )
     scoring.add_argument("--store", default=STORE, help=f"of what these train ({STORE})")
     tabling = actions.add_parser("table", parents=[common], help="the leader board")

@@ -19,13 +19,24 @@ from fimo.errors import InputError
 from fimo.evaluation.assessment import assess
 from fimo.evaluation.metrics import DEFAULT
 from fimo.further_training.sensitivity import Sensitivity
-from fimo.tasks import Datamodeling, Mislabelled, Retraining
+from fimo.tasks import (
+    ClassDetection,
+    Datamodeling,
+    Mislabelled,
+    MixedDatasets,
+    RandomisedModel,
+    Retraining,
+    ShortcutDetection,
+    SubclassDetection,
+)
 from fimo.tasks.base import Task
+from fimo.tasks.controls import Control
 
 SEEDS = 5
 """Of training from scratch, where the gold standard has more."""
 
 Found = pd.DataFrame | Sensitivity
+Protocol = Callable[[Measured, Run], tuple[Task, Callable[[Found], pd.DataFrame]]]
 
 
 def lds(one: Measured, run: Run) -> tuple[Task, Callable[[Found], pd.DataFrame]]:
@@ -61,7 +72,27 @@ def mislabelled(one: Measured, run: Run) -> tuple[Task, Callable[[Found], pd.Dat
     return Mislabelled(repeats=1, seeds=0, seed=one.about["seed"]), judged
 
 
-PROTOCOLS = {"lds": lds, "retraining": retraining, "mislabelled": mislabelled}
+def control(task: type[Control]) -> Protocol:
+    """Return one of quanda's controls, with its own settings."""
+
+    def asked(one: Measured, run: Run) -> tuple[Task, Callable[[Found], pd.DataFrame]]:
+        def judged(found: Found) -> pd.DataFrame:
+            assert isinstance(found, pd.DataFrame)
+            unknown = {"ceiling": float("nan"), "ceiling_lower": float("nan")}
+            return found.assign(metric=task.name, step=0, epoch=0, **unknown)
+
+        return task(seed=one.about["seed"]), judged
+
+    return asked
+
+
+CONTROLS: tuple[type[Control], ...] = (
+    ClassDetection, SubclassDetection, ShortcutDetection, MixedDatasets, RandomisedModel,
+)  # fmt: skip
+PROTOCOLS: dict[str, Protocol] = {
+    "lds": lds, "retraining": retraining, "mislabelled": mislabelled,
+    **{task.name: control(task) for task in CONTROLS},
+}  # fmt: skip
 """By name; each returns a task of one final model, and how its finding becomes rows."""
 
 
@@ -83,7 +114,8 @@ def judge_of(protocol: str, gold: GoldStandard, setting: Setting, store: Path) -
         task.check(run)
         found = rows(task(run))
         found = found[found["method"] == candidate.name].rename(columns={"ceiling": "ceiling_upper"})
-        columns = ["metric", "epoch", "step", "mean", "ceiling_lower", "ceiling_upper"]
+        found = found if "chance" in found else found.assign(chance=0.0)
+        columns = ["metric", "epoch", "step", "mean", "ceiling_lower", "ceiling_upper", "chance"]
         return found[columns].assign(
             final_model=one.about["seed"], seconds=float("nan"), memory_mb=float("nan")
         )

@@ -31,13 +31,13 @@ RESULTS, FINAL_MODELS = "results.csv", "final_models.csv"
 
 COLUMNS = [
     "setting", "method", "metric", "epoch", "mean", "sem_models", "ceiling_lower", "ceiling_upper", "seconds",
-    "share_of_cost", "step", "final_models", "gold_standard", "memory_mb",
+    "share_of_cost", "step", "final_models", "gold_standard", "memory_mb", "chance",
 ]  # fmt: skip
 """Of ``results.csv``."""
 
 BY_FINAL_MODEL = [
     "setting", "method", "metric", "epoch", "final_model", "mean", "ceiling_lower", "ceiling_upper",
-    "seconds", "step", "gold_standard", "memory_mb",
+    "seconds", "step", "gold_standard", "memory_mb", "chance",
 ]  # fmt: skip
 """Of ``final_models.csv``."""
 
@@ -108,7 +108,7 @@ def by_agreement(one: Measured, candidate: Candidate) -> pd.DataFrame:
     Methods that follow seeds follow others than those of the gold standard.
 
     Returns:
-        ``metric,epoch,step,final_model,mean,ceiling_lower,ceiling_upper,seconds,memory_mb``.
+        ``metric,epoch,step,final_model,mean,ceiling_lower,ceiling_upper,seconds,memory_mb,chance``.
     """
     truth = one.truth
     candidate.method.load()
@@ -127,7 +127,7 @@ def by_agreement(one: Measured, candidate: Candidate) -> pd.DataFrame:
             "ceiling_lower": ceilings["lower"],
             "ceiling_upper": ceilings["upper"],
         }
-        spent = {"seconds": scores.seconds, "memory_mb": memory}
+        spent = {"seconds": scores.seconds, "memory_mb": memory, "chance": 0.0}
         tables.append(pd.DataFrame({"metric": metric, **fixed, **agreed, **spent}))
     return pd.concat(tables, ignore_index=True)
 
@@ -154,6 +154,7 @@ def over_final_models(rows: pd.DataFrame, gold: GoldStandard) -> pd.DataFrame:
         mean=("mean", "mean"), sem_models=("mean", "sem"), ceiling_lower=("ceiling_lower", "mean"),
         ceiling_upper=("ceiling_upper", "mean"), seconds=("seconds", "mean"),
         final_models=("final_model", "nunique"), memory_mb=("memory_mb", "max"),
+        chance=("chance", "mean"),
     ).reset_index()  # fmt: skip
     return found.assign(share_of_cost=found["seconds"] / cost_of(gold))[COLUMNS]
 
@@ -183,6 +184,8 @@ def told(rows: pd.DataFrame) -> str:
     last = rows[rows["metric"] == rows["metric"].iloc[0]].iloc[-1]
     line = f"{last['setting']}, {last['method']}: {last['metric']} "
     line += with_error(last["mean"], last["sem_models"])
+    if last["chance"]:
+        line += f" (chance {last['chance']:.3f})"
     if not math.isnan(last["ceiling_upper"]):
         line += f" (ceiling {last['ceiling_lower']:.3f} to {last['ceiling_upper']:.3f})"
     if math.isnan(last["seconds"]):

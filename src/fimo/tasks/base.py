@@ -61,6 +61,12 @@ class Judged(Protocol):
     def with_targets(self, targets: Tensor) -> Judged:
         """Return the run with other training targets ``[N]``, and a final model trained on them."""
 
+    def with_training_set(self, train: Instances) -> Judged:
+        """Return the run with as many other training instances, and a final model trained on them."""
+
+    def randomised(self, seed: int) -> Judged:
+        """Return the run of an untrained network, with the initial parameters of a seed."""
+
     def explaining(self, test: Instances) -> Judged:
         """Return the run of other test instances."""
 
