@@ -48,10 +48,10 @@ def test_each_position_predicts_the_next_token(tmp_path: Path) -> None:
 def test_a_completions_loss_covers_its_own_tokens_only(tmp_path: Path) -> None:
     data = language_data(corpus(tmp_path), prompts=prompts(tmp_path))
     assert isinstance(data.test.inputs, dict)
-    assert data.test.inputs["input_ids"].tolist() == [[*b"ab", PAD, PAD], [*b"fghi"]]
+    assert data.test.inputs["input_ids"].tolist() == [[*b"ab", PAD, PAD, PAD], [*b"fghi", PAD]]
     assert data.test.targets.tolist() == [
-        [IGNORED, ord("c"), IGNORED, IGNORED],
-        [IGNORED, IGNORED, ord("i"), ord("j")],
+        [IGNORED, ord("c"), IGNORED, IGNORED, IGNORED],
+        [IGNORED, IGNORED, ord("i"), ord("j"), IGNORED],
     ]
     shown = data.display("test", 1)
     assert (shown.text, shown.target) == ("fgh ▸ …", "ij")

@@ -18,6 +18,7 @@ from fimo.methods.mirrored import Mirrored
 from fimo.methods.unlearning import Unlearning
 from fimo.models.final_model import FinalModel, apply
 from fimo.models.losses import mean_squared_error
+from fimo.models.quantities import joined
 from fimo.testing import check_method
 from tests.cases import CASES, Case
 from tests.methods.test_response import following
@@ -188,3 +189,9 @@ def test_what_means_nothing_is_refused() -> None:
     assert "another measurement" in str(Mirrored().inapplicable(other, case.train))
     with pytest.raises(InputError, match="100 steps of 5 diverge"):
         Unlearning(100, 5).attribute(case.final_model, case.train, case.test)
+
+
+def test_sequences_of_several_lengths_are_refused() -> None:
+    parts = [Instances(torch.zeros(2, n), torch.zeros(2)) for n in (3, 4)]
+    with pytest.raises(InputError, match=r"differ in shape, \(3,\) and \(4,\): pad them"):
+        joined(parts)

@@ -101,7 +101,8 @@ class LanguageData(InstancesModule):
         self._check(train, test)
         self._tokenised: dict[Split, Tokenised] = {"train": train, "test": test}
         self.origins = {"train": train.passages.origin, "test": test.passages.origin}
-        self.train, self.test = (shifted(part, self.tokens.padding) for part in (train, test))
+        width = max(len(ids) for part in (train, test) for ids in part.ids) - 1  # some methods join the parts
+        self.train, self.test = (shifted(part, self.tokens.padding, width) for part in (train, test))
         self._token: list[tuple[int, int]] | None = None
         if self.explain == "token":
             self._explain_tokens()
@@ -149,7 +150,7 @@ class LanguageData(InstancesModule):
         if self._place(split, self._loaded_index(split, index))[1]:
             return self.tokens.decode(best.tolist()).strip()
         right = int((best == targets[kept]).sum())
-        return f"{right} of {int(kept.sum())} tokens"
+        return f"{right} of {int(kept.sum())} tokens right"
 
     def prediction(self, outputs: Tensor) -> str:
         """Return the most likely next token at each position, as text."""
@@ -160,7 +161,7 @@ class LanguageData(InstancesModule):
         part = self._tokenised[split]
         before, after = (self.tokens.decode(part.ids[row][k]) for k in (slice(start), slice(start, stop)))
         if not start:
-            return Display(part.passages.sources[row], text=after)
+            return Display(part.passages.source(row), text=after)
         return Display(after.strip() or WITHOUT_TEXT, text=f"{before} ▸ …")
 
     def pieces(self, split: Split, index: int) -> tuple[str, ...]:
@@ -198,11 +199,10 @@ class LanguageData(InstancesModule):
         self.origins = {**self.origins, "test": replace(Origin.counted(len(ids)), id=ids)}
 
 
-def shifted(passages: Tokenised, padding: int) -> Instances:
-    """Return passages as instances: input t is followed by target t, which is -100 within prompts."""
-    longest = max(map(len, passages.ids)) - 1
-    input_ids = torch.full((len(passages), longest), padding)
-    targets = torch.full((len(passages), longest), IGNORED)
+def shifted(passages: Tokenised, padding: int, width: int) -> Instances:
+    """Return passages as instances ``[n, width]``: input t is followed by target t, -100 within prompts."""
+    input_ids = torch.full((len(passages), width), padding)
+    targets = torch.full((len(passages), width), IGNORED)
     for row, (ids, start) in enumerate(zip(passages.ids, passages.starts, strict=True)):
         input_ids[row, : len(ids) - 1] = torch.tensor(ids[:-1])
         first = max(start - 1, 0)  # position first predicts the token after it

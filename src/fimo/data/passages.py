@@ -59,6 +59,10 @@ class Passages:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def source(self, row: int) -> str:
+        """Return the file that a passage is of; empty where all are of one."""
+        return self.sources[row] if len(set(self.sources)) > 1 else ""
+
     def __getitem__(self, rows: np.ndarray) -> Passages:
         """Return some of the passages, under their rows of the whole frame."""
 

@@ -150,7 +150,17 @@ def measuring(
 
 
 def joined(parts: Sequence[Instances]) -> Instances:
-    """Return the instances of several parts, one after another."""
+    """Return the instances of several parts, one after another.
+
+    Raises:
+        InputError: they are of several shapes, as sequences that were padded to other lengths.
+    """
+    for name, first in parts[0].tensors().items():
+        shapes = {tuple(part.tensors()[name].shape[1:]) for part in parts} | {tuple(first.shape[1:])}
+        if len(shapes) > 1:
+            told = " and ".join(map(str, sorted(shapes)))
+            problem = f"{name} of training and test instances differ in shape, {told}: pad them"
+            raise InputError("dataset", problem)
     targets = torch.cat([part.targets for part in parts])
     inputs = [part.inputs for part in parts]
     if isinstance(inputs[0], Tensor):

@@ -55,7 +55,7 @@ function tokenText(instance) {
 function showFacts(box, name, instance, facts) {
   box.replaceChildren(make("b", name));
   if (instance.image) box.append(make("br"), picture(instance.image, ""));
-  if (instance.tokens) box.append(tokenText(instance));
+  if (instance.tokens) box.append(tokenText(instance), make("p", "Underlined tokens are predicted; the redder, the larger their loss.", "quiet small"));
   else if (instance.text) box.append(make("p", instance.text));
   const list = make("dl");
   for (const [key, value] of Object.entries(facts)) {
