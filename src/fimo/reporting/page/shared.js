@@ -43,7 +43,7 @@ function tokenText(instance) {
     const loss = losses[k];
     const span = make("span", token, typeof loss === "number" ? "predicted" : "given");
     if (typeof loss === "number") {
-      span.style.setProperty("--share", `${Math.round(100 * Math.min(1, loss / 8))}%`);
+      span.style.setProperty("--share", `${Math.round(60 * Math.min(1, loss / 8))}%`);
       span.title = `loss ${number(loss, 3)}, probability ${number(Math.exp(-loss), 2)}`;
     }
     text.append(span);
@@ -59,7 +59,7 @@ function showFacts(box, name, instance, facts) {
   else if (instance.text) box.append(make("p", instance.text));
   const list = make("dl");
   for (const [key, value] of Object.entries(facts)) {
-    if (value === undefined || value === null) continue;
+    if (value === undefined || value === null || value === "") continue;
     const pair = make("div", null, "pairing");
     pair.append(make("dt", key), make("dd", number(value)));
     list.append(pair);
