@@ -298,6 +298,9 @@ class Layers:
         self.d, case = d, d.case
         network, hessians = d.model.network, d.output_hessians(case.train)
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        counts = torch.ones(case.train.targets.shape[:2], dtype=torch.bool)
+        if case.final_model.loss is language_modelling:  # nothing is predicted after a text's last token
+            counts = (case.train.targets != IGNORED).flip(1).cummax(1).values.flip(1)
         for name, module in network.named_modules():
             if not isinstance(module, nn.Linear | nn.Embedding):
                 continue
@@ -306,9 +309,9 @@ class Layers:
             functional_apply(network, dict(network.named_parameters()), case.train.inputs)
             handle.remove()
             if isinstance(module, nn.Embedding):
-                entering = F.one_hot(inputs[0].flatten(), module.num_embeddings).double()
+                entering = F.one_hot(inputs[0][counts], module.num_embeddings).double()
             else:
-                flat = inputs[0].reshape(-1, module.in_features)
+                flat = inputs[0][counts]
                 entering = torch.cat([flat, torch.ones_like(flat[:, :1])], 1)
             a = entering.T @ entering / len(entering)
             width = module.weight.shape[0] if isinstance(module, nn.Linear) else module.embedding_dim
