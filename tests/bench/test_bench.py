@@ -158,6 +158,7 @@ def test_parts_make_the_same_bytes_and_the_last_one_writes_the_card(place: Path,
     [
         (["make", "diabets/sgd"], "setting: there is no 'diabets/sgd'; did you mean diabetes/sgd"),
         (["verify"], "--folder: .* holds no gold standards; fimo bench make makes them"),
+        (["table"], "--folder: .* holds no gold standards; fimo bench make makes them"),
         (["make", "--config-dir", "/nowhere"], "--config-dir: no such folder"),
     ],
 )

@@ -135,11 +135,9 @@ def score(given: argparse.Namespace) -> int:
 
 def table(given: argparse.Namespace) -> int:
     """Print the leader board, and write its page where one is asked for."""
-    from fimo.bench.gold_standard import made
     from fimo.bench.leader_board import Board, text
-    from fimo.bench.settings import matching
 
-    names = matching(given.setting, made(given.folder))
+    names = there(given)
     board = Board.of(given.folder, given.metric, names)
     print(text(board))
     if given.logger:
@@ -158,19 +156,26 @@ def table(given: argparse.Namespace) -> int:
 
 
 def present(given: argparse.Namespace) -> Iterator[GoldStandard]:
-    """Yield the gold standards that were asked for and are there; all when none was named.
+    """Yield the gold standards that were asked for and are there; see :func:`there`."""
+    from fimo.bench.gold_standard import load
+
+    for name in there(given):
+        yield load(name, given.folder)
+
+
+def there(given: argparse.Namespace) -> list[str]:
+    """Return the settings that were asked for and whose gold standards are there; all when none was named.
 
     Raises:
-        InputError: one that was named is not there.
+        InputError: there are none, or one that was named is not there.
     """
-    from fimo.bench.gold_standard import load, made
+    from fimo.bench.gold_standard import made
     from fimo.bench.settings import matching
 
     names = made(given.folder)
     if not names:
         raise InputError("--folder", f"{given.folder} holds no gold standards; fimo bench make makes them")
-    for name in matching(given.setting, names):
-        yield load(name, given.folder)
+    return matching(given.setting, names)
 
 
 def start(given: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from fimo.curvature.projection import project
 from fimo.errors import InputError
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.gradient import GradientMethod
-from fimo.methods.tracin import at_checkpoint, rates_of
+from fimo.methods.tracin import models_at, rates_of
 from fimo.scores import Access, Scores
 
 
@@ -79,9 +79,7 @@ class Less(GradientMethod):
         return Access.FINAL_MODEL if self.checkpoints is None else Access.CHECKPOINTS
 
     def scores(self, problem: AttributionProblem) -> Scores:
-        models = [problem.final_model]
-        if self.checkpoints is not None:
-            models = [at_checkpoint(problem.final_model, c) for c in self.checkpoints]
+        models = models_at(problem.final_model, self.checkpoints)
         total = torch.zeros(len(problem.test), len(problem.index)).to(
             problem.removed.targets.device, problem.dtype
         )

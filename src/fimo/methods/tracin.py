@@ -54,7 +54,7 @@ class TracIn(GradientMethod):
 
     def scores(self, problem: AttributionProblem) -> Scores:
         total, evaluations = torch.zeros(()), 0
-        for model, rate in zip(self._models(problem.final_model), self.rates, strict=True):
+        for model, rate in zip(models_at(problem.final_model, self.checkpoints), self.rates, strict=True):
             gradients = self.gradients(model)
             left, right = gradients.measurements(problem.test), gradients.losses(problem.removed, "layers")
             products = left.gram(right)[:, 0, :, 0]
@@ -64,11 +64,6 @@ class TracIn(GradientMethod):
             total = rate * products + (total if total.dim() else 0)
             evaluations += gradients.evaluations
         return self.result(problem, total, gradient_evaluations=evaluations)
-
-    def _models(self, final_model: FinalModel) -> list[FinalModel]:
-        if self.checkpoints is None:
-            return [final_model]
-        return [at_checkpoint(final_model, c) for c in self.checkpoints]
 
 
 def rates_of(checkpoints: Sequence[object] | None, lr: float | Sequence[float]) -> list[float]:
@@ -82,6 +77,13 @@ def rates_of(checkpoints: Sequence[object] | None, lr: float | Sequence[float]) 
     if count == 0 or len(rates) != count:
         raise InputError("lr", f"expected one learning rate per checkpoint but got {len(rates)} for {count}")
     return rates
+
+
+def models_at(
+    final_model: FinalModel, checkpoints: Sequence[str | Path | Mapping[str, Tensor]] | None
+) -> list[FinalModel]:
+    """Return the model at each checkpoint; the final model alone when None."""
+    return [final_model] if checkpoints is None else [at_checkpoint(final_model, c) for c in checkpoints]
 
 
 def at_checkpoint(final_model: FinalModel, checkpoint: str | Path | Mapping[str, Tensor]) -> FinalModel:

@@ -15,7 +15,7 @@ from fimo.errors import InputError
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.damping import Damping, DampingValue
 from fimo.methods.gradient import GradientMethod
-from fimo.methods.tracin import at_checkpoint
+from fimo.methods.tracin import models_at
 from fimo.models.final_model import FinalModel
 from fimo.models.loss_function import Loss
 from fimo.scores import Access, Scores
@@ -77,9 +77,7 @@ class Trak(GradientMethod):
         return Access.FINAL_MODEL if self.checkpoints is None else Access.CHECKPOINTS
 
     def scores(self, problem: AttributionProblem) -> Scores:
-        models = [problem.final_model]
-        if self.checkpoints is not None:
-            models = [at_checkpoint(problem.final_model, c) for c in self.checkpoints]
+        models = models_at(problem.final_model, self.checkpoints)
         kernels, ours, theirs, evaluations = [], [], [], 0
         for c, model in enumerate(models):
             gradients = self.gradients(model)
