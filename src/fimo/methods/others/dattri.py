@@ -135,8 +135,9 @@ class DattriEkfac(DattriInfluence):
 
 
 class DattriTrak(ProjectedMethod, DattriMethod):
-    """dattri's TRAK of the final model alone (Park et al., 2023), see
-    :class:`~fimo.methods.others.projected.ProjectedMethod`.
+    """dattri's TRAK of the final model alone (Park et al., 2023).
+
+    See :class:`~fimo.methods.others.projected.ProjectedMethod`.
 
     Args:
         dimension: of the projection; when None a quarter of the training instances, at most 2,048.

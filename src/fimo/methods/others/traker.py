@@ -16,8 +16,9 @@ from fimo.methods.others.projected import ProjectedMethod, explained, of_one
 
 
 class TrakerTrak(ProjectedMethod):
-    """TRAK by its authors, of the final model alone (Park et al., 2023), see
-    :class:`~fimo.methods.others.projected.ProjectedMethod`.
+    """TRAK by its authors, of the final model alone (Park et al., 2023).
+
+    See :class:`~fimo.methods.others.projected.ProjectedMethod`.
 
     Args:
         dimension: of the projection; when None a quarter of the training instances, at most 2,048.
