@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from fimo.data.instances import Instances
 from fimo.further_training import Protocol, full_runs, further_train
+from fimo.methods.catalogue import method_of
 from fimo.methods.ekfac import Ekfac
 from fimo.methods.graddot import GradDot
 from fimo.models.final_model import FinalModel
@@ -501,6 +502,23 @@ def test_files_and_code_that_a_methods_settings_name_are_in_its_key(
     (tmp_path / "own_hook.py").write_text("def hook(): return 2")
     found.append(key())
     assert len(set(found)) == len(found)
+
+
+def test_the_version_of_a_library_that_computes_scores_is_in_their_key(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = method_of("captum_tracin", {})[1]
+
+    def key() -> dict[str, object]:
+        return dict(scores_key(problem, regression()[2], "captum", type(method), {}, [0], 0, None).parts)
+
+    found = []
+    for number in ("0.9", "0.10"):
+        monkeypatch.setattr(fingerprint, "version", lambda module, number=number: f"{module}=={number}")
+        found.append(key())
+    assert found[0].pop("libraries") == {"captum": "captum==0.9"}
+    assert found[1].pop("libraries") == {"captum": "captum==0.10"}
+    assert found[0] == found[1]
 
 
 def test_cached_gradients_depend_on_loss_measurement_and_kind() -> None:

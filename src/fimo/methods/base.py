@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -40,6 +40,9 @@ class AttributionMethod(ABC):
 
     use: ClassVar[str] = ""
     """When to use it, in one sentence."""
+
+    packages: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """Names of modules of other libraries that compute the scores, by the extra that brings them."""
 
     @property
     def access(self) -> Access:

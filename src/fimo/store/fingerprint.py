@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fimo.store.description import Indescribable, describe
-from fimo.store.sources import PACKAGE_SOURCES, Sources, origin, package_code, user_code
+from fimo.store.sources import PACKAGE_SOURCES, Sources, origin, package_code, user_code, version
 
 if TYPE_CHECKING:  # a sweep's jobs have a fingerprint before torch is imported
     from torch import Tensor, nn
@@ -204,6 +204,7 @@ def scores_key(
         "test": data_hash(test),
         "method": _portable(settings),
         "class": describe(method, method.__name__),
+        "libraries": {m: version(m) for modules in getattr(method, "packages", {}).values() for m in modules},
         "named": named_in(settings),
         "left_out": left_out,
         "seed": seed,

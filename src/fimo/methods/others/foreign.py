@@ -8,7 +8,6 @@ import io
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +32,6 @@ class ForeignMethod(AttributionMethod):
     removing the instance raises the test loss), order and dtype. Nothing of its computation is ours but what
     a docstring says.
     """
-
-    packages: ClassVar[Mapping[str, Sequence[str]]]
-    """Names of modules, by the extra that brings them."""
 
     def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
         return lacking(self.packages) or self.unsupported(final_model, train)
