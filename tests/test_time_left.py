@@ -39,6 +39,7 @@ def test_what_was_never_timed_is_named(tmp_path, caplog):
     assert said(caplog, tmp_path, "final_model")[0] == [
         "stage 1 of 3, final_model: how long it all takes is not known, none of it was timed here before"
     ]
+    assert said(caplog, tmp_path, "audit", {"audit": 1.0})[0] == []  # a single stage says so by itself
     kept(tmp_path, final_model=10, further_training=100)
     assert said(caplog, tmp_path, "final_model")[0] == [
         "stage 1 of 3, final_model: about 110 s left in all, besides graddot, not timed here before"

@@ -78,7 +78,8 @@ class TimeLeft:
         if not unknown:
             live.log({"time_left": seconds})
         now = time.monotonic()
-        first = bool(unknown) and name == names[0]  # once it is worth a line that nothing is known
+        # once it is worth a line that nothing is known, of more than one stage
+        first = bool(unknown) and name == names[0] and len(names) > 1
         if now - self._said < EVERY_SECONDS or (seconds < LEAST_SECONDS and not first):
             return
         self._said = now
