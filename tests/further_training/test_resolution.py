@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,16 @@ def test_what_training_amplifies_is_measured_on_runs_repeated_in_float64(
     assert said[0] in caplog.text  # though nothing is run again
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """With more, a chunk has fewer runs, and no more than a chunk of them is repeated."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_on_all_runs_the_measured_noise_is_the_noise() -> None:
     data = amplifying()
     for rule in ("shift", "mask"):
@@ -110,6 +121,7 @@ def test_on_all_runs_the_measured_noise_is_the_noise() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
 def test_noise_is_measured_on_groups_of_any_sizes(rule: str) -> None:
     data = amplifying()
