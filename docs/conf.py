@@ -39,8 +39,10 @@ nitpicky = True  # but for names that are not on the site: other packages' and t
 nitpick_ignore_regex = [
     ("py:.*", r"(abc|collections|datetime|enum|matplotlib|numpy|pandas|pathlib|torch|types|typing)\..*"),
     ("py:.*", r"fimo\.(app|checking|curvature|engine|linear_response|validation)\..*"),
-    ("py:class", r"(Path|Figure|Results)"),  # imported for types alone
-    ("py:.*", r"fimo\.(models\.train_mode|models\.frozen|further_training\.trajectory)\..*"),
+    # imported for types alone
+    ("py:class", r"(AuditRun|Figure|Method|Origin|Path|Results|Tensor|pd\.DataFrame)"),
+    ("py:.*", r"fimo\.(models\.train_mode|models\.frozen|further_training\.(trajectory|distribution))\..*"),
+    ("py:.*", r"fimo\.(data\.origin|methods\.others)\..*"),
 ]
 
 # Markdown

@@ -209,7 +209,7 @@ def audit(
 
     Args:
         model, train, test, further_training, inputs, target, store, device, progress: as for
-            :func:`further_train`.
+            :func:`fimo.further_train`.
         tests: test instances that are explained one by one, by name or position.
         top: rows of interest on each side of each target; half as many more are verified.
         q: false discovery rate at which verdicts shall hold.
@@ -229,7 +229,7 @@ def audit(
         :class:`~fimo.audit.result.Audit`. Positive effects: removing the row raises the test loss.
 
     Raises:
-        InputError: as :func:`further_train`; or, with ``audit.KEY``, a setting that can't be.
+        InputError: as :func:`fimo.further_train`; or, with ``audit.KEY``, a setting that can't be.
 
     Example:
         >>> x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))

@@ -42,15 +42,15 @@ class Audit:
     Effects are changes of test losses by removal: positive where the row helps.
 
     Args:
-        rows: N lines with the columns :data:`ROWS`, in the order of the user's file. ``score`` is the
+        rows: N lines with the columns ``ROWS``, in the order of the user's file. ``score`` is the
             predicted effect on the mean test loss, ``effect`` the measured one (NaN where the row was not
             verified, ``verdict`` empty), ``q`` the smallest false discovery rate at which the verdict holds;
             ``self_effect`` the predicted (where measured, the measured) effect on the row's own loss;
             ``suspect_q`` the false discovery rate of the list of suspects that ends with this row;
             ``suggested`` the label or value that the model would give, where it is suspect.
-        pairs: lines with the columns :data:`PAIRS` for each named test instance, its N rows by size of score.
-        groups: lines with the columns :data:`GROUPS`.
-        proof: lines with the columns :data:`PROOF`; empty where nothing was removed.
+        pairs: lines with the columns ``PAIRS`` for each named test instance, its N rows by size of score.
+        groups: lines with the columns ``GROUPS``.
+        proof: lines with the columns ``PROOF``; empty where nothing was removed.
         cleaned: the user's table without suspects and verified harmful rows; None where there is no table.
         summary: what the first screen says, as JSON can hold it (``audit.json``).
     """
