@@ -43,7 +43,7 @@ from fimo.app.summary import summarise, with_findings
 from fimo.app.time_left import TimeLeft
 from fimo.app.trainers import build_trainer, further_training_settings, training_code, training_settings
 from fimo.app.validation_part import with_validation_part
-from fimo.cost import Cost, measured, write_costs
+from fimo.cost import Cost, write_costs
 from fimo.data.datamodule import InstancesModule
 from fimo.errors import InputError
 from fimo.evaluation import Evaluation, assess
@@ -135,17 +135,13 @@ def one_model(config: DictConfig, journal: Journal, one_of_several: bool = False
     findings = judged(run, prepared.tasks, journal)
     evaluation = evaluated(scores, sensitivity, config, journal, one_of_several)
     write_effects(journal.folder / "effects.csv", sensitivity, scores, run.data)
-    journal.log.stage("report")
-    journal.ahead.begin("report", journal.log)
-    with measured("report") as cost:
+    with journal.counted("report"):
         results = summarise(
             plain(config), run.data, run.final_model, final_quality, sensitivity, run.methods, scores,
             evaluation, journal.costs, journal.skipped,
         )  # fmt: skip
         results = with_findings(results, findings, run_dir, prepared.tasks)
         report(results, config, journal)
-    journal.costs.append(cost)
-    journal.ahead.ended(cost)
     for note in evaluation.notes:
         log.warning("%s", note)
     return Studied(results, evaluation)

@@ -43,12 +43,13 @@ class Journal:
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Cost]:
         """Measure a stage; its cost counts where it ends well."""
-        with self._counted(name) as cost:
+        with self.counted(name) as cost:
             yield cost
         self.log.ended(name, cost.seconds)
 
     @contextlib.contextmanager
-    def _counted(self, name: str) -> Iterator[Cost]:
+    def counted(self, name: str) -> Iterator[Cost]:
+        """Measure a stage that makes nothing for the loggers to keep, or that may fail."""
         self.log.stage(name)
         self.ahead.begin(name, self.log)
         with measured(name) as cost:
@@ -70,7 +71,7 @@ class Journal:
             InputError: the only one failed.
         """
         try:
-            with self._counted(name) as cost:
+            with self.counted(name) as cost:
                 found = make(cost)
         except OSError:
             raise
