@@ -21,6 +21,7 @@ from fimo.audit.verify import choose, without_common
 from fimo.data.instances import Instances
 from fimo.data.origin import Origin
 from fimo.errors import InputError
+from fimo.store.files import Store
 
 
 def classification(n: int = 80, ignored: int = 6) -> tuple[FinalModel, Instances, Instances]:
@@ -134,7 +135,7 @@ def test_what_is_in_the_store_is_not_made_again_and_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     question, settings = asked((1,), leave_out="shift"), Settings(top=4, seeds=4)
-    store = fimo.api.Store(tmp_path / "store")
+    store = Store(tmp_path / "store")
     audit(question, settings, Resources(store)).save(tmp_path / "first")
     monkeypatch.setattr("fimo.audit.screen.adjoints", None)
     monkeypatch.setattr("fimo.engine.driver.advance", None)
@@ -173,6 +174,8 @@ def test_rows_and_pairs_have_the_names_of_a_frames_index() -> None:
         ({"seeds": 1}, "audit.seeds: expected a whole number from 2 on but got 1"),
         ({"minutes": 0}, "audit.minutes: expected more than 0"),
         ({"minutes": "5"}, "audit.minutes: expected more than 0, or null, but got '5'"),
+        ({"certain_labels": "yes"}, "audit.certain_labels: expected true or false but got 'yes'"),
+        ({"verify": "false"}, "audit.verify: expected true or false but got 'false'"),
         ({"tests": [20]}, "audit.test: there is no row 20"),
         ({"tests": [2, "2"]}, "audit.test: '2' is named twice"),
         ({"test_names": ["a"] * 20}, "test_names: several rows are called a"),

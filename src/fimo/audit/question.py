@@ -166,6 +166,9 @@ class Settings:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"audit.{key}", f"expected a whole number from {least} on but got {value!r}")
+        for key in ("verify", "certain_labels", "act"):
+            if not isinstance(getattr(self, key), bool):
+                raise InputError(f"audit.{key}", f"expected true or false but got {getattr(self, key)!r}")
         if not isinstance(self.q, float | int) or not 0 < self.q < 1:
             raise InputError("audit.q", f"expected a rate in (0, 1) but got {self.q!r}")
         number = isinstance(self.minutes, float | int) and not isinstance(self.minutes, bool)
