@@ -18,6 +18,7 @@ from fimo.app.run import Run
 from fimo.app.summary import dataset_facts, quality_facts
 from fimo.bench.gold_standard import DATA, MODEL, write_data
 from fimo.cost import Cost
+from fimo.models.frozen import split
 from fimo.store.files import write_tensors
 
 
@@ -56,7 +57,8 @@ class Trained:
             whole, quality = with_final_model(prepared, config, journal)
         if not config.model.accept_poor:
             refuse_poor(whole.final_model, whole.data)
-        run = whole.of_trained_part()
+        known = split(whole.final_model.network, whole.final_model.parameters()) is not None
+        run = whole.of_trained_part() if known else whole  # what its parameters alone can be read into again
         cut = run.final_model is not whole.final_model
         said = dict(prepared.module.hparams["description"])
         network = said.pop("network") | said  # what said auto, as the data set filled it in
@@ -70,8 +72,8 @@ class Trained:
             "epochs": config.trainer.max_epochs,
             "parameters": run.final_model.size,
         }
-        known = dataclasses.replace(run.final_model, accept_poor=True)  # not judged again
-        run = dataclasses.replace(run, final_model=known).with_description()
+        judged = dataclasses.replace(run.final_model, accept_poor=True)  # not judged again
+        run = dataclasses.replace(run, final_model=judged).with_description()
         facts = dataset_facts(whole.data), quality_facts(quality)
         return cls(whole, run, cut, model, *facts, journal.costs[0])
 

@@ -16,6 +16,7 @@ from fimo.engine.leave_out import Batch
 from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.loss_function import Loss
+from fimo.models.padding import by_length
 from fimo.models.train_mode import TrainMode, seeded
 
 log = logging.getLogger(__name__)
@@ -210,11 +211,25 @@ class FunctionalNetwork(StackedNetwork):
             own = instances if shared else Instances(_row(inputs, r), targets[r])
             parameters = {n: p[r].detach().requires_grad_() for n, p in self.parameters.items()}
             with self._training_step(seed), torch.enable_grad():
-                value = loss({**self.buffers, **parameters}, own.inputs, own.targets, weight[r])
+                tensors = {**self.buffers, **parameters}
+                each = [
+                    loss(tensors, part.inputs, part.targets, w) for part, w in self._parts(own, weight[r])
+                ]
+                value = torch.stack(each).sum()
             own_gradients = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
             for name, g in zip(parameters, own_gradients, strict=True):
                 found[name][r] = g
         return found
+
+    def _parts(self, instances: Instances, weight: Tensor) -> list[tuple[Instances, Tensor]]:
+        """Return a batch and its weights in parts of like length, whose losses add up.
+
+        Random numbers of parts would be others than the batch's.
+        """
+        parts = [] if self.mode.stochastic else by_length(self.network, instances.inputs)
+        if len(parts) < 2:
+            return [(instances, weight)]
+        return [(instances[part], weight[part]) for part in parts]
 
     @contextlib.contextmanager
     def _training_step(self, seed: int) -> Iterator[None]:
@@ -231,7 +246,17 @@ class FunctionalNetwork(StackedNetwork):
                 mapped = vmap(lambda t: functional_apply(network, t, inputs), in_dims=(self._axes(tensors),))
                 return mapped(tensors)
             each = [{n: p[r] for n, p in parameters.items()} for r in range(self.replicas)]
-            return torch.stack([functional_apply(network, {**buffers, **own}, inputs) for own in each])
+            parts = by_length(network, inputs)
+            if len(parts) < 2:
+                return torch.stack([functional_apply(network, {**buffers, **own}, inputs) for own in each])
+            back = torch.cat(parts).argsort()
+            found = [
+                torch.cat(
+                    [functional_apply(network, {**buffers, **own}, _row(inputs, part)) for part in parts]
+                )
+                for own in each
+            ]
+            return torch.stack(found)[:, back]
 
 
 def without_gradient(final_model: FinalModel, train: Instances) -> list[str]:
@@ -246,5 +271,5 @@ def without_gradient(final_model: FinalModel, train: Instances) -> list[str]:
     return [name for name, g in zip(free, found, strict=True) if g is None]
 
 
-def _row(inputs: Inputs, r: int) -> Inputs:
+def _row(inputs: Inputs, r: int | Tensor) -> Inputs:
     return {k: v[r] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[r]

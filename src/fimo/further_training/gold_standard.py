@@ -17,13 +17,14 @@ from fimo.data.instances import Instances
 from fimo.engine.context import Setting, chunk_size
 from fimo.engine.devices import trainer_device
 from fimo.engine.job import Job
-from fimo.engine.protocol import Protocol
+from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.records import Records
 from fimo.engine.replicas import Replica, Unit
 from fimo.errors import InputError
 from fimo.further_training.resolution import measured_noise, repeats, warn_of_rounding
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.models.final_model import FinalModel
+from fimo.models.frozen import for_runs
 from fimo.store.files import Store, written_aside
 from fimo.store.fingerprint import Key, Problem, kept, runs_key
 from fimo.validation import choices
@@ -155,7 +156,11 @@ class JobMaker:
     keep_states: bool | Literal["auto"]
 
     def __call__(self, device: torch.device) -> Job:
-        setting = Setting.build(self.final_model, self.train, self.test, self.protocol, device)
+        part = self.final_model, self.train, self.test
+        if not self._all_made():
+            dtypes = DTYPES[self.protocol.dtype], DTYPES[self.protocol.evaluation_dtype]
+            part = for_runs(*part, dtypes, device)
+        setting = Setting.build(*part, self.protocol, device)
         replicas = len(self.seeds) * (len(self.units) + 1)
         runs = len(self.seeds) * len(self.units)
         size = self.chunk if isinstance(self.chunk, int) else chunk_size(setting, runs)
@@ -163,6 +168,11 @@ class JobMaker:
         if keep == "auto":
             keep = _state_bytes(self.final_model, self.protocol) * replicas <= KEEP_BYTES
         return Job(setting, self.seeds, self.units, self.points, self.records, size, keep)
+
+    def _all_made(self) -> bool:
+        """Return whether the records hold all runs, so that nothing is to be computed for them."""
+        made = {r for record in self.records.finished() if record.holds(self.points) for r in record.replicas}
+        return made >= {Replica(seed, unit) for seed in self.seeds for unit in ((), *self.units)}
 
 
 def evaluation_points(protocol: Protocol, instances: int) -> tuple[list[int], list[int]]:

@@ -1,16 +1,20 @@
 """Computing once what further training never changes: the frozen layers before the first trained one.
 
-Where ``trainable`` leaves out a network's first layers, what they compute of an instance is the same in every
-run and for every method. Their outputs then take the place of the inputs, and the remaining layers that of
-the network; losses and gradients are the same, at a fraction of the cost.
+Where ``trainable`` leaves out a network's first layers, what they compute of an instance is the same in
+every run and for every method. Their outputs then take the place of the inputs, and the remaining layers
+that of the network; losses and gradients are the same, at a fraction of the cost. Networks that know where
+they can be cut are asked (:class:`Splits`), others are cut at the calls of their modules
+(:mod:`fimo.models.returned`); each cut is tried, with other values of the trained parameters than the final
+model's.
 """
 
 from __future__ import annotations
 
 import copy
+import glob
 import logging
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -18,7 +22,8 @@ from torch import Tensor, nn
 
 from fimo.data.datamodule import InstancesModule
 from fimo.data.instances import Inputs, Instances
-from fimo.models.final_model import FinalModel, apply, fitting_batch
+from fimo.models.final_model import FinalModel, apply, fitting_batch, functional_apply
+from fimo.models.returned import cut_at_calls
 from fimo.models.train_mode import draws
 
 log = logging.getLogger(__name__)
@@ -61,22 +66,80 @@ def trained_part(final_model: FinalModel, *instances: Instances) -> tuple[FinalM
     Args:
         instances: the training instances first. See :func:`without_frozen_part`.
     """
-    parts = split(final_model.network, final_model.parameters())
-    if parts is None or not any(True for _ in parts[0].parameters()):
+    parts = _cut(final_model, instances[0], sum(map(len, instances)))
+    if parts is None:
         return final_model, instances
     before, after = parts
-    train = instances[0]
-    probe = train[:4]
-    if not _agree(final_model, before, after, probe) or _draws(before, train):
-        return final_model, instances
-    if _bytes(before, probe, sum(map(len, instances))) > MOST_BYTES:
-        return final_model, instances
-    found = tuple(computed(before, part) for part in instances)
-    names = tuple(final_model.parameters())
-    frozen = sum(p.numel() for p in before.parameters())
+    return _remaining_model(final_model, after), tuple(computed(before, part) for part in instances)
+
+
+def for_runs(
+    final_model: FinalModel,
+    train: Instances,
+    test: Instances,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    device: torch.device | str = "cpu",
+) -> tuple[FinalModel, Instances, Instances]:
+    """Return the trained part of a final model with what enters it in runs.
+
+    Args:
+        dtypes: of the runs, for the training instances, and of evaluation, for the test instances.
+        device: where what enters is computed, and stays; the model stays where it is.
+    """
+    parts = _cut(final_model, train, len(train) + len(test))
+    if parts is None:
+        return final_model, train, test
+    before, after = parts
+    entering = [
+        computed(copy.deepcopy(before).to(device=device, dtype=dtype), part.to(device, dtype))
+        for dtype, part in zip(dtypes, (train, test), strict=True)
+    ]
+    return _remaining_model(final_model, after), entering[0], entering[1]
+
+
+def _remaining_model(final_model: FinalModel, after: nn.Module) -> FinalModel:
+    names = tuple(glob.escape(name) for name in final_model.parameters())
+    frozen = sum(
+        p.numel() for n, p in final_model.network.named_parameters() if n not in final_model.parameters()
+    )
+    frozen -= sum(p.numel() for p in after.parameters()) - final_model.size
     log.info("%d frozen parameters before the first trained layer are evaluated once", frozen)
-    model = FinalModel(after, final_model.loss, final_model.measurement, names, final_model.accept_poor)
-    return model, found
+    return FinalModel(after, final_model.loss, final_model.measurement, names, final_model.accept_poor)
+
+
+def _cut(final_model: FinalModel, train: Instances, count: int) -> Parts | None:
+    """Return the parts of a network, tried, or None where it is left whole.
+
+    Args:
+        count: instances to compute what enters the trained part of.
+    """
+    names, probe = final_model.parameters(), train[:4]
+    if len(names) == len(list(final_model.network.parameters())):
+        return None
+    for parts in _possible(final_model.network, names, probe):
+        before, after = parts
+        if not any(True for _ in before.parameters()) or not _agree(final_model, before, after, train):
+            continue
+        if _draws(before, train) or _bytes(before, probe, count) > MOST_BYTES:
+            return None
+        return parts
+    return None
+
+
+def _possible(network: nn.Module, trainable: Collection[str], probe: Instances) -> Iterator[Parts]:
+    """Yield ways to cut a network, the simplest first."""
+    parts = split(network, trainable)
+    if parts is not None:
+        yield parts
+    for keep_all in (False, True):
+        try:
+            parts = cut_at_calls(network, trainable, probe.inputs, keep_all)
+        except Exception as error:  # code between modules that looks at them, or at their values
+            log.info("the frozen part can't be cut off (%s)", type(error).__name__)
+            return
+        if parts is None:
+            return
+        yield parts
 
 
 def split(network: nn.Module, trainable: Collection[str]) -> Parts | None:
@@ -150,17 +213,39 @@ def computed(before: nn.Module, instances: Instances) -> Instances:
 
 
 @torch.no_grad()
-def _agree(final_model: FinalModel, before: nn.Module, after: nn.Module, probe: Instances) -> bool:
-    whole = final_model.outputs(probe)
+def _agree(final_model: FinalModel, before: nn.Module, after: nn.Module, train: Instances) -> bool:
+    """Return whether the parts give the network's outputs, with other values of the trained parameters.
+
+    Tried on instances together, and on others one by one, where a network may cut off other padding.
+    """
+    moved = _moved(final_model.parameters())
     try:
-        found = computed(before, probe)
-        if len(found) != len(probe):
-            return False
-        parts = apply(after, found.inputs)
+        for probe in _probes(train):
+            whole = functional_apply(final_model.network, moved, probe.inputs)
+            entering = computed(before, probe)
+            if len(entering) != len(probe):
+                return False
+            parts = functional_apply(after, moved, entering.inputs)
+            if parts.shape != whole.shape or not torch.allclose(parts, whole, rtol=1e-3, atol=1e-4):
+                return False
     except Exception as error:  # a model of another structure than expected
         log.info("the frozen part can't be cut off (%s)", type(error).__name__)
         return False
-    return parts.shape == whole.shape and torch.allclose(parts, whole, rtol=1e-3, atol=1e-4)
+    return True
+
+
+def _probes(train: Instances) -> Iterator[Instances]:
+    yield train[:4]
+    yield from train[torch.linspace(0, len(train) - 1, min(8, len(train))).long()].batches(1)
+
+
+def _moved(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return parameters that are moved by a tenth of their size, or a little from zero (fresh adapters)."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for name, p in parameters.items():
+        noise = torch.randn(p.shape, generator=generator).to(p)
+        found[name] = p + 0.1 * (p.square().mean().sqrt() + 0.1) * noise
+    return found
 
 
 def _bytes(before: nn.Module, probe: Instances, count: int) -> int:

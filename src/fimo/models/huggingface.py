@@ -40,12 +40,13 @@ class TextClassifier(nn.Module):
         super().__init__()
         if pooling not in POOLINGS:
             raise InputError("model.network.pooling", f"expected first or mean but got {pooling!r}")
-        self.encoder, self.pooling = encoder, pooling
+        self.encoder, self.pooling, self.trims = encoder, pooling, True
         self.head = nn.Linear(width, outputs)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits ``[n, C]`` of token indices ``[n, T]``, where the mask ``[n, T]`` is 1 for tokens."""
-        input_ids, attention_mask = trimmed(input_ids, attention_mask)
+        if self.trims:
+            input_ids, attention_mask = trimmed(input_ids, attention_mask)
         mask = additive(attention_mask, self.head.weight.dtype)
         hidden = self.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
         logits: Tensor = self.head(pooled(hidden, attention_mask, self.pooling))
@@ -95,10 +96,11 @@ class LastBlocks(nn.Module):
         self.encoder.encoder = nn.Module()
         kept = {str(k): block for k, block in enumerate(blocks) if k >= first}
         self.encoder.encoder.layer = nn.ModuleDict(kept)
-        self.head, self.pooling = head, pooling
+        self.head, self.pooling, self.trims = head, pooling, True
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden, attention_mask = trimmed(hidden, attention_mask)
+        if self.trims:
+            hidden, attention_mask = trimmed(hidden, attention_mask)
         mask = additive(attention_mask, hidden.dtype)
         for block in self.encoder.encoder.layer.values():  # type: ignore[union-attr,operator]
             found = block(hidden, mask)
@@ -118,7 +120,7 @@ class Logits(nn.Module):
 
     def __init__(self, model: nn.Module, causal: bool = False, order: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.model, self.causal = model, causal
+        self.model, self.causal, self.trims = model, causal, not causal
         self.order = None if order is None or list(order) == sorted(order) else list(order)
 
     def forward(
@@ -136,7 +138,8 @@ class Logits(nn.Module):
             if segments is not None:
                 arguments |= apart(segments, next(self.model.parameters()).dtype)
         elif attention_mask is not None:
-            arguments["input_ids"], attention_mask = trimmed(input_ids, attention_mask)
+            if self.trims:
+                arguments["input_ids"], attention_mask = trimmed(input_ids, attention_mask)
             arguments["attention_mask"] = additive(attention_mask, next(self.model.parameters()).dtype)
         logits: Tensor = self.model(**arguments).logits
         return logits if self.order is None else logits[:, self.order]
