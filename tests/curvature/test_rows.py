@@ -182,3 +182,13 @@ def test_rows_kept_in_a_narrower_type_are_the_rows_to_its_precision_and_computed
         vector = torch.randn(rows.p, 1, dtype=torch.float64)
         torch.testing.assert_close(rows.times(vector), rows.dense() @ vector)
     assert gradients.evaluations == evaluations
+
+
+@pytest.mark.parametrize("name", LINEAR_CASES)
+def test_a_kernel_by_its_lower_half_is_the_rows_gram(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fimo.curvature.jacobian.STRIP", 4)
+    case = CASES[name]()
+    rows = InstanceGradients(case.final_model).gauss_newton(case.train)
+    dense = rows.dense().flatten(0, 1)
+    torch.testing.assert_close(rows.kernel(), dense @ dense.T)
+    torch.testing.assert_close(DenseRows(rows.dense(), rows.shapes).kernel(), dense @ dense.T)

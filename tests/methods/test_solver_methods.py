@@ -32,10 +32,10 @@ def residual(method: CurvatureMethod, case: Case) -> float:
     return max(curvature.solve(left, right, method.dampings(curvature, None)).residuals)
 
 
-@pytest.mark.parametrize("spectral", [True, False])
+@pytest.mark.parametrize(("spectral", "kernel"), [(True, False), (False, False), (False, True)])
 @pytest.mark.parametrize("name", CASES)
 def test_cg_and_lissa_converge_to_the_dense_influence(
-    name: str, spectral: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, spectral: bool, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = CASES[name]()
     if not spectral:
@@ -43,6 +43,7 @@ def test_cg_and_lissa_converge_to_the_dense_influence(
     expected = dense.influence(case, dense.gauss_newton(case.final_model, case.train), 0.5)
     methods: list[CurvatureMethod] = [ConjugateGradients(0.5, tolerance=1e-9), Lissa(0.5, tolerance=1e-9)]
     if not spectral:
+        monkeypatch.setattr("fimo.methods.cg.kernel_pays", lambda *_: kernel)
         methods.append(ConjugateGradients(0.5, tolerance=1e-9, precondition="ekfac"))
         methods.append(Lissa(0.5, tolerance=1e-9, precondition="ekfac"))
     for method in methods:
@@ -62,6 +63,7 @@ def test_cg_and_lissa_through_the_network_converge_to_the_dense_influence(
     expected = dense.influence(case, dense.gauss_newton(case.final_model, case.train), 5.0)
     methods: list[ConjugateGradients | Lissa] = [
         ConjugateGradients(5.0, tolerance=1e-9),
+        ConjugateGradients(5.0, tolerance=1e-9, memory_mb=0.004),  # too little for a Krylov space
         Lissa(5.0, tolerance=1e-9),
         Lissa(5.0, tolerance=1e-9, memory_mb=0.02),  # too little for a Krylov space: it takes its steps
     ]

@@ -21,6 +21,10 @@ PIECE = 2**18
 """Numbers of one layer that products of factored rows make at once, so that a CPU keeps them in its cache."""
 
 
+STRIP = 512
+"""Instances of a strip of a symmetric matrix of inner products, whose other half is its mirror image."""
+
+
 class Rows(ABC):
     """n·R vectors of length P.
 
@@ -83,6 +87,10 @@ class Rows(ABC):
         if weight is not None:
             return torch.cat([_weighted_gram(piece, other, weight) for piece in self.pieces()])
         return _by_blocks(self, other, _block_gram, 0)
+
+    def kernel(self) -> Tensor:
+        """Return the inner products ``[n R, n R]`` of all rows with each other."""
+        return self.gram(self).view(self.n * self.r, -1)
 
     def grams(self, other: Rows) -> dict[str, Tensor]:
         """Return the inner products ``[n, R, m, S]`` of each parameter's entries, by its name."""
@@ -243,6 +251,16 @@ class FactoredRows(Rows):
             LayerFactors(f.weight, f.bias, f.entering[start:stop], f.delta[start:stop]) for f in self.layers
         )
         return FactoredRows(layers, self.shapes)
+
+    def kernel(self) -> Tensor:
+        size = self.n * self.r
+        found = torch.empty(size, size, dtype=self.dtype, device=self.device)
+        for start in range(0, self.n, STRIP):
+            stop = min(start + STRIP, self.n)
+            strip = self.part(start, stop).gram(self.part(0, stop)).view((stop - start) * self.r, -1)
+            found[start * self.r : stop * self.r, : stop * self.r] = strip
+            found[: start * self.r, start * self.r : stop * self.r] = strip[:, : start * self.r].T
+        return found
 
     def dense(self) -> Tensor:
         parts: dict[str, Tensor] = {}

@@ -83,6 +83,11 @@ class BlockLanczos:
             found, _ = _orthonormal(found - _projection(found, self.basis.parts())[0], 0.5)
         return found
 
+    @functools.cached_property
+    def _outside_gram(self) -> Tensor:
+        wide = self.outside.double()
+        return wide.T @ wide
+
     @property
     def exhausted(self) -> bool:
         """Whether the space is invariant: what it gives is then exact, to rounding."""
@@ -98,7 +103,8 @@ class BlockLanczos:
             raise ValueError("the Krylov space is exhausted")
         new = self._next
         del self._next
-        self.__dict__.pop("_eigen", None)
+        for name in ("_eigen", "_outside_gram"):
+            self.__dict__.pop(name, None)
         self._add(new)
 
     def _add(self, new: Tensor) -> None:
@@ -128,13 +134,16 @@ class BlockLanczos:
 
     def residuals(self, coefficients: Tensor) -> Tensor:
         """Return ``|C Q c - Q T c|`` ``[K]``: what products with the matrix leave outside the space."""
-        last = coefficients[-self.outside.shape[1] :].to(self.outside.dtype)
-        lengths: Tensor = (self.outside @ last).norm(dim=0)
-        return lengths.double()
+        last = coefficients[-self.outside.shape[1] :]
+        return (last * (self._outside_gram @ last)).sum(0).clamp(min=0).sqrt()
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """Return ``Q c`` ``[P, K]``, times the lengths of the right-hand sides."""
         return self._combined(coefficients.to(self.norms.dtype)) * self.norms
+
+    def parts(self) -> list[Tensor]:
+        """Return matrices ``[P, m_k]`` whose orthonormal columns are the basis."""
+        return self.basis.parts()
 
     def ritz_vectors(self) -> Tensor:
         """Return the orthonormal vectors ``[P, m]`` that belong to the Ritz values."""

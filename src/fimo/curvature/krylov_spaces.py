@@ -110,7 +110,7 @@ class KernelSpace:
     def __init__(self, rows: Rows, right: Rows, n: int, kernel: Tensor | None = None) -> None:
         self.rows, self.right, self.n = rows, right, n
         self.size = rows.n * rows.r
-        self.kernel = rows.gram(rows).view(self.size, self.size) if kernel is None else kernel
+        self.kernel = rows.kernel() if kernel is None else kernel
         self.images = rows.gram(right).view(self.size, right.n * right.r)
         self.norms = right.squared_norms().flatten()
 

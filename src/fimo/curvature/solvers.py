@@ -46,6 +46,7 @@ def conjugate_gradients(
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
     precondition: Callable[[Tensor], Tensor] | None = None,
+    start: Tensor | None = None,
 ) -> Solution:
     """Solve by conjugate gradients (Hestenes and Stiefel, 1952), each right-hand side until it has converged.
 
@@ -53,10 +54,11 @@ def conjugate_gradients(
         tolerance: of |g - (C + damping) x| / |g|.
         max_iterations: after which the iterate is returned as it is, ``converged`` being False.
         precondition: an approximate inverse of C + damping on vectors of the space; symmetric and positive.
+        start: the first iterate; zero when None.
     """
     g = space.right_hand_sides()
-    x = torch.zeros_like(g)
-    residual = g.clone()
+    x = torch.zeros_like(g) if start is None else start.clone()
+    residual = g.clone() if start is None else g - (space.times(x) + damping * x)
     target = tolerance * space.inner(g, g).clamp(min=0).sqrt()
     z = residual if precondition is None else precondition(residual)
     direction, rho = z.clone(), space.inner(residual, z)

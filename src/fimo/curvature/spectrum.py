@@ -64,7 +64,9 @@ class KernelSpectrum:
         size = self.rows.n * self.rows.r
         self.by_kernel = route == "kernel" or (route == "auto" and size <= self.rows.p)
         if self.by_kernel:
-            matrix = self.rows.gram(self.rows, self._weight).view(size, size) / self.n
+            weight = self._weight
+            kernel = self.rows.kernel() if weight is None else self.rows.gram(self.rows, weight)
+            matrix = kernel.view(size, size) / self.n
         else:
             matrix = second_moment(self.rows) / self.n
             if self.scale is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import Rows, StreamedRows
 from fimo.curvature.kronecker import KroneckerFactors, fit_factors, no_factors
+from fimo.curvature.krylov_inverses import KernelInverse, KrylovInverse, ParameterInverse, kernel_pays
 from fimo.curvature.krylov_spaces import ParameterSpace, Space, SpectralSpace
 from fimo.curvature.operators import GaussNewton, Operator, RowsOperator
 from fimo.curvature.solvers import Solution, conjugate_gradients
@@ -98,20 +99,24 @@ class IteratedCurvature(FittedCurvature):
     def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Solved:
         # blocks of right-hand sides: a block's vectors of length P stay within the memory
         size = max(1, int(self.memory_mb * 2**20 / (8 * left.p * left.r * left.dtype.itemsize)))
-        found, residuals, iterations = [], [], []
-        for block in left.blocks():
-            for start in range(0, block.n, size):
-                part = block.part(start, start + size)
-                space = self.space(part)
-                each = []
-                for damping in dampings.tolist():
-                    solution = self.iterate(space, part, damping)
-                    residuals.append(solution.residuals.max().item())
-                    iterations.append(solution.iterations)
-                    products = space.against(solution.vectors, right)[..., 0]
-                    each.append(products.view(part.n, part.r, right.n))
-                found.append(torch.stack(each))
-        return Solved(torch.cat(found, 1), tuple(residuals), tuple(iterations))
+        parts = [b.part(s, s + size) for b in left.blocks() for s in range(0, b.n, size)]
+        found = [self.solved_part(part, right, dampings.tolist()) for part in parts]
+        return Solved(
+            torch.cat([f.values for f in found], 1),
+            tuple(r for f in found for r in f.residuals),
+            tuple(k for f in found for k in f.iterations),
+        )
+
+    def solved_part(self, part: Rows, right: Rows, dampings: list[float]) -> Solved:
+        """Return :meth:`solve` of rows whose solutions fit into memory together."""
+        space = self.space(part)
+        solutions = [self.iterate(space, part, damping) for damping in dampings]
+        products = [space.against(s.vectors, right)[..., 0] for s in solutions]
+        return Solved(
+            torch.stack([p.view(part.n, part.r, right.n) for p in products]),
+            tuple(s.residuals.max().item() for s in solutions),
+            tuple(s.iterations for s in solutions),
+        )
 
     @abstractmethod
     def iterate(self, space: Space, part: Rows, damping: float) -> Solution:
@@ -133,9 +138,10 @@ def gauss_newton_products(
 class ConjugateGradients(CurvatureMethod):
     """Influence with the damped Gauss-Newton matrix, by conjugate gradients (Martens, 2010).
 
-    score[j, i] = (1/N) x_j^T g_i with (G + damping I) x_j = g_j. All test instances are solved for at
-    once, each until its residual is within the tolerance; an iteration is a product with the whole mean G, so
-    the size of batches changes nothing. At convergence the scores are those of ``exact``.
+    score[j, i] = (1/N) x_j^T g_i with (G + damping I) x_j = g_j. All test instances and dampings share one
+    block Krylov space (:mod:`~fimo.curvature.krylov_inverses`), which grows until each residual is within the
+    tolerance; an iteration is a product of the whole mean G with a vector for each test instance, so the size
+    of batches changes nothing. At convergence the scores are those of ``exact``.
 
     Args:
         damping, propagate: see :class:`~fimo.methods.gradient.CurvatureMethod`; in the paper 1x to 1000x.
@@ -149,7 +155,7 @@ class ConjugateGradients(CurvatureMethod):
     """
 
     needs = "further training to match, or a damping"
-    cost = "some ten products with the curvature per left-out instance"
+    cost = "some ten products of the curvature with a vector for each test instance"
     use = "influence functions where `exact` is too large"
 
     def __init__(
@@ -204,20 +210,73 @@ class ConjugateGradientCurvature(IteratedCurvature):
         return super().space(left) if self.factors is None else ParameterSpace(self.operator, left)
 
     def iterate(self, space: Space, part: Rows, damping: float) -> Solution:
-        precondition: Callable[[Tensor], Tensor] | None = None
-        if self.factors is not None:
-            precondition = inverse_of(self.factors, damping)
+        precondition = None if self.factors is None else inverse_of(self.factors, damping)
+        return self._solution(space, damping, precondition)
 
-        solution = conjugate_gradients(space, damping, self.tolerance, self.max_iterations, precondition)
-        if not solution.converged:
+    def solved_part(self, part: Rows, right: Rows, dampings: list[float]) -> Solved:
+        if self.factors is not None or self.spectral:  # where a step costs next to nothing
+            return super().solved_part(part, right, dampings)
+        memory = self.memory_mb * 2**20
+        inverse: KrylovInverse
+        if self.by_rows and kernel_pays(self.own_rows, part.n * part.r, memory):
+            inverse = KernelInverse(self.own_rows, self.kernel, part, right)
+            most = 2 * len(self.kernel)  # more than there are: memory for as many as rows was asked for
+        else:
+            inverse = ParameterInverse(self.operator, part, right)
+            most = int(memory / (2 * part.p * part.dtype.itemsize))
+        blocks = inverse.grow(dampings, self.tolerance, self.max_iterations, most)
+        residuals = [inverse.residuals(damping).max().item() for damping in dampings]
+        out_of_memory = blocks < self.max_iterations and not inverse.krylov.exhausted
+        if isinstance(inverse, ParameterInverse) and out_of_memory and max(residuals) > self.tolerance:
+            return self._from_krylov(inverse, blocks, part, right, dampings)
+        for damping, residual in zip(dampings, residuals, strict=True):
+            # an exhausted space leaves rounding errors only
+            self._warned(residual, blocks, damping, residual <= self.tolerance or inverse.krylov.exhausted)
+        products = inverse.products(dampings)[..., 0].unflatten(1, (part.n, part.r))
+        return Solved(products, tuple(residuals), (blocks,))
+
+    @functools.cached_property
+    def kernel(self) -> Tensor:
+        """The kernel of the rows, made once where it is used."""
+        return self.own_rows.kernel()
+
+    def _from_krylov(
+        self, inverse: ParameterInverse, blocks: int, part: Rows, right: Rows, dampings: list[float]
+    ) -> Solved:
+        """Go on by three vectors for each right-hand side where memory holds no larger Krylov space."""
+        space = ParameterSpace(self.operator, part)
+        found, residuals, iterations = [], [], []
+        for damping in dampings:
+            start = inverse.krylov.combine(inverse.coefficients(damping))
+            solution = self._solution(space, damping, None, start, blocks)
+            residuals.append(solution.residuals.max().item())
+            iterations.append(blocks + solution.iterations)
+            found.append(space.against(solution.vectors, right)[..., 0].view(part.n, part.r, right.n))
+        return Solved(torch.stack(found), tuple(residuals), tuple(iterations))
+
+    def _solution(
+        self,
+        space: Space,
+        damping: float,
+        precondition: Callable[[Tensor], Tensor] | None = None,
+        start: Tensor | None = None,
+        made: int = 0,
+    ) -> Solution:
+        most = self.max_iterations - made
+        solution = conjugate_gradients(space, damping, self.tolerance, most, precondition, start)
+        steps = made + solution.iterations
+        self._warned(solution.residuals.max().item(), steps, damping, solution.converged)
+        return solution
+
+    def _warned(self, residual: float, steps: int, damping: float, converged: bool) -> None:
+        if not converged:
             log.warning(
                 "conjugate gradients: the largest residual is %.2g of its right-hand side after %d steps "
                 "(damping %.3g)",
-                solution.residuals.max().item(),
-                solution.iterations,
+                residual,
+                steps,
                 damping,
             )
-        return solution
 
 
 def inverse_of(factors: KroneckerFactors, damping: float, power: float = 1.0) -> Callable[[Tensor], Tensor]:
