@@ -255,7 +255,7 @@ def test_modules_whose_buffers_train_mode_changes_stay_in_eval_mode(
 def test_only_the_module_that_changes_buffers_is_kept_in_eval_mode() -> None:
     case = CASES["mlp_classification"]()
     mode = TrainMode.of(FinalModel(nn.Sequential(Normalised(), nn.Identity()), cross_entropy), case.train)
-    assert mode == TrainMode(("0",), stochastic=True)
+    assert mode == TrainMode(("0",), stochastic=True, only_masks=True)
     assert TrainMode.of(CASES["conv_net"]().final_model, CASES["conv_net"]().train) == TrainMode()
     inside = TrainMode.of(FinalModel(Inside(), cross_entropy), case.train)
     assert set(inside.kept_in_eval) == {"inner", ""}
@@ -280,6 +280,67 @@ class Unvectorisable(nn.Module):
         return self.dropout(self.layer(x)) * (1.0 if float(x.detach().sum()) > 0 else 2.0)
 
 
+class Noisy(Unvectorisable):
+    """Draws other numbers than dropout's masks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (0.1 * torch.randn(3).to(x) if self.training else 0.0)
+
+
+class Checkpointed(Unvectorisable):
+    """Draws its masks again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("kind", [Unvectorisable, Noisy, Checkpointed])
+def test_masks_have_a_generator_of_their_own_where_nothing_else_is_drawn(kind: type[Unvectorisable]) -> None:
+    case = CASES["mlp_classification"]()
+    model = FinalModel(kind(0.4), cross_entropy)
+    assert TrainMode.of(model, case.train).only_masks == (kind is Unvectorisable)
+    assert not TrainMode.of(FinalModel(kind(0.0), cross_entropy), case.train).only_masks
+    if kind is Checkpointed:  # its backward pass is not of the replica's parameters, and says so
+        return
+    protocol = Protocol(batch_size=9, epochs=1, leave_out="mask", lr=0.1, dtype="float64")
+    found = further_train(model, case.train, case.test, protocol, [3], [0, 7])
+    expected = plain_sensitivity(model, case.train, case.test, protocol, [3], [[0], [7]])
+    torch.testing.assert_close(found.full_losses, expected["full_losses"], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found.raw.double(), expected["raw"], rtol=0, atol=1e-7)
+
+
+class DroppingBelow(nn.Module):
+    """A frozen part with dropout, of two modules and a mask between them, below what is trained."""
+
+    def __init__(self, between: float = 0.0) -> None:
+        super().__init__()
+        self.below = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.4)).double()
+        self.second, self.layer = nn.Linear(6, 4).double(), nn.Linear(4, 3).double()
+        self.dropout, self.between = nn.Dropout(0.2), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.dropout(self.below(x).tanh(), self.between, self.training)
+        assert float(hidden.detach().abs().max()) < 10  # can't be vectorised
+        return self.dropout(self.layer(self.second(hidden) + x))
+
+
+@pytest.mark.parametrize("rule", ["mask", "every_batch", "shift"])
+@pytest.mark.parametrize("between", [0.0, 0.3])
+def test_a_frozen_part_with_dropout_is_called_once_for_runs_of_a_batch(rule: str, between: float) -> None:
+    case = CASES["mlp_classification"]()
+    model = FinalModel(DroppingBelow(between), cross_entropy, trainable=("layer*",))
+    protocol = Protocol(batch_size=9, epochs=2, leave_out=rule, lr=0.1, dtype="float64")
+    setting = Setting.build(model, case.train, case.test, protocol)
+    shared = rule != "shift" and not between  # else masks are drawn in another order
+    assert setting.once == (("below", "second") if shared else ())
+    found = further_train(model, case.train, case.test, protocol, [3], [0, 7, 11])
+    expected = plain_sensitivity(model, case.train, case.test, protocol, [3], [[0], [7], [11]])
+    torch.testing.assert_close(found.full_losses, expected["full_losses"], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found.raw.double(), expected["raw"], rtol=0, atol=1e-7)
+    alone = further_train(model, case.train, case.test, protocol, [3], [0, 7, 11], chunk=1)
+    assert torch.equal(found.raw, alone.raw)
+
+
 def test_chunks_run_side_by_side_unless_copies_of_a_network_may_share_state() -> None:
     case, before = CASES["mlp_classification"](), torch.get_num_threads()
     hooked = Unvectorisable()
@@ -292,7 +353,7 @@ def test_chunks_run_side_by_side_unless_copies_of_a_network_may_share_state() ->
     torch.set_num_threads(3)
     try:
         assert [workers(WithDropout()), workers(Unvectorisable())] == [3, 3]
-        assert [workers(Unvectorisable(0.5)), workers(hooked)] == [1, 1]
+        assert [workers(Unvectorisable(0.5)), workers(Noisy()), workers(hooked)] == [3, 1, 1]
     finally:
         torch.set_num_threads(before)
 

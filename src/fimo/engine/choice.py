@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -12,8 +14,11 @@ from fimo.data.instances import Instances
 from fimo.engine.leave_out import Batch
 from fimo.engine.linear import LinearNetwork
 from fimo.engine.stacked import FunctionalNetwork, StackedNetwork
-from fimo.models.final_model import FinalModel
+from fimo.models.attention import plain_attention
+from fimo.models.final_model import FinalModel, functional_apply
+from fimo.models.frozen import moved
 from fimo.models.linear_layers import layers_on
+from fimo.models.returned import CalledOnce, frozen_modules
 from fimo.models.train_mode import TrainMode
 
 log = logging.getLogger(__name__)
@@ -28,11 +33,14 @@ def stack_network(
     engine: Engine,
     mode: TrainMode,
     autocast: torch.dtype | None = None,
+    once: Collection[str] = (),
 ) -> StackedNetwork:
     """Return the stacked network of an engine."""
     if engine == "linear":
         return LinearNetwork(final_model, replicas, evaluation_model)
-    return FunctionalNetwork(final_model, replicas, evaluation_model, mode, engine == "functional", autocast)
+    return FunctionalNetwork(
+        final_model, replicas, evaluation_model, mode, engine == "functional", autocast, once
+    )
 
 
 def choose_engine(
@@ -56,6 +64,40 @@ def choose_engine(
         log.warning("replicas run one by one: torch.func can't vectorise this network (%s)", reason)
         return "loop"
     return "functional"
+
+
+@torch.no_grad()
+def called_once(final_model: FinalModel, train: Instances, mode: TrainMode) -> tuple[str, ...]:
+    """Return the frozen modules that a seed's replicas share in a step, where dropout makes steps differ.
+
+    None where a step draws other random numbers than masks, or where a trial shows a difference: with other
+    values of the trained parameters, in outputs or in the masks that are drawn next.
+    """
+    if not mode.only_masks or len(final_model.parameters()) == len(list(final_model.network.parameters())):
+        return ()
+    two, device = train[:2].inputs, train.targets.device
+    parameters = moved(final_model.parameters())
+    network = mode.set(copy.deepcopy(final_model.network))
+    states: list[Tensor] = []
+    try:
+        with plain_attention():
+            with mode.drawing(0, device):
+                modules = frozen_modules(network, final_model.parameters(), two)
+            if not modules:
+                return ()
+            with mode.drawing(0, device):
+                once = CalledOnce(network, modules, two)
+            with mode.drawing(1, device) as drawing:
+                whole = functional_apply(network, parameters, two)
+                states.append(drawing.generator.get_state())  # type: ignore[attr-defined]
+            with mode.drawing(1, device) as drawing:
+                rest = once.hand_over(once.call(two))
+                parts = functional_apply(rest, parameters, two)
+                states.append(drawing.generator.get_state())  # type: ignore[attr-defined]
+    except Exception as error:  # code between modules that looks at them
+        log.info("replicas don't share the frozen part (%s)", type(error).__name__)
+        return ()
+    return modules if torch.equal(whole, parts) and torch.equal(*states) else ()
 
 
 def _is_linear(final_model: FinalModel, train: Instances) -> bool:

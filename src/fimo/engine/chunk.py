@@ -77,6 +77,7 @@ class Chunk:
             setting.engine,
             setting.mode,
             setting.protocol.autocast_dtype,
+            setting.once,
         )
         self.optimizer = StackedOptimizer(self.network, setting.protocol)
         self.stream = BatchStream(rows, setting.rule, setting.protocol, self.network.dtype, setting.device)

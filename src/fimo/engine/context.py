@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fimo.data.instances import Instances
-from fimo.engine.choice import Engine, choose_engine
+from fimo.engine.choice import Engine, called_once, choose_engine
 from fimo.engine.graphs import Record, cuda_graph
 from fimo.engine.leave_out import RULES, LeaveOut, make_rule
 from fimo.engine.protocol import DTYPES, Protocol
@@ -17,6 +17,7 @@ from fimo.engine.replicas import even_parts
 from fimo.engine.stacked import without_gradient
 from fimo.errors import shortened
 from fimo.models.final_model import FinalModel
+from fimo.models.returned import HandOver
 from fimo.models.train_mode import TrainMode
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class Setting:
         mode: of the network in training steps.
         vectorisable: replicas could be advanced together; where they run one after another all the same,
             that is faster.
+        once: frozen modules that are called once for all replicas of a chunk in a step; see
+            :func:`~fimo.engine.choice.called_once`.
     """
 
     final_model: FinalModel
@@ -56,6 +59,7 @@ class Setting:
     activations: int = 1
     mode: TrainMode = field(default_factory=TrainMode)
     vectorisable: bool = True
+    once: tuple[str, ...] = ()
 
     @classmethod
     def build(
@@ -85,6 +89,9 @@ class Setting:
                     "they would be no faster on a CPU",
                     one / 2**20,
                 )
+        once = called_once(model, train, mode) if engine == "loop" and rule.shares_batches else ()
+        if once:
+            log.info("in each step, runs of a seed share the frozen part with its dropout masks")
         return cls(
             model,
             final_model.to(device, wide),
@@ -96,6 +103,7 @@ class Setting:
             activations,
             mode,
             vectorisable,
+            once,
         )
 
     def __post_init__(self) -> None:
@@ -167,14 +175,18 @@ def worker_threads(setting: Setting) -> int:
     """
     if setting.device.type != "cpu":
         return 1
-    shares = not setting.vectorisable and (setting.stochastic or _has_hooks(setting.final_model.network))
+    mode = setting.mode
+    draws = mode.stochastic and not mode.only_masks
+    shares = not setting.vectorisable and (draws or _has_hooks(setting.final_model.network))
     return 1 if shares else torch.get_num_threads()
 
 
 def _has_hooks(network: nn.Module) -> bool:
     return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        not isinstance(hook, HandOver)  # which keeps nothing
         for m in network.modules()
+        for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        for hook in hooks.values()
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 
 from fimo.data.instances import Inputs, Instances
@@ -17,7 +18,8 @@ from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.loss_function import Loss
 from fimo.models.padding import by_length
-from fimo.models.train_mode import TrainMode, seeded
+from fimo.models.returned import CalledOnce
+from fimo.models.train_mode import TrainMode
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +143,7 @@ class FunctionalNetwork(StackedNetwork):
     Args:
         mode: of the network in training steps.
         vectorise: False where a layer, loss or in-place operation can't be vectorised: same results, slower.
+        once: names of modules that are called once for all replicas that see the same batch, one by one.
     """
 
     def __init__(
@@ -151,11 +154,13 @@ class FunctionalNetwork(StackedNetwork):
         mode: TrainMode,
         vectorise: bool = True,
         autocast: torch.dtype | None = None,
+        once: Collection[str] = (),
     ) -> None:
         # copies: the final model's own network stays in eval mode, and chunks may run in threads
         super().__init__(final_model, replicas, evaluation_model.to())
         self.vectorise, self.autocast = vectorise, autocast
-        self.mode = mode
+        self.mode, self.once = mode, tuple(once)
+        self._called: CalledOnce | None = None
         self.network = mode.set(FinalModel(final_model.network, final_model.loss).network)
         self.buffers = final_model.buffers()
         self.evaluation_buffers = self.evaluation_model.buffers()
@@ -189,8 +194,14 @@ class FunctionalNetwork(StackedNetwork):
             self.gradients[name].copy_(g)
 
     def _weighted(self, instances: Instances, weight: Tensor, shared: bool, seed: int) -> dict[str, Tensor]:
-        def loss(tensors: dict[str, Tensor], inputs: Inputs, targets: Tensor, weight: Tensor) -> Tensor:
-            outputs = functional_apply(self.network, tensors, inputs)
+        def loss(
+            tensors: dict[str, Tensor],
+            inputs: Inputs,
+            targets: Tensor,
+            weight: Tensor,
+            network: nn.Module = self.network,
+        ) -> Tensor:
+            outputs = functional_apply(network, tensors, inputs)
             outputs = outputs.to(weight.dtype)
             return (self.loss(outputs, targets) * weight).sum()
 
@@ -207,13 +218,26 @@ class FunctionalNetwork(StackedNetwork):
             gradients = torch.autograd.grad(total, list(free.values()), materialize_grads=True)
             return dict(zip(free, gradients, strict=True))
         found = {n: torch.empty_like(p) for n, p in self.parameters.items()}
+        network, buffers, calls, after = self.network, self.buffers, None, None
+        if shared and self.once:
+            if self._called is None:
+                with self._training_step(seed):
+                    self._called = CalledOnce(self.network, self.once, inputs)
+            called = self._called
+            with self._training_step(seed) as drawing:
+                calls = called.call(inputs)
+                after = drawing.generator.get_state()
+            buffers = {n: b for n, b in self.buffers.items() if n in dict(called.rest.named_buffers())}
         for r in range(self.replicas):
             own = instances if shared else Instances(_row(inputs, r), targets[r])
             parameters = {n: p[r].detach().requires_grad_() for n, p in self.parameters.items()}
-            with self._training_step(seed), torch.enable_grad():
-                tensors = {**self.buffers, **parameters}
+            if calls is not None and self._called is not None:
+                network = self._called.hand_over(calls)
+            with self._training_step(seed, after), torch.enable_grad():
+                tensors = {**buffers, **parameters}
                 each = [
-                    loss(tensors, part.inputs, part.targets, w) for part, w in self._parts(own, weight[r])
+                    loss(tensors, part.inputs, part.targets, w, network)
+                    for part, w in self._parts(own, weight[r])
                 ]
                 value = torch.stack(each).sum()
             own_gradients = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
@@ -232,11 +256,15 @@ class FunctionalNetwork(StackedNetwork):
         return [(instances[part], weight[part]) for part in parts]
 
     @contextlib.contextmanager
-    def _training_step(self, seed: int) -> Iterator[None]:
-        """Set a step's random state, precision, and an attention kernel that can be vectorised."""
+    def _training_step(self, seed: int, after: Tensor | None = None) -> Iterator[Any]:
+        """Set a step's random state, precision, and an attention kernel that can be vectorised.
+
+        Args:
+            after: of the generator, where a part of the step has drawn already.
+        """
         lower = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
-        with lower, plain_attention(), seeded(seed if self.mode.stochastic else None, self.device):
-            yield
+        with lower, plain_attention(), self.mode.drawing(seed, self.device, after) as drawing:
+            yield drawing
 
     def outputs(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
         network, buffers = self.evaluation_model.network, self.evaluation_buffers

@@ -218,14 +218,14 @@ def _agree(final_model: FinalModel, before: nn.Module, after: nn.Module, train: 
 
     Tried on instances together, and on others one by one, where a network may cut off other padding.
     """
-    moved = _moved(final_model.parameters())
+    other = moved(final_model.parameters())
     try:
         for probe in _probes(train):
-            whole = functional_apply(final_model.network, moved, probe.inputs)
+            whole = functional_apply(final_model.network, other, probe.inputs)
             entering = computed(before, probe)
             if len(entering) != len(probe):
                 return False
-            parts = functional_apply(after, moved, entering.inputs)
+            parts = functional_apply(after, other, entering.inputs)
             if parts.shape != whole.shape or not torch.allclose(parts, whole, rtol=1e-3, atol=1e-4):
                 return False
     except Exception as error:  # a model of another structure than expected
@@ -239,7 +239,7 @@ def _probes(train: Instances) -> Iterator[Instances]:
     yield from train[torch.linspace(0, len(train) - 1, min(8, len(train))).long()].batches(1)
 
 
-def _moved(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def moved(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return parameters that are moved by a tenth of their size, or a little from zero (fresh adapters)."""
     generator, found = torch.Generator().manual_seed(0), {}
     for name, p in parameters.items():

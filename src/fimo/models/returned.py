@@ -70,6 +70,10 @@ class Returned(nn.Module):
         self.entering, self.kind = call.entering, call.kind
         self.values: tuple[Tensor | None, ...] | None = None
 
+    def hand_over(self, call: Call) -> None:
+        """Set what is returned next."""
+        self.entering, self.kind, self.values = call.entering, call.kind, call.values
+
     def forward(self, *args: Any, **named: Any) -> Any:
         assert self.values is not None, "nothing was handed over"
         values, self.values = self.values, None
@@ -163,6 +167,39 @@ class Recorder(nn.Module):
         values = {k: v for module, call in calls.items() for k, v in call.named(module).items()}
         inputs = {INPUTS: own} if isinstance(own, Tensor) else own
         return {**{n: inputs[n] for n in self.inputs}, **{n: values[n] for n in self.kept}}
+
+
+class CalledOnce:
+    """The frozen modules of a network, called once for all copies of the rest: also where they draw masks.
+
+    Args:
+        network: whole, in the mode of its calls.
+        modules: names of what is called once; see :func:`frozen_modules`.
+        inputs: of some instances.
+    """
+
+    def __init__(self, network: nn.Module, modules: Collection[str], inputs: Inputs) -> None:
+        self.network, self.modules = network, tuple(modules)
+        calls = _recorded(network, self.modules, inputs, stop=True)
+        memo: dict[int, Any] = {id(network.get_submodule(n)): Returned(call) for n, call in calls.items()}
+        self.rest = copy.deepcopy(network, memo)
+
+    def call(self, inputs: Inputs) -> dict[str, Call]:
+        """Call the frozen modules on a batch."""
+        return _recorded(self.network, self.modules, inputs, stop=True)
+
+    def hand_over(self, calls: Mapping[str, Call]) -> nn.Module:
+        """Return the rest, which returns what was called, once."""
+        for name, call in calls.items():
+            place = self.rest.get_submodule(name)
+            assert isinstance(place, Returned)
+            place.hand_over(call)
+        return self.rest
+
+
+def frozen_modules(network: nn.Module, trainable: Collection[str], inputs: Inputs) -> tuple[str, ...]:
+    """Return the names of frozen modules whose call is over before a trained one is called."""
+    return tuple(_frozen_calls(network, trainable, inputs))
 
 
 @dataclass
@@ -289,14 +326,23 @@ def _frozen_calls(network: nn.Module, trainable: Collection[str], inputs: Inputs
     return {n: c for n, c in calls.items() if not any(n.startswith(f"{other}.") for other in calls)}
 
 
+class _AllCalledError(Exception):
+    """All that was asked for has been called."""
+
+
 @torch.no_grad()
 def _recorded(
-    network: nn.Module, names: Collection[str], inputs: Inputs, until: Collection[nn.Module] = ()
+    network: nn.Module,
+    names: Collection[str],
+    inputs: Inputs,
+    until: Collection[nn.Module] = (),
+    stop: bool = False,
 ) -> dict[str, Call]:
     """Run a network and return the calls of modules that are called once.
 
     Args:
         until: modules before whose first call the others' must be over.
+        stop: end when all have been called.
     """
     found: dict[str, Call] = {}
     times: Counter[str] = Counter()
@@ -308,6 +354,8 @@ def _recorded(
             call = Call.of(args, named, returned)
             if call is not None and not reached:
                 found[name] = call
+            if stop and len(found) == len(names):
+                raise _AllCalledError
 
         return hook
 
@@ -315,6 +363,8 @@ def _recorded(
     handles += [network.get_submodule(n).register_forward_hook(note(n), with_kwargs=True) for n in names]
     try:
         apply(network, inputs)
+    except _AllCalledError:
+        pass
     finally:
         for handle in handles:
             handle.remove()

@@ -11,7 +11,8 @@ import contextlib
 import copy
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from fimo.data.instances import Inputs, Instances
 from fimo.errors import InputError, shortened
+from fimo.models.attention import plain_attention
+from fimo.models.dropout import DrawnFrom
 from fimo.models.final_model import FinalModel, apply
 
 log = logging.getLogger(__name__)
@@ -35,10 +38,13 @@ class TrainMode:
         kept_in_eval: names of modules that stay in eval mode since they would change buffers, besides batch
             normalisation.
         stochastic: whether a forward pass draws random numbers (dropout of any kind).
+        only_masks: whether these are masks of plain dropout alone, which a generator of the step's own gives;
+            others are the process's, for which threads take turns.
     """
 
     kept_in_eval: tuple[str, ...] = ()
     stochastic: bool = False
+    only_masks: bool = False
 
     @classmethod
     def of(cls, final_model: FinalModel, train: Instances) -> TrainMode:
@@ -50,7 +56,21 @@ class TrainMode:
         two = train[:2].inputs
         kept = _kept_in_eval(final_model, two)
         network = cls(kept).set(copy.deepcopy(final_model.network))
-        return cls(kept, draws(network, two))
+        stochastic = draws(network, two)
+        return cls(kept, stochastic, stochastic and _draws_only_masks(network, two))
+
+    def drawing(
+        self, seed: int, device: torch.device, after: Tensor | None = None
+    ) -> AbstractContextManager[object]:
+        """Run a block with the random state of ``seed``, the same numbers however they are drawn.
+
+        Args:
+            after: a state of the generator to go on from, where only masks are drawn.
+        """
+        if self.only_masks:
+            generator = torch.Generator().manual_seed(seed)
+            return DrawnFrom(generator if after is None else generator.set_state(after))
+        return seeded(seed if self.stochastic else None, device)
 
     def set(self, network: nn.Module) -> nn.Module:
         """Put a network in train mode, but for the modules that stay in eval mode; return it."""
@@ -69,6 +89,35 @@ def draws(network: nn.Module, inputs: Inputs) -> bool:
         before = state()
         apply(network, inputs)
         return not torch.equal(before, state())
+
+
+def _draws_only_masks(network: nn.Module, inputs: Inputs) -> bool:
+    """Return whether a step draws dropout's masks alone, and in the forward pass, by trying.
+
+    Not where a backward pass repeats the forward pass (checkpointing): it would draw other masks.
+    """
+    free = [p.requires_grad_() for p in network.parameters() if p.is_floating_point()]
+    device = next((p.device for p in free), torch.device("cpu"))
+    if device.type != "cpu":
+        return False
+
+    def gradient() -> Sequence[Tensor]:
+        value = apply(network, inputs).square().sum()
+        return torch.autograd.grad(value, free, allow_unused=True, materialize_grads=True)
+
+    with torch.enable_grad(), plain_attention():
+        for seed in (1, 2, 3):
+            with seeded(seed, device):
+                expected = gradient()
+            with seeded(0, device):  # another state, from which a second forward pass would draw
+                before = torch.get_rng_state()
+                with DrawnFrom(torch.Generator().manual_seed(seed)):
+                    found = gradient()
+                if not torch.equal(before, torch.get_rng_state()):
+                    return False
+            if not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
+                return False
+    return True
 
 
 @contextlib.contextmanager
