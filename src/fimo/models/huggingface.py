@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from fimo.data.hub import model_source
 from fimo.errors import InputError, shortened
 from fimo.extras import TEXT, require
+from fimo.models.adapter_files import AdapterFiles
 from fimo.models.frozen import remaining
-from fimo.models.lora import add_adapters
+from fimo.models.lora import add_adapters, leave_alone
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def text_classifier(
     head: str = "new",
     dropout: float | None = None,
     classes: Sequence[str] = (),
-    adapters: Mapping[str, Any] | None = None,
+    adapters: Mapping[str, Any] | str | None = None,
 ) -> nn.Module:
     """Return a text classifier that starts from a pretrained model.
 
@@ -166,8 +167,9 @@ def text_classifier(
         head: ``new`` puts a linear layer on the encoder; ``own`` keeps the model's classification head.
         dropout: every rate of the model; None keeps its configured ones.
         classes: names of the data set's classes in its order, by which an own head's outputs are found.
-        adapters: arguments of :func:`~fimo.models.lora.add_adapters`; the encoder is then frozen in the final
-            model's training, and ``model.trainable`` should name the adapters (``*.up.*``, ``*.down.*``).
+        adapters: arguments of :func:`~fimo.models.lora.add_adapters`, or a folder in the layout of PEFT
+            (:mod:`fimo.models.adapter_files`); the encoder is then frozen in the final model's training, and
+            ``model.trainable`` should name the adapters (``*.up.*``, ``*.down.*``).
 
     Raises:
         InputError: the model can't be read, or does not fit the tokenizer or the classes.
@@ -190,10 +192,9 @@ def text_classifier(
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # unused: its parameters would have no gradient
         network = TextClassifier(model, model.config.hidden_size, outputs, pooling)
+    _adapt(network, adapters, "encoder.*" if head == "new" else "model.*", path)
     if dropout is not None:
         set_dropout(network, dropout)
-    if adapters is not None:
-        add_adapters(network, freeze="encoder.*" if head == "new" else "model.*", **adapters)
     return network.train()  # pretrained models come in eval mode, which the Trainer would keep
 
 
@@ -248,7 +249,7 @@ def causal_lm(
     heads: int = 4,
     positions: int = 256,
     dropout: float = 0.0,
-    adapters: Mapping[str, Any] | None = None,
+    adapters: Mapping[str, Any] | str | None = None,
 ) -> nn.Module:
     """Return a causal language model: a new GPT-2 of a given size, or a pretrained model.
 
@@ -271,10 +272,24 @@ def causal_lm(
     else:
         model = _new_language_model(inputs, width, layers, heads, positions)
     network = Logits(model, causal=True)
+    _adapt(network, adapters, "model.*", path)
     set_dropout(network, dropout)
-    if adapters is not None:
-        add_adapters(network, freeze="model.*", **adapters)
     return network.train()
+
+
+def _adapt(
+    network: nn.Module, adapters: Mapping[str, Any] | str | None, freeze: str, path: str | None
+) -> None:
+    """Put adapters on a network, in place: new ones, or those of a folder."""
+    if isinstance(adapters, str):
+        files = AdapterFiles.read(adapters)
+        base = files.config.get("base_model_name_or_path")
+        if base and path and base.rstrip("/").rpartition("/")[2] != path.rstrip("/").rpartition("/")[2]:
+            log.warning("the adapters of %s are of %s; the model here is %s", adapters, base, path)
+        leave_alone(network, freeze)
+        files.add_to(network)
+    elif adapters is not None:
+        add_adapters(network, freeze=freeze, **adapters)
 
 
 def pooled(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:

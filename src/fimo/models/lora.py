@@ -22,9 +22,10 @@ class LowRankAdapter(nn.Module):
         layer: ``nn.Linear``, or GPT-2's layer with the transposed weight ``[in, out]``.
         rank: of the change.
         alpha: its scale, divided by the rank.
+        dropout: rate of what enters A in training steps.
     """
 
-    def __init__(self, layer: nn.Module, rank: int, alpha: float) -> None:
+    def __init__(self, layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__()
         rows, columns = _shape(layer)
         weight = layer.get_parameter("weight")
@@ -33,9 +34,16 @@ class LowRankAdapter(nn.Module):
         self.down = nn.Linear(columns, rank, bias=False, dtype=weight.dtype, device=weight.device)
         self.up = nn.Linear(rank, rows, bias=False, dtype=weight.dtype, device=weight.device)
         nn.init.zeros_(self.up.weight)
+        self.dropout = nn.Dropout(dropout) if dropout else None
+
+    @property
+    def rate(self) -> float:
+        """The rate of dropout."""
+        return 0.0 if self.dropout is None else self.dropout.p
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.layer(x) + self.scale * self.up(self.down(x))
+        entering = x if self.dropout is None else self.dropout(x)
+        output: Tensor = self.layer(x) + self.scale * self.up(self.down(entering))
         return output
 
 
@@ -55,7 +63,7 @@ def add_adapters(
     Raises:
         InputError: naming ``model.network.adapters``: a pattern that matches no linear layer, or a bad rank.
     """
-    linear = [name for name, module in network.named_modules() if _is_linear(module)]
+    linear = [name for name, module in network.named_modules() if is_linear(module)]
     chosen = []
     for pattern in layers:
         found = fnmatch.filter(linear, pattern)
@@ -64,9 +72,7 @@ def add_adapters(
         chosen += [name for name in found if name not in chosen]
     if rank < 1:
         raise InputError(KEY, f"expected a rank of at least 1 but got {rank}")
-    for name, parameter in network.named_parameters():
-        if fnmatch.fnmatch(name, freeze):
-            parameter.requires_grad_(False)
+    leave_alone(network, freeze)
     for name in chosen:
         parent, _, attribute = name.rpartition(".")
         adapted = LowRankAdapter(network.get_submodule(name), rank, alpha)
@@ -74,7 +80,15 @@ def add_adapters(
     return chosen
 
 
-def _is_linear(module: nn.Module) -> bool:
+def leave_alone(network: nn.Module, freeze: str) -> None:
+    """Freeze the parameters whose names match a pattern."""
+    for name, parameter in network.named_parameters():
+        if fnmatch.fnmatch(name, freeze):
+            parameter.requires_grad_(False)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a layer that can have an adapter."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # a sweep's jobs have a fingerprint before torch is imported
 
 log = logging.getLogger(__name__)
 
-FOLDER_KEYS = ("path", "checkpoint", "file", "prompts", "train", "test")
+FOLDER_KEYS = ("path", "checkpoint", "file", "prompts", "train", "test", "adapters")
 """Parts of settings' names that may be folders of input files."""
 
 PACKAGES = ("torch", "numpy", "scikit-learn", "pytorch-lightning")
