@@ -31,7 +31,7 @@ def test_gradients_and_jacobians_are_autograd_s(name: str, form: str) -> None:
     torch.testing.assert_close(
         gradients.outputs(case.test).dense(), dense.jacobians(case.final_model, case.test)
     )
-    expected = FactoredRows if name in LINEAR_CASES else (DenseRows if form == "memory" else StreamedRows)
+    expected = (FactoredRows if name in LINEAR_CASES else DenseRows) if form == "memory" else StreamedRows
     assert isinstance(rows, expected)
 
 

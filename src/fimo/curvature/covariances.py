@@ -50,35 +50,42 @@ def layer_moments(
     Raises:
         InputError: a factor is not finite.
     """
-    if isinstance(rows, FactoredRows):
-        found = [_of_factors(rows, k) for k in range(len(rows.layers))]
-    else:
-        found = _of_calls(rows) or _by_hooks(gradients, train, fisher, samples, seed)
+    found = _of_rows(rows) or _by_hooks(gradients, train, fisher, samples, seed)
     for m in found:
         if not (m.entering.isfinite().all() and m.leaving.isfinite().all()):
             raise InputError("model", f"activations or gradients at {m.names[0]} are not finite")
     return found
 
 
-def _of_factors(rows: FactoredRows, k: int) -> Moments:
-    layer = rows.layers[k]
-    parts = [layer.entering] if layer.weight else []
-    parts += [torch.ones_like(layer.entering[:, :1])] if layer.bias else []
-    a, delta = torch.cat(parts, 1), layer.delta.flatten(0, 1)
-    names = tuple(name for name in (layer.weight, layer.bias) if name)
-    return Moments(names, a.T @ a / rows.n, delta.T @ delta / rows.n)
+def _add_factors(rows: FactoredRows, found: list[Moments], n: int) -> None:
+    """Add the factors of some rows of a network of linear layers to those of others, of n instances."""
+    for k, layer in enumerate(rows.layers):
+        parts = [layer.entering] if layer.weight else []
+        parts += [torch.ones_like(layer.entering[:, :1])] if layer.bias else []
+        a, delta = torch.cat(parts, 1), layer.delta.flatten(0, 1)
+        entering, leaving = a.T @ a / n, delta.T @ delta / n
+        if k < len(found):
+            found[k].entering += entering
+            found[k].leaving += leaving
+        else:
+            names = tuple(name for name in (layer.weight, layer.bias) if name)
+            found.append(Moments(names, entering, leaving))
 
 
-def _of_calls(rows: Rows) -> list[Moments] | None:
+def _of_rows(rows: Rows) -> list[Moments] | None:
     """Return the factors of layers by what entered and left them, or None where rows don't say."""
     claimed: dict[str, int] = {}
     calls: dict[int, LinearCall | EmbeddingCall] = {}
     entering: dict[int, Tensor] = {}
     leaving: dict[int, Tensor] = {}
     positions: dict[int, int] = {}
+    linear: list[Moments] = []
     for block in _parts(rows):
         if block is None:
             return None
+        if isinstance(block, FactoredRows):
+            _add_factors(block, linear, rows.n)
+            continue
         made: dict[tuple[int, bool, bool], tuple[Tensor, int]] = {}  # layers may share what enters them
         for call in sorted(block.calls, key=lambda c: c.owner):
             grouped = isinstance(call, ConvolutionCall) and call.groups > 1
@@ -101,7 +108,7 @@ def _of_calls(rows: Rows) -> list[Moments] | None:
             entering[k] = entering[k] + a if k in entering else a
             leaving[k] = leaving[k].add_(b) if k in leaving else b
             positions[k] = positions.get(k, 0) + count
-    return [
+    return linear or [
         Moments(
             call.names, entering[k] / max(1, positions[k]), leaving[k] / rows.n,
             isinstance(call, LinearCall) and call.transposed,
@@ -110,10 +117,10 @@ def _of_calls(rows: Rows) -> list[Moments] | None:
     ]  # fmt: skip
 
 
-def _parts(rows: Rows) -> Iterator[ModuleRows | None]:
+def _parts(rows: Rows) -> Iterator[FactoredRows | ModuleRows | None]:
     """Yield rows in parts by what enters and leaves layers; None for one that isn't."""
     for block in rows.blocks():
-        yield from calls_of(block) or (None,)
+        yield from (block,) if isinstance(block, FactoredRows) else calls_of(block) or (None,)
 
 
 def _entering_table(call: EmbeddingCall, mask: Tensor | None) -> tuple[Tensor, int]:

@@ -137,10 +137,10 @@ class InstanceGradients:
             before: called before each pass over the instances (to seed a generator).
             form: see :data:`Form`.
         """
-        if (layers := layers_on(self.final_model, instances)) is not None:
-            before()
-            return self._factored(instances, layers, cotangents)
+        layers = layers_on(self.final_model, instances)
         r = self._row_count(instances, cotangents, before)
+        if layers is not None:
+            return self._factored(instances, layers, cotangents, before, r)
         block = max(1, int(self.memory / (self.p * r * self.dtype.itemsize)))
         if form != "dense" or len(instances) > block:
             recorded = self._recorded(instances, cotangents, before, r, form)
@@ -255,7 +255,30 @@ class InstanceGradients:
         calls = [FormedCall((n,), -1, v, shapes[n][0] if shapes[n] else 1) for n, v in formed.items()]
         return ModuleRows((*rows.calls, *calls), self.shapes, rows.mask)
 
-    def _factored(self, instances: Instances, layers: list[Layer], cotangents: Cotangents) -> FactoredRows:
+    def _factored(
+        self,
+        instances: Instances,
+        layers: list[Layer],
+        cotangents: Cotangents,
+        before: Callable[[], object],
+        r: int,
+    ) -> Rows:
+        """Return rows as factors, in blocks that are made whenever they are used where all take too much."""
+        widths = [self.final_model.network.get_parameter(layer.weight).shape for layer in layers]
+        size = sum(entering + r * leaving for leaving, entering in widths) * self.dtype.itemsize
+
+        def blocks(window: int) -> Iterator[Rows]:
+            before()
+            for some in instances.batches(window):
+                yield self._factors(some, layers, cotangents)
+
+        if len(instances) * size <= self.memory:
+            return next(blocks(len(instances)))
+        self._tell(f"what enters and leaves layers for {len(instances)} instances", len(instances) * size)
+        window = max(1, int(self.memory / 4 / size))
+        return StreamedRows(lambda: blocks(window), len(instances), r, self.shapes, self.dtype, self.device)
+
+    def _factors(self, instances: Instances, layers: list[Layer], cotangents: Cotangents) -> FactoredRows:
         state = {name: p.detach() for name, p in self.final_model.network.named_parameters()}
         assert isinstance(instances.inputs, Tensor)
         passed = forward(layers, state, instances.inputs.to(self.dtype).flatten(1))

@@ -325,27 +325,39 @@ class FactoredRows(Rows):
         found = torch.empty(weights.shape[2], self.p, dtype=self.dtype, device=self.device)
         parts = split(found, self.shapes)
         for layer in self.layers:
-            out, width = layer.delta.shape[2], layer.entering.shape[1]
             if layer.bias:
-                parts[layer.bias][:] = weights.flatten(0, 1).T @ layer.delta.flatten(0, 1)
-            if not layer.weight:
-                continue
-            narrow = self._narrow(layer)
-            for some, pieces in self._pieces(self.r * width if narrow else out, weights.shape[2]):
-                k = len(parts[layer.weight][some])
-                shape = (out, k * width) if narrow else (k * out, width)
-                summed = torch.zeros(shape, dtype=self.dtype, device=self.device)
-                for at in pieces:
-                    delta, entering, weight = layer.delta[at], layer.entering[at], weights[at, :, some]
-                    if narrow:
-                        spread = (weight[..., None] * entering[:, None, None, :]).reshape(-1, k * width)
-                        summed.addmm_(delta.reshape(-1, out).T, spread)
-                    else:
-                        summed.addmm_((weight.transpose(1, 2) @ delta).reshape(-1, k * out).T, entering)
-                if narrow:
-                    summed = summed.view(out, k, width).transpose(0, 1)
-                parts[layer.weight][some] = summed.reshape(k, -1)
+                parts[layer.bias][:] = _bias_sums(layer, weights)
+            if layer.weight:
+                for some, summed in self._weight_sums(layer, weights):
+                    parts[layer.weight][some] = summed
         return found.T
+
+    def add_sums(self, weights: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+        for layer in self.layers:
+            if layer.bias and layer.bias in weights:
+                into[layer.bias].add_(_bias_sums(layer, weights[layer.bias]))
+            if layer.weight and layer.weight in weights:
+                for some, summed in self._weight_sums(layer, weights[layer.weight]):
+                    into[layer.weight][some] += summed
+
+    def _weight_sums(self, layer: LayerFactors, weights: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield weighted sums of a layer's rows: which of K weights ``[n, R, K]``, and ``[k, out in]``."""
+        out, width, columns = layer.delta.shape[2], layer.entering.shape[1], weights.shape[2]
+        narrow = self._narrow(layer)
+        for some, pieces in self._pieces(self.r * width if narrow else out, columns):
+            k = len(range(*some.indices(columns)))
+            shape = (out, k * width) if narrow else (k * out, width)
+            summed = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            for at in pieces:
+                delta, entering, weight = layer.delta[at], layer.entering[at], weights[at, :, some]
+                if narrow:
+                    spread = (weight[..., None] * entering[:, None, None, :]).reshape(-1, k * width)
+                    summed.addmm_(delta.reshape(-1, out).T, spread)
+                else:
+                    summed.addmm_((weight.transpose(1, 2) @ delta).reshape(-1, k * out).T, entering)
+            if narrow:
+                summed = summed.view(out, k, width).transpose(0, 1)
+            yield some, summed.reshape(k, -1)
 
     def _narrow(self, layer: LayerFactors) -> bool:
         """Whether products of vectors with the layer's deltas are smaller than those with what enters it."""
@@ -410,6 +422,11 @@ class StreamedRows(Rows):
             lambda: (block.squares() for block in self.blocks()),
             self.n, self.r, self.shapes, self.converted, self.on,
         )  # fmt: skip
+
+
+def _bias_sums(layer: LayerFactors, weights: Tensor) -> Tensor:
+    """Return sums ``[K, out]`` of a bias's rows with weights ``[n, R, K]``."""
+    return weights.flatten(0, 1).T @ layer.delta.flatten(0, 1)
 
 
 def split(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:

@@ -283,18 +283,10 @@ def _second_moments(rows: Rows, blocks: list[Block], n: int) -> None:
         for k, b in enumerate(blocks)
         if b.kind == "dense"
     }
-    if isinstance(rows, FactoredRows):
-        by_name = {layer.weight or layer.bias: layer for layer in rows.layers}
-        for block, total in zip(blocks, totals, strict=True):
-            layer = by_name[block.names[0]]
-            ones = torch.ones_like(layer.entering[:, :1])
-            entering = [layer.entering] if layer.weight else []
-            entering += [ones] if layer.bias else []
-            assert block.left is not None
-            assert block.right is not None
-            a = (torch.cat(entering, 1) @ block.right).square()
-            total += (layer.delta @ block.left).square().sum(1).T @ a
-    for stretch in () if isinstance(rows, FactoredRows) else rows.blocks():
+    for stretch in rows.blocks():
+        if isinstance(stretch, FactoredRows):
+            _moments_of_factors(stretch, blocks, totals)
+            continue
         if (parts := calls_of(stretch)) is not None:
             for part in parts:
                 _moments_of_calls(part, blocks, totals, dense)
@@ -313,6 +305,19 @@ def _second_moments(rows: Rows, blocks: list[Block], n: int) -> None:
             block.values, block.right = values.clamp(min=0).to(rows.dtype)[None], vectors.to(rows.dtype)
         else:
             block.values = total / n
+
+
+def _moments_of_factors(rows: FactoredRows, blocks: list[Block], totals: list[Tensor]) -> None:
+    """Add the second moments of rows of linear layers to those of blocks."""
+    by_name = {layer.weight or layer.bias: layer for layer in rows.layers}
+    for block, total in zip(blocks, totals, strict=True):
+        layer = by_name[block.names[0]]
+        entering = [layer.entering] if layer.weight else []
+        entering += [torch.ones_like(layer.entering[:, :1])] if layer.bias else []
+        assert block.left is not None
+        assert block.right is not None
+        a = (torch.cat(entering, 1) @ block.right).square()
+        total += (layer.delta @ block.left).square().sum(1).T @ a
 
 
 def _moments_of_calls(

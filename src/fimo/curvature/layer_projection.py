@@ -124,11 +124,11 @@ class LayerProjection:
 
     def blocks(self, rows: Rows) -> Iterator[Tensor]:
         """Yield the projected rows of consecutive instances."""
-        if isinstance(rows, FactoredRows):
-            by_name = {layer.weight or layer.bias: layer for layer in rows.layers}
-            yield torch.cat([side.of_factors(by_name[side.names[0]]) for side in self.sides], 2)
-            return
         for block in rows.blocks():
+            if isinstance(block, FactoredRows):
+                by_name = {layer.weight or layer.bias: layer for layer in block.layers}
+                yield torch.cat([side.of_factors(by_name[side.names[0]]) for side in self.sides], 2)
+                continue
             if isinstance(block, ModuleRows):
                 yield torch.cat([side.of_calls(block) for side in self.sides], 2)
             elif isinstance(block, ArrangedRows):

@@ -104,8 +104,14 @@ class DataInf(GradientMethod):
         gradients, rows = layers.gradients, layers.rows
         removed = rows if problem.left_out is None else gradients.losses(problem.removed, "layers")
         found = []
-        for test in gradients.measurements(problem.test).pieces(self.memory_mb / (1 + len(dampings))):
-            if isinstance(rows, FactoredRows):
+        # each test instance needs its solutions, and a weight of each training instance in each layer
+        sizes = gradients.p * (1 + len(dampings)), rows.n * len(layers.groups) * (2 + len(dampings))
+        megabytes = self.memory_mb * gradients.p / max(sizes)
+        # products of all pairs of training instances are cheap where rows are factors, but there are many
+        pairs = rows.n * removed.n * len(gradients.shapes) * rows.dtype.itemsize
+        by_products = isinstance(rows, FactoredRows) and pairs <= self.memory_mb * 2**20 / 4
+        for test in gradients.measurements(problem.test).pieces(megabytes):
+            if by_products:
                 found.append(self._by_products(layers, dampings, problem, test, removed))
             else:
                 found.append(self._by_sums(layers, dampings, problem, test, removed))
