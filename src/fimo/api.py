@@ -116,6 +116,7 @@ def attribute(
     *,
     further_training: Protocol | FurtherTraining | None = None,
     seeds: int | Sequence[int] = 10,
+    extremes: int | None = None,
     inputs: str | Sequence[str] | None = None,
     target: str | None = None,
     store: Store | str | Path | None = None,
@@ -133,6 +134,9 @@ def attribute(
             ``calibrated``, ``source``, ``unrolled``) or are damped to match it.
         seeds: whose full runs such methods follow: how many, or a list. A comparison with a gold standard is
             fair with other seeds than its own: ``seeds=fimo.other_seeds(truth.seeds)``.
+        extremes: return only the scores of training instances that are among so many with the highest or the
+            lowest of a test instance, or of the mean over all: what :meth:`Scores.top` names. ``logra`` finds
+            them without the others' scores in memory.
         inputs, target: columns of DataFrames and of mappings.
         store: a folder that keeps full runs.
         device: where everything is computed.
@@ -169,9 +173,9 @@ def attribute(
         further_training = followed(model, train_instances, further_training, seeds, store)
     chosen.load()
     began = time.perf_counter()
-    scores = chosen.attribute(model, train_instances, test_instances, left_out, further_training)
+    scores = chosen.attribute(model, train_instances, test_instances, left_out, further_training, extremes)
     indices = choices.indices(left_out, len(train_instances), "left_out")
-    same = _same_instances(test_instances, train_instances, indices)
+    same = extremes is None and _same_instances(test_instances, train_instances, indices)
     return replace(
         scores.to("cpu"), method=name, of_themselves=same, test_hash=_content(test_instances),
         seconds=time.perf_counter() - began,

@@ -57,6 +57,7 @@ class Scores:
         test: ``[J]`` int64, which instances of a larger test set these are, where that is known.
         seconds: wall-clock time of computing them, full runs included; NaN where it wasn't measured.
         test_hash: of the test instances' content, where it is known; see :class:`fimo.Sensitivity`.
+        ranks: for how many places at each end :meth:`top` is right, where others were left out.
         of_themselves: whether test instance k is left-out instance k, so that the diagonal is self-influence.
 
     Raises:
@@ -81,6 +82,7 @@ class Scores:
     of_themselves: bool = False
     test_hash: str = ""
     seconds: float = math.nan
+    ranks: int | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.values.shape)
@@ -176,6 +178,20 @@ class Scores:
         groups = None if self.groups is None else self.groups[columns]
         return replace(self, **chosen, left_out=self.left_out[columns], groups=groups, of_themselves=False)
 
+    def extremes(self, k: int) -> Scores:
+        """Return the scores of the training instances that :meth:`top` of up to k names.
+
+        They are among the k highest or lowest of a test instance, or of the mean over test instances.
+
+        Raises:
+            InputError: k below 1, or above what these scores hold.
+        """
+        self._check_rank(k)
+        last = self.last
+        rows = torch.cat([last.double(), last.double().mean(0, keepdim=True)])
+        ends = [rows.argsort(descending=d, stable=True)[:, :k] for d in (True, False)]
+        return replace(self.select(torch.cat(ends).unique()), ranks=k)
+
     def top(self, test: int | None = None, k: int = 10, harmful: bool = False) -> pd.DataFrame:
         """Return the training instances that matter most to a test instance, after all further training.
 
@@ -189,15 +205,14 @@ class Scores:
             test instance.
 
         Raises:
-            InputError: no such test instance, or k below 1.
+            InputError: no such test instance, k below 1, or above what :meth:`extremes` left.
 
         Example:
             >>> scores = Scores(torch.tensor([[0.1, -2.0, 3.0]]), left_out=torch.tensor([4, 5, 6]))
             >>> scores.top(test=0, k=2)["train"].tolist()
             [6, 4]
         """
-        if k < 1:
-            raise InputError("k", f"expected at least 1 but got {k}")
+        self._check_rank(k)
         row = self._row(self.values, test)
         order = row.argsort(descending=not harmful, stable=True)[:k]
         table = pd.DataFrame({"train": self.left_out[order].tolist(), "score": row[order].tolist()})
@@ -256,6 +271,7 @@ class Scores:
         """
         require("plot", STATIC_FIGURES)
         count = len(self.left_out)
+        k = k if self.ranks is None else min(k, self.ranks)
         helpful = self.top(test, min(k, -(-count // 2)))
         harmful = self.top(test, min(k, max(1, count // 2)), harmful=True)[::-1] if count > 1 else helpful[:0]
         table = pd.concat([helpful, harmful])
@@ -274,6 +290,12 @@ class Scores:
         of = "mean over test instances" if test is None else f"test instance {test}"
         axes.set_title(f"{self.method or 'scores'}: {of}")
         return figure
+
+    def _check_rank(self, k: int) -> None:
+        if k < 1:
+            raise InputError("k", f"expected at least 1 but got {k}")
+        if self.ranks is not None and k > self.ranks:
+            raise InputError("k", f"these scores were made with extremes={self.ranks}; expected at most that")
 
     def _row(self, values: Tensor, test: int | None) -> Tensor:
         """Return ``[L]`` of one test instance, or of the mean over all, after all further training."""
@@ -327,6 +349,7 @@ METADATA = (
     "gradient_evaluations",
     "notes",
     "of_themselves",
+    "ranks",
     "seconds",
 )
 """Fields that are kept beside them, as JSON."""

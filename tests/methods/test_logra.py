@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,3 +175,90 @@ def test_what_is_too_large_or_makes_no_sense_is_refused() -> None:
             Logra(**{key: value})  # type: ignore[arg-type]
     with pytest.raises(InputError, match="normalise: a cosine"):
         Logra(normalise=True, propagate="outputs")
+
+
+def run_of(case: Case) -> tuple[FinalModel, Any, Any]:
+    return case.final_model, case.train, case.test
+
+
+@pytest.mark.parametrize(
+    "setting", [{}, {"normalise": True}, {"second_moment": True}, {"curvature": "gauss_newton"}]
+)
+@pytest.mark.parametrize("name", CASES)
+def test_kept_gradients_give_the_same_scores_and_are_not_made_again(
+    name: str, setting: dict[str, Any], tmp_path: Path
+) -> None:
+    case = CASES[name]()
+    fresh = Logra(dimension=3, **setting).attribute(*run_of(case))
+    method = Logra(dimension=3, cache=str(tmp_path), **setting)
+    made = method.attribute(*run_of(case))
+    again = method.attribute(*run_of(case))
+    torch.testing.assert_close(made.values, fresh.values)
+    assert torch.equal(made.values, again.values)
+    curvature = len(case.train) * 10 if setting.get("curvature") else 0  # rows that are not kept
+    assert again.gradient_evaluations <= len(case.test) + curvature < made.gradient_evaluations + curvature
+
+
+def test_other_questions_of_the_same_gradients_read_them(tmp_path: Path) -> None:
+    case = CASES["mlp_classification"]()
+    kept = {"dimension": 3, "cache": str(tmp_path)}
+    Logra(**kept).attribute(*run_of(case))
+    measured = FinalModel(case.final_model.network, case.final_model.loss, measurement="logit_margin")
+    for model, other in (
+        (case.final_model, {"damping": 0.7}),
+        (case.final_model, {"blocks": "whole"}),
+        (case.final_model, {"normalise": True}),
+        (case.final_model, {"memory_mb": 0.001}),
+        (measured, {}),
+    ):
+        found = Logra(**kept, **other).attribute(model, case.train, case.test[:2])  # type: ignore[arg-type]
+        assert found.gradient_evaluations == 2
+    for other in ({"seed": 1}, {"dimension": 2}, {"storage": "float32"}, {"second_moment": True}):
+        found = Logra(**{**kept, **other}).attribute(*run_of(case))  # type: ignore[arg-type]
+        assert found.gradient_evaluations > len(case.train)
+    found = Logra(**kept).attribute(case.final_model, case.train[1:], case.test)
+    assert found.gradient_evaluations > len(case.test)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_the_extremes_are_those_of_all_scores(name: str, normalise: bool, kept: bool, tmp_path: Path) -> None:
+    case = CASES[name]()
+    method = Logra(dimension=3, normalise=normalise, cache=str(tmp_path) if kept else None)
+    for left_out in (None, [1, 0, 7, 11, 4, 5, 12]):
+        whole = method.attribute(*run_of(case), left_out)
+        some = method.attribute(*run_of(case), left_out, extremes=2)
+        expected = whole.extremes(2)
+        assert some.ranks == expected.ranks == 2
+        assert some.left_out.tolist() == expected.left_out.tolist()
+        torch.testing.assert_close(some.values, expected.values)
+        for test in (None, 0, len(case.test) - 1):
+            for harmful in (False, True):
+                top = some.top(test, 2, harmful)
+                assert top["train"].tolist() == whole.top(test, 2, harmful)["train"].tolist()
+        with pytest.raises(InputError, match="extremes=2"):
+            some.top(0, 3)
+
+
+def test_half_precision_changes_scores_by_its_rounding() -> None:
+    case = CASES["mlp_classification"]()
+    exact = Logra(dimension=3).attribute(*run_of(case)).values
+    half = Logra(dimension=3, storage="bfloat16").attribute(*run_of(case)).values
+    assert 1e-6 < (half - exact).norm() / exact.norm() < 0.02
+
+
+def test_a_dimension_chosen_by_memory_fits_into_half_of_it() -> None:
+    case = CASES["mlp_classification"]()
+    shapes = {name: p.shape for name, p in case.final_model.parameters().items()}
+    found = []
+    for megabytes in (1e-6, 0.002, 0.01, 1000):
+        k = Logra(dimension="auto", memory_mb=megabytes).dimension_of(case.final_model, len(case.train))
+        found.append(k)
+        size = sum(projected_size(shapes, k)) * len(case.train) * 8
+        assert k == 1 or size <= megabytes * 2**20 / 2
+    assert found == sorted(found)
+    assert found[0] == 1
+    assert found[-1] == 64
+    automatic = Logra(dimension="auto").attribute(*run_of(case)).values
+    torch.testing.assert_close(automatic, Logra(dimension=64).attribute(*run_of(case)).values)

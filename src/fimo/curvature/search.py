@@ -7,8 +7,9 @@ finds, in the memory of one block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,10 @@ class Extremes:
 
 
 def extremes(
-    queries: Tensor, blocks: Iterable[tuple[Tensor, Tensor]], k: int, scale: Tensor | None = None
+    queries: Tensor,
+    blocks: Iterable[tuple[Tensor, Tensor]],
+    k: int,
+    scale: Callable[[Tensor], Tensor] | None = None,
 ) -> Extremes:
     """Return the k rows with the largest products with each query, and the k with the smallest.
 
@@ -50,7 +54,7 @@ def extremes(
         queries: ``[Q, K]``; products are those of their float32 values.
         blocks: consecutive rows ``[n, K]`` of any floating-point type, with their lengths ``[n]``.
         k: how many at each end; all where there are fewer rows.
-        scale: ``[N]``, a positive factor of each row's products; ones when None.
+        scale: rows ``[n, K]`` -> a positive factor ``[n]`` of each one's products; ones when None.
 
     Raises:
         InputError: k below 1, queries that are not finite, or rows of another width.
@@ -69,10 +73,9 @@ def extremes(
             raise InputError("queries", f"have {queries.shape[1]} entries, but rows have {block.shape[1]}")
         for start in range(0, len(block), size):
             rows = block[start : start + size]
-            at = slice(first + start, first + start + len(rows))
-            factor = None if scale is None else scale[at].to(queries)
+            factor = None if scale is None else scale(rows).to(queries)
             sizes = lengths[start : start + size].to(queries)
-            _offer(ends, approximate, rows, sizes, factor, at.start)
+            _offer(ends, approximate, rows, sizes, factor, first + start)
         first += len(block)
     n = min(k, first)
     high, low = ends
@@ -221,5 +224,5 @@ def _refined(queries: Tensor, rows: Tensor, query: Tensor, row: Tensor) -> Tenso
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 is multiplied by instructions of its own, with sums in float32."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older ones
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
     return device.type == "cpu" and bool(capabilities.get("avx512_bf16"))

@@ -96,6 +96,14 @@ class AttributionMethod(ABC):
             which says more.
         """
 
+    def extreme_scores(self, problem: AttributionProblem, k: int) -> Scores | None:
+        """Return the scores of the training instances at the ends of a test instance's order, or None.
+
+        None: it has no way to find them that takes less than all scores. See
+        :meth:`~fimo.scores.Scores.extremes`, which a method with such a way gives the same as.
+        """
+        return None
+
     def result(self, problem: AttributionProblem, values: Tensor, **more: Any) -> Scores:
         """Return scores with what the method and the problem say of them.
 
@@ -134,6 +142,7 @@ class AttributionMethod(ABC):
         test: Instances,
         left_out: Tensor | Sequence[int] | int | None = None,
         further_training: FurtherTraining | None = None,
+        extremes: int | None = None,
     ) -> Scores:
         """Return the scores of test instances for left-out training instances.
 
@@ -143,6 +152,8 @@ class AttributionMethod(ABC):
             left_out: ``[L]`` indices into ``train`` (a tensor, array or list; a number means so many evenly
                 spaced ones); all N when None.
             further_training: what the scores predict; methods that follow it require it.
+            extremes: only those of the training instances among so many with the highest or the lowest scores
+                of a test instance, or of the mean over all.
 
         Returns:
             values ``[J, L]`` (``[E, J, L]`` where the method follows further training) in the final model's
@@ -161,13 +172,18 @@ class AttributionMethod(ABC):
         train, test = admit(final_model, train, test)
         index = None if left_out is None else choices.indices(left_out, len(train), "left_out")
         problem = AttributionProblem(final_model, train, test, index, further_training)
+        if extremes is not None:
+            if extremes < 1:
+                raise InputError("extremes", f"expected at least 1 but got {extremes}")
+            if (chosen := self.extreme_scores(problem, extremes)) is not None:
+                return chosen
         found = self.scores(problem)
         found = found if isinstance(found, Scores) else self.result(problem, found)
-        if further_training is None or not self.follows_further_training or self.follows_seeds:
-            return found
-        # the amount of it alone was matched, not what its rule leaves out together
-        copies = make_rule(further_training.protocol, train).multiplicity(problem.index)
-        return replace(found, values=found.values * copies.to(found.values))
+        if further_training is not None and self.follows_further_training and not self.follows_seeds:
+            # the amount of it alone was matched, not what its rule leaves out together
+            copies = make_rule(further_training.protocol, train).multiplicity(problem.index)
+            found = replace(found, values=found.values * copies.to(found.values))
+        return found if extremes is None else found.extremes(extremes)
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Refuse what was written for an earlier version, where it would fail after hours or be ignored."""

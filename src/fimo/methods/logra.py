@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import Rows
 from fimo.curvature.layer_projection import LayerProjection, projected_size
+from fimo.curvature.projected_gradients import (
+    ProjectedGradients,
+    kept_key,
+    kept_tensor,
+    projected_gradients,
+    summed_squares,
+)
+from fimo.curvature.search import extremes
 from fimo.curvature.spectrum import MAX_DIMENSION
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.damping import DampingValue
-from fimo.methods.gradient import CurvatureMethod, FittedCurvature, Solved
+from fimo.methods.gradient import STORAGE, CurvatureMethod, FittedCurvature, Solved
 from fimo.models.final_model import FinalModel
+from fimo.scores import Scores
+
+LARGEST = 64
+"""Of a dimension that is chosen by memory."""
 
 
 class Logra(CurvatureMethod):
@@ -38,12 +53,16 @@ class Logra(CurvatureMethod):
     Args:
         damping, propagate: see :class:`~fimo.methods.gradient.CurvatureMethod`; ``auto`` is 0.1 times the
             mean eigenvalue of each block's R.
-        dimension: k of each side.
+        dimension: k of each side; ``auto``, the largest power of two up to 64 with which the projected
+            training gradients fit into half of ``memory_mb``.
         blocks: ``layers``, R of each layer by itself as in the papers, or ``whole``, of all together.
         curvature: ``empirical``, R of the training gradients, or ``gauss_newton``.
         second_moment: divide gradients by the root of their second moment.
         normalise: divide scores by those of j and of i with themselves (by ``loss`` only).
         seed: of the projections.
+        storage: type in which projected gradients are held or kept; the model's when None.
+        cache: a folder that keeps the projected training gradients, for other runs, test instances, dampings,
+            blocks and for TrackStar's cosines. They are searched there, whatever their number.
     """
 
     needs = "nothing else"
@@ -54,7 +73,7 @@ class Logra(CurvatureMethod):
         self,
         damping: DampingValue = "auto",
         propagate: Literal["loss", "outputs"] = "loss",
-        dimension: int = 16,
+        dimension: int | Literal["auto"] = 16,
         blocks: Literal["layers", "whole"] = "layers",
         curvature: Literal["empirical", "gauss_newton"] = "empirical",
         second_moment: bool = False,
@@ -65,15 +84,16 @@ class Logra(CurvatureMethod):
         cache: str | None = None,
     ) -> None:
         super().__init__(damping, propagate, memory_mb, storage, cache)
-        if dimension < 1:
-            raise InputError("dimension", f"expected at least 1 but got {dimension}")
+        if not (dimension == "auto" or (not isinstance(dimension, str) and dimension >= 1)):
+            raise InputError("dimension", f"expected at least 1, or auto, but got {dimension}")
         if blocks not in ("layers", "whole"):
             raise InputError("blocks", f"expected one of layers, whole but got {blocks!r}")
         if curvature not in ("empirical", "gauss_newton"):
             raise InputError("curvature", f"expected one of empirical, gauss_newton but got {curvature!r}")
         if normalise and propagate == "outputs":
             raise InputError("normalise", "a cosine of gradients changes no outputs; expected propagate=loss")
-        self.dimension, self.blocks, self.curvature, self.seed = dimension, blocks, curvature, seed
+        self.dimension: int | Literal["auto"] = dimension
+        self.blocks, self.curvature, self.seed = blocks, curvature, seed
         self.second_moment, self.normalise = second_moment, normalise
 
     @property
@@ -82,51 +102,109 @@ class Logra(CurvatureMethod):
         return False
 
     def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
-        shapes = {name: p.shape for name, p in final_model.parameters().items()}
-        sizes = projected_size(shapes, self.dimension)
+        sizes = projected_size(_shapes(final_model), self.dimension_of(final_model, len(train)))
         largest = sum(sizes) if self.blocks == "whole" else max(sizes)
         if largest <= MAX_DIMENSION:
             return None
         remedy = "a smaller dimension" if self.blocks == "layers" else "blocks=layers or a smaller dimension"
         return f"its eigenproblem is {largest} x {largest} (at most {MAX_DIMENSION}); choose {remedy}"
 
+    def dimension_of(self, final_model: FinalModel, n: int) -> int:
+        """Return k for n training instances."""
+        if self.dimension != "auto":
+            return self.dimension
+        k, shapes = LARGEST, _shapes(final_model)
+        each = self._kept_dtype(final_model).itemsize * n
+        while k > 1 and (
+            sum(projected_size(shapes, k)) * each > self.memory_mb * 2**20 / 2
+            or (self.blocks == "whole" and sum(projected_size(shapes, k)) > MAX_DIMENSION)
+        ):
+            k //= 2
+        return k
+
+    def gradients(self, final_model: FinalModel) -> InstanceGradients:
+        return InstanceGradients(final_model, self.memory_mb)  # what is kept is projected
+
     def fit(self, final_model: FinalModel, train: Instances) -> ProjectedCurvature:
         if reason := self.inapplicable(final_model, train):
             raise InputError("dimension", reason)
         gradients = self.gradients(final_model)
+        dimension = self.dimension_of(final_model, len(train))
         like = torch.zeros((), dtype=gradients.dtype, device=gradients.device)
-        projection = LayerProjection.random(gradients.shapes, self.dimension, self.seed, like)
-        losses = gradients.losses(train, "layers")
+        projection = LayerProjection.random(gradients.shapes, dimension, self.seed, like)
         if self.second_moment:
-            ones = torch.ones(losses.n, 1, 1, dtype=losses.dtype, device=losses.device)
-            projection = projection.scaled(losses.squares().transposed_times(ones)[:, 0] / losses.n)
-        rows = losses if self.curvature == "empirical" else gradients.gauss_newton(train, "layers")
+            projection = projection.scaled(self._second_moment(gradients, train))
+
+        def project(instances: Instances) -> Iterator[Tensor]:
+            for block in projection.blocks(gradients.losses(instances, "layers")):
+                yield block[:, 0]
+
+        dtype = self._kept_dtype(final_model)
+        settings = {"dimension": dimension, "seed": self.seed, "second_moment": self.second_moment}
+        projected = projected_gradients(
+            train, project, sum(projection.sizes), dtype, gradients.memory,
+            self._folder, kept_key(final_model, train, "layers", settings, dtype),
+        )  # fmt: skip
         sizes = projection.sizes if self.blocks == "layers" else [sum(projection.sizes)]
-        totals = [torch.zeros(k, k, dtype=torch.float64, device=gradients.device) for k in sizes]
-        each = sum(projection.sizes) * rows.r * rows.dtype.itemsize
-        keep = self.curvature == "empirical" and rows.n * each <= gradients.memory
-        kept: list[Tensor] = []
-        for block in projection.blocks(rows):
-            if keep:
-                kept.append(block)
-            for total, part in zip(totals, block.flatten(0, 1).double().split(sizes, 1), strict=True):
-                total.addmm_(part.T, part)
+        if self.curvature == "empirical":
+            totals = projected.second_moments(sizes)
+        else:
+            rows = gradients.gauss_newton(train, "layers")
+            whole = (block.flatten(0, 1) for block in projection.blocks(rows))
+            totals = summed_squares(whole, sizes)
         found = [torch.linalg.eigh(total / len(train)) for total in totals]
         values, vectors = [v.clamp(min=0) for v, _ in found], [v for _, v in found]
         relative = self.damping.kind == "auto"
-        projected = torch.cat(kept) if keep else None
         return ProjectedCurvature(
             gradients, train, projection, values, vectors, relative, self.normalise, projected
         )
+
+    @property
+    def _folder(self) -> Path | None:
+        return None if self.cache is None else Path(self.cache)
+
+    def _kept_dtype(self, final_model: FinalModel) -> torch.dtype:
+        return STORAGE[self.storage] if self.storage else next(iter(final_model.parameters().values())).dtype
+
+    def _second_moment(self, gradients: InstanceGradients, train: Instances) -> Tensor:
+        """Return the mean squares ``[P]`` of the training gradients."""
+
+        def made() -> Tensor:
+            losses = gradients.losses(train, "layers")
+            ones = torch.ones(losses.n, 1, 1, dtype=losses.dtype, device=losses.device)
+            return losses.squares().transposed_times(ones)[:, 0] / losses.n
+
+        key = kept_key(gradients.final_model, train, "second_moment", {}, gradients.dtype)
+        return kept_tensor(self._folder, key, made, gradients.device)
 
     def solved(
         self, curvature: FittedCurvature, left: Rows, problem: AttributionProblem, dampings: Tensor
     ) -> Solved:
         assert isinstance(curvature, ProjectedCurvature)
-        if curvature.projected is None:
-            return super().solved(curvature, left, problem, dampings)
-        right = curvature.projected[problem.index.to(curvature.projected.device)]
-        return curvature.products(curvature.coordinates(left), curvature.turned(right), dampings)
+        right = (rows for rows, _ in curvature.chosen(problem.left_out))
+        return curvature.products(curvature.coordinates(left), right, len(problem.index), dampings)
+
+    def extreme_scores(self, problem: AttributionProblem, k: int) -> Scores | None:
+        if self.propagate != "loss" or self.follows_further_training:
+            return None
+        curvature = self.fit(problem.final_model, problem.train)
+        dampings = self.dampings(curvature, problem.further_training)
+        inverse = 1 / curvature.damped(dampings.item())
+        left = curvature.gradients.measurements(problem.test)
+        queries = curvature.query(curvature.coordinates(left), inverse)[:, 0]
+        found = extremes(
+            torch.cat([queries, queries.mean(0, keepdim=True)]),
+            curvature.chosen(problem.left_out),
+            k,
+            (lambda rows: curvature.inverse_lengths(rows, inverse)) if self.normalise else None,
+        )
+        at = torch.cat([found.highest_at, found.lowest_at]).unique().cpu()
+        some = replace(problem, left_out=problem.index[at])
+        values, notes = self.sweep(curvature, dampings, some)
+        evaluations = curvature.gradients.evaluations
+        return self.result(
+            some, values[0], gradient_evaluations=evaluations, notes=(*curvature.notes, *notes), ranks=k
+        )
 
     def sweep(
         self, curvature: FittedCurvature, dampings: Tensor, problem: AttributionProblem
@@ -144,7 +222,7 @@ class ProjectedCurvature(FittedCurvature):
         vectors: its eigenvectors ``[k, k]``.
         relative: dampings are multiples of each block's own mean eigenvalue.
         normalise: products are cosines.
-        projected: ``[N, 1, K]``, training gradients, where they fit into the memory.
+        projected: training gradients.
     """
 
     projection: LayerProjection
@@ -152,36 +230,68 @@ class ProjectedCurvature(FittedCurvature):
     vectors: list[Tensor]
     relative: bool
     normalise: bool
-    projected: Tensor | None = None
+    projected: ProjectedGradients
 
     def mean_eigenvalue(self) -> float:
         return float(torch.cat(self.values).mean())
 
     def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Solved:
-        return self.products(self.coordinates(left), self.coordinates(right), dampings)
+        blocks = (block[:, 0] for block in self.projection.blocks(right))
+        return self.products(self.coordinates(left), blocks, right.n, dampings)
 
-    def products(self, ours: Tensor, right: Tensor, dampings: Tensor) -> Solved:
-        """Return the products of coordinates ``[n, R, K]`` and ``[m, 1, K]`` with each damped inverse."""
-        theirs = right[:, 0]
-        found = []
-        for damping in dampings.tolist():
-            inverse = 1 / self.damped(damping)
-            products = (ours * inverse) @ theirs.T
-            if self.normalise:
-                sizes = [(c.square() * inverse).sum(-1).sqrt() for c in (ours, theirs)]
-                norms = sizes[0][..., None] * sizes[1]
-                products = products / norms.where(norms > 0, 1)
-            found.append(products)
-        return Solved(torch.stack(found))
+    def chosen(self, index: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the projected gradients ``[m, K]`` of some training instances, with their lengths ``[m]``.
+
+        Args:
+            index: whose; None for all.
+        """
+        return self.projected.blocks() if index is None else self.projected.some(index)
+
+    def products(self, ours: Tensor, right: Iterable[Tensor], count: int, dampings: Tensor) -> Solved:
+        """Return the products with each damped inverse.
+
+        Args:
+            ours: coordinates ``[n, R, K]``.
+            right: blocks of projected rows, ``[m, K]`` each.
+            count: how many rows they are.
+            dampings: ``[E]``.
+        """
+        inverses = [1 / self.damped(damping) for damping in dampings.tolist()]
+        queries = [self.query(ours, inverse) for inverse in inverses]
+        found = torch.empty(len(inverses), *ours.shape[:2], count, dtype=self.gradients.dtype).to(ours.device)
+        start = 0
+        for rows in right:
+            at = slice(start, start + len(rows))
+            start += len(rows)
+            exact = rows.double()
+            for e, (query, inverse) in enumerate(zip(queries, inverses, strict=True)):
+                products = query @ exact.T
+                if self.normalise:
+                    products *= self.inverse_lengths(exact, inverse)
+                found[e, :, :, at] = products
+        return Solved(found)
+
+    def query(self, ours: Tensor, inverse: Tensor) -> Tensor:
+        """Return what to multiply projected rows with, ``[n, R, K]``, for coordinates ``[n, R, K]``."""
+        if self.normalise:
+            norms = (ours.square() * inverse).sum(-1, keepdim=True).sqrt()
+            ours = ours / norms.where(norms > 0, 1)
+        parts = (ours * inverse).split([len(v) for v in self.values], 2)
+        return torch.cat([part @ v.T for part, v in zip(parts, self.vectors, strict=True)], 2)
+
+    def inverse_lengths(self, rows: Tensor, inverse: Tensor) -> Tensor:
+        """Return ``[m]``: one over the length in the inverse of projected rows ``[m, K]``; 1 for zeros."""
+        norms = (self.turned(rows).square() * inverse).sum(-1).sqrt()
+        return 1 / norms.where(norms > 0, 1)
 
     def coordinates(self, rows: Rows) -> Tensor:
         """Return ``[n, R, K]`` (float64), along the eigenvectors of all blocks."""
         return self.turned(self.projection.project(rows))
 
     def turned(self, projected: Tensor) -> Tensor:
-        """Return the coordinates of projected rows ``[n, R, K]``."""
-        parts = projected.double().split([len(v) for v in self.values], 2)
-        return torch.cat([part @ v for part, v in zip(parts, self.vectors, strict=True)], 2)
+        """Return the coordinates of projected rows ``[..., K]``."""
+        parts = projected.double().split([len(v) for v in self.values], -1)
+        return torch.cat([part @ v for part, v in zip(parts, self.vectors, strict=True)], -1)
 
     def damped(self, damping: float) -> Tensor:
         """Return the damped eigenvalues ``[K]`` of all blocks."""
@@ -192,3 +302,7 @@ class ProjectedCurvature(FittedCurvature):
             # a block without any curvature (dead units) still gets a finite answer
             found.append(values + damping * max(factor, 1e-6))
         return torch.cat(found)
+
+
+def _shapes(final_model: FinalModel) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in final_model.parameters().items()}

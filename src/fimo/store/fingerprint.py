@@ -241,6 +241,29 @@ def gradients_key(
     return Key(parts, f"{kind}, {problem.about}")
 
 
+def projected_key(
+    final_model: FinalModel, instances: Instances, kind: str, settings: Mapping[str, Any]
+) -> Key:
+    """Return what kept projections of instances' loss gradients depend on: no measurement, whatever the kind.
+
+    Args:
+        kind: of the projection, ``layers`` ...
+        settings: that say which projection it is, and how its rows are kept.
+
+    Raises:
+        Indescribable: naming the part of the network or the loss.
+    """
+    problem = Problem.of(final_model, instances)
+    parts = {
+        **{name: part for name, part in problem.parts.items() if name != "measurement"},
+        "kind": kind,
+        **settings,
+        **computed_by("fimo.curvature.projected_gradients"),
+    }
+    words = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return Key(parts, f"projected ({kind}, {words}), {problem.about}")
+
+
 def computed_by(*modules: str) -> dict[str, Any]:
     """Return what stands for the code of some modules: source with all that they import, and versions."""
     return {
