@@ -77,7 +77,7 @@ def test_a_file_is_read_with_its_own_adjustment_unless_another_is_asked_for(
 
 def test_large_results_are_mapped_from_a_file_that_vanishes_with_them(monkeypatch, tmp_path: Path) -> None:
     expected = found()
-    monkeypatch.setattr(engine, "MAPPED_BYTES", 0)
+    monkeypatch.setattr("fimo.data.mapped.MAPPED_BYTES", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     mapped = found()
     assert torch.equal(mapped.raw, expected.raw)

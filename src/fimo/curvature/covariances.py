@@ -84,7 +84,8 @@ def _of_rows(rows: Rows) -> list[Moments] | None:
         if block is None:
             return None
         if isinstance(block, FactoredRows):
-            _add_factors(block, linear, rows.n)
+            for part in block.parts():
+                _add_factors(part, linear, rows.n)
             continue
         made: dict[tuple[int, bool, bool], tuple[Tensor, int]] = {}  # layers may share what enters them
         for call in sorted(block.calls, key=lambda c: c.owner):

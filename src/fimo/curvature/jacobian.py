@@ -24,6 +24,9 @@ PIECE = 2**18
 STRIP = 512
 """Instances of a strip of a symmetric matrix of inner products, whose other half is its mirror image."""
 
+INSTANCES = 4096
+"""Instances of factored rows that are turned, squared or projected together."""
+
 
 class Rows(ABC):
     """n·R vectors of length P.
@@ -246,7 +249,12 @@ class FactoredRows(Rows):
     def blocks(self) -> Iterator[Rows]:
         yield self
 
-    def part(self, start: int, stop: int) -> Rows:
+    def parts(self, size: int = INSTANCES) -> Iterator[FactoredRows]:
+        """Yield consecutive instances, so that what is made of them is small."""
+        for start in range(0, self.n, size):
+            yield self.part(start, start + size)
+
+    def part(self, start: int, stop: int) -> FactoredRows:
         layers = tuple(
             LayerFactors(f.weight, f.bias, f.entering[start:stop], f.delta[start:stop]) for f in self.layers
         )

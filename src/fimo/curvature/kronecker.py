@@ -285,7 +285,8 @@ def _second_moments(rows: Rows, blocks: list[Block], n: int) -> None:
     }
     for stretch in rows.blocks():
         if isinstance(stretch, FactoredRows):
-            _moments_of_factors(stretch, blocks, totals)
+            for part in stretch.parts():
+                _moments_of_factors(part, blocks, totals)
             continue
         if (parts := calls_of(stretch)) is not None:
             for part in parts:

@@ -126,8 +126,9 @@ class LayerProjection:
         """Yield the projected rows of consecutive instances."""
         for block in rows.blocks():
             if isinstance(block, FactoredRows):
-                by_name = {layer.weight or layer.bias: layer for layer in block.layers}
-                yield torch.cat([side.of_factors(by_name[side.names[0]]) for side in self.sides], 2)
+                for part in block.parts():
+                    by_name = {layer.weight or layer.bias: layer for layer in part.layers}
+                    yield torch.cat([side.of_factors(by_name[side.names[0]]) for side in self.sides], 2)
                 continue
             if isinstance(block, ModuleRows):
                 yield torch.cat([side.of_calls(block) for side in self.sides], 2)

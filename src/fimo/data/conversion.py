@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,12 +13,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
 from fimo.data.instances import Inputs, Instances
+from fimo.data.mapped import array
 from fimo.errors import InputError, shortened
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Columns = str | Sequence[str] | None
+
+BLOCK = 4096
+"""Rows that are read together from data sets that may be larger than the memory."""
 
 TARGETS = ("label", "labels", "target")
 """Columns that are taken for the target where none is named."""
@@ -65,12 +70,15 @@ def to_instances(
         instances = _of_frame(source, inputs, target, key, text)
     elif _is_pair(source):
         instances = _of_pair(source, key)
+    elif _is_table(source):
+        instances = _of_table(source, inputs, target, key, text)
     else:
         instances = _of_elements(source, inputs, target, key, text)
     for name, tensor in instances.tensors().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            row = int((~torch.isfinite(tensor)).nonzero()[0, 0])
-            raise InputError(key, f"element {row} has NaN or infinite {name}")
+        for k, part in enumerate(tensor.split(BLOCK)):
+            if part.is_floating_point() and not torch.isfinite(part).all():
+                row = k * BLOCK + int((~torch.isfinite(part)).nonzero()[0, 0])
+                raise InputError(key, f"element {row} has NaN or infinite {name}")
     return instances
 
 
@@ -117,16 +125,89 @@ def _of_elements(
     key: str,
     text: Columns,
 ) -> Instances:
+    def block(start: int, stop: int) -> Instances:
+        try:
+            elements = [source[i] for i in range(start, stop)]
+        except (TypeError, KeyError, IndexError) as error:
+            raise _no_set(source, key, error) from error
+        return _of_block(elements, inputs, target, key, text)
+
     try:
-        elements = [source[i] for i in range(len(source))]
-    except (TypeError, KeyError, IndexError) as error:
-        raise InputError(
-            key,
-            "expected Instances, arrays (X, y), a DataFrame, a DataLoader, or a data set with a length and "
-            f"elements but got {type(source).__name__} ({error!r})",
-        ) from error
-    if not elements:
+        n = len(source)
+    except TypeError as error:
+        raise _no_set(source, key, error) from error
+    if not n:
         raise InputError(key, "the data set is empty")
+    return _filled(n, block, key, inputs)
+
+
+def _no_set(source: Any, key: str, error: Exception) -> InputError:
+    return InputError(
+        key,
+        "expected Instances, arrays (X, y), a DataFrame, a DataLoader, or a data set with a length and "
+        f"elements but got {type(source).__name__} ({error!r})",
+    )
+
+
+def _filled(n: int, block: Callable[[int, int], Instances], key: str, inputs: Columns) -> Instances:
+    """Return n instances that are read a block at a time, in temporary files where they are large.
+
+    Args:
+        block: of a start and a stop, the instances between.
+        inputs: a column's name, for errors.
+    """
+    first = block(0, min(n, BLOCK))
+    if len(first) == n:
+        return first
+    found = {name: array(n, *part.shape[1:], dtype=part.dtype) for name, part in first.tensors().items()}
+    for start in range(0, n, BLOCK):
+        some = first if start == 0 else block(start, min(n, start + BLOCK))
+        for name, part in some.tensors().items():
+            into = found[name]
+            shown = inputs if name == "inputs" and isinstance(inputs, str) else name
+            _same_shapes([tuple(into.shape[1:]), tuple(part.shape[1:])], key, shown)
+            if part.dtype != into.dtype:  # whole numbers before the first fraction
+                found[name] = into = into.to(torch.promote_types(part.dtype, into.dtype))
+            into[start : start + len(part)] = part
+    targets = found.pop("targets")
+    return Instances(found if isinstance(first.inputs, dict) else found["inputs"], targets)
+
+
+def _of_table(
+    table: Any,
+    inputs: Columns,
+    target: str | None,
+    key: str,
+    text: Columns,
+) -> Instances:
+    """Return a ``datasets.Dataset``'s rows, whose columns are read in blocks."""
+    if not len(table):
+        raise InputError(key, "the data set is empty")
+    wanted, target = _columns(table.column_names, inputs, target, key, text)
+    plain = table.with_format("numpy") if table.format["type"] is None else table
+
+    def part(rows: Mapping[str, Any], column: str, start: int, stop: int) -> Tensor:
+        value = rows[column]
+        if isinstance(value, np.ndarray) and value.dtype.kind not in "biuf":  # unlike shapes, or text
+            value = table[start:stop][column]
+        return _array(value, key, column) if is_array(value) else _stack(list(value), key, column)
+
+    def block(start: int, stop: int) -> Instances:
+        rows = plain[start:stop]
+        found = {str(c): part(rows, c, start, stop) for c in wanted}
+        single = isinstance(inputs, str)
+        return Instances(next(iter(found.values())) if single else found, part(rows, target, start, stop))
+
+    return _filled(len(table), block, key, inputs)
+
+
+def _of_block(
+    elements: list[Any],
+    inputs: Columns,
+    target: str | None,
+    key: str,
+    text: Columns,
+) -> Instances:
     if isinstance(elements[0], Mapping):
         there = list(elements[0])
         wanted, target = _columns(there, inputs, target, key, text)
@@ -220,6 +301,11 @@ def _is_pair(source: Any) -> bool:
     return is_array(y) and (is_array(x) or (isinstance(x, Mapping) and all(map(is_array, x.values()))))
 
 
+def _is_table(value: Any) -> bool:
+    datasets = sys.modules.get("datasets")  # whoever holds one has imported it
+    return datasets is not None and isinstance(value, datasets.Dataset)
+
+
 def _is_frame(value: Any) -> bool:
     pandas = sys.modules.get("pandas")  # whoever holds one has imported it
     return pandas is not None and isinstance(value, pandas.DataFrame)
@@ -276,6 +362,14 @@ def _array(value: Any, key: str, name: str) -> Tensor:
                 raise InputError(key, f"column {column!r} has no value in row {missing[0]}")
         if _is_frame(value) and name == "inputs":
             return torch.tensor(np.ascontiguousarray(value, np.float64)).to(torch.get_default_dtype())
+    if isinstance(value, np.memmap) and len(value) > BLOCK:
+        starts = range(0, len(value), BLOCK)
+        blocks = (_array(np.asarray(value[s : s + BLOCK]), key, name) for s in starts)
+        first = next(blocks)
+        found = array(len(value), *first.shape[1:], dtype=first.dtype)
+        for start, block in zip(starts, itertools.chain([first], blocks), strict=True):
+            found[start : start + BLOCK] = block
+        return found
     try:
         tensor = torch.tensor(np.ascontiguousarray(value))
     except TypeError:

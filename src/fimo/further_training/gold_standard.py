@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from fimo.cost import Cost
 from fimo.data.instances import Instances
+from fimo.data.mapped import array
 from fimo.engine.context import Setting, chunk_size
 from fimo.engine.devices import trainer_device
 from fimo.engine.job import Job
@@ -233,15 +233,3 @@ def _assemble(
         full_losses=full_losses,
         groups=members if width > 1 else None,
     )
-
-
-MAPPED_BYTES = 2**28
-
-
-def array(*shape: int) -> Tensor:
-    """Return an uninitialised float32 array, in a deleted temporary file where it is large."""
-    size = int(torch.Size(shape).numel())
-    if 4 * size < MAPPED_BYTES:
-        return torch.full(shape, torch.nan)
-    with tempfile.NamedTemporaryFile(prefix="fimo-raw-") as file:
-        return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(shape)
