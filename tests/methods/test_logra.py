@@ -262,3 +262,34 @@ def test_a_dimension_chosen_by_memory_fits_into_half_of_it() -> None:
     assert found[-1] == 64
     automatic = Logra(dimension="auto").attribute(*run_of(case)).values
     torch.testing.assert_close(automatic, Logra(dimension=64).attribute(*run_of(case)).values)
+
+
+def test_parts_made_apart_are_together_what_one_process_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fimo.store.row_files.EACH", 4)
+    case = CASES["mlp_classification"]()
+    train = case.train
+    whole = Logra(dimension=3, cache=str(tmp_path / "whole"))
+    assert whole.keep(case.final_model, train) == len(train)
+    assert whole.keep(case.final_model, train) == 0
+    counts = []
+    for k in range(3):
+        counts.append(Logra(dimension=3, cache=str(tmp_path / str(k))).keep(case.final_model, train, (k, 3)))
+        for path in (tmp_path / str(k)).rglob("*.safetensors"):
+            joined = tmp_path / "joined" / path.relative_to(tmp_path / str(k))
+            joined.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(joined)
+    assert sum(counts) == len(train)
+    assert min(counts) > 0
+
+    def contents(root: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*.safetensors")}
+
+    assert contents(tmp_path / "joined") == contents(tmp_path / "whole")
+    found = Logra(dimension=3, cache=str(tmp_path / "joined")).attribute(*run_of(case))
+    assert found.gradient_evaluations == len(case.test)
+    with pytest.raises(InputError, match="part: expected"):
+        whole.keep(case.final_model, train, (3, 3))
+    with pytest.raises(InputError, match="cache: expected a folder"):
+        Logra().keep(case.final_model, train)

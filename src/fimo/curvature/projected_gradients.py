@@ -18,7 +18,7 @@ from torch import Tensor
 from fimo.data.instances import Instances
 from fimo.models.final_model import FinalModel
 from fimo.store.files import Store, read_tensors, write_tensors
-from fimo.store.fingerprint import folder_of, projected_key
+from fimo.store.fingerprint import Key, folder_of, projected_key
 from fimo.store.row_files import EACH, RowFiles
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def projected_gradients(
     dtype: torch.dtype,
     memory: float,
     cache: Path | None = None,
-    key: Callable[[], Any] | None = None,
+    key: Callable[[], Key] | None = None,
 ) -> ProjectedGradients:
     """Return the projected gradients of a set.
 
@@ -168,15 +168,10 @@ def projected_gradients(
         InputError: gradients that are not finite, or that ``dtype`` can't hold.
     """
     device = instances.targets.device
-    folder = None if cache is None or key is None else folder_of(Store(cache), "gradients", key)
-    if folder is not None:
-        files = RowFiles(folder, len(instances), width, dtype)
-        made = files.make(lambda start, stop: torch.cat(list(project(instances[start:stop]))))
-        log.info(
-            "projected gradients of %d instances (%d numbers each): %d made here, %d read from %s",
-            len(instances), width, made, len(instances) - made, folder,
-        )  # fmt: skip
-        return KeptGradients(files, device)
+    if cache is not None and key is not None:
+        files, _ = kept_files(instances, project, width, dtype, cache, key)
+        if files is not None:
+            return KeptGradients(files, device)
     size = len(instances) * width * dtype.itemsize
     if size > memory:
         log.info(
@@ -193,8 +188,37 @@ def projected_gradients(
     return HeldGradients(values)
 
 
+def kept_files(
+    instances: Instances,
+    project: Project,
+    width: int,
+    dtype: torch.dtype,
+    cache: Path,
+    key: Callable[[], Key],
+    part: tuple[int, int] = (0, 1),
+) -> tuple[RowFiles | None, int]:
+    """Return files of projected gradients, of which the missing ones are made; and how many rows that were.
+
+    None where they can't be kept, which the log explains.
+
+    Args:
+        part: make the k-th of n parts only.
+        others: as of :func:`projected_gradients`.
+    """
+    folder = folder_of(Store(cache), "gradients", key)
+    if folder is None:
+        return None, 0
+    files = RowFiles(folder, len(instances), width, dtype)
+    made = files.make(lambda start, stop: torch.cat(list(project(instances[start:stop]))), part)
+    log.info(
+        "projected gradients of %d instances (%d numbers each): %d made now, the others %s %s",
+        len(instances), width, made, "read from" if part == (0, 1) else "left to other parts, or in", folder,
+    )  # fmt: skip
+    return files, made
+
+
 def kept_tensor(
-    cache: Path | None, key: Callable[[], Any], make: Callable[[], Tensor], device: torch.device
+    cache: Path | None, key: Callable[[], Key], make: Callable[[], Tensor], device: torch.device
 ) -> Tensor:
     """Return a tensor that is kept beside projected gradients, made where it is not there."""
     folder = None if cache is None else folder_of(Store(cache), "gradients", key)
@@ -213,7 +237,7 @@ def kept_key(
     kind: str,
     settings: Mapping[str, Any],
     dtype: torch.dtype,
-) -> Callable[[], Any]:
+) -> Callable[[], Key]:
     """Return a function of no arguments: what kept projections depend on, their form included."""
     form = {**settings, "kept": str(dtype).removeprefix("torch."), "file": EACH}
     return lambda: projected_key(final_model, instances, kind, form)

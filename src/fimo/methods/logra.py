@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import Rows
 from fimo.curvature.layer_projection import LayerProjection, projected_size
 from fimo.curvature.projected_gradients import (
+    Project,
     ProjectedGradients,
+    kept_files,
     kept_key,
     kept_tensor,
     projected_gradients,
@@ -29,6 +31,8 @@ from fimo.methods.damping import DampingValue
 from fimo.methods.gradient import STORAGE, CurvatureMethod, FittedCurvature, Solved
 from fimo.models.final_model import FinalModel
 from fimo.scores import Scores
+from fimo.store.fingerprint import Key
+from fimo.validation.admission import admit
 
 LARGEST = 64
 """Of a dimension that is chosen by memory."""
@@ -129,21 +133,10 @@ class Logra(CurvatureMethod):
         if reason := self.inapplicable(final_model, train):
             raise InputError("dimension", reason)
         gradients = self.gradients(final_model)
-        dimension = self.dimension_of(final_model, len(train))
-        like = torch.zeros((), dtype=gradients.dtype, device=gradients.device)
-        projection = LayerProjection.random(gradients.shapes, dimension, self.seed, like)
-        if self.second_moment:
-            projection = projection.scaled(self._second_moment(gradients, train))
-
-        def project(instances: Instances) -> Iterator[Tensor]:
-            for block in projection.blocks(gradients.losses(instances, "layers")):
-                yield block[:, 0]
-
-        dtype = self._kept_dtype(final_model)
-        settings = {"dimension": dimension, "seed": self.seed, "second_moment": self.second_moment}
+        projection = self._projection(gradients, train)
         projected = projected_gradients(
-            train, project, sum(projection.sizes), dtype, gradients.memory,
-            self._folder, kept_key(final_model, train, "layers", settings, dtype),
+            train, _projected(gradients, projection), sum(projection.sizes), self._kept_dtype(final_model),
+            gradients.memory, self._folder, self._key(final_model, train),
         )  # fmt: skip
         sizes = projection.sizes if self.blocks == "layers" else [sum(projection.sizes)]
         if self.curvature == "empirical":
@@ -158,6 +151,49 @@ class Logra(CurvatureMethod):
         return ProjectedCurvature(
             gradients, train, projection, values, vectors, relative, self.normalise, projected
         )
+
+    def keep(self, final_model: FinalModel, train: Any, part: tuple[int, int] = (0, 1)) -> int:
+        """Make the projected training gradients in ``cache`` that are missing, and nothing else.
+
+        Several processes with one folder share the work by themselves. Machines without a common folder make
+        parts; the folders' files, copied together, are the bytes that one would have made.
+
+        Args:
+            train: all N training instances, in any form of :func:`fimo.data.conversion.to_instances`.
+            part: (k, n): the k-th of n parts of the files, k from 0.
+
+        Returns:
+            Of how many instances they were made now.
+
+        Raises:
+            InputError: no ``cache``, no such part, or what can't be kept.
+        """
+        if self._folder is None:
+            raise InputError("cache", "expected a folder that keeps projected gradients but got null")
+        k, n = part
+        if not 0 <= k < n:
+            raise InputError("part", f"expected (k, n) with k from 0 to n - 1 but got {part}")
+        train, _ = admit(final_model, train)
+        gradients = self.gradients(final_model)
+        projection = self._projection(gradients, train)
+        files, made = kept_files(
+            train, _projected(gradients, projection), sum(projection.sizes), self._kept_dtype(final_model),
+            self._folder, self._key(final_model, train), part,
+        )  # fmt: skip
+        if files is None:
+            raise InputError("cache", "the network or the loss has no description, so nothing can be kept")
+        return made
+
+    def _projection(self, gradients: InstanceGradients, train: Instances) -> LayerProjection:
+        like = torch.zeros((), dtype=gradients.dtype, device=gradients.device)
+        dimension = self.dimension_of(gradients.final_model, len(train))
+        projection = LayerProjection.random(gradients.shapes, dimension, self.seed, like)
+        return projection.scaled(self._second_moment(gradients, train)) if self.second_moment else projection
+
+    def _key(self, final_model: FinalModel, train: Instances) -> Callable[[], Key]:
+        dimension = self.dimension_of(final_model, len(train))
+        settings = {"dimension": dimension, "seed": self.seed, "second_moment": self.second_moment}
+        return kept_key(final_model, train, "layers", settings, self._kept_dtype(final_model))
 
     @property
     def _folder(self) -> Path | None:
@@ -302,6 +338,16 @@ class ProjectedCurvature(FittedCurvature):
             # a block without any curvature (dead units) still gets a finite answer
             found.append(values + damping * max(factor, 1e-6))
         return torch.cat(found)
+
+
+def _projected(gradients: InstanceGradients, projection: LayerProjection) -> Project:
+    """Return a function of instances: blocks ``[n, K]`` of their projected loss gradients."""
+
+    def project(instances: Instances) -> Iterator[Tensor]:
+        for block in projection.blocks(gradients.losses(instances, "layers")):
+            yield block[:, 0]
+
+    return project
 
 
 def _shapes(final_model: FinalModel) -> dict[str, torch.Size]:
