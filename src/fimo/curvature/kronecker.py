@@ -285,8 +285,8 @@ def _second_moments(rows: Rows, blocks: list[Block], n: int) -> None:
     }
     for stretch in rows.blocks():
         if isinstance(stretch, FactoredRows):
-            for part in stretch.parts():
-                _moments_of_factors(part, blocks, totals)
+            for some in stretch.parts():
+                _moments_of_factors(some, blocks, totals)
             continue
         if (parts := calls_of(stretch)) is not None:
             for part in parts:
