@@ -290,7 +290,7 @@ def test_a_part_that_raises_is_a_line_with_the_reason() -> None:
 # what the lines are made of
 
 
-@pytest.mark.parametrize("leave_out", ["shift", "mask", "every_batch"])
+@pytest.mark.parametrize("leave_out", ["shift", "mask", "every_batch", "reweighted"])
 @pytest.mark.parametrize("name", ["mlp_regression", "conv_net"])
 def test_removing_the_whole_of_an_instance_is_leaving_it_out(name: str, leave_out: str) -> None:
     case = CASES[name]()

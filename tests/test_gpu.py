@@ -40,7 +40,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
+@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch", "reweighted"])
 @pytest.mark.parametrize("name", list(CASES))
 def test_steps_recorded_as_graphs_give_the_same_bytes_and_the_cpus_losses(
     name: str, rule: str, optimizer: str

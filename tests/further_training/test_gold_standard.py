@@ -33,7 +33,7 @@ OPTIMIZERS: dict[str, dict] = {
     "linear_schedule": {"lr": 0.05, "schedule": "linear"},
     "cosine_schedule": {"optimizer": "adam", "lr": 0.01, "schedule": "cosine"},
 }
-RULES = ["shift", "mask", "every_batch"]
+RULES = ["shift", "mask", "every_batch", "reweighted"]
 UNITS = [[0], [7], [11], [4, 9]]
 
 

@@ -89,7 +89,7 @@ def advanced(setting: Setting, units: list[Unit], record: Any, steps: int) -> tu
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
+@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch", "reweighted"])
 @pytest.mark.parametrize("name", ["mlp_regression", "mlp_classification", "transformer"])
 def test_steps_that_are_replayed_give_the_same_bytes(name: str, rule: str, optimizer: str) -> None:
     """Batches of two sizes (the last of an epoch is short), in an order that every epoch draws anew."""
@@ -127,7 +127,7 @@ def test_a_saved_state_goes_on_in_recorded_steps() -> None:
     assert all(torch.equal(t, second.state()[name]) for name, t in whole.state().items())
 
 
-@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch", "with_duplicates"])
+@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch", "reweighted", "with_duplicates"])
 @pytest.mark.parametrize("seeds", [(3, 3, 3), (0, 1, 2)])
 def test_batches_are_made_without_waiting_for_the_device(rule: str, seeds: tuple[int, ...]) -> None:
     case = CASES["mlp_regression"]().to(torch.float32)

@@ -122,7 +122,7 @@ def test_on_all_runs_the_measured_noise_is_the_noise() -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
+@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch", "reweighted"])
 def test_noise_is_measured_on_groups_of_any_sizes(rule: str) -> None:
     data = amplifying()
     protocol = Protocol(optimizer="adam", lr=0.1, batch_size=5, epochs=6, leave_out=rule)  # type: ignore[arg-type]

@@ -270,7 +270,7 @@ def test_a_run_does_not_depend_on_the_runs_beside_it() -> None:
     torch.manual_seed(0)
     case = CASES["mlp_regression"]().to(torch.float32)
     model = FinalModel(mlp(4, (37, 70), 1, torch.nn.Tanh), mean_squared_error)
-    for rule in ("shift", "mask", "every_batch"):
+    for rule in ("shift", "mask", "every_batch", "reweighted"):
         protocol = Protocol("adam", batch_size=7, epochs=2, leave_out=rule)
         results = [
             further_train(model, case.train, case.test, protocol, [0, 1], units, chunk=chunk)

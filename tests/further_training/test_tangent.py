@@ -113,7 +113,7 @@ def test_every_batch_tangents_equal_small_differences() -> None:
         )
 
 
-@pytest.mark.parametrize("rule", ["mask", "every_batch"])
+@pytest.mark.parametrize("rule", ["mask", "every_batch", "reweighted"])
 @pytest.mark.parametrize("optimizer", DIFFERENTIABLE)
 def test_reverse_mode_equals_forward_mode(optimizer: str, rule: str) -> None:
     case, protocol = CASES["mlp_regression"](), protocol_of(optimizer, leave_out=rule)
@@ -128,7 +128,7 @@ def test_reverse_mode_equals_forward_mode(optimizer: str, rule: str) -> None:
     torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-10 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("rule", ["mask", "shift", "every_batch"])
+@pytest.mark.parametrize("rule", ["mask", "shift", "every_batch", "reweighted"])
 def test_the_adjoint_of_a_weighted_sum_of_test_losses_is_the_sum_of_their_adjoints(rule: str) -> None:
     case, protocol = CASES["mlp_regression"](), protocol_of("momentum", leave_out=rule)
     data = (case.final_model, case.train, case.test, protocol, 1)
@@ -142,7 +142,7 @@ def test_the_adjoint_of_a_weighted_sum_of_test_losses_is_the_sum_of_their_adjoin
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.3])
-@pytest.mark.parametrize("rule", ["mask", "every_batch", "with_duplicates"])
+@pytest.mark.parametrize("rule", ["mask", "every_batch", "reweighted", "with_duplicates"])
 @pytest.mark.parametrize("optimizer", DIFFERENTIABLE)
 def test_seeds_followed_together_have_the_adjoints_of_each(
     optimizer: str, rule: str, clip_norm: float | None

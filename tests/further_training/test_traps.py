@@ -158,7 +158,7 @@ def test_runs_with_dropout_are_the_same_bytes_whatever_the_threads_and_the_chunk
         assert torch.equal(other.full_losses, found[0].full_losses)
 
 
-@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
+@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch", "reweighted"])
 def test_runs_with_dropout_equal_the_plain_loop(rule: str) -> None:
     torch.manual_seed(0)
     case = CASES["mlp_classification"]()

@@ -13,7 +13,7 @@ from tests.cases import CASES
 from tests.reference.further_training import plain_run
 
 
-@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
+@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch", "reweighted"])
 @pytest.mark.parametrize("name", ["mlp_regression", "conv_net"])
 def test_losses_are_those_of_a_plain_loop_in_the_order_asked_for(name: str, rule: Any) -> None:
     case = CASES[name]()

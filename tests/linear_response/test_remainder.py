@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fimo.linear_response.discrepancy import OWN, correct, correlations
+from fimo.linear_response.discrepancy import OWN, correct, correlations, earlier
 
 STEPS = list(range(1, 101))
 TESTS, LEFT_OUT = 6, 40
@@ -62,9 +62,36 @@ def test_a_right_prediction_is_left_as_it_is_whatever_a_seed_s_runs_share() -> N
     halved = correct(STEPS, real, 0.8 * predicted, 0.8 * predicted, instance, seed, LEFT_OUT)
     # the prior counts as one run of 80
     expected = (1.25 * 0.64 + 1 / 80) / (0.64 + 1 / 80)
-    torch.testing.assert_close(halved.scale, torch.full((100,), expected, dtype=torch.float64))
+    torch.testing.assert_close(
+        halved.scale[:1], torch.tensor([expected], dtype=torch.float64)
+    )  # none earlier
+    explained = halved.scale[:, None, None] * 0.8 * truth
+    explained = explained + halved.past_scale[:, None, None] * earlier(STEPS, 0.8 * truth)
+    assert (explained - truth).norm() < 0.01 * truth.norm()
     opposite = correlations(STEPS, real, -predicted, seed)
     torch.testing.assert_close(opposite, -torch.ones(100, dtype=torch.float64))
+
+
+def test_earlier_predictions_say_what_later_ones_have_lost() -> None:
+    truth = effects()
+    instance, seed = layout(2)
+    real = runs(truth, instance, seed, noise=0.0)
+    # what is predicted of the last half is something else
+    predicted = torch.cat([truth[:50], effects(9)[50:]])
+    of_runs = predicted[:, :, instance].permute(2, 0, 1)
+    found = correct(STEPS, real, of_runs, of_runs, instance, seed, LEFT_OUT)
+    explained = found.scale[:, None, None] * predicted
+    explained = explained + found.past_scale[:, None, None] * earlier(STEPS, predicted)
+    late = slice(75, 100)
+    assert agreement(explained[late], truth[late]) > agreement(predicted[late], truth[late]) + 0.3
+
+
+def test_earlier_predictions_are_means_over_the_middle_of_the_time_before() -> None:
+    predicted = torch.randn(10, 2, 3, dtype=torch.float64)
+    found = earlier(range(1, 11), predicted)
+    assert not found[0].any()  # there is none before the first
+    torch.testing.assert_close(found[1], predicted[0])  # 1 of 2
+    torch.testing.assert_close(found[9], predicted[2:7].mean(0))  # 3 to 7 of 10
 
 
 def test_noise_that_passes_is_averaged_over_further_training() -> None:

@@ -12,7 +12,7 @@ from fimo.linear_response.leave_out_weights import steps
 
 
 @pytest.mark.parametrize("size", [4, 5, 23, 30])
-@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
+@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch", "reweighted"])
 def test_weights_are_those_of_the_engine_s_batches(rule: LeaveOutRule, size: int) -> None:
     n, left_out = 23, [0, 7, 22]
     protocol = Protocol(batch_size=size, epochs=3, leave_out=rule, schedule="linear")

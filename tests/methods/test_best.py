@@ -98,7 +98,7 @@ def test_the_cost_and_the_error_bars_are_the_chosen_method_s() -> None:
     chosen = method.attribute(*RUN, ft)
     assert found.sem is not None
     assert chosen.sem is not None
-    assert torch.equal(found.sem, chosen.sem)
+    torch.testing.assert_close(found.sem, chosen.sem, rtol=0, atol=0, equal_nan=True)
     assert found.withheld == chosen.withheld
     assert found.gradient_evaluations == chosen.gradient_evaluations
     assert found.notes == (f"Response, since {reason}", *chosen.notes)

@@ -51,7 +51,7 @@ def real_changes(case: Case, protocol: Protocol, left_out: Sequence[int], seeds:
 
 
 def scores(case: Case, protocol: Protocol, left_out: Sequence[int], **arguments: Any) -> Tensor:
-    method = Response(**arguments)
+    method = Response(**{"removal": "own", **arguments})
     return method.attribute(
         case.final_model, case.train, case.test, torch.tensor(left_out), following(case, protocol)
     ).values
@@ -94,7 +94,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_on_a_linear_model_the_response_is_the_real_change(options: str, horizon: str, size: int) -> None:
     case = linear_regression(14)
     # each rule and number of segments with each of the others' choices
-    choices = itertools.product(("shift", "mask", "every_batch"), (1, 3))
+    choices = itertools.product(("shift", "mask", "every_batch", "reweighted"), (1, 3))
     which = list(OPTIONS).index(options) + list(HORIZONS).index(horizon) + size
     rule, segments = list(choices)[which % 6]
     check_exact(case, size, {**HORIZONS[horizon], **OPTIONS[options], "leave_out": rule}, segments)
@@ -132,7 +132,7 @@ def test_changes_of_earlier_segments_are_read_by_later_jacobians(options: dict[s
     )
     ft = following(case, protocol, [3])
     found = (
-        Response(kernels="own", segments=4)
+        Response(kernels="own", segments=4, removal="own")
         .attribute(case.final_model, case.train, case.test, torch.tensor([0, 5, 20]), ft)
         .values
     )
@@ -168,7 +168,7 @@ def test_changes_of_earlier_segments_are_read_by_later_jacobians(options: dict[s
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
+@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch", "reweighted"])
 @pytest.mark.parametrize(
     ("loss", "outputs"), [(cross_entropy, 2), (cross_entropy, 3), (binary_cross_entropy, 2), (huber, 2)]
 )
@@ -189,7 +189,7 @@ def test_on_a_linear_classifier_the_response_is_the_real_change(
     check_exact(case, 3, {"epochs": 4, "leave_out": rule, **OPTIONS[options]}, 3, lr=1.0)
 
 
-@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
+@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch", "reweighted"])
 @pytest.mark.parametrize("name", CASES)
 def test_for_small_steps_the_response_is_nearly_the_real_change(name: str, rule: Any) -> None:
     case = CASES[name]()
@@ -273,7 +273,7 @@ def test_the_scores_of_seeds_are_averaged_and_bars_that_can_t_be_known_withheld(
     protocol = Protocol(lr=0.02, batch_size=5, epochs=2, dtype="float64")
     each = []
     for seed in (0, 1, 2):
-        method = Response(kernels="own")
+        method = Response(kernels="own", removal="own")
         each.append(
             method.attribute(
                 case.final_model,

@@ -22,7 +22,7 @@ FROZEN: dict[str, Any] = {"lr": 5e6, "eps": 1e8, "betas": (0.8, 0.9), "dtype": "
 
 
 @pytest.mark.parametrize("pieces", [1, 3])
-@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
+@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch", "reweighted"])
 @pytest.mark.parametrize("horizon", [{"epochs": 4}, {"epochs": 3, "evaluate_every": 2}])
 @pytest.mark.parametrize("decay", [0.0, 4e-9])  # times the learning rate: .02
 @pytest.mark.parametrize("n", [13, 14])  # of 13, shift makes epochs shorter
@@ -86,7 +86,7 @@ def test_coefficients_follow_the_linearised_run_with_the_full_run_s_precondition
     )  # fmt: skip
     ft = following(case, protocol, [3])
     found = (
-        Response(kernels="own", segments=4)
+        Response(kernels="own", segments=4, removal="own")
         .attribute(case.final_model, case.train, case.test, torch.tensor([0, 5, 20]), ft)
         .values
     )

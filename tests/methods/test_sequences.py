@@ -100,7 +100,7 @@ class TinyLanguageModel(nn.Module):
 def test_on_a_linear_sequence_model_the_response_is_the_real_change(name: str) -> None:
     case = linear_cases()[name]
     protocol = Protocol(lr=0.5, batch_size=5, epochs=3, dtype="float64", momentum=0.5, weight_decay=0.1)
-    found = following_scores(Response(kernels="own"), case, protocol)
+    found = following_scores(Response(kernels="own", removal="own"), case, protocol)
     expected = real_changes(case, protocol, LEFT_OUT, [0, 1])
     assert (found - expected).abs().max() < 1e-11 * expected.abs().max()
 
@@ -139,7 +139,7 @@ def test_for_small_steps_the_response_of_sequences_is_nearly_the_real_change(nam
     protocol = Protocol(lr=0.01, batch_size=12, epochs=3, leave_out="mask", dtype="float64")
     expected = real_changes(case, protocol, LEFT_OUT, [0, 1])
     for form in ("kernel", "ekfac") if along == "final" else ("kernel",):
-        found = following_scores(Response(along, form=form), case, protocol)  # type: ignore[arg-type]
+        found = following_scores(Response(along, form=form, removal="own"), case, protocol)  # type: ignore[arg-type]
         assert agreement(found, expected, "cosine").min() > 0.995
         assert (found * expected).sum() / (expected * expected).sum() == pytest.approx(1, abs=0.1)
 
@@ -147,7 +147,7 @@ def test_for_small_steps_the_response_of_sequences_is_nearly_the_real_change(nam
 def test_a_step_on_a_sequence_model_is_grad_dot() -> None:
     case = curved_cases()["language"]
     protocol = Protocol(lr=1e-6, steps=1, batch_size=12, dtype="float64", leave_out="mask")
-    found = following_scores(Response(propagate="loss"), case, protocol, [0])
+    found = following_scores(Response(propagate="loss", removal="own"), case, protocol, [0])
     expected = GradDot().attribute(case.final_model, case.train, case.test).values[:, LEFT_OUT]
     torch.testing.assert_close(found[0] * 12 / 1e-6, expected, rtol=1e-5, atol=1e-9)
 

@@ -70,11 +70,16 @@ def plain_run(
                     [weight if i in left_out else 1.0 for i in index], dtype=each.dtype
                 )
             loss = each.sum() / len(index)
-            if protocol.leave_out == "every_batch" and left_out:
+            stay = n
+            if protocol.leave_out == "reweighted":
+                stay = n - (1 - weight) * len(left_out)
+                loss = loss * n / stay
+            if protocol.leave_out in ("every_batch", "reweighted") and left_out:
                 torch.manual_seed((seed * 1_000_003 + step) * 2 + 1)
                 out = train[torch.tensor(list(left_out), device=device)]
                 loss = (
-                    loss + (weight - 1) * final_model.loss(apply(network, out.inputs), out.targets).sum() / n
+                    loss
+                    + (weight - 1) * final_model.loss(apply(network, out.inputs), out.targets).sum() / stay
                 )
             loss.backward()
             if protocol.clip_norm is not None:

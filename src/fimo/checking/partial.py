@@ -64,6 +64,7 @@ def partial_batches(setting: Setting, replicas: Sequence[Replica], removed: Tens
             )
             yield Batch(index, torch.cat([whole.weight * (1 - w), less.weight * w], 1))
         elif less.extra is not None and less.extra_weight is not None:
-            yield Batch(less.index, less.weight, less.extra, less.extra_weight * w)
+            weight = whole.weight * (1 - w) + less.weight * w
+            yield Batch(less.index, weight, less.extra, less.extra_weight * w)
         else:
             yield Batch(less.index, whole.weight * (1 - w) + less.weight * w)

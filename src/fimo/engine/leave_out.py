@@ -7,7 +7,7 @@ full run in instances' weights and the linear response all ask it the same few q
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from fimo.data.instances import Instances
 from fimo.engine.devices import without_waiting
 from fimo.engine.protocol import Protocol
 from fimo.engine.replicas import Replica, Unit
+from fimo.engine.settings import LeaveOutRule
 
 
 class LeaveOut:
@@ -34,6 +35,9 @@ class LeaveOut:
 
     until_occurrence: ClassVar[bool] = True
     """Whether a run equals the full one until the batch where one of its left-out instances occurs first."""
+
+    even: ClassVar[LeaveOutRule | None] = None
+    """The rule whose effects have the same mean over seeds, without the noise of when batches occur."""
 
     def __init__(self, train: Instances | int) -> None:
         self.instances = train if isinstance(train, int) else len(train)
@@ -74,11 +78,16 @@ class LeaveOut:
         """
         return torch.where(out, -1, torch.div(self._places(out), size, rounding_mode="floor"))
 
-    def outside(self, present: Tensor) -> Tensor | None:
+    def factor(self, width: int) -> float:
+        """Return what a batch's weights are multiplied with in a run that leaves out so many instances."""
+        return 1.0
+
+    def outside(self, present: Tensor, width: int) -> Tensor | None:
         """Return the weights of left-out instances' losses that are added to every batch's, or None.
 
         Args:
             present: 1 for an instance that the run leaves out, else 0.
+            width: how many it leaves out.
         """
         return None
 
@@ -96,6 +105,18 @@ class LeaveOut:
         """
         return slice(0, size), values[..., :size] * weight[:size]
 
+    def of_own_weights(self, of_unit: Tensor, weight: Tensor, size: int) -> Tensor:
+        """Return the derivatives ``[L, B + G]`` of losses' weights, in units' own.
+
+        Args:
+            of_unit: ``[L, B + G]``, 1 where the instance at a place is of a unit, else 0.
+            weight, size: see :meth:`in_own_weights`.
+        """
+        places, derivative = self.in_own_weights(of_unit, weight, size)
+        found = torch.zeros_like(of_unit)
+        found[:, places] = derivative
+        return found
+
     def _places(self, out: Tensor) -> Tensor:
         places = torch.arange(out.shape[1], dtype=torch.int32, device=out.device)
         return places.view(1, -1, *[1] * (out.ndim - 2))
@@ -105,6 +126,7 @@ class Mask(LeaveOut):
     """Batches and their divisors stay, and the instance's loss is dropped where it occurs."""
 
     name = "mask"
+    even: ClassVar[LeaveOutRule | None] = "every_batch"
 
 
 class Shift(LeaveOut):
@@ -115,6 +137,7 @@ class Shift(LeaveOut):
 
     name = "shift"
     shares_batches = False
+    even = "reweighted"
 
     def kept(self, width: int) -> int:
         return self.instances - width
@@ -139,17 +162,43 @@ class EveryBatch(LeaveOut):
     def seen(self, out: Tensor, size: int) -> Tensor:
         return torch.div(self._places(out), size, rounding_mode="floor").expand(out.shape)
 
-    def outside(self, present: Tensor) -> Tensor | None:
+    def outside(self, present: Tensor, width: int) -> Tensor | None:
         return present / -self.instances
 
     def in_own_weights(self, values: Tensor, weight: Tensor, size: int) -> tuple[slice, Tensor]:
         return slice(size, None), values[..., size:] / self.instances
 
 
+class Reweighted(EveryBatch):
+    """Every batch's mean loss is made an estimate of the mean over the instances that stay.
+
+    It is multiplied with N / (N - 1), and the instance's loss / (N - 1) is subtracted (for k instances, N - k
+    for N - 1). ``shift`` does so on average over orders: those that stay have each a larger weight.
+    """
+
+    name = "reweighted"
+
+    def factor(self, width: int) -> float:
+        return self.instances / (self.instances - width)
+
+    def outside(self, present: Tensor, width: int) -> Tensor | None:
+        return present / (width - self.instances)
+
+    def in_own_weights(self, values: Tensor, weight: Tensor, size: int) -> tuple[slice, Tensor]:
+        of_batch = (values[..., :size] * weight[:size]).sum(-1, keepdim=True)
+        return slice(size, None), (values[..., size:] - of_batch) / self.instances
+
+    def of_own_weights(self, of_unit: Tensor, weight: Tensor, size: int) -> Tensor:
+        out = of_unit[:, size:]
+        of_batch = out.sum(1, keepdim=True) * weight[:size]
+        return torch.cat([-of_batch, out], 1) / self.instances
+
+
 class WithDuplicates(Mask):
     """As ``mask``, for an instance with all its exact duplicates, which have the same inputs and target."""
 
     name = "with_duplicates"
+    even: ClassVar[LeaveOutRule | None] = None
 
     def __init__(self, train: Instances | int) -> None:
         super().__init__(train)
@@ -187,13 +236,37 @@ def duplicate_groups(train: Instances) -> Tensor:
     return torch.from_numpy(group.astype(np.int64))
 
 
-RULES: dict[str, type[LeaveOut]] = {rule.name: rule for rule in (Shift, Mask, EveryBatch, WithDuplicates)}
+RULES: dict[str, type[LeaveOut]] = {
+    rule.name: rule for rule in (Shift, Mask, EveryBatch, Reweighted, WithDuplicates)
+}
 """By name; the names are those of :data:`fimo.engine.settings.LEAVE_OUT_RULES`."""
 
 
 def make_rule(protocol: Protocol, train: Instances | int) -> LeaveOut:
     """Return a protocol's rule for a training set (or so many instances of one)."""
     return RULES[protocol.leave_out](train)
+
+
+def evenly(protocol: Protocol, instances: int) -> Protocol:
+    """Return a protocol whose effects have the same mean over seeds and less of their noise.
+
+    Under ``mask`` a step's batch has an instance with probability B / N and then weighs it by 1 / B, so that
+    leaving it out takes 1 / N of its loss from every step on average; ``every_batch`` does so at each step.
+    Under ``shift`` the others weigh 1 / (N - 1) besides, which ``reweighted`` does at each step. To first
+    order in 1 / N the mean effect is the same, while a seed's effect no longer depends on where in an epoch
+    the seed has the instance, nor (``shift``) on which others take its place.
+
+    Returns:
+        The protocol itself where its rule has no such counterpart, gradients are clipped (which isn't linear
+        in a batch's composition) or leaving out makes epochs a step shorter.
+    """
+    rule = RULES[protocol.leave_out]
+    if rule.even is None or protocol.clip_norm is not None:
+        return protocol
+    kept = instances if rule.shares_batches else instances - 1
+    if protocol.batches_per_epoch(kept) != protocol.batches_per_epoch(instances):
+        return protocol
+    return replace(protocol, leave_out=rule.even)
 
 
 def members_of(rule: LeaveOut, units: Sequence[Unit]) -> Tensor:
@@ -290,7 +363,9 @@ class BatchStream:
             seen = (~unseen).cumsum(1).sub_(1).masked_fill_(unseen, self.kept)
             order = order.new_empty(len(order), self.kept + 1).scatter_(1, seen, order)[:, : self.kept]
             weight = weight[:, : self.kept]
-        extra_weight = rule.outside((self.left_out >= 0).to(self.dtype))
+        if (factor := rule.factor(self.left_out.shape[1])) != 1:
+            weight = weight * factor
+        extra_weight = rule.outside((self.left_out >= 0).to(self.dtype), self.left_out.shape[1])
         extra = None if extra_weight is None else self.left_out.clamp(min=0)
         order = order[:1] if self.shared else order
         for start in range(skip * size, order.shape[1], size):

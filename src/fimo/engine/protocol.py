@@ -42,7 +42,8 @@ class Protocol:
         leave_out: ``shift`` removes the instance from the seed's permutation, so that later batches move
             up by one; ``mask`` keeps the batches and drops the instance's loss where it occurs, the divisor
             staying the batch's full size; ``every_batch`` subtracts its loss / N from every batch's mean
-            loss; ``with_duplicates`` is ``mask`` for the instance and all its exact duplicates.
+            loss; ``reweighted`` then multiplies by N / (N - 1), as ``shift`` does on average;
+            ``with_duplicates`` is ``mask`` for the instance and all its exact duplicates.
         evaluate_every: ``epoch``, a number of optimizer steps, or ``end`` for the end alone.
         momentum, nesterov: of SGD.
         betas, eps: of Adam and AdamW; betas of Lion, whose authors take (0.9, 0.99).

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from fimo.errors import InputError
 
 OptimizerName = Literal["sgd", "adam", "adamw", "lion"]
-LeaveOutRule = Literal["shift", "mask", "every_batch", "with_duplicates"]
+LeaveOutRule = Literal["shift", "mask", "every_batch", "reweighted", "with_duplicates"]
 ScheduleName = Literal["constant", "linear", "cosine"]
 
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)

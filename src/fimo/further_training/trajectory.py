@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -45,6 +46,11 @@ class FurtherTraining:
     steps: tuple[int, ...]
     seeds: tuple[int, ...]
     full_runs: Callable[[], Iterator[Trajectory]]
+
+    def first(self, seeds: int) -> FurtherTraining:
+        """Return the further training of the first so many seeds."""
+        runs = self.full_runs
+        return replace(self, seeds=self.seeds[:seeds], full_runs=lambda: itertools.islice(runs(), seeds))
 
     def part(
         self, trajectories: Iterator[Trajectory], seeds: tuple[int, ...], points: int

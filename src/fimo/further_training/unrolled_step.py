@@ -46,7 +46,8 @@ class FullRun:
 
     The weight w_i of instance i is 1; leaving i out makes it 0. Under ``mask`` (and ``shift``, which is
     linearised as ``mask``: its later batches are others altogether) it multiplies the instance's loss where
-    it occurs; under ``every_batch`` (w_i - 1) l_i / N is added to every batch's mean loss.
+    it occurs; under ``every_batch`` (w_i - 1) l_i / N is added to every batch's mean loss, which
+    ``reweighted`` then divides by the mean weight.
 
     Args:
         units: whose weights derivatives are taken for; all N instances when None.
@@ -81,7 +82,7 @@ class FullRun:
         self.total = protocol.total_steps(len(train))
         self.points = protocol.evaluation_steps(len(train), len(train))
         members: Sequence[int] = []
-        if self.rule.outside(torch.ones(1)) is not None:
+        if self.rule.outside(torch.ones(1), 1) is not None:
             members = sorted({i for unit in units for i in unit}) if units is not None else range(len(train))
         self.extra = torch.tensor(list(members), dtype=torch.int64, device=self.device)
 
@@ -104,10 +105,7 @@ class FullRun:
         members = members_of(self.rule, units).to(self.device)
         instances = torch.cat([batch.index, batch.extra])
         of_unit = (instances[None, :, None] == members[:, None, :]).any(-1).to(self.dtype)
-        places, derivative = self.rule.in_own_weights(of_unit, batch.weight, len(batch.index))
-        found = torch.zeros_like(of_unit)
-        found[:, places] = derivative
-        return found
+        return self.rule.of_own_weights(of_unit, batch.weight, len(batch.index))
 
     def losses(self, parameters: Tensors, batch: StepBatch) -> Tensor:
         """Return the losses ``[B + G]`` of a batch's instances, in train mode."""

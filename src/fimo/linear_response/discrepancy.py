@@ -40,6 +40,12 @@ runs of several seeds. On concrete with SGD and Adam it is 0.3 to 0.5, on smalle
 PAIRS = 4
 """Pairs of runs of one instance that count as much as this prior."""
 
+EARLIER = (0.3, 0.7)
+"""Of the amount of further training at a point: when earlier predictions say something besides."""
+
+LEAST, MOST = (0.0, -1.5, 0.0), (1.5, 1.5, 1.5)
+"""Range of the factors of predictions, of earlier ones, and of what a seed's own differ by."""
+
 WINDOW = 96
 """Most evaluation points that bear on one."""
 
@@ -56,6 +62,7 @@ class Correction:
 
     Args:
         scale: ``[E]``, what predictions are multiplied with.
+        past_scale: ``[E]``, what earlier ones are; see :func:`earlier`.
         own_scale: ``[E]``, what a seed's predictions minus the average over seeds are multiplied with.
         remainder: ``[E, J, L]``, the rest of each instance's effect that the runs support; 0 without a run.
         variance: ``[E, J, L]``, of the effect's error.
@@ -64,6 +71,7 @@ class Correction:
     """
 
     scale: Tensor
+    past_scale: Tensor
     own_scale: Tensor
     remainder: Tensor
     variance: Tensor
@@ -82,15 +90,18 @@ def correct(
 ) -> Correction:
     """Fit real effects around each evaluation point:
 
-        real = a · average + b · (predicted - average) + z_i + c_seed + z_{i,seed} + passing + noise.
+        real = a · average + e · earlier + b · (predicted - average)
+               + z_i + c_seed + z_{i,seed} + passing + noise.
 
-    The score of an instance is a · average + z_i; b takes what the prediction knows of a seed alone out of
-    its real runs. z_i is a Gaussian process over further training with a long correlation time, and what
-    passes one with a short one, both in units of the amount of further training at the evaluation point;
-    their parameters have the largest marginal likelihood. z_{i,seed} lasts as long as z_i, and only instances
-    with runs of several seeds tell the two apart. An offset that a seed's runs share is that of its full run
-    and says nothing about an instance. Effects are in units of their size for each test instance, and matter
-    up to a constant over instances.
+    The score of an instance is a · average + e · earlier + z_i. Long after a run has left its linear
+    response, predictions for about half that time (:func:`earlier`) agree with it better than later ones;
+    b takes what the prediction knows of a seed alone out of its real runs. z_i is a Gaussian process over
+    further training with a long correlation time, and what passes one with a short one, both in units of
+    the amount of further training at the evaluation point; their parameters have the largest marginal
+    likelihood. z_{i,seed} lasts as long as z_i, and only instances with runs of several seeds tell the
+    two apart. An offset that a seed's runs share is that of its full run and says nothing about an
+    instance. Effects are in units of their size for each test instance, and matter up to a constant over
+    instances.
 
     Args:
         steps: ``[E]``, at the evaluation points.
@@ -103,13 +114,17 @@ def correct(
     """
     time = torch.tensor(steps, dtype=torch.float64)
     real, predicted, average = (x.double().transpose(0, 1) for x in (real, predicted, average))  # [E, K, J]
-    unit, products = _products(time, [real, average, predicted - average], seed)
+    past = earlier(steps, average)
+    unit, products = _products(time, [real, average, past, predicted - average], seed)
     # as if one more run had said 1
-    prior = (products[:, 0, 0, None, None] / len(instance)).clamp(min=1e-30) * torch.eye(2).double()
-    right = products[:, 1:, 0] + prior.sum(2)
-    scale, own_scale = torch.linalg.solve(products[:, 1:, 1:] + prior, right).clamp(0, 1.5).T[..., None, None]
+    prior = (products[:, 0, 0, None, None] / len(instance)).clamp(min=1e-30) * torch.eye(3).double()
+    right = products[:, 1:, 0] + prior @ torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    scales = torch.linalg.solve(products[:, 1:, 1:] + prior, right).clamp(
+        *(right.new_tensor(x) for x in (LEAST, MOST))
+    )
+    scale, past_scale, own_scale = scales.T[..., None, None]
 
-    rest = (real - scale * average - own_scale * (predicted - average)) / unit
+    rest = (real - scale * average - past_scale * past - own_scale * (predicted - average)) / unit
     which, row = instance.unique(return_inverse=True)
     column = seed.unique(return_inverse=True)[1]
     to_instances, to_seeds = _two_way(row, column)
@@ -126,12 +141,25 @@ def correct(
     correlation = correlations(steps, real.transpose(0, 1), predicted.transpose(0, 1), seed)
     return Correction(
         scale[:, 0, 0],
+        past_scale[:, 0, 0],
         own_scale[:, 0, 0],
         remainder * unit,
         unknown * unit.square(),
         correlation,
         unexplained,
     )
+
+
+def earlier(steps: Sequence[int], predicted: Tensor) -> Tensor:
+    """Return the mean ``[E, ...]`` of predictions over the middle of the time before each evaluation point.
+
+    0 where there are none.
+    """
+    time = torch.tensor(steps, dtype=torch.float64)
+    share = time / time[:, None]
+    inside = ((share >= EARLIER[0]) & (share <= EARLIER[1])).to(predicted)
+    mean: Tensor = inside / inside.sum(1, keepdim=True).clamp(min=1)
+    return (mean @ predicted.flatten(1)).view_as(predicted)
 
 
 def correlations(steps: Sequence[int], real: Tensor, predicted: Tensor, seed: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ def steps(
     rule: LeaveOut,
     protocol: Protocol,
     dtype: torch.dtype,
+    every: int = 1,
 ) -> Iterator[Step]:
     """Yield the steps of the seeds' full runs, to their last evaluation point.
 
@@ -52,9 +53,11 @@ def steps(
     Args:
         left_out: ``[L]``, one instance per run.
         rule: of leaving out.
+        every: where the rule adds left-out instances to every batch, take each to every so-manieth batch
+            alone, with that many times the weight, seeds in turn: fewer of them at a step.
     """
     total = protocol.total_steps(rule.instances)
-    batches = _Batches(seeds, left_out, rule, protocol, dtype)
+    batches = _Batches(seeds, left_out, rule, protocol, dtype, every)
     counts = (rule.instances, batches.kept)
     points = [protocol.evaluation_steps(n, rule.instances) for n in counts]
     lengths = [protocol.batches_per_epoch(n) for n in counts]
@@ -83,13 +86,13 @@ class _Batches:
         rule: LeaveOut,
         protocol: Protocol,
         dtype: torch.dtype,
+        every: int,
     ) -> None:
         self.members = members_of(rule, [(i,) for i in left_out.tolist()])  # [L, G]
         self.rule, self.size, self.dtype = rule, protocol.batch_size, dtype
         self.kept = rule.kept(1)
-        self.outside = self.members.unique()
-        chosen = (self.outside[:, None, None] == self.members).any(-1).to(dtype)
-        self.added = rule.outside(chosen.expand(len(seeds), -1, -1))  # [S, U, L]
+        self.per_epoch = protocol.batches_per_epoch(rule.instances)
+        self.outside = self._outside(self.members.unique(), every, seeds, dtype)
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._drawn: list[tuple[Tensor, Tensor]] = []  # of epochs from `_first` on
         self._first = 0
@@ -117,12 +120,30 @@ class _Batches:
         full = torch.full((reach - start,), 1 / (stop - start), dtype=self.dtype)
         full[stop - start :] = 0.0
         without = (seen[:, start:reach] == batch).to(self.dtype)
-        without.div_(max(1, min(stop, self.kept) - start))
-        if self.added is not None:
-            window = torch.cat([window, self.outside.expand(len(window), -1)], 1)
-            full = torch.cat([full, full.new_zeros(len(self.outside))])
-            without = torch.cat([without, self.added], 1)
+        without.mul_(self.rule.factor(1)).div_(max(1, min(stop, self.kept) - start))
+        if self.outside:
+            added, weights = self.outside[(epoch * self.per_epoch + batch) % len(self.outside)]
+            window = torch.cat([window, added], 1)
+            full = torch.cat([full, full.new_zeros(added.shape[1])])
+            without = torch.cat([without, weights], 1)
         return window, full, without
+
+    def _outside(
+        self, instances: Tensor, every: int, seeds: Sequence[int], dtype: torch.dtype
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return which instances ``[S, U]`` are added to batches in turn, and their weights ``[S, U, L]``."""
+        # by an instance's own number: what is said of it must not depend on which others are asked about
+        of_turn = [instances[instances % every == turn] for turn in range(every)]
+        parts = torch.nn.utils.rnn.pad_sequence(of_turn, batch_first=True, padding_value=-1)  # [every, U]
+        found = []
+        for turn in range(every):
+            own = parts[(turn + torch.tensor(seeds)) % every]  # [S, U]
+            chosen = (own[..., None, None] == self.members).any(-1).to(dtype)
+            weights = self.rule.outside(chosen * every, 1)
+            if weights is None:
+                return []
+            found.append((own.clamp(min=0), weights))
+        return found
 
     def _epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Return an epoch's order ``[S, N]``, and in which batch ``[S, N, L]`` each run sees each place."""

@@ -92,6 +92,7 @@ def responses(
     along: Along,
     segments: Sequence[Segment],
     kernels: Iterator[Kernel],
+    every: int = 1,
 ) -> Iterator[Tensor]:
     """Yield the changes ``[S, J·D, L]`` of test outputs at each of the E evaluation points.
 
@@ -100,12 +101,13 @@ def responses(
         rule: of leaving out.
         segments: of the evaluation points, each with the next of ``kernels``. What earlier segments changed
             is carried over as changes of parameters.
+        every: see :func:`~fimo.linear_response.leave_out_weights.steps`.
     """
     (m, r, _), s, like = space.directions.shape, len(seeds), along.gradient
     optimizer = CoefficientOptimizer(protocol.update_rule, (s * m * r, len(left_out) + 1), like)
     coefficients = optimizer.coefficients.view(s, m * r, -1)
     forces, carried = _Forces(space, along), Carried(protocol, s, along.parameters)
-    stream = _followed(steps(seeds, left_out, rule, protocol, like.dtype), space, rule.instances, like)
+    stream = _followed(steps(seeds, left_out, rule, protocol, like.dtype, every), space, rule.instances, like)
     points = [0, *protocol.evaluation_steps(rule.instances, rule.instances)]
     kernel, taken = None, 0
     for segment in segments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Literal
 
 from fimo.errors import InputError
 from fimo.methods.attribution_problem import AttributionProblem
@@ -38,6 +39,7 @@ class Best(FollowingMethod):
         memory_mb: of Jacobians held at once.
         checks: real runs for error bars, where ``response`` is taken; see
             :class:`~fimo.methods.response.Response`.
+        removal: see :class:`~fimo.methods.response.Response`.
     """
 
     needs = "the protocol of further training"
@@ -51,13 +53,16 @@ class Best(FollowingMethod):
         memory_mb: float = 1024,
         checks: int = 32,
         limit: float = 0.2,
+        removal: Literal["even", "own"] = "even",
     ) -> None:
         if short < 0:
             raise InputError("short", f"expected at least 0 but got {short}")
         if not 0 < limit <= 1:
             raise InputError("limit", f"expected a share of 0 to 1 but got {limit}")
         self.short, self.memory_mb, self.checks, self.limit = short, memory_mb, checks, limit
-        self.corrected = CalibratedResponse(budget=budget, memory_mb=memory_mb, checks=checks)
+        self.corrected = CalibratedResponse(
+            budget=budget, memory_mb=memory_mb, checks=checks, removal=removal
+        )
 
     def scores(self, problem: AttributionProblem) -> Scores:
         chosen, reason = self.choose(problem)
@@ -73,8 +78,8 @@ class Best(FollowingMethod):
             why = f"the kernel is too large: {why}"
             if deep:
                 return self._sketched(), why
-            return Response(memory_mb=self.memory_mb, form="ekfac", checks=self.checks), why
-        response = Response(memory_mb=self.memory_mb, checks=self.checks)
+            return self._response("ekfac"), why
+        response = self._response("auto")
         if deep and (share := response.expected_share(problem)) > self.limit:
             return self._sketched(), (
                 f"the response is expected to cost {share:.2g} of the gold standard (limit: {self.limit:g})"
@@ -86,6 +91,11 @@ class Best(FollowingMethod):
         if epochs <= self.short:
             return response, f"{epochs:.3g} epochs of SGD change a run little"
         return self.corrected, f"after {epochs:.3g} epochs a run may have left any linear response"
+
+    def _response(self, form: Literal["auto", "ekfac"]) -> Response:
+        return Response(
+            memory_mb=self.memory_mb, form=form, checks=self.checks, removal=self.corrected.removal
+        )
 
     def _sketched(self) -> Sketched:
         return Sketched(budget=self.limit, memory_mb=self.memory_mb)

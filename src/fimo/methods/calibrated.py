@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fimo.errors import InputError
 from fimo.further_training.trajectory import Trajectory
-from fimo.linear_response.discrepancy import OWN, Correction, correct, correlations
+from fimo.linear_response.discrepancy import OWN, Correction, correct, correlations, earlier
 from fimo.linear_response.linearity import (
     ALIKE,
     GROUPS,
@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 
 PILOT = 0.15
 """Of the budget: first runs, which show how far the response can be trusted."""
+
+FOLLOWING = 1 / 3
+"""Of the budget, at most, for following seeds, where one is much like another (``removal: even``)."""
 
 FEWEST = 8
 """Runs, or left-out instances, with fewer of which there is nothing to correct by."""
@@ -115,9 +118,12 @@ class CalibratedResponse(Response):
     3. What is left of the budget goes into more real runs, first where most is gained by one.
     4. Others, with other seeds, show together with the pilot's the error that is left (error bars).
 
-    The scores are a · response + z, fitted to the real runs around each evaluation point
-    (:func:`fimo.linear_response.discrepancy.correct`): z is what changes slowly along a run, since what real
-    runs differ by from one epoch to the next is noise that says nothing about an instance.
+    Where left-out instances are taken evenly from all batches (``removal: even``), one seed's effects are
+    much like another's, and few seeds are followed: a third of the budget at most, the rest buys real runs.
+
+    The scores are a · response + e · earlier response + z, fitted to the real runs around each evaluation
+    point (:func:`fimo.linear_response.discrepancy.correct`): z is what changes slowly along a run, since
+    what real runs differ by from one epoch to the next is noise that says nothing about an instance.
 
     Args:
         budget: of everything (full runs, the response, real runs) as a share of what the gold standard takes,
@@ -128,7 +134,8 @@ class CalibratedResponse(Response):
             buys no runs and scores are the response's.
         trust: correlation of predicted with real effects, plus its standard error, below which the response
             isn't followed further.
-        propagate, segments, kernels, max_rows, memory_mb: see :class:`~fimo.methods.response.Response`.
+        propagate, segments, kernels, max_rows, memory_mb, removal: see
+            :class:`~fimo.methods.response.Response`.
     """
 
     needs = "the protocol of further training"
@@ -145,10 +152,9 @@ class CalibratedResponse(Response):
         max_rows: int = 3000,
         memory_mb: float = 1024,
         checks: int = 32,
+        removal: Literal["even", "own"] = "even",
     ) -> None:
-        super().__init__(
-            "path", propagate, segments, kernels, max_rows, memory_mb, form="kernel", checks=checks
-        )
+        super().__init__("path", propagate, segments, kernels, max_rows, memory_mb, "kernel", checks, removal)
         for key, value in (("budget", budget), ("trust", trust)):
             if not 0 <= value <= 1:
                 raise InputError(key, f"expected a share of 0 to 1 but got {value}")
@@ -156,7 +162,7 @@ class CalibratedResponse(Response):
 
     def scores(self, problem: AttributionProblem) -> Scores:
         tally = Tally()
-        found = self.calibrated(problem, tally)
+        found = self.calibrated(self.removing(problem), tally)
         if found is None:
             return super().scores(problem)
         return self.with_bars(problem, found.values, found.bars, tally, *found.notes)
@@ -167,6 +173,8 @@ class CalibratedResponse(Response):
         units = self.budget * len(given.seeds) * (count + 1)  # in runs
         if count < FEWEST or units < 2 * FEWEST or len(given.seeds) < CHECKED_SEEDS:
             return None
+        problem = problem.along(given.first(self._worth_following(problem, units)))
+        given = problem.followed
         tally.add(len(given.seeds) * problem.run_gradients)
         trajectories = given.full_runs()
         pilot = self._pilot(problem, trajectories, units, tally)
@@ -179,6 +187,18 @@ class CalibratedResponse(Response):
         if later:
             real = torch.cat([real, real_losses(problem, named(problem, later), tally)])
         return self._corrected(problem, pilot, response, real, full, trusted)
+
+    def _worth_following(self, problem: AttributionProblem, units: float) -> int:
+        """Return how many seeds are followed.
+
+        All where a seed's response has the noise of its own batches. Else as many as its error bars know what
+        to do with, since another real run says more.
+        """
+        seeds = len(problem.followed.seeds)
+        if self.removal == "own":
+            return seeds
+        affordable = int(FOLLOWING * units / (1 + self.following_cost(problem)))
+        return min(seeds, max(CHECKED_SEEDS, min(CHECKED_SEEDS * GROUPS, affordable)))
 
     def _pilot(
         self, problem: AttributionProblem, trajectories: Iterator[Trajectory], units: float, tally: Tally
@@ -278,20 +298,18 @@ class CalibratedResponse(Response):
         mean, count, steps = response.spread.mean, len(problem.index), problem.followed.steps
         instance, seed = torch.tensor(response.runs).T
         average = mean.cpu()[:, :, instance].permute(2, 0, 1)
-        # the checks share no seed with other runs, and without one their level is unknown
-        n = len(response.runs) - len(pilot.checked.runs) + len(pilot.runs)
-        correction = correct(
-            steps, real[:n], response.predicted[:n], average[:n], instance[:n], seed[:n], count
-        )
+        correction = correct(steps, real, response.predicted, average, instance, seed, count)
         scale = correction.scale[:, None]
-        explained = scale[..., None] * mean.cpu()
+        past = correction.past_scale[:, None, None] * earlier(steps, mean.cpu())
+        explained = scale[..., None] * mean.cpu() + past
         runs = [response.runs.index(run) for run in pilot.checked.runs]
         of_seed = [pilot.checked.seeds.index(s) for _, s in pilot.checked.runs]
         own = response.predicted[runs] - average[runs]
-        residual = real[runs] - full[of_seed] - scale * average[runs] - correction.own_scale[:, None] * own
+        known = explained[:, :, instance[runs]].permute(2, 0, 1) + correction.own_scale[:, None] * own
+        residual = real[runs] - full[of_seed] - known
         bars = self._bars(problem, pilot.checked, response.spread, residual, explained, correction)
         values = (explained + correction.remainder).to(mean.device, problem.dtype)
-        return Calibrated(values, bars, trusted, correction, n, steps)
+        return Calibrated(values, bars, trusted, correction, len(real), steps)
 
     def _bars(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.spectrum import MAX_DIMENSION, kernel_dimension
 from fimo.data.instances import Instances
-from fimo.engine.leave_out import make_rule, members_of
+from fimo.engine.leave_out import evenly, make_rule, members_of
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import even_parts
 from fimo.engine.threads import side_by_side
@@ -41,6 +42,9 @@ KNOTS = 32
 TOGETHER = 8
 """Most seeds that are followed together, as one batched computation on one thread."""
 
+OUTSIDE = 4
+"""Most instances that are left out of a batch at a step where all N are, in batches."""
+
 KERNEL_SHARE = 0.01
 """Of the gold standard's arithmetic, spent on kernels."""
 
@@ -53,6 +57,10 @@ class Response(FollowingMethod):
     first order (:mod:`fimo.linear_response.recursion`). In constant curvature G and with mean batches,
     d = phi(G) g_i / N with phi(c) = (1 - exp(-c tau)) / c, tau the sum of learning rates: between one
     gradient step (Grad-Dot, tau -> 0) and the influence function (tau -> infinity).
+
+    An instance's loss is by default taken evenly from all batches, also where the protocol's rule drops it
+    where it occurs: over seeds the mean effect is the same (:func:`fimo.engine.leave_out.evenly`), but a
+    seed's holds less noise, so that few followed seeds predict other seeds' mean better.
 
     Args:
         along: ``path`` follows each seed's full run with its own batches, its residuals and the Jacobians of
@@ -70,6 +78,12 @@ class Response(FollowingMethod):
         form: ``kernel`` between training outputs; ``ekfac``: phi of EK-FAC's eigenvalues instead, with mean
             batches, at the final model or (``path`` and ``end``) at the seeds' mean parameters at the nearest
             of ``segments`` points; ``auto``: the kernel unless outputs (or its eigenproblem) are too many.
+        removal: ``even`` takes 1/N of a left-out instance's loss from every batch, in the response and in the
+            real runs that check it (in the response, where an epoch has more than four batches, from every
+            so-manieth of them, so that it costs as little for all N as for few); ``own`` follows the
+            protocol's rule, and so the noise of the followed seeds, which is right where they are the gold
+            standard's and it is to be reproduced. ``even`` is ``own`` where it has no meaning: clipped
+            gradients, dropout, ``with_duplicates``, epochs that leaving out shortens.
     """
 
     needs = "the protocol of further training"
@@ -86,12 +100,14 @@ class Response(FollowingMethod):
         memory_mb: float = 1024,
         form: Literal["auto", "kernel", "ekfac"] = "auto",
         checks: int = 32,
+        removal: Literal["even", "own"] = "even",
     ) -> None:
         for key, choice, allowed in (
             ("form", form, ("auto", "kernel", "ekfac")),
             ("along", along, ("path", "end", "final")),
             ("propagate", propagate, ("outputs", "loss")),
             ("kernels", kernels, ("auto", "own", "shared")),
+            ("removal", removal, ("even", "own")),
         ):
             if choice not in allowed:
                 raise InputError(key, f"expected one of {', '.join(allowed)} but got {choice!r}")
@@ -102,7 +118,7 @@ class Response(FollowingMethod):
         self.kernels, self.max_rows, self.memory_mb = kernels, max_rows, memory_mb
         if checks < 0:
             raise InputError("checks", f"expected at least 0 but got {checks}")
-        self.form, self.checks = form, checks
+        self.form, self.checks, self.removal = form, checks, removal
         self.loss_changes = loss_changes_by(propagate)
 
     def inapplicable(self, final_model: FinalModel, train: Instances) -> str | None:
@@ -119,6 +135,7 @@ class Response(FollowingMethod):
         return None
 
     def scores(self, problem: AttributionProblem) -> Scores:
+        problem = self.removing(problem)
         tally, further_training = Tally(), problem.followed
         reason = self.too_large(problem.final_model, problem.train) if self.form == "auto" else None
         by_factors = self.form == "ekfac" or reason is not None
@@ -154,12 +171,20 @@ class Response(FollowingMethod):
         tally.add(response.gradient_evaluations)
         return self.with_bars(problem, values, bars, tally, *notes)
 
+    def removing(self, problem: AttributionProblem) -> AttributionProblem:
+        """Return the problem with the further training that is followed; see ``removal``."""
+        if self.removal == "own" or has_dropout(problem.final_model):
+            return problem
+        given = problem.followed
+        return problem.along(replace(given, protocol=evenly(given.protocol, len(problem.train))))
+
     def by_seed(
         self, problem: AttributionProblem, tally: Tally, of_seeds: int | None = None
     ) -> Iterator[Tensor]:
         """Yield each seed's scores ``[E, J, L]`` (float64).
 
         Args:
+            problem: see :meth:`removing`.
             of_seeds: how many there are, where the problem has a part of them: as many kernels are planned.
         """
         given = problem.followed
@@ -177,6 +202,9 @@ class Response(FollowingMethod):
         trajectories = itertools.chain([first], trajectories)
         removed = members_of(rule, [(i,) for i in problem.index.tolist()])
         space = self._space(given.steps, model, train, first, removed)
+        every = 1
+        if self.removal == "even":
+            every = -(-len(train) // (OUTSIDE * given.protocol.batch_size))
 
         def kernel(runs: Sequence[Trajectory], segment: Segment) -> Kernel:
             return self._kernel(problem, train, test, space, runs, segment, tally)
@@ -193,7 +221,7 @@ class Response(FollowingMethod):
             kernels = own_kernels if shared is None else iter(shared)
             changes = responses(
                 [t.seed for t in runs], problem.index, rule, given.protocol, space,
-                self._along(given, own, train, space, runs, cut), cut, kernels,
+                self._along(given, own, train, space, runs, cut), cut, kernels, every,
             )  # fmt: skip
             outputs = [outputs_along(own, t.parameters[1:], test) for t in runs]
             found: list[list[Tensor]] = [[] for _ in runs]
@@ -331,6 +359,12 @@ def ignored_parts(final_model: FinalModel, protocol: Protocol) -> list[str]:
         found.append("the clipping of gradients")
     if unanswered := protocol.update_rule.unanswered:
         found.append(unanswered)
-    if any(isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p for m in final_model.network.modules()):
+    if has_dropout(final_model):
         found.append("dropout during further training")
     return found
+
+
+def has_dropout(final_model: FinalModel) -> bool:
+    """Return whether any module drops out in train mode."""
+    modules = final_model.network.modules()
+    return any(isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p for m in modules)
