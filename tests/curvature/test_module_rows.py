@@ -15,6 +15,7 @@ from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import DenseRows, Rows, split
 from fimo.curvature.kronecker import fit_factors
 from fimo.curvature.layer_projection import LayerProjection
+from fimo.curvature.module_rows import ConvolutionCall
 from fimo.curvature.recording import recorder_for
 from fimo.data.instances import Inputs, Instances
 from fimo.models.final_model import FinalModel
@@ -271,3 +272,25 @@ def test_padding_is_no_position_of_a_factor() -> None:
     tokens = train.inputs["input_ids"][train.inputs["attention_mask"].bool()]
     a = F.pad(model.network.token(tokens), (0, 1), value=1)
     torch.testing.assert_close(mix.entering, a.T @ a / len(a))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "stride"),
+    [((3, 3), (1, 1), (1, 1)), ((3, 2), (2, 1), (1, 2)), ((1, 1), (1, 1), (2, 2))],
+)
+def test_patches_of_a_convolution_are_those_of_unfold(
+    kernel: tuple[int, ...], dilation: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    x = torch.randn(3, 4, 11, 9)
+    call = ConvolutionCall(
+        ("weight",), 0, "weight", None, x, torch.randn(3, 1, 1, 5), False, kernel, dilation, stride
+    )
+    expected = F.unfold(x, kernel, dilation, 0, stride).mT
+    assert torch.equal(call.positions(), expected)
+    assert torch.equal(call.entries(), expected.flatten(0, 1).T)
+    row = ConvolutionCall(
+        ("weight",), 0, "weight", None, x[:, :, 0], torch.randn(3, 1, 1, 5), False, kernel[1:], dilation[1:],
+        stride[1:],
+    )  # fmt: skip
+    wide = F.unfold(x[:, :, :1], (1, kernel[1]), (1, dilation[1]), 0, (1, stride[1])).mT
+    assert torch.equal(row.positions(), wide)

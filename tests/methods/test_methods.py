@@ -13,6 +13,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from fimo.api import followed
 from fimo.curvature.gradients import InstanceGradients
 from fimo.data.instances import Instances
 from fimo.engine.protocol import Protocol
@@ -20,7 +21,7 @@ from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.base import AttributionMethod
-from fimo.methods.damping import Damping
+from fimo.methods.damping import Damping, training_time
 from fimo.methods.datainf import DataInf
 from fimo.methods.embedding import EmbeddingSimilarity
 from fimo.methods.exact import ExactInfluence
@@ -194,6 +195,23 @@ def test_an_instance_without_a_gradient_has_no_cosine_with_any() -> None:
     scores = GradCos().attribute(case.final_model, Instances(case.train.inputs, targets), case.test).values
     assert (scores[:, 2] == 0).all()
     assert (scores[:, 3:].abs() > 1e-6).all()
+
+
+@pytest.mark.parametrize(("held", "memory_mb"), [(0, 1024.0), (2**23, 1024.0), (2**23, 0.05)])
+@pytest.mark.parametrize("case_name", CASES)
+def test_datainf_matched_to_further_training_has_the_damping_of_each_evaluation_point(
+    case_name: str, held: int, memory_mb: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fimo.curvature.module_rows.HELD", held)
+    case = CASES[case_name]()
+    training = followed(case.final_model, case.train, Protocol(lr=0.1, batch_size=5, epochs=2), 1)
+    found = DataInf("time_matched", memory_mb=memory_mb).attribute(
+        case.final_model, case.train, case.test, None, training
+    )
+    assert len(found.values) == len(training.steps) == 2
+    for values, damping in zip(found.values, (1 / training_time(training, 0.0)).tolist(), strict=True):
+        expected = DataInf(damping).attribute(case.final_model, case.train, case.test)
+        torch.testing.assert_close(values, expected.values)
 
 
 def test_datainf_damps_each_layer_by_itself() -> None:

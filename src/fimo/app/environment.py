@@ -8,8 +8,10 @@ import platform
 import warnings
 
 import fimo
+from fimo.store.fingerprint import PACKAGES
 
-PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy", "scikit-learn")
+SHOWN = (*PACKAGES, "hydra-core", "torchmetrics")
+"""Packages whose versions are told: those of any result, and what composes and judges a run."""
 
 
 def quiet_libraries() -> None:
@@ -29,4 +31,4 @@ def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     # this package's own may not be installed: a checkout on the path of modules
     ours = {"python": platform.python_version(), "fimo": fimo.__version__}
-    return ours | {p: importlib.metadata.version(p) for p in PACKAGES}
+    return ours | {p: importlib.metadata.version(p) for p in SHOWN}

@@ -91,11 +91,7 @@ class ArrangedRows(Rows):
         return self.in_order([p.times(vectors) for p in self.parts])
 
     def add_sums(self, weights: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-        order = self.places.argsort()
-        start = 0
-        for part in self.parts:
-            at = order[start : start + part.n]
-            start += part.n
+        for part, at in parts_of(self):
             part.add_sums({name: weight[at] for name, weight in weights.items()}, into)
 
     def transposed_times(self, weights: Tensor) -> Tensor:
@@ -106,6 +102,15 @@ class ArrangedRows(Rows):
     def grams_with(self, other: Rows) -> dict[str, Tensor]:
         found = [p.grams(other) for p in self.parts]
         return {name: self.in_order([f[name] for f in found]) for name in self.shapes}
+
+
+def parts_of(block: Rows) -> Iterator[tuple[Rows, Tensor]]:
+    """Yield the parts of a block in memory, each with where its instances ``[n]`` are in the block."""
+    if not isinstance(block, ArrangedRows):
+        yield block, torch.arange(block.n, device=block.device)
+        return
+    order = block.places.argsort().split([part.n for part in block.parts])
+    yield from zip(block.parts, order, strict=True)
 
 
 def calls_of(block: Rows) -> tuple[ModuleRows, ...] | None:

@@ -102,9 +102,9 @@ def _of_rows(rows: Rows) -> list[Moments] | None:
                 if isinstance(call, ConvolutionCall) or key not in made:
                     made[key] = _entering_layer(call, block.mask)
                 a, count = made[key]
-            delta = call.delta if isinstance(call, ConvolutionCall) else call.delta.flatten(0, 2)
-            b = delta.mT @ delta
-            b = b.sum((0, 1)) if b.ndim == 4 else b
+            # what leaves a convolution has its positions last, and would be copied otherwise as well
+            delta = call.delta.permute(3, 0, 1, 2).flatten(1)
+            b = delta @ delta.T
             calls[k] = call
             entering[k] = entering[k] + a if k in entering else a
             leaving[k] = leaving[k].add_(b) if k in leaving else b
@@ -132,17 +132,13 @@ def _entering_table(call: EmbeddingCall, mask: Tensor | None) -> tuple[Tensor, i
 
 def _entering_layer(call: LinearCall, mask: Tensor | None) -> tuple[Tensor, int]:
     """Return the sum over instances and positions of a a^T, and the number of positions."""
-    at = call.positions()
-    if isinstance(call, ConvolutionCall):
-        flat, count = at, at.shape[0] * at.shape[1]
-    else:
-        flat = _kept(at, mask)[None]
-        count = flat.shape[1]
+    flat = call.entries() if isinstance(call, ConvolutionCall) else _kept(call.positions(), mask).T
+    count = flat.shape[1]
     if not call.weight:
         return flat.new_full((1, 1), count), count
-    a = (flat.mT @ flat).sum(0)
+    a = flat @ flat.T
     if call.bias:
-        sums = flat.sum((0, 1))
+        sums = flat.sum(1)
         a = torch.cat([torch.cat([a, sums[:, None]], 1), F.pad(sums, (0, 1), value=count)[None]])
     return a, count
 

@@ -176,7 +176,7 @@ class DenseRows(Rows):
     def part(self, start: int, stop: int) -> Rows:
         return DenseRows(self.values[start:stop], self.shapes)
 
-    def some(self, at: Tensor) -> DenseRows:
+    def some(self, at: slice | Tensor) -> DenseRows:
         """Return the rows of some instances."""
         return DenseRows(self.values[at], self.shapes)
 

@@ -22,6 +22,10 @@ from fimo.curvature import module_terms
 from fimo.curvature.jacobian import DenseRows, Rows, Shapes, StreamedRows, split
 from fimo.curvature.module_terms import Lookup, Outer, Plain, Term, formed
 
+HELD = 2**23
+"""Numbers of one parameter's derivatives that are formed and held; more leave a processor's cache, and are
+formed anew for each use in slices that don't."""
+
 SQUARED_MB = 64
 """Of rows that are formed to square their entries."""
 
@@ -137,13 +141,20 @@ class ConvolutionCall(LinearCall):
         return self.entering.shape[1] // self.groups * math.prod(self.kernel)
 
     def positions(self) -> Tensor:
-        if len(self.kernel) == 1:
-            patches = F.unfold(
-                self.entering[:, :, None], (1, *self.kernel), (1, *self.dilation), 0, (1, *self.stride)
-            )
-        else:
-            patches = F.unfold(self.entering, self.kernel, self.dilation, 0, self.stride)
-        return patches.mT
+        axes = len(self.kernel)
+        places, offsets = range(2, 2 + axes), range(2 + axes, 2 + 2 * axes)
+        patches = self._windows.permute(0, 1, *offsets, *places)
+        return patches.flatten(1, 1 + axes).flatten(2).mT
+
+    def entries(self) -> Tensor:
+        """Return the patches of all instances, ``[in, n T]``."""
+        axes = len(self.kernel)
+        places, offsets = range(2, 2 + axes), range(2 + axes, 2 + 2 * axes)
+        return self._windows.permute(1, *offsets, 0, *places).flatten(0, axes).flatten(1)
+
+    @property
+    def _windows(self) -> Tensor:
+        return windows(self.entering, self.kernel, self.dilation, self.stride)
 
     def terms(self, names: tuple[str, ...], biased: bool) -> list[Term]:
         if self.groups == 1 or self.weight not in names:
@@ -157,6 +168,16 @@ class ConvolutionCall(LinearCall):
                 columns.append(delta.sum(1)[:, :, None])
             found.append(Plain(torch.cat(columns, 2)))
         return found
+
+
+def windows(x: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """Return a view ``[n, channels, *positions, *kernel]`` of padded images ``[n, channels, *sizes]``.
+
+    Copies of it take a third of the time of ``F.unfold``.
+    """
+    for axis, (k, d, s) in enumerate(zip(kernel, dilation, stride, strict=True)):
+        x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
+    return x
 
 
 @dataclass(frozen=True)
@@ -294,6 +315,19 @@ class ModuleRows(Rows):
                     total[:, r] += term.times(part)
             found[name] = total
         return found
+
+    def held(self, name: str) -> list[Term]:
+        """Return the terms of one parameter's derivatives in the only row.
+
+        They are formed where that is little memory, so that several uses share it; not those of a table.
+        """
+        if not (found := self.terms((name,))):
+            return []
+        (terms,) = found
+        apart = len(terms) == 1 and isinstance(terms[0], Lookup | Plain)
+        if apart or self.n * self.shapes[name].numel() > HELD:
+            return terms
+        return [Plain(formed(terms))]
 
     def transposed_times(self, weights: Tensor) -> Tensor:
         total = weights.new_zeros(weights.shape[2], self.p)

@@ -18,6 +18,9 @@ from torch import Tensor
 SLICE = 2**20
 """Numbers of a slice of matrices that are formed at once."""
 
+SMALL_TABLE = 16
+"""Rows for each position up to which a table's derivatives are formed: reading it row by row takes longer."""
+
 
 @dataclass(frozen=True)
 class Term(ABC):
@@ -36,9 +39,14 @@ class Term(ABC):
     def rotated(self, left: Tensor | None, right: Tensor | None) -> Term:
         """Return ``left^T M right``; None stands for the identity."""
 
-    @abstractmethod
     def times(self, vectors: Tensor) -> Tensor:
         """Return inner products ``[n, K]`` with matrices ``[K, rows * columns]``."""
+        n, _, columns = self.shape
+        total = vectors.new_zeros(n, len(vectors))
+        for at in slices([self]):
+            entries = vectors[:, at.start * columns : at.stop * columns]
+            total.addmm_(self.form(at).flatten(1), entries.T)
+        return total
 
     def add_sums(self, weights: Tensor, total: Tensor) -> None:
         """Add sums of the matrices with weights ``[n, K]`` to ``total`` ``[K, rows * columns]``."""
@@ -77,14 +85,6 @@ class Outer(Term):
             self.left if left is None else self.left @ left,
             self.right if right is None else self.right @ right,
         )
-
-    def times(self, vectors: Tensor) -> Tensor:
-        n, _, columns = self.shape
-        total = vectors.new_zeros(n, len(vectors))
-        for at in slices([self]):
-            entries = vectors[:, at.start * columns : at.stop * columns]
-            total.addmm_(self.form(at).flatten(1), entries.T)
-        return total
 
     def add_sums(self, weights: Tensor, total: Tensor) -> None:
         if weights.shape[1] > 1:
@@ -125,11 +125,13 @@ class Lookup(Term):
         return Lookup(self.index, turned, self.rows) if left is None else Outer(left[self.index], turned)
 
     def times(self, vectors: Tensor) -> Tensor:
-        n, _, columns = self.shape
+        n, rows, columns = self.shape
+        if rows <= SMALL_TABLE * self.index.shape[1]:
+            return super().times(vectors)
         table = vectors.view(len(vectors), -1, columns)
         total = vectors.new_empty(n, len(vectors))
         for i in range(n):
-            total[i] = (table[:, self.index[i]] * self.right[i]).sum((1, 2))
+            total[i] = table[:, self.index[i]].flatten(1) @ self.right[i].flatten()
         return total
 
     def distinct(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,6 +172,9 @@ class Plain(Term):
 
     def times(self, vectors: Tensor) -> Tensor:
         return self.matrices.flatten(1) @ vectors.T
+
+    def add_sums(self, weights: Tensor, total: Tensor) -> None:
+        total.addmm_(weights.T, self.matrices.flatten(1))
 
 
 def slices(terms: Sequence[Term]) -> Iterator[slice]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fimo.curvature.arranged_rows import parts_of
 from fimo.curvature.gradients import InstanceGradients
-from fimo.curvature.jacobian import FactoredRows, Rows, split
+from fimo.curvature.jacobian import DenseRows, FactoredRows, Rows, split
+from fimo.curvature.module_rows import ModuleRows
+from fimo.curvature.module_terms import Plain, Term
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
@@ -128,8 +131,9 @@ class DataInf(GradientMethod):
         """Return ``[E, J, L]`` by inner products of all layers, which factored rows have for little."""
         norms, test_train = layers.norms_and_products(test)
         train_removed, test_removed = layers.rows.grams(removed), test.grams(removed)
-        total = torch.zeros(len(dampings), test.n, removed.n, dtype=removed.dtype, device=removed.device)
         each = layers.dampings(norms, dampings, problem.further_training)
+        count = len(each[next(iter(each))])  # a time-matched damping is one for each evaluation point
+        total = torch.zeros(count, test.n, removed.n, dtype=removed.dtype, device=removed.device)
         for group, names in layers.groups.items():
             inner, direct = (
                 sum_named(train_removed, names)[:, 0, :, 0],
@@ -150,27 +154,39 @@ class DataInf(GradientMethod):
     ) -> Tensor:
         """Return the same by sums of training gradients, one for each test instance and damping.
 
-        They pass over the training gradients twice, and once over those of left-out instances.
+        They pass over the training gradients twice, for their norms and for products and sums, and once over
+        those of left-out instances.
         """
-        norms, test_train = layers.norms_and_products(test)
+        norms, shapes = layers.norms(), layers.gradients.shapes
         each = layers.dampings(norms, dampings, problem.further_training)
-        weights = {
-            name: torch.cat([(test_train[group] / (d + norms[group])).T for d in each[group]], 1)
-            for group, names in layers.groups.items()
-            for name in names
-        }
-        shapes = layers.gradients.shapes
-        own = test.dense()[:, 0].repeat(len(each[next(iter(each))]), 1)  # [E J, P]
-        parts = split(own, shapes)
-        start = 0
-        for block in layers.rows.blocks():
-            some = {name: -w[start : start + block.n, None] / layers.rows.n for name, w in weights.items()}
-            start += block.n
-            block.add_sums(some, parts)
+        vectors = test.dense()[:, 0]
+        own = vectors.repeat(len(each[next(iter(each))]), 1)  # [E J, P]
+        of_test, sums = split(vectors, shapes), split(own, shapes)
+        for part, at in layers.parts():
+            divisors_of = {
+                group: [-((d + norms[group][at]) * layers.rows.n)[:, None] for d in each[group]]
+                for group in layers.groups
+            }
+            if not isinstance(part, ModuleRows | DenseRows):  # factors, whose products are cheap
+                grams = test.grams(part)
+                factors: dict[str, Tensor] = {}
+                for group, names in layers.groups.items():
+                    products = sum_named(grams, names)[:, 0, :, 0].T
+                    factors |= dict.fromkeys(names, torch.cat([products / w for w in divisors_of[group]], 1))
+                part.add_sums({name: w[:, None] for name, w in factors.items()}, sums)
+                continue
+            for group, names in layers.groups.items():
+                terms = [(name, term) for name in names for term in _terms(part, name)]
+                if not terms:
+                    continue
+                products = torch.stack([term.times(of_test[name]) for name, term in terms]).sum(0)
+                weights = torch.cat([products / w for w in divisors_of[group]], 1)
+                for name, term in terms:
+                    term.add_sums(weights, sums[name])
         for group, names in layers.groups.items():
             divisors = own.new_tensor(each[group]).repeat_interleave(test.n)[:, None]
             for name in names:
-                parts[name].div_(divisors)
+                sums[name].div_(divisors)
         return removed.times(own.T)[:, 0].T.reshape(-1, test.n, removed.n)
 
 
@@ -187,6 +203,19 @@ class LayerGradients:
     gradients: InstanceGradients
     rows: Rows
     groups: dict[str, list[str]]
+
+    def norms(self) -> dict[str, Tensor]:
+        """Return squared norms ``[N]`` of training gradients by layer."""
+        squares = self.rows.parameter_norms()
+        return {group: sum_named(squares, names)[:, 0] for group, names in self.groups.items()}
+
+    def parts(self) -> Iterator[tuple[Rows, Tensor]]:
+        """Yield some instances' gradients each, with the instances' numbers ``[n]``."""
+        start = 0
+        for block in self.rows.blocks():
+            for part, at in parts_of(block):
+                yield part, start + at
+            start += block.n
 
     def norms_and_products(self, test: Rows) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return squared norms ``[N]`` of training gradients, and products ``[J, N]`` with test ones."""
@@ -216,6 +245,13 @@ class LayerGradients:
             each = [d.resolve(mean_square, mean_square, further_training) for d in dampings]
             found[group] = torch.cat(each).tolist()
         return found
+
+
+def _terms(rows: ModuleRows | DenseRows, name: str) -> list[Term]:
+    """Return one parameter's derivatives, as terms that add up."""
+    if isinstance(rows, ModuleRows):
+        return rows.held(name)
+    return [Plain(split(rows.values, rows.shapes)[name])]
 
 
 def sum_named(parts: dict[str, Tensor], names: list[str]) -> Tensor:
