@@ -182,3 +182,11 @@ def test_runs_that_agree_are_believed_nearly_whole() -> None:
     centred = truth - truth.mean(-1, keepdim=True)
     share = (found.remainder * centred).sum() / centred.square().sum()
     assert 0.9 < share < 1.05
+
+
+def test_seeds_that_share_no_instance_are_taken_to_have_nearly_the_same_offset() -> None:
+    truth = effects() + 5.0  # all instances' effects have something in common
+    instance, seed = torch.arange(LEFT_OUT), (torch.arange(LEFT_OUT) >= LEFT_OUT - 4).long()
+    real = truth[:, :, instance].permute(2, 0, 1)
+    found = correct(STEPS, real, torch.zeros_like(real), torch.zeros_like(real), instance, seed, LEFT_OUT)
+    assert agreement(found.remainder, truth) > 0.9

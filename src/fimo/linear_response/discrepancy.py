@@ -46,6 +46,9 @@ EARLIER = (0.3, 0.7)
 LEAST, MOST = (0.0, -1.5, 0.0), (1.5, 1.5, 1.5)
 """Range of the factors of predictions, of earlier ones, and of what a seed's own differ by."""
 
+COMMON = 30.0
+"""How much rather an offset is thought to be that of all runs than one seed's."""
+
 WINDOW = 96
 """Most evaluation points that bear on one."""
 
@@ -279,10 +282,12 @@ def _likeliest(
 def _two_way(row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     """Return least-squares maps ``[L', K]`` and ``[S', K]`` of the layout value = z_row + c_column.
 
-    z is of mean zero.
+    z is of mean zero. Where seeds and others have no instance in common, as little as possible is taken for
+    what tells their offsets apart.
     """
-    rows = int(row.max()) + 1
-    layout = torch.cat([torch.eye(rows)[row], torch.eye(int(column.max()) + 1)[column]], 1).double()
-    values, offsets = torch.linalg.pinv(layout).split([rows, layout.shape[1] - rows])
+    rows, columns = int(row.max()) + 1, int(column.max()) + 1
+    of_all = COMMON * torch.ones(len(row), 1)
+    layout = torch.cat([torch.eye(rows)[row], torch.eye(columns)[column], of_all], 1).double()
+    values, offsets, common = torch.linalg.pinv(layout).split([rows, columns, 1])
     middle = values.mean(0, keepdim=True)
-    return values - middle, offsets + middle
+    return values - middle, offsets + COMMON * common + middle

@@ -181,12 +181,15 @@ class CalibratedResponse(Response):
         trusted = self._trusted(given.steps, pilot)
         more = self._worthwhile(problem, pilot, units, trusted)
         later = [*more, *(run for run in pilot.checked.runs if run not in set(pilot.runs))]
-        response = self._followed(problem, trajectories, pilot, [*pilot.runs, *later], trusted, tally)
-        full = real_losses(problem, [(None, given.seeds[s]) for s in pilot.checked.seeds], tally)
+        runs = [*pilot.runs, *later]
+        response = self._followed(problem, trajectories, pilot, runs, trusted, tally)
+        seeds = sorted({s for _, s in runs})
+        full = real_losses(problem, [(None, given.seeds[s]) for s in seeds], tally)
         real = pilot.real
         if later:
             real = torch.cat([real, real_losses(problem, named(problem, later), tally)])
-        return self._corrected(problem, pilot, response, real, full, trusted)
+        changes = real - full[[seeds.index(s) for _, s in runs]]
+        return self._corrected(problem, pilot, response, changes, trusted)
 
     def _worth_following(self, problem: AttributionProblem, units: float) -> int:
         """Return how many seeds are followed.
@@ -286,14 +289,12 @@ class CalibratedResponse(Response):
         pilot: Pilot,
         response: Followed,
         real: Tensor,
-        full: Tensor,
         trusted: int,
     ) -> Calibrated:
         """Return the scores that all real runs support, with their error bars.
 
         Args:
-            real: ``[K, E, J]``, test losses of the runs of ``response``.
-            full: ``[S', E, J]``, of the full runs of the checked seeds.
+            real: ``[K, E, J]``, changes of test losses in the runs of ``response``.
         """
         mean, count, steps = response.spread.mean, len(problem.index), problem.followed.steps
         instance, seed = torch.tensor(response.runs).T
@@ -303,10 +304,9 @@ class CalibratedResponse(Response):
         past = correction.past_scale[:, None, None] * earlier(steps, mean.cpu())
         explained = scale[..., None] * mean.cpu() + past
         runs = [response.runs.index(run) for run in pilot.checked.runs]
-        of_seed = [pilot.checked.seeds.index(s) for _, s in pilot.checked.runs]
         own = response.predicted[runs] - average[runs]
         known = explained[:, :, instance[runs]].permute(2, 0, 1) + correction.own_scale[:, None] * own
-        residual = real[runs] - full[of_seed] - known
+        residual = real[runs] - known
         bars = self._bars(problem, pilot.checked, response.spread, residual, explained, correction)
         values = (explained + correction.remainder).to(mean.device, problem.dtype)
         return Calibrated(values, bars, trusted, correction, len(real), steps)
