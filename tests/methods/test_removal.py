@@ -103,6 +103,23 @@ def test_protocols_that_have_no_even_counterpart_stay_as_they_are() -> None:
     assert evenly(replace(shorter, leave_out="mask"), 13).leave_out == "every_batch"
 
 
+def test_real_runs_of_adam_leave_an_instance_out_where_it_occurs() -> None:
+    case = linear_regression(14)
+    adam = replace(SGD, optimizer="adam", lr=1e-3)
+    rules = {}
+    for rule in ("shift", "mask", "every_batch", "with_duplicates"):
+        for name, given in (("sgd", SGD), ("adam", adam)):
+            ft = following(case, replace(given, leave_out=rule))
+            problem = AttributionProblem(case.final_model, case.train, case.test, further_training=ft)
+            rules[name, rule] = Response().run(problem).followed.protocol.leave_out
+    assert rules["sgd", "shift"] == "reweighted"
+    assert (
+        rules["sgd", "mask"] == rules["sgd", "every_batch"] == rules["adam", "every_batch"] == "every_batch"
+    )
+    assert rules["adam", "shift"] == rules["adam", "mask"] == "mask"
+    assert rules["sgd", "with_duplicates"] == rules["adam", "with_duplicates"] == "with_duplicates"
+
+
 def test_dropout_keeps_the_protocols_rule_since_another_instance_would_draw_other_masks() -> None:
     case = linear_regression(14)
     network = nn.Sequential(nn.Dropout(0.5), *case.final_model.network)

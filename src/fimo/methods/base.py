@@ -100,7 +100,7 @@ class AttributionMethod(ABC):
         """Return the scores of the training instances at the ends of a test instance's order, or None.
 
         None: it has no way to find them that takes less than all scores. See
-        :meth:`~fimo.scores.Scores.extremes`, which a method with such a way gives the same as.
+        :meth:`~fimo.Scores.extremes`, which a method with such a way gives the same as.
         """
         return None
 

@@ -162,7 +162,7 @@ class CalibratedResponse(Response):
 
     def scores(self, problem: AttributionProblem) -> Scores:
         tally = Tally()
-        found = self.calibrated(self.removing(problem), tally)
+        found = self.calibrated(problem, tally)
         if found is None:
             return super().scores(problem)
         return self.with_bars(problem, found.values, found.bars, tally, *found.notes)
@@ -184,10 +184,10 @@ class CalibratedResponse(Response):
         runs = [*pilot.runs, *later]
         response = self._followed(problem, trajectories, pilot, runs, trusted, tally)
         seeds = sorted({s for _, s in runs})
-        full = real_losses(problem, [(None, given.seeds[s]) for s in seeds], tally)
+        full = real_losses(self.run(problem), [(None, given.seeds[s]) for s in seeds], tally)
         real = pilot.real
         if later:
-            real = torch.cat([real, real_losses(problem, named(problem, later), tally)])
+            real = torch.cat([real, real_losses(self.run(problem), named(problem, later), tally)])
         changes = real - full[[seeds.index(s) for _, s in runs]]
         return self._corrected(problem, pilot, response, changes, trusted)
 
@@ -217,7 +217,9 @@ class CalibratedResponse(Response):
         number = max(FEWEST, self.checks // 2, round(PILOT * units)) // len(seeds)
         checked = self._to_check(size, number, len(given.seeds))
         runs = [run for run in checked.runs if run[1] < len(seeds)]
-        return Pilot(checked, runs, size, response, real_losses(problem, named(problem, runs), tally))
+        return Pilot(
+            checked, runs, size, response, real_losses(self.run(problem), named(problem, runs), tally)
+        )
 
     def _to_check(self, size: Tensor, number: int, seeds: int) -> Checked:
         """Return the pilot's instances, half of them the largest, and further groups of all sizes."""

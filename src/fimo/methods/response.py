@@ -78,12 +78,13 @@ class Response(FollowingMethod):
         form: ``kernel`` between training outputs; ``ekfac``: phi of EK-FAC's eigenvalues instead, with mean
             batches, at the final model or (``path`` and ``end``) at the seeds' mean parameters at the nearest
             of ``segments`` points; ``auto``: the kernel unless outputs (or its eigenproblem) are too many.
-        removal: ``even`` takes 1/N of a left-out instance's loss from every batch, in the response and in the
-            real runs that check it (in the response, where an epoch has more than four batches, from every
-            so-manieth of them, so that it costs as little for all N as for few); ``own`` follows the
-            protocol's rule, and so the noise of the followed seeds, which is right where they are the gold
-            standard's and it is to be reproduced. ``even`` is ``own`` where it has no meaning: clipped
-            gradients, dropout, ``with_duplicates``, epochs that leaving out shortens.
+        removal: ``even`` takes 1/N of a left-out instance's loss from every batch, in the response and,
+            with optimizers that are linear in the gradient, in the real runs that check it (in the
+            response, where an epoch has more than four batches, from every so-manieth of them, so that it
+            costs as little for all N as for few); ``own`` follows the protocol's rule, and so the noise
+            of the followed seeds, which is right where they are the gold standard's and it is to be
+            reproduced. ``even`` is ``own`` where it has no meaning: clipped gradients, dropout,
+            ``with_duplicates``, epochs that leaving out shortens.
     """
 
     needs = "the protocol of further training"
@@ -135,14 +136,13 @@ class Response(FollowingMethod):
         return None
 
     def scores(self, problem: AttributionProblem) -> Scores:
-        problem = self.removing(problem)
         tally, further_training = Tally(), problem.followed
         reason = self.too_large(problem.final_model, problem.train) if self.form == "auto" else None
         by_factors = self.form == "ekfac" or reason is not None
         if self.along != "final":
             tally.add(len(further_training.seeds) * problem.run_gradients)
         if self.along == "path" and not by_factors:
-            values, bars = self.average(problem, self.by_seed(problem, tally), tally)
+            values, bars = self.average(self.run(problem), self.by_seed(problem, tally), tally)
             return self.with_bars(problem, values, bars, tally)
         response = MeanBatchResponse(
             problem.final_model,
@@ -162,12 +162,12 @@ class Response(FollowingMethod):
             values = response.at_final_model(test, removed)
         else:
             ends = (response.at_ends(t, test, removed) for t in further_training.full_runs())
-            values, bars = self.average(problem, ends, tally)
+            values, bars = self.average(self.run(problem), ends, tally)
         if by_factors or self.along == "final":  # one score for all seeds
             seeds = len(further_training.seeds)
             checked = self.to_check(values, seeds) if seeds >= CHECKED_SEEDS else None
             predicted = [] if checked is None else [values[..., checked.instances].cpu()] * seeds
-            bars = self.measured_bars(problem, values, checked, predicted, None, tally)
+            bars = self.measured_bars(self.run(problem), values, checked, predicted, None, tally)
         tally.add(response.gradient_evaluations)
         return self.with_bars(problem, values, bars, tally, *notes)
 
@@ -178,16 +178,27 @@ class Response(FollowingMethod):
         given = problem.followed
         return problem.along(replace(given, protocol=evenly(given.protocol, len(problem.train))))
 
+    def run(self, problem: AttributionProblem) -> AttributionProblem:
+        """Return the problem with the further training of real runs.
+
+        What isn't linear in a gradient, such as Adam's second moment, feels an instance that is wholly in a
+        few batches otherwise than one that is a little in all: there it is left out where it occurs.
+        """
+        given = self.removing(problem).followed
+        asked = problem.followed.protocol
+        if given.protocol is not asked and asked.update_rule.held_fixed:
+            given = replace(given, protocol=replace(asked, leave_out="mask"))
+        return problem.along(given)
+
     def by_seed(
         self, problem: AttributionProblem, tally: Tally, of_seeds: int | None = None
     ) -> Iterator[Tensor]:
         """Yield each seed's scores ``[E, J, L]`` (float64).
 
         Args:
-            problem: see :meth:`removing`.
             of_seeds: how many there are, where the problem has a part of them: as many kernels are planned.
         """
-        given = problem.followed
+        given = self.removing(problem).followed
         for ignored in ignored_parts(problem.final_model, given.protocol):
             log.warning("the response ignores %s", ignored)
         rule = make_rule(given.protocol, problem.train)
