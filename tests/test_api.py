@@ -136,6 +136,7 @@ def test_methods_that_follow_further_training_predict_the_truth(
         further_training=FT,
         seeds=truth.seeds,
         left_out=truth.left_out,
+        removal="own",
     )
     assert found.step is not None
     assert found.step.tolist() == truth.step.tolist()

@@ -52,7 +52,7 @@ def asked(tests: tuple[int, ...] = (), **changed: object) -> Question:
     return Question(model, train, test, protocol(**changed), tests, *origins)
 
 
-@pytest.mark.parametrize("rule", ["mask", "every_batch", "reweighted"])
+@pytest.mark.parametrize("rule", ["mask", "every_batch"])
 def test_rows_without_any_effect_never_get_a_verdict(rule: str) -> None:
     found = audit(asked((4,), leave_out=rule), Settings(top=40, seeds=6), Resources())
     ignored = found.rows["row"] < 6
