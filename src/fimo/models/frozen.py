@@ -15,20 +15,22 @@ import glob
 import logging
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from fimo.data.datamodule import InstancesModule
 from fimo.data.instances import Inputs, Instances
 from fimo.models.final_model import FinalModel, apply, fitting_batch, functional_apply
 from fimo.models.returned import cut_at_calls
 from fimo.models.train_mode import draws
 
+if TYPE_CHECKING:  # Lightning is not needed for attribution
+    from fimo.data.datamodule import InstancesModule
+
 log = logging.getLogger(__name__)
 
-Data = TypeVar("Data", bound=InstancesModule)
+Data = TypeVar("Data", bound="InstancesModule")
 Parts = tuple[nn.Module, nn.Module]
 MOST_BYTES = 2**30
 """Of computed inputs; beyond it the network is left whole."""
