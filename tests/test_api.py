@@ -148,6 +148,13 @@ def test_methods_that_follow_further_training_predict_the_truth(
         fimo.attribute(model, (X, Y), (X, Y), "response")
 
 
+def test_a_single_test_instance_may_be_a_slice_of_a_column_of_numpys(model: fimo.FinalModel) -> None:
+    column = Y.numpy()[:, 0][:, None]  # of a slice, the last stride is 0
+    found = fimo.attribute(model, (X.numpy(), column), (X.numpy()[:1], column[:1]), "graddot")
+    expected = fimo.attribute(model, (X, Y), (X[:1], Y[:1].clone()), "graddot")
+    torch.testing.assert_close(found.values, expected.values)
+
+
 def test_scores_of_all_rows_are_judged_on_those_left_out(
     model: fimo.FinalModel, truth: fimo.Sensitivity
 ) -> None:

@@ -29,7 +29,7 @@ from fimo.methods.graddot import GradDot
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import correct_probability, cross_entropy, logit_margin, mean_squared_error
 from fimo.store import fingerprint
-from fimo.store.description import Indescribable, describe
+from fimo.store.description import Indescribable, content_of, describe
 from fimo.store.files import Store
 from fimo.store.fingerprint import Problem, gradients_key, runs_key, scores_key, training_key, trajectory_key
 from fimo.store.sources import FOLDER, Sources, origin
@@ -767,3 +767,13 @@ def test_a_key_is_readable_and_holds_no_address(tmp_path: Path, problem: Problem
     text = (folder / "key.json").read_text()
     assert not re.search(r"0x[0-9a-f]{6}", text)
     assert "Sequential of 71 parameters, 23 training instances, 5 test instances, sgd lr 0.01" in text
+
+
+def test_the_content_of_a_tensor_is_its_elements_whatever_its_strides() -> None:
+    numbers = torch.arange(12.0).view(3, 4)
+    for tensor in (numbers, numbers.T, numbers[:, 1:2], numbers[:1, 1:2], numbers[:0], torch.tensor(3.0)):
+        assert bytes(content_of(tensor)) == tensor.numpy().tobytes()
+    column = torch.from_numpy(np.ones(3, np.float32)[:, None][:1].copy())
+    for tensor in (column, column.as_strided((1, 1), (1, 0)), torch.ones(1).expand(1)):
+        assert bytes(content_of(tensor)) == np.float32(1).tobytes()
+        assert describe(tensor, "tensor")

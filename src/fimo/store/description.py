@@ -22,9 +22,12 @@ import threading
 import types
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fimo.store.sources import origin, package_code, user_code, version
+
+if TYPE_CHECKING:  # a sweep's jobs have a fingerprint before torch is imported
+    from torch import Tensor
 
 
 class Indescribable(Exception):  # noqa: N818, as no mistake of anybody's
@@ -59,6 +62,15 @@ def describe(value: Any, name: str) -> str:
     except Exception as error:  # of a property or a library's own: no reason for a run to end
         raise Indescribable(name, f"can't be described ({type(error).__name__}: {error})") from error
     return walk.digest.hexdigest()[:32]
+
+
+def content_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a strided tensor in the CPU's memory, in the order of its elements."""
+    import torch
+
+    # also a contiguous tensor can have any stride along an axis of length 1, as NumPy's columns have
+    flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
+    return flat.view(torch.uint8).numpy().data if len(flat) else memoryview(b"")
 
 
 DESCRIPTORS = (
@@ -250,8 +262,7 @@ class _Walk:
             plain = parts.values()
         if plain.is_quantized:
             raise Indescribable(path, "is a quantised tensor")
-        plain = plain.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        self.digest.update(plain.view(torch.uint8).numpy().data if plain.numel() else b"")
+        self.digest.update(content_of(plain.cpu().resolve_conj().resolve_neg()))
         for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
             for hook in (getattr(value, name, None) or {}).values():
                 self.value(hook, f"{path}.{name}")

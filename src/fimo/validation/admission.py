@@ -17,6 +17,7 @@ from fimo.errors import InputError, reason, shortened
 from fimo.models.final_model import FinalModel, apply, functional_apply
 from fimo.models.loss_function import Loss
 from fimo.models.train_mode import TrainMode, seeded
+from fimo.store.description import content_of
 from fimo.validation.independence import MIXING_NETWORK, Evaluate, WithoutDropout, couples, problem
 from fimo.validation.poor import Comparison, compared, untold
 from fimo.validation.targets import Conversion, candidates, known_targets
@@ -106,9 +107,8 @@ class _Known:
 
 
 def _digest(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    content = flat.view(torch.uint8).numpy() if len(flat) else b""
-    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + bytes(content)).hexdigest()
+    content = content_of(tensor.detach().cpu())
+    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + content).hexdigest()
 
 
 SMALL = 2**22
