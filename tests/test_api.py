@@ -155,6 +155,31 @@ def test_a_single_test_instance_may_be_a_slice_of_a_column_of_numpys(model: fimo
     torch.testing.assert_close(found.values, expected.values)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"extremes": 0}, "extremes: expected at least 1 but got 0"),
+        ({"extremes": "10"}, "extremes: expected a whole number but got '10'"),
+        ({"extremes": 1.5}, "extremes: expected a whole number but got 1.5"),
+        ({"extremes": True}, "extremes: expected a whole number but got True"),
+        ({"dimension": "big"}, "dimension: expected a whole number, or auto, but got 'big'"),
+        ({"dimension": 2.5}, "dimension: expected a whole number, or auto, but got 2.5"),
+        ({"dimension": 0}, "dimension: expected at least 1, or auto, but got 0"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(model: fimo.FinalModel, given: Any, said: str) -> None:
+    with pytest.raises(fimo.InputError, match=said):
+        fimo.attribute(model, (X, Y), (X[:2], Y[:2]), "logra", **given)
+
+
+def test_a_store_that_is_a_file_is_refused(model: fimo.FinalModel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    followed: dict[str, Any] = {"further_training": FT, "seeds": 2, "store": tmp_path / "file"}
+    for method, given in (("logra", {"cache": str(tmp_path / "file")}), ("response", followed)):
+        with pytest.raises(fimo.InputError, match=r"store: expected a folder but .*file"):
+            fimo.attribute(model, (X, Y), (X[:2], Y[:2]), method, **given)
+
+
 def test_scores_of_all_rows_are_judged_on_those_left_out(
     model: fimo.FinalModel, truth: fimo.Sensitivity
 ) -> None:

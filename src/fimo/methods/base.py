@@ -173,8 +173,7 @@ class AttributionMethod(ABC):
         index = None if left_out is None else choices.indices(left_out, len(train), "left_out")
         problem = AttributionProblem(final_model, train, test, index, further_training)
         if extremes is not None:
-            if extremes < 1:
-                raise InputError("extremes", f"expected at least 1 but got {extremes}")
+            extremes = choices.count(extremes, "extremes")
             if (chosen := self.extreme_scores(problem, extremes)) is not None:
                 return chosen
         found = self.scores(problem)

@@ -32,6 +32,7 @@ from fimo.methods.gradient import STORAGE, CurvatureMethod, FittedCurvature, Sol
 from fimo.models.final_model import FinalModel
 from fimo.scores import Scores
 from fimo.store.fingerprint import Key
+from fimo.validation import choices
 from fimo.validation.admission import admit
 
 LARGEST = 64
@@ -88,8 +89,8 @@ class Logra(CurvatureMethod):
         cache: str | None = None,
     ) -> None:
         super().__init__(damping, propagate, memory_mb, storage, cache)
-        if not (dimension == "auto" or (not isinstance(dimension, str) and dimension >= 1)):
-            raise InputError("dimension", f"expected at least 1, or auto, but got {dimension}")
+        if dimension != "auto":
+            dimension = choices.count(dimension, "dimension", ", or auto,")
         if blocks not in ("layers", "whole"):
             raise InputError("blocks", f"expected one of layers, whole but got {blocks!r}")
         if curvature not in ("empirical", "gauss_newton"):

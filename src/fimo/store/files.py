@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fimo.errors import InputError
 from fimo.store import VERSION
 
 
@@ -40,6 +41,10 @@ class Store:
 
         Args:
             about: the result in words, for people; no part of its name.
+
+        Raises:
+            InputError: naming ``store``: something else than folders is in the way.
+            OSError: the disk is full or not writable.
         """
         full = {"version": VERSION, **key}
         text = json.dumps(full, sort_keys=True)
@@ -49,7 +54,10 @@ class Store:
         except OSError:
             if (folder / "key.json").exists():  # of a store that is only read
                 return folder
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise InputError("store", f"expected a folder but {error.filename} is none") from error
             with written_aside(folder / "key.json") as path:
                 path.write_text(json.dumps({"about": about, "key": full}, sort_keys=True, indent=1))
         return folder

@@ -59,6 +59,22 @@ def seeds(value: Any, key: str = "further_training.seeds") -> list[int]:
     return found
 
 
+def count(value: Any, key: str, alternative: str = "") -> int:
+    """Return a whole number of at least 1.
+
+    Args:
+        alternative: what else would do, for messages: ``, or auto``.
+
+    Raises:
+        InputError: with ``key``: something else.
+    """
+    if not _is_number(value) or value != int(value):
+        raise InputError(key, f"expected a whole number{alternative} but got {value!r}")
+    if value < 1:
+        raise InputError(key, f"expected at least 1{alternative} but got {value}")
+    return int(value)
+
+
 def units(value: Any, total: int, key: str = "further_training.left_out") -> list[tuple[int, ...]]:
     """Return what is left out together, as sorted tuples: N means N evenly spaced instances, None all.
 
