@@ -111,7 +111,7 @@ def test_real_runs_of_adam_leave_an_instance_out_where_it_occurs() -> None:
         for name, given in (("sgd", SGD), ("adam", adam)):
             ft = following(case, replace(given, leave_out=rule))
             problem = AttributionProblem(case.final_model, case.train, case.test, further_training=ft)
-            rules[name, rule] = Response().run(problem).followed.protocol.leave_out
+            rules[name, rule] = Response().of_real_runs(problem).followed.protocol.leave_out
     assert rules["sgd", "shift"] == "reweighted"
     assert (
         rules["sgd", "mask"] == rules["sgd", "every_batch"] == rules["adam", "every_batch"] == "every_batch"

@@ -60,16 +60,13 @@ def layer_moments(
 def _add_factors(rows: FactoredRows, found: list[Moments], n: int) -> None:
     """Add the factors of some rows of a network of linear layers to those of others, of n instances."""
     for k, layer in enumerate(rows.layers):
-        parts = [layer.entering] if layer.weight else []
-        parts += [torch.ones_like(layer.entering[:, :1])] if layer.bias else []
-        a, delta = torch.cat(parts, 1), layer.delta.flatten(0, 1)
+        a, delta = layer.entering_all, layer.delta.flatten(0, 1)
         entering, leaving = a.T @ a / n, delta.T @ delta / n
         if k < len(found):
             found[k].entering += entering
             found[k].leaving += leaving
         else:
-            names = tuple(name for name in (layer.weight, layer.bias) if name)
-            found.append(Moments(names, entering, leaving))
+            found.append(Moments(layer.names, entering, leaving))
 
 
 def _of_rows(rows: Rows) -> list[Moments] | None:

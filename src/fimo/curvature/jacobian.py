@@ -219,6 +219,18 @@ class LayerFactors:
     entering: Tensor
     delta: Tensor
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its trainable parameters, the weight first."""
+        return tuple(name for name in (self.weight, self.bias) if name)
+
+    @property
+    def entering_all(self) -> Tensor:
+        """``[n, in + 1]``, what the trainable weight and then the bias are multiplied with."""
+        parts = [self.entering] if self.weight else []
+        parts += [torch.ones_like(self.entering[:, :1])] if self.bias else []
+        return torch.cat(parts, 1)
+
 
 @dataclass(frozen=True)
 class FactoredRows(Rows):

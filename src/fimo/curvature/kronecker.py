@@ -310,14 +310,12 @@ def _second_moments(rows: Rows, blocks: list[Block], n: int) -> None:
 
 def _moments_of_factors(rows: FactoredRows, blocks: list[Block], totals: list[Tensor]) -> None:
     """Add the second moments of rows of linear layers to those of blocks."""
-    by_name = {layer.weight or layer.bias: layer for layer in rows.layers}
+    by_name = {layer.names[0]: layer for layer in rows.layers}
     for block, total in zip(blocks, totals, strict=True):
         layer = by_name[block.names[0]]
-        entering = [layer.entering] if layer.weight else []
-        entering += [torch.ones_like(layer.entering[:, :1])] if layer.bias else []
         assert block.left is not None
         assert block.right is not None
-        a = (torch.cat(entering, 1) @ block.right).square()
+        a = (layer.entering_all @ block.right).square()
         total += (layer.delta @ block.left).square().sum(1).T @ a
 
 

@@ -43,9 +43,7 @@ class Side:
 
     def of_factors(self, layer: LayerFactors) -> Tensor:
         """Return ``[n, R, size]`` of a linear layer's rows."""
-        parts = [layer.entering] if layer.weight else []
-        parts += [torch.ones_like(layer.entering[:, :1])] if layer.bias else []
-        entering, leaving = torch.cat(parts, 1) @ self.entering.T, layer.delta @ self.leaving.T
+        entering, leaving = layer.entering_all @ self.entering.T, layer.delta @ self.leaving.T
         return (leaving[..., None] * entering[:, None, None]).flatten(2)
 
     def of_calls(self, rows: ModuleRows) -> Tensor:
@@ -127,7 +125,7 @@ class LayerProjection:
         for block in rows.blocks():
             if isinstance(block, FactoredRows):
                 for part in block.parts():
-                    by_name = {layer.weight or layer.bias: layer for layer in part.layers}
+                    by_name = {layer.names[0]: layer for layer in part.layers}
                     yield torch.cat([side.of_factors(by_name[side.names[0]]) for side in self.sides], 2)
                 continue
             if isinstance(block, ModuleRows):

@@ -263,7 +263,7 @@ def evenly(protocol: Protocol, instances: int) -> Protocol:
     rule = RULES[protocol.leave_out]
     if rule.even is None or protocol.clip_norm is not None:
         return protocol
-    kept = instances if rule.shares_batches else instances - 1
+    kept = rule(instances).kept(1)
     if protocol.batches_per_epoch(kept) != protocol.batches_per_epoch(instances):
         return protocol
     return replace(protocol, leave_out=rule.even)

@@ -227,7 +227,8 @@ class FunctionalNetwork(StackedNetwork):
             with self._training_step(seed) as drawing:
                 calls = called.call(inputs)
                 after = drawing.generator.get_state()
-            buffers = {n: b for n, b in self.buffers.items() if n in dict(called.rest.named_buffers())}
+            of_rest = {n for n, _ in called.rest.named_buffers()}
+            buffers = {n: b for n, b in self.buffers.items() if n in of_rest}
         for r in range(self.replicas):
             own = instances if shared else Instances(_row(inputs, r), targets[r])
             parameters = {n: p[r].detach().requires_grad_() for n, p in self.parameters.items()}

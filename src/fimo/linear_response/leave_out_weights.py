@@ -92,7 +92,13 @@ class _Batches:
         self.rule, self.size, self.dtype = rule, protocol.batch_size, dtype
         self.kept = rule.kept(1)
         self.per_epoch = protocol.batches_per_epoch(rule.instances)
-        self.outside = self._outside(self.members.unique(), every, seeds, dtype)
+        self.every, self.seeds = every, torch.tensor(seeds)
+        self.adds = rule.outside(torch.ones(1), 1) is not None
+        # by an instance's own number: what is said of it must not depend on which others are asked about
+        instances = self.members.unique()
+        of_turn = [instances[instances % every == turn] for turn in range(every)]
+        # [every, U], which are left out of batches in turn
+        self.outside = torch.nn.utils.rnn.pad_sequence(of_turn, batch_first=True, padding_value=-1)
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._drawn: list[tuple[Tensor, Tensor]] = []  # of epochs from `_first` on
         self._first = 0
@@ -121,29 +127,15 @@ class _Batches:
         full[stop - start :] = 0.0
         without = (seen[:, start:reach] == batch).to(self.dtype)
         without.mul_(self.rule.factor(1)).div_(max(1, min(stop, self.kept) - start))
-        if self.outside:
-            added, weights = self.outside[(epoch * self.per_epoch + batch) % len(self.outside)]
-            window = torch.cat([window, added], 1)
+        if self.adds:
+            added = self.outside[(epoch * self.per_epoch + batch + self.seeds) % self.every]  # [S, U]
+            chosen = (added[..., None, None] == self.members).any(-1).to(self.dtype)
+            weights = self.rule.outside(chosen * self.every, 1)
+            assert weights is not None
+            window = torch.cat([window, added.clamp(min=0)], 1)
             full = torch.cat([full, full.new_zeros(added.shape[1])])
             without = torch.cat([without, weights], 1)
         return window, full, without
-
-    def _outside(
-        self, instances: Tensor, every: int, seeds: Sequence[int], dtype: torch.dtype
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Return which instances ``[S, U]`` are added to batches in turn, and their weights ``[S, U, L]``."""
-        # by an instance's own number: what is said of it must not depend on which others are asked about
-        of_turn = [instances[instances % every == turn] for turn in range(every)]
-        parts = torch.nn.utils.rnn.pad_sequence(of_turn, batch_first=True, padding_value=-1)  # [every, U]
-        found = []
-        for turn in range(every):
-            own = parts[(turn + torch.tensor(seeds)) % every]  # [S, U]
-            chosen = (own[..., None, None] == self.members).any(-1).to(dtype)
-            weights = self.rule.outside(chosen * every, 1)
-            if weights is None:
-                return []
-            found.append((own.clamp(min=0), weights))
-        return found
 
     def _epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Return an epoch's order ``[S, N]``, and in which batch ``[S, N, L]`` each run sees each place."""

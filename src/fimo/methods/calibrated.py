@@ -184,10 +184,10 @@ class CalibratedResponse(Response):
         runs = [*pilot.runs, *later]
         response = self._followed(problem, trajectories, pilot, runs, trusted, tally)
         seeds = sorted({s for _, s in runs})
-        full = real_losses(self.run(problem), [(None, given.seeds[s]) for s in seeds], tally)
+        full = real_losses(self.of_real_runs(problem), [(None, given.seeds[s]) for s in seeds], tally)
         real = pilot.real
         if later:
-            real = torch.cat([real, real_losses(self.run(problem), named(problem, later), tally)])
+            real = torch.cat([real, real_losses(self.of_real_runs(problem), named(problem, later), tally)])
         changes = real - full[[seeds.index(s) for _, s in runs]]
         return self._corrected(problem, pilot, response, changes, trusted)
 
@@ -218,7 +218,11 @@ class CalibratedResponse(Response):
         checked = self._to_check(size, number, len(given.seeds))
         runs = [run for run in checked.runs if run[1] < len(seeds)]
         return Pilot(
-            checked, runs, size, response, real_losses(self.run(problem), named(problem, runs), tally)
+            checked,
+            runs,
+            size,
+            response,
+            real_losses(self.of_real_runs(problem), named(problem, runs), tally),
         )
 
     def _to_check(self, size: Tensor, number: int, seeds: int) -> Checked:

@@ -142,7 +142,7 @@ class Response(FollowingMethod):
         if self.along != "final":
             tally.add(len(further_training.seeds) * problem.run_gradients)
         if self.along == "path" and not by_factors:
-            values, bars = self.average(self.run(problem), self.by_seed(problem, tally), tally)
+            values, bars = self.average(self.of_real_runs(problem), self.by_seed(problem, tally), tally)
             return self.with_bars(problem, values, bars, tally)
         response = MeanBatchResponse(
             problem.final_model,
@@ -162,12 +162,12 @@ class Response(FollowingMethod):
             values = response.at_final_model(test, removed)
         else:
             ends = (response.at_ends(t, test, removed) for t in further_training.full_runs())
-            values, bars = self.average(self.run(problem), ends, tally)
+            values, bars = self.average(self.of_real_runs(problem), ends, tally)
         if by_factors or self.along == "final":  # one score for all seeds
             seeds = len(further_training.seeds)
             checked = self.to_check(values, seeds) if seeds >= CHECKED_SEEDS else None
             predicted = [] if checked is None else [values[..., checked.instances].cpu()] * seeds
-            bars = self.measured_bars(self.run(problem), values, checked, predicted, None, tally)
+            bars = self.measured_bars(self.of_real_runs(problem), values, checked, predicted, None, tally)
         tally.add(response.gradient_evaluations)
         return self.with_bars(problem, values, bars, tally, *notes)
 
@@ -178,7 +178,7 @@ class Response(FollowingMethod):
         given = problem.followed
         return problem.along(replace(given, protocol=evenly(given.protocol, len(problem.train))))
 
-    def run(self, problem: AttributionProblem) -> AttributionProblem:
+    def of_real_runs(self, problem: AttributionProblem) -> AttributionProblem:
         """Return the problem with the further training of real runs.
 
         What isn't linear in a gradient, such as Adam's second moment, feels an instance that is wholly in a
