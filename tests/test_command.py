@@ -94,6 +94,11 @@ def table(folder: Path, rows: str) -> str:
             "+model.network.out_features=auto",
             "model.network.out_features: auto is known of arguments called inputs, outputs and classes only",
         ),
+        (
+            "model=custom model.network._target_=tests.test_door.Recomputing +model.network.how=reentrant "
+            "+model.network.always=false +model.network.inputs=10",
+            "model.network: calls parts of its forward pass again in the backward pass (torch.utils.check",
+        ),
         ("+method=?", "method: no choice '?'; there are arnoldi, "),
         ("+method=", "method: expected a choice but got nothing; there are arnoldi, "),
         ("experiment=", "experiment: expected a choice but got nothing; there are bench/adult, "),

@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+import fimo
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training import Protocol, full_runs, further_train
@@ -30,6 +32,7 @@ from fimo.models.losses import (
 from fimo.store.fingerprint import Problem
 from fimo.validation import admission
 from fimo.validation.poor import Comparison, best_mixture, compared
+from fimo.validation.recomputation import recomputes
 
 PROTOCOL = Protocol(lr=0.05, batch_size=8, epochs=1)
 
@@ -582,3 +585,55 @@ def test_where_no_best_constant_is_known_it_is_said_once(caplog: pytest.LogCaptu
     assert "131,072 outputs for each instance are too many" in str(
         best_mixture(FinalModel(Fixed(), own_huber), wide)
     )
+
+
+class Recomputing(nn.Module):
+    """Calls a part of its forward pass again in the backward pass.
+
+    Args:
+        how: of it.
+        always: in eval mode too.
+    """
+
+    def __init__(self, how: str, always: bool, inputs: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.how, self.always = nn.Linear(inputs, 5), nn.Linear(5, 1), how, always
+
+    def block(self, x: Tensor) -> Tensor:
+        return self.second((self.first(x) * 2).tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training or self.always):
+            return self.block(x)
+        if self.how == "save_on_cpu":
+            with torch.autograd.graph.save_on_cpu():
+                return self.block(x)
+        return checkpoint(self.block, x, use_reentrant=self.how == "reentrant")
+
+
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "save_on_cpu"])
+@pytest.mark.parametrize("always", [False, True])
+def test_a_network_that_computes_parts_again_in_the_backward_pass_is_refused(how: str, always: bool) -> None:
+    model = FinalModel(Recomputing(how, always), mean_squared_error, accept_poor=True)
+    calls = [
+        lambda: further_train(model, DATA[:16], DATA[16:], PROTOCOL, [0], [0]),
+        lambda: fimo.attribute(model, DATA[:16], DATA[16:], "graddot"),
+        lambda: fimo.attribute(model, DATA[:16], DATA[16:], "calibrated", further_training=PROTOCOL),
+        lambda: fimo.further_train(model, DATA[:16], DATA[16:], PROTOCOL, 1, 2),
+    ]
+    for call in calls:
+        with pytest.raises(
+            InputError, match=r"^model\.network: .*torch\.utils\.checkpoint.* switch that off"
+        ):
+            call()
+
+
+def test_what_a_network_leaves_for_its_backward_pass_is_tried_without_a_trace() -> None:
+    model = FinalModel(network(), mean_squared_error, accept_poor=True)
+    state = torch.get_rng_state()
+    assert not recomputes(model, DATA[:2].inputs)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not any(p.requires_grad for p in model.network.parameters())
+    assert not model.network.training
+    assert not recomputes(model, torch.randn(2, 7))  # it fails on them, which is not for this check to say

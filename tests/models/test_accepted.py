@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -9,10 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fimo.data.conversion import to_instances
+from fimo.data.instances import Instances
+from fimo.engine.context import Setting
 from fimo.errors import InputError
 from fimo.further_training import Protocol, further_train
+from fimo.methods.graddot import GradDot
+from fimo.models.adapted import Adapted
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import binary_cross_entropy, cross_entropy, mean_squared_error
+from fimo.store.description import describe
+from tests.reference.further_training import plain_sensitivity
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -47,6 +55,44 @@ def test_a_hugging_face_classifier_is_taken_as_it_is() -> None:
     assert FinalModel(network, trainable="classifier.*").to(dtype=torch.float64).size == head.size
     found = further_train(head, data, data[:3], Protocol(lr=0.1, batch_size=4, epochs=1), 1, [0, 5])
     assert found.raw.abs().max() > 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_hugging_face_network_with_gradient_checkpointing_trains_as_without(
+    reentrant: bool, dropout: float, inside: bool
+) -> None:
+    network = bert(hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0, num_labels=2)
+    whole = Adapted(network, "logits") if inside else network
+    data = to_instances(ROWS)
+    if not dropout:  # whose replicas are advanced together: masks are looked at
+        data = Instances({"input_ids": data.inputs["input_ids"]}, data.targets)  # type: ignore[index]
+    tested = data[:3]
+    loss = cross_entropy if inside else None
+    without = FinalModel(whole, loss, accept_poor=True)
+    checkpointing(network, use_reentrant=reentrant)
+    model = FinalModel(whole, loss, accept_poor=True)
+    assert describe(model.network, "network") == describe(without.network, "network")
+    protocol = Protocol(lr=0.2, batch_size=4, epochs=2, leave_out="mask", dtype="float64")
+    assert Setting.build(model, data, tested, protocol).engine == ("loop" if dropout else "functional")
+    found = further_train(model, data, tested, protocol, [3], [0, 5])
+    assert torch.equal(found.raw, further_train(without, data, tested, protocol, [3], [0, 5]).raw)
+    scores = [GradDot().attribute(one, data, tested).values for one in (model, without)]
+    assert torch.equal(*scores)
+    assert all(layer.gradient_checkpointing for layer in network.bert.encoder.layer)  # type: ignore[union-attr]
+    assert network.bert.embeddings.word_embeddings._forward_hooks  # type: ignore[union-attr]
+    plain = copy.copy(model)  # a plain loop over the network as it is
+    object.__setattr__(plain, "network", Adapted(network, "logits"))
+    expected = plain_sensitivity(plain, data, tested, protocol, [3], [[0], [5]])
+    torch.testing.assert_close(found.full_losses, expected["full_losses"], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.raw.double(), expected["raw"], rtol=0, atol=1e-7)
+
+
+def checkpointing(network: nn.Module, **settings: object) -> None:
+    """Switch it on, under the name that transformers has for it."""
+    switch = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)
+    switch(settings)
 
 
 @pytest.mark.parametrize(

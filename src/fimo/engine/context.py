@@ -170,8 +170,8 @@ def chunk_size(setting: Setting, runs: int) -> int:
 def worker_threads(setting: Setting) -> int:
     """Return how many chunks are advanced at a time: one for each thread of a CPU.
 
-    One where a network that can't be vectorised may share state between its copies: in hooks, or in the
-    random numbers of a backward pass that repeats the forward pass (checkpointing).
+    One where a network that can't be vectorised may share state between its copies: in hooks, or in random
+    numbers that its backward pass draws.
     """
     if setting.device.type != "cpu":
         return 1

@@ -18,6 +18,7 @@ def copied(network: nn.Module) -> nn.Module:
       Python's copy refuses, are copied by value.
     - Gradients of embeddings are dense: the same numbers, which can be stacked and multiplied.
     - A LightningModule's Trainer stays behind.
+    - Hugging Face's gradient checkpointing is switched off: the same numbers, in more memory.
     - Weight normalisation is written out: torch's fused operation has no forward derivative, and its second
       derivatives take the norm as constant, which makes them wrong (a Hessian that is not symmetric).
     """
@@ -29,7 +30,7 @@ def copied(network: nn.Module) -> nn.Module:
     }
     trainers = {id(t): None for m in network.modules() if (t := vars(m).get("_trainer")) is not None}
     found = copy.deepcopy(network, computed | trainers)
-    for module in with_dense_gradients(found).modules():
+    for module in without_checkpointing(with_dense_gradients(found)).modules():
         if type(module) is parametrizations._WeightNorm:
             module.__class__ = _PlainWeightNorm
         for hook in module._forward_pre_hooks.values():
@@ -43,6 +44,27 @@ def with_dense_gradients(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False
+    return network
+
+
+def without_checkpointing(network: nn.Module) -> nn.Module:
+    """Switch off Hugging Face's gradient checkpointing, in place: as if it had never been switched on.
+
+    With it, the backward pass calls layers again, when ``torch.func``'s replicas or parameters are gone.
+    """
+    for module in network.modules():
+        own = vars(module)
+        if own.get("gradient_checkpointing") is True:
+            if getattr(type(module), "gradient_checkpointing", None) is False:
+                del own["gradient_checkpointing"]
+            else:
+                own["gradient_checkpointing"] = False
+        own.pop("_gradient_checkpointing_func", None)
+        # inputs of the first layer were made to require a gradient, which torch.func refuses
+        if own.get("_require_grads_hooks") or own.get("_require_grads_hook") is not None:
+            module.disable_input_require_grads()  # type: ignore[operator]
+        for name in ("_require_grads_hooks", "_require_grads_hook"):
+            own.pop(name, None)
     return network
 
 

@@ -94,7 +94,7 @@ def draws(network: nn.Module, inputs: Inputs) -> bool:
 def _draws_only_masks(network: nn.Module, inputs: Inputs) -> bool:
     """Return whether a step draws dropout's masks alone, and in the forward pass, by trying.
 
-    Not where a backward pass repeats the forward pass (checkpointing): it would draw other masks.
+    Not where a backward pass draws as well, or repeats the forward pass: the masks would be others.
     """
     free = [p.requires_grad_() for p in network.parameters() if p.is_floating_point()]
     device = next((p.device for p in free), torch.device("cpu"))

@@ -20,6 +20,7 @@ from fimo.models.train_mode import TrainMode, seeded
 from fimo.store.description import content_of
 from fimo.validation.independence import MIXING_NETWORK, Evaluate, WithoutDropout, couples, problem
 from fimo.validation.poor import Comparison, compared, untold
+from fimo.validation.recomputation import PROBLEM, recomputes
 from fimo.validation.targets import Conversion, candidates, known_targets
 
 log = logging.getLogger(__name__)
@@ -153,6 +154,8 @@ def _checked(model: FinalModel, train: Instances, test: Instances | None) -> tup
         _check_numbers(instances, key)
     sets = {key: _in_dtype_of(model, instances) for key, instances in sets.items()}
     outputs = {key: tried(model, _probe(instances)) for key, instances in sets.items()}
+    if recomputes(model, sets["dataset.train"][:2].inputs):
+        raise InputError("model.network", PROBLEM)
     mode = TrainMode.of(model, sets["dataset.train"])
     convert = _conversion(model, sets["dataset.train"], outputs["dataset.train"])
     if convert is not None:
