@@ -17,6 +17,9 @@ from fimo.app.scoring import Scoring
 from fimo.cost import Cost, measured
 from fimo.further_training import Protocol
 from fimo.methods.attribution_problem import AttributionProblem
+from fimo.methods.base import AttributionMethod
+from fimo.methods.datainf import DataInf
+from fimo.methods.ekfac import Ekfac
 from fimo.methods.following import FollowingMethod
 from fimo.methods.graddot import GradDot
 from fimo.methods.response import Response
@@ -112,6 +115,37 @@ def test_a_method_pays_for_full_runs_that_another_made_once_and_keeps_that_in_th
     again = cost("second", Once())
     assert again.reused == 1
     assert kept < again.seconds <= second.seconds
+
+
+def test_a_method_pays_for_gradients_that_another_took_and_costs_what_it_does_alone(tmp_path: Path) -> None:
+    case = CASES["conv_net"]()
+    data: Any = SimpleNamespace(train=case.train, test=case.test)
+    every = list(range(len(case.train)))
+    plan = Plan(Protocol(epochs=1), [0], [0], every, [0, 2], True, "auto")
+    methods: dict[str, AttributionMethod] = {"graddot": GradDot(), "datainf": DataInf(), "ekfac": Ekfac()}
+
+    def costs(names: list[str], shared: bool) -> tuple[dict[str, Cost], dict[str, Scores]]:
+        place = Store(tmp_path / f"{names[0]}-{shared}")
+        scoring = Scoring.of(case.final_model, data, plan, 0, place, CPU)
+        found: dict[str, Cost] = {}
+        scores: dict[str, Scores] = {}
+        with scoring.sharing(names if shared else names[:1]):
+            for name in names:
+                with measured(name) as found[name]:
+                    scores[name] = scoring.scores(name, methods[name], {}, found[name])
+        return found, scores
+
+    alone, expected = costs(list(methods), False)
+    assert all(cost.reused_seconds == 0 for cost in alone.values())
+    for names in (list(methods), list(reversed(methods))):
+        found, scores = costs(names, True)
+        for k, name in enumerate(names):
+            assert torch.equal(scores[name].values, expected[name].values)
+            assert found[name].gradient_evaluations == alone[name].gradient_evaluations
+            assert found[name].seconds > found[name].reused_seconds
+            assert (found[name].reused_seconds > 0) == (k > 0), "the first finds nothing"
+        kept = json.loads(next(iter((tmp_path / f"{names[0]}-True").glob("scores/*/cost.json"))).read_text())
+        assert kept["gradient_evaluations"] == alone[kept["stage"]].gradient_evaluations
 
 
 class Unsure(FollowingMethod):

@@ -30,7 +30,7 @@ class Cost:
             that mark, else since the process began), plus the accelerator's.
         gradient_evaluations: gradients of one instance's loss (or products with its Jacobian).
         reused: share of the result that came from the store; of a method that follows full runs which were
-            there already, their share of the seconds.
+            there already, or was given gradients that another had taken, their share of the seconds.
         reused_seconds: of ``seconds``, what results that were there already took when they were made.
     """
 

@@ -489,7 +489,7 @@ def test_a_network_that_cannot_be_vectorised_is_differentiated_one_by_one() -> N
     model = FinalModel(Branching(), cross_entropy)
     gradients = InstanceGradients(model)
     rows = gradients.losses(case.train)
-    assert not gradients.vectorise
+    assert not gradients.automatic.vectorise
     scale = torch.where(case.train.inputs.sum(1) > 0, 1.0, 2.0).double()
     torch.testing.assert_close(
         rows.dense()[0, 0],

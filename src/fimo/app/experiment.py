@@ -269,12 +269,13 @@ def scored(
         return scores
 
     count = len(run.methods)
-    for k, name in enumerate(run.methods, 1):
-        scores = journal.tried(name, partial(score, name), (k, count), only=count == 1)
-        if scores is not None:
-            found[name] = scores
-            if told is not None:
-                told(name, scores)
+    with scoring.sharing(run.methods):
+        for k, name in enumerate(run.methods, 1):
+            scores = journal.tried(name, partial(score, name), (k, count), only=count == 1)
+            if scores is not None:
+                found[name] = scores
+                if told is not None:
+                    told(name, scores)
     if not found:
         raise InputError("method", "; ".join(f"{name} {why}" for name, why in journal.skipped.items()))
     return found

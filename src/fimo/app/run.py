@@ -117,10 +117,11 @@ class Run:
         """
         chosen = list(range(len(self.data.train)) if left_out is None else left_out)
         scoring, found = replace(self, plan=replace(self.plan, left_out=chosen)).scoring(), {}
-        for name, method in self.methods.items():
-            cost = Cost(name)
-            found[name] = scoring.scores(name, method, self.settings[name], cost)
-            self.cost.gradient_evaluations += cost.gradient_evaluations
+        with scoring.sharing(self.methods):
+            for name, method in self.methods.items():
+                cost = Cost(name)
+                found[name] = scoring.scores(name, method, self.settings[name], cost)
+                self.cost.gradient_evaluations += cost.gradient_evaluations
         return found
 
     def leave_out(self, groups: Sequence[Any], seeds: Sequence[int] | None = None) -> Sensitivity:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ import torch
 from filelock import FileLock
 
 from fimo.cost import Cost
+from fimo.curvature.shared_rows import shared_at, shared_rows
 from fimo.engine.leave_out import make_rule
 from fimo.engine.replicas import Unit
 from fimo.errors import InputError
@@ -88,6 +91,10 @@ class Scoring:
         problem = described(final_model, data.train) if problem is None else problem
         return cls(final_model.to(device), data.train, data.test[plan.test], plan, seed, store, problem)
 
+    def sharing(self, methods: Collection[str]) -> AbstractContextManager[object]:
+        """Return a context in which methods, if they are several, share the gradients that they take."""
+        return shared_rows(self.final_model) if len(methods) > 1 else nullcontext()
+
     def scores(self, name: str, method: AttributionMethod, settings: Mapping[str, Any], cost: Cost) -> Scores:
         """Return a method's scores on the CPU; a group's are the sums over its members.
 
@@ -123,14 +130,19 @@ class Scoring:
         return scores_key(self.problem, self.test, name, type(method), settings, units, self.seed, followed)
 
     def _computed(self, method: AttributionMethod, cost: Cost) -> Scores:
-        device = next(iter(self.final_model.parameters().values())).device
-        train, test = self.train.to(device), self.test.to(device)
+        train, test = self._on_device
+        shared = shared_at(self.final_model)
+        before = 0.0 if shared is None else shared.seconds
         added = summed(self.plan, method, self.train)
         members = sorted({i for unit in added for i in unit})
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             given = self._further_training(train, cost)
             found = method.attribute(self.final_model, train, test, torch.tensor(members), given)
+        if shared is not None and shared.seconds > before:
+            # charged as if the method had taken them itself, so that the order of methods makes no difference
+            cost.reuse(shared.seconds - before)
+            log.info("gradients that take %.1f s were there already", shared.seconds - before)
         left_out, groups = stacked(choices.units(self.plan.left_out, len(train)))
         found = replace(
             found.to("cpu").grouped(added),
@@ -141,6 +153,12 @@ class Scoring:
         if not torch.isfinite(found.values).all():
             log.warning("%s gave scores that are not finite", type(method).__name__)
         return found
+
+    @functools.cached_property
+    def _on_device(self) -> tuple[Instances, Instances]:
+        """The training and test instances, where the final model is."""
+        device = next(iter(self.final_model.parameters().values())).device
+        return self.train.to(device), self.test.to(device)
 
     @property
     def _points(self) -> list[int]:

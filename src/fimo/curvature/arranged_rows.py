@@ -63,15 +63,13 @@ class ArrangedRows(Rows):
         return ArrangedRows(tuple(found), torch.cat(chosen).argsort())
 
     def dense(self) -> Tensor:
-        return self.in_order([p.dense() for p in self.parts])
+        found = torch.empty(self.n, self.r, self.p, dtype=self.dtype, device=self.device)
+        for part, at in parts_of(self):
+            found[at] = part.dense()
+        return found
 
     def to(self, dtype: torch.dtype) -> Rows:
         return ArrangedRows(tuple(p.to(dtype) for p in self.parts), self.places)  # type: ignore[misc]
-
-    def formed(self) -> Rows:
-        """Return the same with parts formed, see :meth:`ModuleRows.formed`."""
-        parts = tuple(p.formed() if isinstance(p, ModuleRows) else p for p in self.parts)
-        return ArrangedRows(parts, self.places)
 
     def squares(self) -> Rows:
         def blocks() -> Iterator[Rows]:

@@ -432,7 +432,14 @@ class StreamedRows(Rows):
             yield block if block.dtype == self.converted else block.to(self.converted)
 
     def dense(self) -> Tensor:
-        return torch.cat([b.dense() for b in self.blocks()])
+        found = torch.empty(self.n, self.r, self.p, dtype=self.converted, device=self.on)
+        start = 0
+        for block in self.blocks():
+            if block.n == self.n:
+                return block.dense()
+            found[start : start + block.n] = block.dense()
+            start += block.n
+        return found
 
     def to(self, dtype: torch.dtype) -> Rows:
         return StreamedRows(self.make_blocks, self.n, self.r, self.shapes, dtype, self.on)

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fimo.curvature.shared_rows import shared_at
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
@@ -42,7 +43,9 @@ class AttributionProblem:
         """The L left-out instances."""
         if self.left_out is None:
             return self.train
-        return self.train[self.left_out.to(self.train.targets.device)]
+        found = self.train[self.left_out.to(self.train.targets.device)]
+        shared = shared_at(self.final_model)
+        return found if shared is None else shared.set_of(found)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fimo.curvature.shared_rows import shared_at
 from fimo.data.instances import Instances
 from fimo.engine.leave_out import make_rule
 from fimo.engine.protocol import Protocol
@@ -170,7 +171,11 @@ class AttributionMethod(ABC):
         if further_training is not None and (why := self.unfollowable(further_training.protocol)):
             raise InputError("further_training.optimizer", f"{type(self).__name__} does not apply: {why}")
         train, test = admit(final_model, train, test)
+        if (shared := shared_at(final_model)) is not None:
+            train, test = shared.set_of(train), shared.set_of(test)
         index = None if left_out is None else choices.indices(left_out, len(train), "left_out")
+        if index is not None and torch.equal(index, torch.arange(len(train))):
+            index = None
         problem = AttributionProblem(final_model, train, test, index, further_training)
         if extremes is not None:
             extremes = choices.count(extremes, "extremes")

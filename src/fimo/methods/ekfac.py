@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fimo.curvature.gradients import Cotangents, Form, gradient_of
+from fimo.curvature.cotangents import Cotangents, GradientOf
+from fimo.curvature.gradients import Form
 from fimo.curvature.jacobian import Rows
 from fimo.curvature.kronecker import Fisher, KroneckerFactors, chosen_fisher, fit_factors, no_factors
 from fimo.data.instances import Instances
@@ -116,7 +117,7 @@ class Factored(RescalableCurvature):
         return self.factors.mean_eigenvalue
 
     def root(self, loss: Loss) -> Cotangents:
-        return gradient_of(loss) if self.empirical else loss.hessian_root
+        return GradientOf(loss) if self.empirical else loss.hessian_root
 
     def own(self, rows: Rows, dampings: Tensor) -> Tensor:
         found = []

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fimo.curvature.gradients import Cotangents, gradient_of
+from fimo.curvature.cotangents import Cotangents, GradientOf
 from fimo.curvature.jacobian import Rows
 from fimo.curvature.spectrum import MAX_DIMENSION, KernelSpectrum, Phi, kernel_dimension
 from fimo.data.instances import Instances
@@ -87,7 +87,7 @@ class Decomposed(RescalableCurvature):
         return self.spectrum.mean_eigenvalue
 
     def root(self, loss: Loss) -> Cotangents:
-        return gradient_of(loss) if self.empirical else loss.hessian_root
+        return GradientOf(loss) if self.empirical else loss.hessian_root
 
     def own(self, rows: Rows, dampings: Tensor) -> Tensor:
         along = self.spectrum.coordinates(rows)

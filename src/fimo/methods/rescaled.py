@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fimo.curvature.gradients import Cotangents
+from fimo.curvature.cotangents import Cotangents
 from fimo.curvature.jacobian import Rows
 from fimo.data.instances import Instances
 from fimo.errors import InputError

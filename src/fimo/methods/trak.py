@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fimo.curvature.cotangents import GradientOf
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.projection import Projection, project
 from fimo.data.instances import Instances
@@ -96,11 +97,11 @@ class Trak(GradientMethod):
         scalar = Loss.of(model.loss.scalar_output)
 
         def projected(instances: Instances, function: Loss, name: str) -> Tensor:
-            rows = gradients.rows(instances, lambda f, y: function.gradient(f, y)[:, None], name)
+            rows = gradients.rows(instances, GradientOf(function), name)
             return project(rows, self.dimension, self.projection, seed)[:, 0].double()
 
         features = projected(problem.train, scalar, "scalar")
-        removed = projected(problem.removed, scalar, "scalar")
+        removed = features if problem.left_out is None else projected(problem.removed, scalar, "scalar")
         explained = projected(
             problem.test, model.measurement or scalar, "measurement" if model.measurement else "scalar"
         )
