@@ -115,6 +115,22 @@ def test_a_method_is_a_name_a_class_or_an_object(model: fimo.FinalModel) -> None
     assert not named.of_themselves
 
 
+def test_several_methods_give_what_each_gives_alone_by_its_name(model: fimo.FinalModel) -> None:
+    several = ["graddot", "datainf", Response]
+    found = fimo.attribute(model, (X, Y), (X[:4], Y[:4]), several, 6, further_training=FT, seeds=2)
+    assert list(found) == ["graddot", "datainf", "Response"]
+    for name, method in zip(found, several, strict=True):
+        alone = fimo.attribute(model, (X, Y), (X[:4], Y[:4]), method, 6, further_training=FT, seeds=2)
+        assert torch.equal(found[name].values, alone.values)
+        assert found[name].gradient_evaluations == alone.gradient_evaluations
+        assert found[name].method == name
+        assert found[name].seconds > 0
+    assert list(fimo.attribute(model, (X, Y), (X[:4], Y[:4]), ["graddot"])) == ["graddot"]
+    for given, said in (([], "empty list"), (["graddot", "graddot"], "two are called 'graddot'")):
+        with pytest.raises(fimo.InputError, match=said):
+            fimo.attribute(model, (X, Y), (X[:4], Y[:4]), given)
+
+
 def test_settings_go_with_a_name_and_are_checked(model: fimo.FinalModel) -> None:
     strong = fimo.attribute(model, (X, Y), (X[:2], Y[:2]), method="exact", damping=1e6)
     plain = fimo.attribute(model, (X, Y), (X[:2], Y[:2]), method="graddot")

@@ -6,15 +6,17 @@ import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from fimo.cost import Cost, cost_table
+from fimo.curvature.shared_rows import shared_rows
 from fimo.data.conversion import train_and_test
 from fimo.data.instances import Instances
 from fimo.engine.protocol import Protocol
@@ -35,6 +37,7 @@ from fimo.validation.admission import admit
 if TYPE_CHECKING:
     from fimo.audit.result import Audit
     from fimo.data.origin import Origin
+    from fimo.methods.base import AttributionMethod
     from fimo.methods.catalogue import Method
     from fimo.reporting.audit_run import AuditRun
     from fimo.reporting.results import Results
@@ -107,11 +110,27 @@ def further_train(
     return replace(found, test_hash=_content(test))
 
 
+@overload
+def attribute(
+    model: FinalModel, train: Any, test: Any, method: Method = "best",
+    left_out: int | Sequence[int] | Tensor | None = None, *,
+    further_training: Protocol | FurtherTraining | None = None, seeds: int | Sequence[int] = 10,
+    extremes: int | None = None, inputs: str | Sequence[str] | None = None, target: str | None = None,
+    store: Store | str | Path | None = None, device: str | torch.device = "cpu", **settings: Any,
+) -> Scores: ...  # fmt: skip
+@overload
+def attribute(
+    model: FinalModel, train: Any, test: Any, method: list[Any] | tuple[Any, ...],
+    left_out: int | Sequence[int] | Tensor | None = None, *,
+    further_training: Protocol | FurtherTraining | None = None, seeds: int | Sequence[int] = 10,
+    extremes: int | None = None, inputs: str | Sequence[str] | None = None, target: str | None = None,
+    store: Store | str | Path | None = None, device: str | torch.device = "cpu", **settings: Any,
+) -> dict[str, Scores]: ...  # fmt: skip
 def attribute(
     model: FinalModel,
     train: Any,
     test: Any,
-    method: Method = "best",
+    method: Method | list[Any] | tuple[Any, ...] = "best",
     left_out: int | Sequence[int] | Tensor | None = None,
     *,
     further_training: Protocol | FurtherTraining | None = None,
@@ -122,13 +141,14 @@ def attribute(
     store: Store | str | Path | None = None,
     device: str | torch.device = "cpu",
     **settings: Any,
-) -> Scores:
+) -> Scores | dict[str, Scores]:
     """Attribute the losses of test instances to training instances.
 
     Args:
         model: the final model.
         train, test: as for :func:`further_train`.
-        method: a name (:func:`methods` lists them), a class, or an object.
+        method: a name (:func:`methods` lists them), a class, or an object; or a list of these, which share
+            the gradients that they take.
         left_out: training indices to score; None for all N, a number for so many evenly spaced.
         further_training: what the scores are to predict, for methods that follow it (``best``, ``response``,
             ``calibrated``, ``source``, ``unrolled``) or are damped to match it.
@@ -140,11 +160,13 @@ def attribute(
         inputs, target: columns of DataFrames and of mappings.
         store: a folder that keeps full runs.
         device: where everything is computed.
-        settings: arguments of the method, where it is a name or a class: ``damping="10x"``.
+        settings: arguments of the method, where it is a name or a class: ``damping="10x"``; of all, where
+            several are asked for.
 
     Returns:
         Scores ``[J, L]``, or ``[E, J, L]`` with standard errors where the method follows further training; on
-        the CPU. Positive: removing the training instance raises the test loss.
+        the CPU. Positive: removing the training instance raises the test loss. Of a list of methods, each
+        one's by its name, with the seconds that it takes alone.
 
     Raises:
         InputError: an unknown method or setting, one that does not apply to this model, and as
@@ -157,7 +179,7 @@ def attribute(
         >>> scores.values.shape
         torch.Size([5, 40])
     """
-    name, chosen = method_of(method, settings)
+    chosen = _methods(method, settings)
     where = torch.device(device)
     check_device(where)
     if not isinstance(further_training, Protocol | FurtherTraining | None):
@@ -167,19 +189,25 @@ def attribute(
     if where.type != "cpu":
         model, train_instances = model.to(where), train_instances.to(where)
         test_instances = test_instances.to(where)
-    if (why := chosen.inapplicable(model, train_instances)) is not None:
-        raise InputError("method", f"{name} does not apply here: {why}")
+    for name, each in chosen.items():
+        if (why := each.inapplicable(model, train_instances)) is not None:
+            raise InputError("method", f"{name} does not apply here: {why}")
+        each.load()
     if isinstance(further_training, Protocol):
         further_training = followed(model, train_instances, further_training, seeds, store)
-    chosen.load()
-    began = time.perf_counter()
-    scores = chosen.attribute(model, train_instances, test_instances, left_out, further_training, extremes)
     indices = choices.indices(left_out, len(train_instances), "left_out")
     same = extremes is None and _same_instances(test_instances, train_instances, indices)
-    return replace(
-        scores.to("cpu"), method=name, of_themselves=same, test_hash=_content(test_instances),
-        seconds=time.perf_counter() - began,
-    )  # fmt: skip
+    content, found = _content(test_instances), {}
+    with shared_rows(model) if len(chosen) > 1 else nullcontext() as shared:
+        for name, each in chosen.items():
+            began, spared = time.perf_counter(), shared.seconds if shared else 0.0
+            scores = each.attribute(
+                model, train_instances, test_instances, left_out, further_training, extremes
+            )
+            scores = scores.to("cpu")
+            seconds = time.perf_counter() - began + (shared.seconds - spared if shared else 0.0)
+            found[name] = replace(scores, method=name, of_themselves=same, test_hash=content, seconds=seconds)
+    return found if isinstance(method, list | tuple) else found[name]
 
 
 def audit(
@@ -413,6 +441,21 @@ def _trainer(device: str | torch.device) -> dict[str, Any]:
 def _content(instances: Instances) -> str:
     """Return a hash of instances that is the same for a model in another precision."""
     return data_hash(instances.to("cpu", torch.float32))
+
+
+def _methods(
+    method: Method | list[Any] | tuple[Any, ...], settings: Mapping[str, Any]
+) -> dict[str, AttributionMethod]:
+    several = method if isinstance(method, list | tuple) else [method]
+    if not several:
+        raise InputError("method", "expected a method or some but got an empty list")
+    found: dict[str, AttributionMethod] = {}
+    for one in several:
+        name, made = method_of(one, settings)
+        if name in found:
+            raise InputError("method", f"two are called {name!r}; ask for each by itself")
+        found[name] = made
+    return found
 
 
 def _same_instances(test: Any, train: Any, indices: Tensor) -> bool:

@@ -53,8 +53,9 @@ class DrawnGradients:
         return self.loss.sampled_gradients(outputs, targets, self.samples, self.generator)
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, DrawnGradients) and other.loss is self.loss
-        return same and (other.samples, other.seed) == (self.samples, self.seed)
+        if not isinstance(other, DrawnGradients) or other.loss is not self.loss:
+            return False
+        return (other.samples, other.seed) == (self.samples, self.seed)
 
     def __hash__(self) -> int:
         return hash((id(self.loss), self.samples, self.seed))
