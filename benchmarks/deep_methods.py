@@ -1,7 +1,7 @@
 """What methods cost on deep networks, in plain forward and backward passes over the training set.
 
     python benchmarks/deep_methods.py [--only minilm gpt2 resnet9] [--methods graddot logra datainf ekfac]
-        [--n 600] [--test 40] [--left-out 24] [--memory 1024] [--check]
+        [--n 600] [--test 40] [--left-out 24] [--memory 1024] [--check] [--together]
 
 Networks: ``minilm``, the last block and the head of MiniLM-L6 on SST-2 phrases of at most 48 tokens
 (``$FIMO_DATA/sst2``, ``make .venv/.minilm``), what is below computed once; ``gpt2``, one of 4 layers of width
@@ -13,7 +13,9 @@ A plain pass is a loop over batches of 32 that calls the network and ``backward`
 parameters included. A method's time includes fitting and scores of all training instances for all test
 instances (``--left-out``: of some). CPU seconds of one process and one thread; plain passes before and after
 the methods, their mean. ``--check`` compares scores of the first 32 instances with formulas on gradients that
-automatic differentiation takes one instance at a time.
+automatic differentiation takes one instance at a time. ``--together`` also times a run of all these methods,
+which share the gradients that they take, beside the sum of each alone, and taking the training losses'
+gradients by themselves (``gradients``).
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ import torch
 from torch import Tensor
 
 import fimo
+from fimo.curvature.gradients import InstanceGradients
 from fimo.data.instances import Instances
 from fimo.data.text import TextData
+from fimo.methods.catalogue import method_of
 from fimo.models.final_model import FinalModel, apply
 from fimo.models.frozen import trained_part
 from fimo.models.huggingface import causal_lm, text_classifier
@@ -77,7 +81,9 @@ NETWORKS: dict[str, Callable[[int, int], Problem]] = {"minilm": minilm, "gpt2": 
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "graddot": ("graddot", {}),
+    "gradcos": ("gradcos", {}),
     "logra": ("logra", {}),
+    "less": ("less", {}),
     "datainf": ("datainf", {}),
     "ekfac": ("ekfac", {}),
     "ekfac, sampled": ("ekfac", {"fisher": "sampled"}),
@@ -134,12 +140,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=["graddot", "logra", "datainf", "ekfac"]
+    )
     parser.add_argument("--n", type=int, default=600)
     parser.add_argument("--test", type=int, default=40)
     parser.add_argument("--left-out", type=int)
     parser.add_argument("--memory", type=float, default=1024.0)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--together", action="store_true")
     parser.add_argument("--save", help="a file of all scores")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -169,11 +178,26 @@ def main() -> None:
             )
             found[name] = time.process_time() - start
             kept[f"{network} {name}"] = scores.values
+        alone = sum(found.values())
+        if args.together:
+            chosen = [method_of(METHODS[n][0], {**METHODS[n][1], "memory_mb": args.memory})[1] for n in found]
+            start = time.process_time()
+            together = fimo.attribute(model, train, test, chosen, left_out=args.left_out)
+            found["all in one run"] = time.process_time() - start
+            assert all(
+                torch.equal(scores.values, kept[f"{network} {name}"])
+                for name, scores in zip(found, together.values(), strict=False)
+            )
+            start = time.process_time()
+            InstanceGradients(model, args.memory).losses(train, "layers")
+            found["gradients"] = time.process_time() - start
         plain.append(plain_pass(model, train))
         mean = sum(plain) / len(plain)
         print(f"{'plain pass':16s} {mean:8.2f} s ({plain[0]:.2f}, {plain[1]:.2f}); checks {checks:.2f} s")
         for name, seconds in found.items():
             print(f"{name:16s} {seconds:8.2f} s {seconds / mean:7.2f} passes", flush=True)
+        if args.together:
+            print(f"{'sum of each alone':16s} {alone:8.2f} s {alone / mean:6.2f} passes", flush=True)
     if args.save:
         torch.save(kept, args.save)
 

@@ -6,9 +6,9 @@
 Rows of 384 random features in ten classes; a linear head, or an MLP with one layer of 128. Weights are
 random. Each method runs in a process of its own, on one thread. ``--memory`` is the method's ``memory_mb``.
 Seconds are those of the processor; memory is the most that the process allocated above what it held with
-the data read (mapped files are the system's cache and do not count). ``--extremes k`` keeps only the k at
-each end. ``--source`` says what holds the rows: ``tensor``, ``memmap`` (a file of NumPy's) or ``datasets``
-(Hugging Face's, mapped); of these, memory includes reading them.
+the data read (mapped files are the system's cache and do not count). ``--methods graddot+logra`` is one run
+of both. ``--extremes k`` keeps only the k at each end. ``--source`` says what holds the rows: ``tensor``,
+``memmap`` (a file of NumPy's) or ``datasets`` (Hugging Face's, mapped); memory then includes reading them.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ def measured(options: argparse.Namespace) -> dict[str, float]:
     """Run one method in this process."""
     torch.set_num_threads(1)
     (network,), (method,) = options.networks, options.methods
-    model, folder = model_of(network), Path(options.folder)
+    model, folder, several = model_of(network), Path(options.folder), method.split("+")
     test = torch.randn(TESTS, FEATURES), torch.randint(CLASSES, (TESTS,))
     small = torch.randn(100, FEATURES), torch.randint(CLASSES, (100,))
-    fimo.attribute(model, small, test, method)  # what is loaded when first used
+    fimo.attribute(model, small, test, several)  # what is loaded when first used
     extremes = {"extremes": options.extremes} if options.extremes else {}
     names = {"inputs": "x", "target": "label"} if options.source == "datasets" else {}
     held = read("tensor", folder) if options.source == "tensor" else None
@@ -119,9 +119,9 @@ def measured(options: argparse.Namespace) -> dict[str, float]:
     began = time.process_time()
     with Peak() as peak:
         train = held if held is not None else read(options.source, folder)
-        scores = fimo.attribute(model, train, test_set, method, memory_mb=options.memory, **extremes, **names)
+        found = fimo.attribute(model, train, test_set, several, memory_mb=options.memory, **extremes, **names)
     seconds = time.process_time() - began
-    assert scores.values.shape[0] == TESTS
+    assert all(scores.values.shape[0] == TESTS for scores in found.values())
     return {"seconds": seconds, "memory_mb": peak.most - peak.before}
 
 
@@ -141,7 +141,7 @@ def main() -> None:
     if options.folder:
         print(json.dumps(measured(options)))
         return
-    print(f"{'network':8} {'method':8} {'rows':>8} {'seconds':>8} {'memory':>8} MB")
+    print(f"{'network':8} {'method':28} {'rows':>8} {'seconds':>8} {'memory':>8} MB")
     for n in options.rows:
         with tempfile.TemporaryDirectory(prefix="fimo-large-") as name:
             written(n, options.source, Path(name))
@@ -155,12 +155,13 @@ def main() -> None:
                     found = subprocess.run(command, capture_output=True, text=True, check=False)
                     if found.returncode:
                         print(
-                            f"{network:8} {method:8} {n:>8} failed: {found.stderr.strip()[-300:]}", flush=True
+                            f"{network:8} {method:28} {n:>8} failed: {found.stderr.strip()[-300:]}",
+                            flush=True,
                         )
                         continue
                     result = json.loads(found.stdout.splitlines()[-1])
                     seconds, memory = result["seconds"], result["memory_mb"]
-                    print(f"{network:8} {method:8} {n:>8} {seconds:>8.2f} {memory:>8.0f}", flush=True)
+                    print(f"{network:8} {method:28} {n:>8} {seconds:>8.2f} {memory:>8.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import Tensor
 import fimo
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.projection import _column, _sparse
+from fimo.curvature.shared_rows import shared_rows
 from fimo.data.instances import Instances
 from fimo.engine.chunk import Chunk
 from fimo.engine.context import Setting, chunk_size
@@ -123,6 +124,25 @@ def test_tensor_float_is_a_choice_that_ends_with_the_steps() -> None:
         assert torch.get_float32_matmul_precision() == "highest"
     difference = (losses[None] - losses["tf32"]).abs().max() / losses[None].abs().max()
     assert 1e-6 < difference < 1e-2
+
+
+@pytest.mark.parametrize("name", ["mlp_classification", "conv_net"])
+def test_methods_of_one_run_share_gradients_there(name: str) -> None:
+    case = CASES[name]().to(torch.float32)
+    given = case.final_model, case.train, case.test
+    several = ["graddot", "gradcos", "datainf", "logra", "less", "ekfac", "kfac", "trak"]
+    found = fimo.attribute(*given, several, device=GPU)
+    for method in several:
+        alone = fimo.attribute(*given, method, device=GPU)
+        torch.testing.assert_close(found[method].values, alone.values, msg=method)
+        assert found[method].gradient_evaluations == alone.gradient_evaluations
+    model, train = case.final_model.to(GPU), case.train.to(GPU)
+    with shared_rows(model) as shared:
+        shared.set_of(train)
+        rows = [InstanceGradients(model).losses(train, "layers") for _ in range(2)]
+        assert rows[0] is rows[1]
+        assert rows[0].device.type == "cuda"
+        assert shared.set_of(case.train.to(GPU)) is train
 
 
 def test_a_chunk_takes_what_memory_is_free() -> None:

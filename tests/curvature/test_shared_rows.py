@@ -164,7 +164,7 @@ def test_models_and_instances_that_differ_share_nothing() -> None:
 
 
 def kept_mb(shared: SharedRows) -> float:
-    tensors = {t.data_ptr(): t.numel() * t.element_size() for k in shared._kept for t in tensors_of(k.blocks)}
+    tensors = {t.data_ptr(): t.numel() * t.element_size() for k in shared._kept for t in tensors_of(k.values)}
     return sum(tensors.values()) / 2**20
 
 
@@ -200,7 +200,7 @@ def test_nothing_is_held_when_the_run_ends() -> None:
     case = case_of("conv_net")
     with shared_rows(case.final_model) as shared:
         scores(case, {"datainf": method_of("datainf", {})[1]}, None)
-        tensors = [weakref.ref(t) for kept in shared._kept for t in tensors_of(kept.blocks)]
+        tensors = [weakref.ref(t) for kept in shared._kept for t in tensors_of(kept.values)]
         assert tensors
         del shared
     gc.collect()
@@ -269,3 +269,23 @@ def test_a_set_that_is_the_training_set_has_its_loss_gradients() -> None:
     with passes(case) as counted, shared_rows(case.final_model):
         scores(case, {"graddot": method_of("graddot", {})[1]}, None)
     assert counted == [1]
+
+
+def test_kronecker_factors_are_decomposed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of("conv_net")
+    chosen = {name: method_of(name, {})[1] for name in ("ekfac", "kfac")}
+    decomposed = []
+    eigh = torch.linalg.eigh
+
+    def counted(matrix: Tensor) -> Any:
+        decomposed.extend([matrix] if matrix.ndim == 2 else [])  # the others are Hessians in the outputs
+        return eigh(matrix)
+
+    monkeypatch.setattr("torch.linalg.eigh", counted)
+    alone = scores(case, chosen, None)
+    twice = len(decomposed)
+    decomposed.clear()
+    with shared_rows(case.final_model):
+        found = scores(case, chosen, None)
+    assert len(decomposed) == twice / 2 + 1  # each has a block of its own for what is left, the BatchNorm
+    assert all(torch.equal(found[name].values, alone[name].values) for name in chosen)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fimo.curvature.jacobian import DenseRows, Rows, Shapes, StreamedRows, split
-from fimo.curvature.module_rows import ModuleRows
+from fimo.curvature.module_rows import SQUARED_MB, ModuleRows
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ArrangedRows(Rows):
 
     def squares(self) -> Rows:
         def blocks() -> Iterator[Rows]:
-            for piece in self.pieces(64):
+            for piece in self.pieces(SQUARED_MB):
                 yield DenseRows(piece.dense().square_(), self.shapes)
 
         return StreamedRows(blocks, self.n, self.r, self.shapes, self.dtype, self.device)

@@ -24,7 +24,7 @@ from fimo.curvature.cotangents import Cotangents, DrawnGradients, GradientOf, id
 from fimo.curvature.jacobian import DenseRows, FactoredRows, LayerFactors, Rows, StreamedRows, split
 from fimo.curvature.module_rows import FormedCall, ModuleRows
 from fimo.curvature.recording import Recorder, UnseenError, recorder_for
-from fimo.curvature.shared_rows import Blocks, shared_at
+from fimo.curvature.shared_rows import T, shared_at
 from fimo.data.instances import Instances
 from fimo.models.final_model import FinalModel
 from fimo.models.linear_layers import Layer, backward, forward, layers_on, slopes_of
@@ -38,6 +38,9 @@ BATCH = 64
 
 WINDOW = 512
 """Most instances that are put in order of their length together, where rows of all are kept in memory."""
+
+Blocks = tuple[Rows, ...]
+"""Consecutive instances' rows in memory."""
 
 Form = Literal["dense", "layers", "calls"]
 """How rows are held of networks with layers of known form, other than those of linear layers only: ``dense``
@@ -171,30 +174,47 @@ class InstanceGradients:
         before()
         return cotangents(probe, instances.targets[:1]).shape[1]
 
-    def _kept(
-        self, asked: _Asked, kind: tuple[object, ...], size: float, make: Callable[[], Blocks]
-    ) -> Blocks:
-        """Return rows in memory, made unless the methods of a run share them.
+    def kept(
+        self,
+        what: str,
+        instances: Instances,
+        kind: tuple[object, ...],
+        make: Callable[[], tuple[T, ...]],
+        size: float = 0.0,
+    ) -> tuple[T, ...]:
+        """Return what ``make`` does of the instances' rows, or what it did for another method of a run.
 
         Args:
-            kind: what they depend on besides what is asked for.
-            size: bytes that they take at most.
-            make: makes them.
+            what: it is, in words, more than one.
+            kind: what it depends on besides final model and instances.
+            make: returns dataclasses with tensors, which nobody changes.
+            size: bytes that it takes, as far as that is known.
         """
         shared = shared_at(self.final_model)
         if shared is None or self.cache is not None:
             return make()
         before = self.evaluations
 
-        def made() -> tuple[Blocks, int]:
+        def made() -> tuple[tuple[T, ...], int]:
             start = self.evaluations
             return make(), self.evaluations - start
 
-        what = f"{asked.name} gradients of {asked.n} instances"
-        kind = (asked.cotangents, *kind)
-        found, evaluations = shared.rows(what, asked.instances, kind, size, self.memory, made)
+        found, evaluations = shared.kept(what, instances, kind, size, self.memory, made)
         self.evaluations = before + evaluations
         return found
+
+    def _kept(
+        self, asked: _Asked, kind: tuple[object, ...], size: float, make: Callable[[], Blocks]
+    ) -> Blocks:
+        """Return rows in memory; ``kind`` is what they depend on besides what is asked for."""
+        what = f"{asked.name} gradients of {asked.n} instances"
+        return self.kept(what, asked.instances, (asked.cotangents, *kind), make, size)
+
+    def arrangement(self, instances: Instances) -> tuple[object, ...]:
+        """Return what the order of sums over these and other instances' rows depends on."""
+        recorder = self._known_layers(instances)
+        by_layers = () if recorder is None else (recorder.modules, recorder.axes)
+        return (self.memory, self.storage, *by_layers)
 
     def _dense_rows(self, asked: _Asked, kind: tuple[object, ...], dense: Callable[[], Tensor]) -> Rows:
         size = asked.n * self.p * asked.r * self.dtype.itemsize

@@ -197,9 +197,14 @@ def fit_factors(
         rows = gradients.sampled(train, samples, seed, form="calls")
     else:
         rows = gradients.losses(train, form="calls")
-    found = layer_moments(gradients, train, rows, fisher, samples, seed)
-    eigenvectors = Eigenvectors()
-    blocks = [_kronecker_block(m, eigenvectors) for m in found]
+
+    def kronecker_blocks() -> tuple[Block, ...]:
+        found, eigenvectors = layer_moments(gradients, train, rows, fisher, samples, seed), Eigenvectors()
+        return tuple(_kronecker_block(m, eigenvectors) for m in found)
+
+    kind = ("kronecker", fisher, samples, seed, *gradients.arrangement(train))
+    found = gradients.kept(f"Kronecker factors of {len(train)} instances", train, kind, kronecker_blocks)
+    blocks = [replace(block) for block in found]
     blocks += _other_blocks(gradients, {name for b in blocks for name in b.names})
     needs_rows = [b for b in blocks if corrected or b.kind != "kronecker"]
     if needs_rows:

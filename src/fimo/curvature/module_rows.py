@@ -26,7 +26,7 @@ HELD = 2**23
 """Numbers of one parameter's derivatives that are formed and held; more leave a processor's cache, and are
 formed anew for each use in slices that don't."""
 
-SQUARED_MB = 64
+SQUARED_MB = 24
 """Of rows that are formed to square their entries."""
 
 

@@ -1,4 +1,4 @@
-"""Rows that the methods of a run share: what one of them has made, the next are given.
+"""Rows that the methods of a run share, and what is made of them: made once, and given to all that ask.
 
 Methods ask for rows as if they were alone (:class:`~fimo.curvature.gradients.InstanceGradients`). While a
 run scores several of them at one final model, rows that fit into the memory are kept, those that were used
@@ -17,38 +17,37 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fimo.curvature.jacobian import Rows
 from fimo.data.instances import Instances
 from fimo.models.final_model import FinalModel
 
 log = logging.getLogger(__name__)
 
-Blocks = tuple[Rows, ...]
-"""Consecutive instances' rows in memory."""
+T = TypeVar("T")
 
-Make = Callable[[], tuple[Blocks, int]]
-"""Makes rows, and returns the evaluations that they took."""
+Make = Callable[[], tuple[tuple[T, ...], int]]
+"""Makes what is kept (consecutive instances' rows, say), and returns it with the evaluations that it took."""
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """Rows that were made.
+    """What was made.
 
     Args:
         instances: of which set.
-        kind: what else they depend on.
-        blocks: of all instances.
-        evaluations, seconds: that they take to make.
-        versions: of their tensors, see :func:`versions_of`.
+        kind: what it is, and all else that it depends on.
+        values: dataclasses and tuples with tensors.
+        evaluations, seconds: that it takes to make.
+        versions: of its tensors, see :func:`versions_of`.
     """
 
     instances: Instances
     kind: tuple[object, ...]
-    blocks: Blocks
+    values: tuple[Any, ...]
     evaluations: int
     seconds: float
     versions: tuple[int, ...]
@@ -56,7 +55,7 @@ class Kept:
     @property
     def bytes(self) -> int:
         """A tensor that several layers share counts once."""
-        held = {t.data_ptr(): t.numel() * t.element_size() for t in tensors_of(self.blocks)}
+        held = {t.data_ptr(): t.numel() * t.element_size() for t in tensors_of(self.values)}
         return sum(held.values())
 
 
@@ -69,7 +68,7 @@ class SharedRows:
         final_model: at which rows are taken; a model at other parameters is another one.
 
     Attributes:
-        seconds: that rows which were there would have taken, so far.
+        seconds: that what was there would have taken, so far.
     """
 
     def __init__(self, final_model: FinalModel) -> None:
@@ -88,21 +87,21 @@ class SharedRows:
         self._sets.append((instances, versions_of(instances.tensors().values())))
         return instances
 
-    def rows(
+    def kept(
         self,
         what: str,
         instances: Instances,
         kind: tuple[object, ...],
         size: float,
         memory: float,
-        make: Make,
-    ) -> tuple[Blocks, int]:
-        """Return rows, with the evaluations that they take; made only where they are not there.
+        make: Make[T],
+    ) -> tuple[tuple[T, ...], int]:
+        """Return what ``make`` does, which is called only where that is not there.
 
         Args:
-            what: they are, in words.
-            kind: what they depend on besides the instances; equal kinds are the same rows, bit for bit.
-            size: bytes that they take at most.
+            what: it is, in words, more than one.
+            kind: what it depends on besides the instances; equal kinds are the same, bit for bit.
+            size: bytes that it takes, as far as that is known.
             memory: bytes that all that is kept may take.
         """
         self._check_parameters()
@@ -112,12 +111,12 @@ class SharedRows:
         for found in self._kept:
             if found.instances is known and found.kind == kind:
                 self._kept.remove(found)
-                if versions_of(tensors_of(found.blocks)) != found.versions:
+                if versions_of(tensors_of(found.values)) != found.versions:
                     log.info("%s were changed in place, and are made again", what)
                     break
                 self._kept.append(found)
                 self.seconds += found.seconds
-                return found.blocks, found.evaluations
+                return found.values, found.evaluations
         if any(instances is known and before == kind for instances, before in self._dropped):
             log.info(
                 "%s are made again: memory_mb=%.0f does not hold them beside what other methods use",
@@ -125,12 +124,13 @@ class SharedRows:
             )  # fmt: skip
         self.limit(memory - size)
         before, start = self.seconds, _now(known)
-        blocks, evaluations = make()
+        values, evaluations = make()
         seconds = _now(known) - start + self.seconds - before
-        made = Kept(known, kind, blocks, evaluations, seconds, versions_of(tensors_of(blocks)))
-        self.limit(memory - made.bytes)
-        self._kept.append(made)
-        return blocks, evaluations
+        made = Kept(known, kind, values, evaluations, seconds, versions_of(tensors_of(values)))
+        if made.bytes <= memory:
+            self.limit(memory - made.bytes)
+            self._kept.append(made)
+        return values, evaluations
 
     def limit(self, memory: float) -> None:
         """Drop what was used longest ago until the rest takes no more bytes."""
@@ -183,7 +183,7 @@ def shared_at(final_model: FinalModel) -> SharedRows | None:
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:
-    """Yield the tensors that rows hold."""
+    """Yield the tensors that rows, or dataclasses and tuples of others, hold."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple):

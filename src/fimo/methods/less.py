@@ -17,6 +17,9 @@ from fimo.methods.gradient import GradientMethod
 from fimo.methods.tracin import models_at, rates_of
 from fimo.scores import Access, Scores
 
+STEPS_MB = 24
+"""Of training gradients whose steps are made together; larger pieces of memory are slow, being given back."""
+
 
 class Less(GradientMethod):
     """Cosine of a test gradient and the step of Adam that a training instance makes (Xia et al., 2024, LESS).
@@ -86,8 +89,10 @@ class Less(GradientMethod):
         evaluations = 0
         for model, rate in zip(models, self.rates, strict=True):
             gradients = self.gradients(model)
-            moments = moments_of(gradients.losses(problem.train), self.batch_size)
-            test, removed = gradients.measurements(problem.test), gradients.losses(problem.removed)
+            rows = gradients.losses(problem.train, "layers")
+            moments = moments_of(rows, self.batch_size)
+            test = gradients.measurements(problem.test)
+            removed = rows if problem.left_out is None else gradients.losses(problem.removed, "layers")
             total += rate * self._cosines(test, removed, moments)
             evaluations += gradients.evaluations
         return self.result(problem, total, gradient_evaluations=evaluations)
@@ -97,7 +102,7 @@ class Less(GradientMethod):
         ours = None if self.dimension is None else project(test, self.dimension, seed=self.seed)[:, 0]
         lengths = test.squared_norms()[:, 0].sqrt() if ours is None else ours.norm(dim=1)
         found = []
-        for piece in removed.pieces(self.memory_mb / 4):
+        for piece in removed.pieces(min(STEPS_MB, self.memory_mb / 4)):
             steps = self.steps(piece.dense()[:, 0], moments)
             if ours is None:
                 products, sizes = test.times(steps.T)[:, 0], steps.norm(dim=1)
@@ -111,9 +116,9 @@ class Less(GradientMethod):
 
     def steps(self, gradients: Tensor, moments: Moments) -> Tensor:
         """Return Γ ``[n, P]`` of gradients ``[n, P]``."""
-        first = self.beta1 * moments.first + (1 - self.beta1) * gradients
-        second = self.beta2 * moments.second + (1 - self.beta2) * gradients.square()
-        return first / (second.sqrt() + self.eps)
+        first = torch.add(self.beta1 * moments.first, gradients, alpha=1 - self.beta1)
+        second = torch.addcmul(self.beta2 * moments.second, gradients, gradients, value=1 - self.beta2)
+        return first.div_(second.sqrt_().add_(self.eps))
 
 
 @dataclass(frozen=True)
