@@ -1,18 +1,21 @@
 """How near the ceiling methods stay as further training grows, and at what part of the gold standard's cost.
 
-    python benchmarks/response.py --dataset concrete --path FILE --optimizer sgd --lr 0.03 --epochs 50
+    python benchmarks/response.py --dataset diabetes --optimizer sgd --lr 0.01 --epochs 50
 
-prints, per method, the agreement (cosine, mean over test instances) at a few epochs, its ratio to the noise
-ceiling in brackets, and the CPU time relative to the gold standard's. The final model is trained first.
-``again`` is the lower ceiling: what the gold standard made again with as many other seeds would show. Methods
-follow as many seeds of their own, which the gold standard does not use, and ``fewer seeds`` is real runs of
-all left-out instances with a tenth as many of these; ``--follow-from 0`` takes the gold standard's own seeds,
-whose noise both then know, and the table says so.
+prints, per method, the agreement (cosine and Spearman's, means over test instances) at a few epochs, its
+ratio to the upper noise ceiling in brackets, and what it took relative to the gold standard: gradients of
+instances, and seconds. The final model is trained first. ``again`` is the lower ceiling: what the gold
+standard made again with as many other seeds would show. Methods follow as many seeds of their own, which the
+gold standard does not use, and ``fewer seeds`` is real runs of all left-out instances with a tenth as many of
+these; ``--followed own`` takes the gold standard's seeds, whose noise both then know.
 
-    python benchmarks/response.py --suite
+    python benchmarks/response.py --suite --data FOLDER --models 5 --save shares.csv
+    python benchmarks/response.py --tables shares.csv
 
-does so for a list of data sets, optimizers and amounts of further training (docs/measurements.md); add
-``--path FILE`` for concrete's, which is left out otherwise.
+does so for a list of data sets, optimizers and amounts of further training and for several final models, and
+prints means over these with their standard errors (docs/measurements.md). FOLDER has the files of concrete,
+wine quality and the power plant (``concrete/concrete.txt``, ...); without it they are left out. Settings and
+final models may be shared among processes (``--part 0/4``), which append to one file.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -29,14 +35,14 @@ from torch import Tensor
 
 from fimo.data.bundled import BundledData
 from fimo.data.concrete import ConcreteData
+from fimo.data.csv import CsvData
 from fimo.data.instances import Instances
 from fimo.data.tabular import Table, TabularModule
 from fimo.engine.protocol import Protocol
 from fimo.engine.settings import LEAVE_OUT_RULES, OPTIMIZERS
 from fimo.evaluation import agreement, noise_ceilings
+from fimo.evaluation.metrics import MetricName
 from fimo.further_training import full_runs, further_train, other_seeds
-from fimo.further_training.seeds import relation
-from fimo.further_training.sensitivity import Sensitivity
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.base import AttributionMethod
 from fimo.methods.best import Best
@@ -79,17 +85,34 @@ METHODS: dict[str, Callable[[], AttributionMethod]] = {
 
 SUITE = """
 --dataset concrete --final-epochs 1000 --batch-size 128 --lr 0.03 --epochs 500
---dataset concrete --final-epochs 1000 --batch-size 128 --optimizer adam --lr 1e-4 --epochs 100
+--dataset concrete --final-epochs 1000 --batch-size 128 --optimizer adam --lr 1e-4 --epochs 500
 --dataset breast_cancer --batch-size 128 --lr 0.03 --epochs 500
---dataset breast_cancer --batch-size 128 --optimizer adam --lr 1e-4 --epochs 100
---dataset diabetes --final-lr 0.01 --batch-size 64 --lr 0.01 --epochs 300
---dataset diabetes --final-lr 0.01 --optimizer adam --lr 1e-4 --epochs 50
---dataset digits --final-epochs 30 --batch-size 128 --lr 0.03 --epochs 60 --left-out 20
---dataset friedman1 --final-lr 0.03 --batch-size 64 --lr 0.01 --epochs 200
---dataset friedman1 --batch-size 64 --optimizer adam --lr 1e-4 --epochs 60
---dataset wine --final-lr 0.01 --lr 0.01 --epochs 300
+--dataset breast_cancer --batch-size 128 --optimizer adam --lr 1e-4 --epochs 500
+--dataset diabetes --final-lr 0.01 --batch-size 64 --lr 0.01 --epochs 500
+--dataset diabetes --final-lr 0.01 --batch-size 64 --optimizer adam --lr 1e-4 --epochs 500
+--dataset friedman1 --final-lr 0.03 --batch-size 64 --lr 0.01 --epochs 500
+--dataset friedman1 --final-lr 0.03 --batch-size 64 --optimizer adam --lr 1e-4 --epochs 500
+--dataset wine_quality --final-lr 0.03 --batch-size 128 --lr 0.01 --epochs 500
+--dataset wine_quality --final-lr 0.03 --batch-size 128 --optimizer adam --lr 1e-4 --epochs 500
+--dataset power_plant --final-lr 0.03 --batch-size 128 --lr 0.01 --epochs 500
+--dataset power_plant --final-lr 0.03 --batch-size 128 --optimizer adam --lr 1e-4 --epochs 500
 """
 """What ``--suite`` runs, one line each, with the command line's own options after it."""
+
+FILES = {
+    "concrete": "concrete/concrete.txt",
+    "wine_quality": "wine/wine_quality_red.txt",
+    "power_plant": "power_plant/power_plant.txt",
+}
+"""Of data sets, in the folder ``--data``."""
+
+MOST = 1000
+"""Training instances, evenly spaced ones where there are more."""
+
+SHOWN = (1, 2, 5, 10, 20, 50, 100, 200, 300, 400, 500)
+"""Epochs."""
+
+METRICS: tuple[MetricName, ...] = ("cosine", "spearman")
 
 
 class SklearnData(TabularModule):
@@ -107,82 +130,139 @@ class SklearnData(TabularModule):
 
 
 def load(a: argparse.Namespace) -> TabularModule:
-    if a.dataset == "concrete":
-        return ConcreteData(a.path)
+    if a.dataset in FILES:
+        path = Path(a.data, FILES[a.dataset])
+        if a.dataset == "concrete":
+            return ConcreteData(path)
+        return CsvData(path, task="regression", header=False)
     return SklearnData(a.dataset) if a.dataset in ("friedman1", "wine") else BundledData(a.dataset)
 
 
 def main() -> None:
     a = arguments(sys.argv[1:])
-    if not a.suite:
-        return show(a)
-    for line in SUITE.strip().splitlines():
-        one = arguments([*line.split(), *(o for o in sys.argv[1:] if o != "--suite")])
-        if one.dataset != "concrete" or one.path:
-            show(one)
+    if a.tables:
+        return print(tables(pd.concat(map(pd.read_csv, a.tables))))
+    own = [o for o in sys.argv[1:] if o != "--suite"]
+    lines = SUITE.strip().splitlines() if a.suite else [""]
+    jobs = [arguments([*line.split(), *own]) for line in lines]
+    jobs = [job for job in jobs if job.data or job.dataset not in FILES]
+    part, parts = map(int, a.part.split("/"))
+    for job, seed in [(job, seed) for seed in range(a.models) for job in jobs][part::parts]:
+        rows = show(job, seed)
+        if a.save:
+            new = not Path(a.save).exists()
+            rows.to_csv(a.save, mode="a", header=new, index=False)
 
 
-def show(a: argparse.Namespace) -> None:
-    """Print one data set's table."""
+def show(a: argparse.Namespace, final_seed: int) -> pd.DataFrame:
+    """Print one final model's table, and return it."""
     torch.set_num_threads(a.threads)
     data = load(a)
     data.setup()
-    final_model = train_final_model(data, a.final_epochs, a.final_lr)
-    train, test = data.train, data.test[evenly(len(data.test), a.tests)]
+    train, test = data.train[evenly(len(data.train), MOST)], data.test[evenly(len(data.test), a.tests)]
+    final_model = train_final_model(data, train, a.final_epochs, a.final_lr, final_seed)
     protocol = Protocol(
         optimizer=a.optimizer, lr=a.lr, batch_size=a.batch_size or data.batch_size, epochs=a.epochs,
         leave_out=a.leave_out, momentum=a.momentum,
     )  # fmt: skip
     seeds, left_out = list(range(a.seeds)), evenly(len(train), a.left_out)
-    followed = other_seeds(seeds) if a.follow_from is None else [a.follow_from + s for s in seeds]
-    start, wall = time.process_time(), time.perf_counter()
-    truth = further_train(
-        final_model, train, test, protocol, seeds, left_out.tolist(),
-        trainer={"enable_progress_bar": False},
-    )  # fmt: skip
-    gold, gold_wall = time.process_time() - start, time.perf_counter() - wall
-    shown = [e for e in (1, 2, 5, 10, 20, 50, 100, 200, 300, 500) if e <= a.epochs]
+    others = other_seeds(seeds)
+    trainer = {"enable_progress_bar": False, "accelerator": a.accelerator}
+    # the first call on a GPU also starts it
+    further_train(final_model, train, test, replace(protocol, epochs=1), [0], [0], trainer=trainer)
+    start = time.perf_counter()
+    truth = further_train(final_model, train, test, protocol, seeds, left_out.tolist(), trainer=trainer)
+    gold = time.perf_counter() - start
+    gradients = len(seeds) * (len(left_out) + 1) * protocol.run_gradients(len(train))
+    shown = [e for e in SHOWN if e <= a.epochs]
     at = torch.tensor(shown) - 1
-    ceilings = noise_ceilings(truth.raw, "cosine", seed_counts=[a.seeds])
-    ceiling, lower = ceilings.upper[at, 0], ceilings.lower[at, 0]
-    print(f"{a.dataset}, {a.optimizer} {a.lr}, batch {protocol.batch_size}, {a.leave_out}")
-    print(f"N={len(train)}, L={len(left_out)}, J={len(test)}, S={a.seeds}")
-    print(f"gold standard: {gold:.1f} s CPU, {gold_wall:.1f} s")
-    print(f"followed: seeds {followed[0]} to {followed[-1]} ({relation(followed, seeds)})")
-    print(f"{'epoch':20s} {'cost':>6s} " + " ".join(f"{e:>12d}" for e in shown))
-    print(f"{'ceiling':20s} {'1':>6s} " + " ".join(f"{c:>12.3f}" for c in ceiling))
-    again = " ".join(f"{v:6.3f} ({v / c:.2f})" for v, c in zip(lower, ceiling, strict=True))
-    print(f"{'again':20s} {'1':>6s} {again}")
+    ceilings = {m: noise_ceilings(truth.raw, m, seed_counts=[a.seeds]) for m in METRICS}
+    print(
+        f"{a.dataset}, {a.optimizer} {a.lr}, batch {protocol.batch_size}, {a.leave_out}, model {final_seed}"
+    )
+    print(f"N={len(train)}, L={len(left_out)}, J={len(test)}, S={a.seeds}; gold standard: {gold:.1f} s")
+    rows: list[dict[str, Any]] = []
+
+    def add(method: str, followed: str, values: Tensor, cost: float, seconds: float) -> None:
+        for metric in METRICS:
+            found = agreement(centred(values), truth.sensitivity, metric)[at].nanmean(1)
+            share = found / ceilings[metric].upper[at, 0]
+            facts = {
+                "dataset": a.dataset, "optimizer": a.optimizer, "model": final_seed, "method": method,
+                "followed": followed, "metric": metric, "cost": cost, "seconds": seconds / gold,
+            }  # fmt: skip
+            rows.extend(facts | {"epoch": e, "share": s} for e, s in zip(shown, share.tolist(), strict=True))
+            print(f"{method:20s}{followed:6s}{metric:9s}{cost:6.3f} {seconds / gold:6.3f} "
+                  + " ".join(f"{v:6.3f} ({s:.2f})" for v, s in zip(found, share, strict=True)),
+                  flush=True)  # fmt: skip
+
+    for metric, one in ceilings.items():
+        for method, values in (("ceiling", one.upper[at, 0]), ("again", one.lower[at, 0])):
+            share = values if method == "ceiling" else values / one.upper[at, 0]
+            facts = {
+                "dataset": a.dataset, "optimizer": a.optimizer, "model": final_seed, "method": method,
+                "followed": "-", "metric": metric, "cost": 1.0, "seconds": 1.0,
+            }  # fmt: skip
+            rows.extend(facts | {"epoch": e, "share": s} for e, s in zip(shown, share.tolist(), strict=True))
+            print(f"{method:26s}{metric:9s}" + " ".join(f"{x:.3f}" for x in share), flush=True)
     few = max(1, a.seeds // 10)
+    start = time.perf_counter()
     real = further_train(
-        final_model, train, test, protocol, followed[:few], left_out.tolist(),
+        final_model, train, test, protocol, others[:few], left_out.tolist(),
         trainer={"enable_progress_bar": False},
     )  # fmt: skip
-    print_row("fewer seeds", few / a.seeds, real.raw.mean(0), truth, at, ceiling)
-    ft = FurtherTraining(
-        protocol, tuple(truth.step.tolist()), tuple(followed),
-        lambda: full_runs(final_model, train, protocol, followed),
-    )  # fmt: skip
-    for name in a.methods:
-        method = METHODS[name]()
-        if reason := method.inapplicable(final_model, train):
-            print(f"{name:20s} skipped: {reason}")
+    seconds = time.perf_counter() - start
+    if a.accelerator != "cpu":  # where methods run
+        gold = seconds * a.seeds / few
+    add("fewer seeds", "other", real.raw.mean(0), few / a.seeds, seconds)
+    for followed, which in ((others, "other"), (seeds, "own")):
+        if which not in a.followed:
             continue
-        start = time.process_time()
-        scores = method.attribute(final_model, train, test, left_out, ft)
-        cost = (time.process_time() - start) / gold
-        print_row(name, cost, scores.values, truth, at, ceiling)
-        for line in scores.notes:
-            print(f"  {line}", flush=True)
+        ft = FurtherTraining(
+            protocol, tuple(truth.step.tolist()), tuple(followed),
+            lambda s=followed: full_runs(final_model, train, protocol, s),
+        )  # fmt: skip
+        for name in a.methods:
+            method = METHODS[name]()
+            if reason := method.inapplicable(final_model, train):
+                print(f"{name:20s} skipped: {reason}")
+                continue
+            start = time.perf_counter()
+            scores = method.attribute(final_model, train, test, left_out, ft)
+            seconds = time.perf_counter() - start
+            add(name, which, scores.values, scores.gradient_evaluations / gradients, seconds)
+            for line in scores.notes:
+                print(f"  {line}", flush=True)
+    return pd.DataFrame(rows)
 
 
-def print_row(
-    name: str, cost: float, scores: Tensor, truth: Sensitivity, at: Tensor, ceiling: Tensor
-) -> None:
-    """Print a method's agreement, and in brackets its share of the ceiling."""
-    found = agreement(centred(scores), truth.sensitivity)[at].nanmean(1)
-    row = " ".join(f"{v:6.3f} ({v / c:.2f})" for v, c in zip(found, ceiling, strict=True))
-    print(f"{name:20s} {cost:6.3f} {row}", flush=True)
+def tables(rows: pd.DataFrame) -> str:
+    """Return a table for each metric: mean shares of the ceiling ± standard error over final models."""
+    keys = ["dataset", "optimizer", "method", "followed"]
+    found = []
+    for metric, of_metric in rows.groupby("metric", sort=False):
+        wide = of_metric.pivot_table(
+            index=keys, columns="epoch", values="share", aggfunc=["mean", "sem"], sort=False
+        )
+        models = of_metric.groupby(keys, sort=False)[["model", "cost", "seconds"]]
+        facts = models.agg({"model": "nunique", "cost": "mean", "seconds": "median"})
+        epochs = list(wide["mean"].columns)
+        lines = [
+            f"{metric}, share of the upper ceiling (of `ceiling`: itself), mean ± standard error",
+            "| data, optimizer | method | seeds | "
+            + " | ".join(map(str, epochs))
+            + " | gradients | seconds |",
+            "|---|---|---|" + "---|" * len(epochs) + "---|---|",
+        ]
+        for key, one in facts.iterrows():
+            dataset, optimizer, method, followed = key
+            cells = [f"{wide['mean'].loc[key, e]:.2f} ± {wide['sem'].loc[key, e]:.2f}" for e in epochs]
+            lines.append(
+                f"| {dataset}, {optimizer} ({one['model']:.0f}) | {method} | {followed} | "
+                + " | ".join(cells) + f" | {one['cost']:.2f} | {one['seconds']:.2f} |"
+            )  # fmt: skip
+        found.append("\n".join(lines))
+    return "\n\n".join(found)
 
 
 def centred(scores: Tensor) -> Tensor:
@@ -190,19 +270,19 @@ def centred(scores: Tensor) -> Tensor:
     return scores - scores.mean(-1, keepdim=True)
 
 
-def train_final_model(data: TabularModule, epochs: int, lr: float) -> FinalModel:
+def train_final_model(
+    data: TabularModule, train: Instances, epochs: int, lr: float, seed: int = 0
+) -> FinalModel:
     """Train the paper's MLP by SGD."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     regression = data.task == "regression"
-    network = mlp(data.train.inputs.shape[1], data.train.targets.shape[1] if regression else data.outputs)
+    network = mlp(train.inputs.shape[1], train.targets.shape[1] if regression else data.outputs)
     loss = mean_squared_error if regression else cross_entropy
     optimizer = torch.optim.SGD(network.parameters(), lr)
     for _ in range(epochs):
-        order = torch.randperm(len(data.train))
-        for start in range(0, len(order), data.batch_size):
-            batch: Instances = data.train[order[start : start + data.batch_size]]
+        for batch in torch.randperm(len(train)).split(data.batch_size):
             optimizer.zero_grad()
-            loss(network(batch.inputs), batch.targets).mean().backward()
+            loss(network(train[batch].inputs), train[batch].targets).mean().backward()
             optimizer.step()
     return FinalModel(network, loss)
 
@@ -217,9 +297,10 @@ def arguments(words: list[str]) -> argparse.Namespace:
     p.add_argument(
         "--dataset",
         default="diabetes",
-        choices=["diabetes", "breast_cancer", "digits", "concrete", "friedman1", "wine"],
+        choices=["diabetes", "breast_cancer", "digits", "friedman1", "wine", *FILES],
     )
-    p.add_argument("--path", help="concrete's file")
+    p.add_argument("--data", help="folder of the files of concrete, wine quality and the power plant")
+    p.add_argument("--models", type=int, default=1, help="final models, of seeds 0, 1, ...")
     p.add_argument("--final-epochs", type=int, default=100)
     p.add_argument("--final-lr", type=float, default=0.1)
     p.add_argument("--optimizer", default="sgd", choices=OPTIMIZERS)
@@ -230,14 +311,23 @@ def arguments(words: list[str]) -> argparse.Namespace:
     p.add_argument("--epochs", type=int, default=20)
     p.add_argument("--seeds", type=int, default=10)
     p.add_argument(
-        "--follow-from", type=int, help="first seed that methods follow; the next unused by default"
-    )
+        "--followed", nargs="+", choices=["other", "own"], default=["other"],
+        help="seeds that methods follow: others, or the gold standard's own, whose noise both then know",
+    )  # fmt: skip
     p.add_argument("--left-out", type=int, default=50)
     p.add_argument("--tests", type=int, default=50)
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument(
+        "--accelerator",
+        default="cpu",
+        help="of the gold standard's runs, such as gpu; seconds are relative to the CPU's",
+    )
     default = ["graddot", "exact", "exact_time_matched", "source", "response", "calibrated"]
     p.add_argument("--methods", nargs="+", choices=list(METHODS), default=default)
     p.add_argument("--suite", action="store_true", help="run the list of settings instead")
+    p.add_argument("--part", default="0/1", help="K/N: every N-th of them, from the K-th")
+    p.add_argument("--save", help="CSV file to append to")
+    p.add_argument("--tables", nargs="+", help="CSV files to print the means of, and run nothing")
     return p.parse_args(words)
 
 

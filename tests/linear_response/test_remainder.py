@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fimo.linear_response.discrepancy import OWN, correct, correlations, earlier
+from fimo.linear_response.discrepancy import OWN, Correction, correct, correlations, earlier
 
 STEPS = list(range(1, 101))
 TESTS, LEFT_OUT = 6, 40
+ALIKE = torch.ones(LEFT_OUT)
+"""Sizes of effects."""
 
 
 def walk(seed: int, rows: int, memory: float) -> Tensor:
@@ -50,24 +52,28 @@ def agreement(found: Tensor, truth: Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(a, b, dim=-1).mean())
 
 
+def unpredicted(steps: Sequence[int], real: Tensor, instance: Tensor, seed: Tensor) -> Correction:
+    """Return what real runs say where nothing was predicted."""
+    average = torch.zeros(len(steps), real.shape[2], LEFT_OUT, dtype=torch.float64)
+    return correct(steps, real, torch.zeros_like(real), average, instance, seed, ALIKE)
+
+
 def test_a_right_prediction_is_left_as_it_is_whatever_a_seed_s_runs_share() -> None:
     truth = effects()
     instance, seed = layout(2)
     real = runs(truth, instance, seed, noise=0.0)
     predicted = truth[:, :, instance].permute(2, 0, 1)
-    found = correct(STEPS, real, predicted, predicted, instance, seed, LEFT_OUT)
+    found = correct(STEPS, real, predicted, truth, instance, seed, ALIKE)
     torch.testing.assert_close(found.scale, torch.ones(100, dtype=torch.float64))
     torch.testing.assert_close(found.correlation, torch.ones(100, dtype=torch.float64))
     assert found.remainder.abs().max() < 1e-8
-    halved = correct(STEPS, real, 0.8 * predicted, 0.8 * predicted, instance, seed, LEFT_OUT)
+    halved = correct(STEPS, real, 0.8 * predicted, 0.8 * truth, instance, seed, ALIKE)
     # the prior counts as one run of 80
     expected = (1.25 * 0.64 + 1 / 80) / (0.64 + 1 / 80)
     torch.testing.assert_close(
         halved.scale[:1], torch.tensor([expected], dtype=torch.float64)
     )  # none earlier
-    explained = halved.scale[:, None, None] * 0.8 * truth
-    explained = explained + halved.past_scale[:, None, None] * earlier(STEPS, 0.8 * truth)
-    assert (explained - truth).norm() < 0.01 * truth.norm()
+    assert (halved.explained - truth).norm() < 0.01 * truth.norm()
     opposite = correlations(STEPS, real, -predicted, seed)
     torch.testing.assert_close(opposite, -torch.ones(100, dtype=torch.float64))
 
@@ -79,11 +85,41 @@ def test_earlier_predictions_say_what_later_ones_have_lost() -> None:
     # what is predicted of the last half is something else
     predicted = torch.cat([truth[:50], effects(9)[50:]])
     of_runs = predicted[:, :, instance].permute(2, 0, 1)
-    found = correct(STEPS, real, of_runs, of_runs, instance, seed, LEFT_OUT)
-    explained = found.scale[:, None, None] * predicted
-    explained = explained + found.past_scale[:, None, None] * earlier(STEPS, predicted)
+    found = correct(STEPS, real, of_runs, predicted, instance, seed, ALIKE)
     late = slice(75, 100)
-    assert agreement(explained[late], truth[late]) > agreement(predicted[late], truth[late]) + 0.3
+    assert agreement(found.explained[late], truth[late]) > agreement(predicted[late], truth[late]) + 0.3
+
+
+def test_earlier_predictions_are_taken_in_the_unit_of_their_time() -> None:
+    # losses of sure classes, and all effects on them, shrink by orders of magnitude
+    truth = effects()
+    shrinking = truth * torch.logspace(0, -8, 100, dtype=torch.float64)[:, None, None]
+    instance, seed = layout(2)
+    found = []
+    for values in (truth, shrinking):
+        predicted = torch.cat([values[:50], values[50:].roll(1, 2)])  # the last half is wrong
+        of_runs = predicted[:, :, instance].permute(2, 0, 1)
+        real = values[:, :, instance].permute(2, 0, 1)
+        found.append(correct(STEPS, real, of_runs, predicted, instance, seed, ALIKE).explained)
+    late = slice(75, 100)
+    assert agreement(found[1][late], truth[late]) > agreement(found[0][late], truth[late]) - 0.02
+
+
+def test_an_instance_of_which_much_is_missed_does_not_move_the_others() -> None:
+    truth = effects()
+    truth[:, :, 0] *= 300
+    predicted = truth.clone()
+    predicted[:, :, 0] *= 0.5
+    ran = torch.arange(0, LEFT_OUT, 2)
+    instance, seed = ran.repeat(2), torch.arange(2).repeat_interleave(len(ran))
+    real, of_runs = (x[:, :, instance].permute(2, 0, 1) for x in (truth, predicted))
+    size = truth.square().mean((0, 1))
+    found = correct(STEPS, real, of_runs, predicted, instance, seed, size)
+    values = found.explained + found.remainder
+    # of the others, those that were run and those that were not keep their order and distance
+    assert agreement(values[:, :, 1:], truth[:, :, 1:]) > 0.99
+    unweighted = correct(STEPS, real, of_runs, predicted, instance, seed, ALIKE)
+    assert agreement((unweighted.explained + unweighted.remainder)[:, :, 1:], truth[:, :, 1:]) < 0.9
 
 
 def test_earlier_predictions_are_means_over_the_middle_of_the_time_before() -> None:
@@ -98,7 +134,7 @@ def test_noise_that_passes_is_averaged_over_further_training() -> None:
     truth = effects()
     instance, seed = layout(1)
     real = runs(truth, instance, seed, noise=1.0)
-    found = correct(STEPS, real, torch.zeros_like(real), torch.zeros_like(real), instance, seed, LEFT_OUT)
+    found = unpredicted(STEPS, real, instance, seed)
     alone = agreement(real.permute(1, 2, 0), truth)
     assert alone < 0.75
     assert agreement(found.remainder, truth) > 0.9
@@ -108,7 +144,7 @@ def test_changes_are_followed_where_there_is_no_noise() -> None:
     truth = walk(2, TESTS * LEFT_OUT, 1.0).view(TESTS, LEFT_OUT, -1).permute(2, 0, 1)
     instance, seed = layout(1)
     real = runs(truth, instance, seed, noise=0.0)
-    found = correct(STEPS, real, torch.zeros_like(real), torch.zeros_like(real), instance, seed, LEFT_OUT)
+    found = unpredicted(STEPS, real, instance, seed)
     constant = truth.mean(0, keepdim=True).expand_as(truth)
     assert 1 - agreement(found.remainder, truth) < 0.4 * (1 - agreement(constant, truth))
 
@@ -121,9 +157,7 @@ def test_more_runs_of_an_instance_are_worth_more_and_their_error_bars_say_so() -
         real = torch.zeros(len(instance), len(STEPS), TESTS, dtype=torch.float64)
         for k, (i, s) in enumerate(zip(instance.tolist(), seed.tolist(), strict=True)):
             real[k] = shared[:, :, i] + OWN**0.5 * own[s][:, :, i]
-        found.append(
-            correct(STEPS, real, torch.zeros_like(real), torch.zeros_like(real), instance, seed, LEFT_OUT)
-        )
+        found.append(unpredicted(STEPS, real, instance, seed))
     assert agreement(found[1].remainder, shared) > agreement(found[0].remainder, shared) + 0.05
     centred = shared - shared.mean(-1, keepdim=True)
     for one in found:
@@ -136,7 +170,7 @@ def test_instances_without_a_run_keep_their_prediction_and_few_points_will_do(st
     generator = torch.Generator().manual_seed(0)
     real = torch.randn(5, len(steps), TESTS, generator=generator, dtype=torch.float64)
     instance, seed = torch.tensor([4, 7, 9, 4, 1]), torch.tensor([0, 0, 0, 1, 0])
-    found = correct(steps, real, torch.zeros_like(real), torch.zeros_like(real), instance, seed, LEFT_OUT)
+    found = unpredicted(steps, real, instance, seed)
     others = [i for i in range(LEFT_OUT) if i not in (1, 4, 7, 9)]
     assert not found.remainder[:, :, others].any()
     assert found.remainder[:, :, [1, 4, 7, 9]].all()
@@ -150,10 +184,7 @@ def test_one_seed_s_offset_is_found_though_it_runs_without_few_instances() -> No
     real = runs(truth, instance, seed, noise=0.0)
     moved = real.clone()
     moved[-2:] += 100.0
-    found = [
-        correct(STEPS, r, torch.zeros_like(r), torch.zeros_like(r), instance, seed, LEFT_OUT).remainder
-        for r in (real, moved)
-    ]
+    found = [unpredicted(STEPS, r, instance, seed).remainder for r in (real, moved)]
     torch.testing.assert_close(found[0], found[1])
 
 
@@ -161,16 +192,16 @@ def test_test_instances_without_any_real_effect_change_nothing_for_the_others() 
     truth = effects()
     instance, seed = layout(2)
     real = runs(truth, instance, seed, noise=0.3)
-    predicted = 0.5 * truth[:, :, instance].permute(2, 0, 1)
-    found = correct(STEPS, real, predicted, predicted, instance, seed, LEFT_OUT)
-    still = [torch.cat([x, 0 * x[:, :, :1], 1e-170 * x[:, :, 1:2]], 2) for x in (real, predicted)]
-    still[1][:, :, -2] = 1e-9 * predicted[:, :, 0]
-    other = correct(STEPS, still[0], still[1], still[1], instance, seed, LEFT_OUT)
+    average = 0.5 * truth
+    found = correct(STEPS, real, average[:, :, instance].permute(2, 0, 1), average, instance, seed, ALIKE)
+    still = torch.cat([real, 0 * real[:, :, :1], 1e-170 * real[:, :, 1:2]], 2)
+    more = torch.cat([average, 1e-9 * average[:, :1], 1e-170 * average[:, 1:2]], 1)
+    other = correct(STEPS, still, more[:, :, instance].permute(2, 0, 1), more, instance, seed, ALIKE)
     assert other.remainder.isfinite().all()
     assert other.remainder[:, -2:].abs().max() < 1e-8
     assert agreement(other.remainder[:, :-2], found.remainder) > 0.98
     nothing = torch.zeros_like(real)
-    assert not correct(STEPS, nothing, nothing, nothing, instance, seed, LEFT_OUT).remainder.any()
+    assert not unpredicted(STEPS, nothing, instance, seed).remainder.any()
 
 
 def test_runs_that_agree_are_believed_nearly_whole() -> None:
@@ -178,7 +209,7 @@ def test_runs_that_agree_are_believed_nearly_whole() -> None:
     truth = effects()
     instance, seed = layout(4)
     real = truth[:, :, instance].permute(2, 0, 1)
-    found = correct(STEPS, real, torch.zeros_like(real), torch.zeros_like(real), instance, seed, LEFT_OUT)
+    found = unpredicted(STEPS, real, instance, seed)
     centred = truth - truth.mean(-1, keepdim=True)
     share = (found.remainder * centred).sum() / centred.square().sum()
     assert 0.9 < share < 1.05
@@ -188,5 +219,5 @@ def test_seeds_that_share_no_instance_are_taken_to_have_nearly_the_same_offset()
     truth = effects() + 5.0  # all instances' effects have something in common
     instance, seed = torch.arange(LEFT_OUT), (torch.arange(LEFT_OUT) >= LEFT_OUT - 4).long()
     real = truth[:, :, instance].permute(2, 0, 1)
-    found = correct(STEPS, real, torch.zeros_like(real), torch.zeros_like(real), instance, seed, LEFT_OUT)
+    found = unpredicted(STEPS, real, instance, seed)
     assert agreement(found.remainder, truth) > 0.9

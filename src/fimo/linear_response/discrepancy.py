@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fimo.engine.threads import one_thread
+from fimo.linear_response.linearity import FLOOR, GROWTH, GROWTH_OF_ALL
 from fimo.linear_response.path_points import spread
 
 SLOW = (0.3, 1.0, 3.0)
@@ -67,7 +68,8 @@ class Correction:
         scale: ``[E]``, what predictions are multiplied with.
         past_scale: ``[E]``, what earlier ones are; see :func:`earlier`.
         own_scale: ``[E]``, what a seed's predictions minus the average over seeds are multiplied with.
-        remainder: ``[E, J, L]``, the rest of each instance's effect that the runs support; 0 without a run.
+        explained: ``[E, J, L]``, each instance's effect by these predictions.
+        remainder: ``[E, J, L]``, the rest of it that the runs support; 0 without a run.
         variance: ``[E, J, L]``, of the effect's error.
         correlation: ``[E]``, see :func:`correlations`.
         unexplained: ``[E, L]``, share of what predictions miss that the runs leave unknown; 1 without one.
@@ -76,6 +78,7 @@ class Correction:
     scale: Tensor
     past_scale: Tensor
     own_scale: Tensor
+    explained: Tensor
     remainder: Tensor
     variance: Tensor
     correlation: Tensor
@@ -89,7 +92,7 @@ def correct(
     average: Tensor,
     instance: Tensor,
     seed: Tensor,
-    left_out: int,
+    size: Tensor,
 ) -> Correction:
     """Fit real effects around each evaluation point:
 
@@ -103,54 +106,69 @@ def correct(
     the amount of further training at the evaluation point; their parameters have the largest marginal
     likelihood. z_{i,seed} lasts as long as z_i, and only instances with runs of several seeds tell the
     two apart. An offset that a seed's runs share is that of its full run and says nothing about an
-    instance. Effects are in units of their size for each test instance, and matter up to a constant over
-    instances.
+    instance. Effects are in units of their size for each test instance and evaluation point, and matter up
+    to a constant over instances. As errors grow with effects, runs without instances of small effects say
+    more about what all have in common: they weigh more in offsets, and in a, e and b (:func:`weights`).
 
     Args:
         steps: ``[E]``, at the evaluation points.
         real: ``[K, E, J]``, changes of test losses in K runs without an instance.
         predicted: ``[K, E, J]``, their predictions.
-        average: ``[K, E, J]``, means over all seeds of predictions for the same instance.
+        average: ``[E, J, L]``, means over all seeds of predictions.
         instance: ``[K]``, its position among the L left-out ones.
         seed: ``[K]``.
-        left_out: L.
+        size: ``[L]``, mean squares of the instances' predicted effects.
     """
     time = torch.tensor(steps, dtype=torch.float64)
-    real, predicted, average = (x.double().transpose(0, 1) for x in (real, predicted, average))  # [E, K, J]
-    past = earlier(steps, average)
-    unit, products = _products(time, [real, average, past, predicted - average], seed)
+    weight = weights(size)[instance]
+    real, predicted, average = (
+        x.double() for x in (real.transpose(0, 1), predicted.transpose(0, 1), average)
+    )
+    of_run = average[:, :, instance].transpose(1, 2)  # [E, K, J], like real and predicted
+    unit = _unit([real, of_run], seed)
+    per_test = unit.transpose(1, 2)
+    past = earlier(steps, average / per_test) * per_test
+    effects = [real, of_run, past[:, :, instance].transpose(1, 2), predicted - of_run]
+    products = _products(time, [x / unit for x in effects], seed, weight)
     # as if one more run had said 1
     prior = (products[:, 0, 0, None, None] / len(instance)).clamp(min=1e-30) * torch.eye(3).double()
     right = products[:, 1:, 0] + prior @ torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
     scales = torch.linalg.solve(products[:, 1:, 1:] + prior, right).clamp(
         *(right.new_tensor(x) for x in (LEAST, MOST))
     )
-    scale, past_scale, own_scale = scales.T[..., None, None]
-
-    rest = (real - scale * average - past_scale * past - own_scale * (predicted - average)) / unit
+    rest = (real - sum(s * x for s, x in zip(scales.T[..., None, None], effects[1:], strict=True))) / unit
     which, row = instance.unique(return_inverse=True)
     column = seed.unique(return_inverse=True)[1]
-    to_instances, to_seeds = _two_way(row, column)
+    to_instances, to_seeds = _two_way(row, column, weight)
     z = to_instances @ rest  # [E, L', J]
     with one_thread():  # many small solves
         found, variance, share = _smooth(time, z, rest - (to_seeds @ rest)[:, column], row)
-    remainder = torch.zeros(len(time), z.shape[2], left_out, dtype=torch.float64)
+    remainder = torch.zeros_like(average)
     unknown = z.square().mean((1, 2))[:, None, None].expand_as(remainder).clone()  # of those without a run
     remainder[:, :, which] = found.transpose(1, 2)
     unknown[:, :, which] = variance[:, None, :].expand(-1, z.shape[2], -1)
-    unexplained = torch.ones(len(time), left_out, dtype=torch.float64)
+    unexplained = torch.ones(len(time), len(size), dtype=torch.float64)
     unexplained[:, which] = share
-    unit = unit.transpose(1, 2)
-    correlation = correlations(steps, real.transpose(0, 1), predicted.transpose(0, 1), seed)
+    scale, past_scale, own_scale = scales.T
     return Correction(
-        scale[:, 0, 0],
-        past_scale[:, 0, 0],
-        own_scale[:, 0, 0],
-        remainder * unit,
-        unknown * unit.square(),
-        correlation,
+        scale,
+        past_scale,
+        own_scale,
+        scale[:, None, None] * average + past_scale[:, None, None] * past,
+        remainder * per_test,
+        unknown * per_test.square(),
+        _correlations(time, real, predicted, seed),
         unexplained,
     )
+
+
+def weights(size: Tensor) -> Tensor:
+    """Return the weights ``[L]`` of instances whose predicted effects have mean squares ``[L]``.
+
+    One over the variance of what predictions usually miss, see :mod:`fimo.linear_response.linearity`.
+    """
+    relative = size.double() / size.double().mean().clamp(min=1e-300)
+    return (relative + FLOOR**2) ** -(GROWTH + GROWTH_OF_ALL)
 
 
 def earlier(steps: Sequence[int], predicted: Tensor) -> Tensor:
@@ -169,31 +187,45 @@ def correlations(steps: Sequence[int], real: Tensor, predicted: Tensor, seed: Te
     """Return the correlation ``[E]`` of predicted with real effects around each evaluation point.
 
     Args:
-        steps, real, predicted, seed: see :func:`correct`.
+        steps: ``[E]``.
+        real, predicted, seed: see :func:`correct`.
     """
     time = torch.tensor(steps, dtype=torch.float64)
-    _, found = _products(time, [x.double().transpose(0, 1) for x in (real, predicted)], seed)
+    return _correlations(time, real.double().transpose(0, 1), predicted.double().transpose(0, 1), seed)
+
+
+def _correlations(time: Tensor, real: Tensor, predicted: Tensor, seed: Tensor) -> Tensor:
+    unit = _unit([real, predicted], seed)
+    found = _products(time, [real / unit, predicted / unit], seed, torch.ones(len(seed)).double())
     return found[:, 0, 1] / (found[:, 0, 0] * found[:, 1, 1]).sqrt().clamp(min=1e-300)
 
 
-def _products(time: Tensor, effects: Sequence[Tensor], seed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the effects' sizes ``[E, 1, J]``, and in that unit all inner products ``[E, M, M]``.
+def _within(seed: Tensor, weight: Tensor) -> Tensor:
+    """Return the map ``[K, K]`` that subtracts from runs the mean of their seed's."""
+    share = (seed[:, None] == seed) * weight
+    return torch.eye(len(seed), dtype=torch.float64) - share / share.sum(1, keepdim=True)
 
-    Products are of differences within seeds, summed over runs and test instances, and averaged over a tenth
-    of the amount of further training.
 
-    Args:
-        effects: M of ``[E, K, J]``.
+def _unit(effects: Sequence[Tensor], seed: Tensor) -> Tensor:
+    """Return the size ``[E, 1, J]`` of differences within seeds of effects ``[E, K, J]``.
+
+    Of several kinds, also where real effects vanish and predicted ones don't, as losses of sure classes do.
     """
-    same = (seed[:, None] == seed).double()
-    within = torch.eye(len(seed), dtype=torch.float64) - same / same.sum(1, keepdim=True)
-    differences = [within @ x for x in effects]
-    # also where real effects vanish and predicted ones don't, as losses of sure classes do
-    unit = torch.stack([x.square().mean(1, keepdim=True) for x in differences]).mean(0).sqrt()
-    unit = unit.maximum(1e-9 * unit.amax(2, keepdim=True)).clamp(min=1e-150)
-    stacked = torch.stack([x / unit for x in differences], 1).flatten(2)  # [E, M, K·J]
+    within = _within(seed, torch.ones(len(seed), dtype=torch.float64))
+    unit = torch.stack([(within @ x).square().mean(1, keepdim=True) for x in effects]).mean(0).sqrt()
+    return unit.maximum(1e-9 * unit.amax(2, keepdim=True)).clamp(min=1e-150)
+
+
+def _products(time: Tensor, effects: Sequence[Tensor], seed: Tensor, weight: Tensor) -> Tensor:
+    """Return all inner products ``[E, M, M]`` of M kinds of effects ``[E, K, J]``.
+
+    Products are of weighted differences within seeds, summed over runs and test instances, and averaged over
+    a tenth of the amount of further training.
+    """
+    within = weight.sqrt()[:, None] * _within(seed, weight)
+    stacked = torch.stack([within @ x for x in effects], 1).flatten(2)  # [E, M, K·J]
     near = torch.exp(-(time[:, None] - time).abs() / (0.1 * time[:, None]))
-    return unit, torch.einsum("ef,fmn->emn", near, stacked @ stacked.transpose(1, 2))
+    return torch.einsum("ef,fmn->emn", near, stacked @ stacked.transpose(1, 2))
 
 
 def _smooth(time: Tensor, z: Tensor, runs: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,15 +311,20 @@ def _likeliest(
     return candidates[int((-volume - 0.5 * number * square.log()).argmax())]
 
 
-def _two_way(row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    """Return least-squares maps ``[L', K]`` and ``[S', K]`` of the layout value = z_row + c_column.
+def _two_way(row: Tensor, column: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weighted least-squares maps ``[L', K]`` and ``[S', K]`` of the layout value = z_row + c_column.
 
-    z is of mean zero. Where seeds and others have no instance in common, as little as possible is taken for
-    what tells their offsets apart.
+    z is of weighted mean zero, so that an instance of which much is missed does not move all others. Where
+    seeds and others have no instance in common, as little as possible is taken for what tells their offsets
+    apart.
     """
     rows, columns = int(row.max()) + 1, int(column.max()) + 1
+    of_row = torch.zeros(rows, dtype=torch.float64).index_copy_(0, row, weight)
+    usual = torch.cat([of_row.rsqrt(), torch.ones(columns + 1, dtype=torch.float64)])  # size of each unknown
     of_all = COMMON * torch.ones(len(row), 1)
     layout = torch.cat([torch.eye(rows)[row], torch.eye(columns)[column], of_all], 1).double()
-    values, offsets, common = torch.linalg.pinv(layout).split([rows, columns, 1])
-    middle = values.mean(0, keepdim=True)
+    root = weight.sqrt()
+    inverse = usual[:, None] * torch.linalg.pinv(root[:, None] * layout * usual) * root
+    values, offsets, common = inverse.split([rows, columns, 1])
+    middle = (of_row[:, None] * values).sum(0, keepdim=True) / of_row.sum()
     return values - middle, offsets + COMMON * common + middle

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fimo.errors import InputError
 from fimo.further_training.trajectory import Trajectory
-from fimo.linear_response.discrepancy import OWN, Correction, correct, correlations, earlier
+from fimo.linear_response.discrepancy import OWN, Correction, correct, correlations
 from fimo.linear_response.linearity import (
     ALIKE,
     GROUPS,
@@ -302,15 +302,12 @@ class CalibratedResponse(Response):
         Args:
             real: ``[K, E, J]``, changes of test losses in the runs of ``response``.
         """
-        mean, count, steps = response.spread.mean, len(problem.index), problem.followed.steps
+        mean, steps = response.spread.mean, problem.followed.steps
         instance, seed = torch.tensor(response.runs).T
-        average = mean.cpu()[:, :, instance].permute(2, 0, 1)
-        correction = correct(steps, real, response.predicted, average, instance, seed, count)
-        scale = correction.scale[:, None]
-        past = correction.past_scale[:, None, None] * earlier(steps, mean.cpu())
-        explained = scale[..., None] * mean.cpu() + past
+        correction = correct(steps, real, response.predicted, mean.cpu(), instance, seed, pilot.size)
+        explained = correction.explained
         runs = [response.runs.index(run) for run in pilot.checked.runs]
-        own = response.predicted[runs] - average[runs]
+        own = response.predicted[runs] - mean.cpu()[:, :, instance[runs]].permute(2, 0, 1)
         known = explained[:, :, instance[runs]].permute(2, 0, 1) + correction.own_scale[:, None] * own
         residual = real[runs] - known
         bars = self._bars(problem, pilot.checked, response.spread, residual, explained, correction)
