@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fimo.data.instances import Instances
 from fimo.engine.chunk import Chunk
 from fimo.engine.context import Setting, chunk_size, replica_bytes
 from fimo.engine.devices import Launched, products
@@ -22,6 +23,9 @@ from fimo.engine.leave_out import Batch, BatchStream
 from fimo.engine.replicas import Replica, Unit
 from fimo.errors import InputError
 from fimo.further_training import Protocol
+from fimo.models.final_model import FinalModel
+from fimo.models.huggingface import causal_lm
+from fimo.models.losses import language_modelling
 from tests.cases import CASES
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
@@ -86,6 +90,25 @@ def advanced(setting: Setting, units: list[Unit], record: Any, steps: int) -> tu
         chunk.advance(step)
         losses.append(chunk.evaluate()[0])
     return chunk, losses
+
+
+@pytest.mark.parametrize("rule", ["shift", "mask", "every_batch"])
+def test_steps_of_a_language_models_adapters_can_be_recorded(rule: str) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    added = {"rank": 2, "alpha": 4.0, "layers": ["*c_attn", "*attn.c_proj"]}
+    network = causal_lm(13, width=8, heads=2, layers=2, positions=6, adapters=added)
+    tokens = torch.randint(13, (13, 7))
+    data = Instances({"input_ids": tokens[:, :-1]}, tokens[:, 1:])
+    model = FinalModel(network, language_modelling, trainable=("*.up.*", "*.down.*"))
+    protocol = Protocol(batch_size=5, epochs=4, leave_out=rule, optimizer="adamw", lr=0.01)
+    setting = Setting.build(model, data, data[:3], protocol)
+    assert setting.engine == "functional"
+    _, expected = advanced(setting, [(1,), (4,)], None, 12)
+    graphed, found = advanced(setting, [(1,), (4,)], Recorded, 12)  # refuses what waits for the device
+    assert graphed._graphs is not None
+    assert all(graphed._graphs._recorded.values())
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

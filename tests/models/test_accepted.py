@@ -57,6 +57,26 @@ def test_a_hugging_face_classifier_is_taken_as_it_is() -> None:
     assert found.raw.abs().max() > 0
 
 
+def test_gpt2s_activation_is_one_operation_in_the_copy_and_the_same_function() -> None:
+    config = transformers.GPT2Config(
+        vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=8, resid_pdrop=0.0, embd_pdrop=0.0
+    )
+    torch.manual_seed(0)
+    network = transformers.GPT2LMHeadModel(config).double().eval()
+    for p in network.parameters():
+        nn.init.normal_(p, std=0.5)
+    seen = []
+    network.transformer.h[1].mlp.act.register_forward_hook(lambda *given: seen.append(given[0]))
+    model = FinalModel(network, "language_modelling")
+    kinds = [type(m) for m in model.network.modules()]
+    assert kinds.count(nn.GELU) == 2
+    assert type(network.transformer.h[0].mlp.act) is not nn.GELU
+    ids = torch.randint(0, 20, (6, 5))
+    found = model.network(input_ids=ids)
+    assert len(seen) == 1  # hooks stay
+    torch.testing.assert_close(found, network(ids).logits.detach(), rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("inside", [False, True])

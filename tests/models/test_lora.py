@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from fimo.data.instances import Instances
+from fimo.engine.chunk import Chunk
+from fimo.engine.context import Setting
+from fimo.engine.protocol import Protocol
+from fimo.engine.replicas import Replica
 from fimo.errors import InputError
 from fimo.models.checkpoint import load_checkpoint
 from fimo.models.final_model import FinalModel
@@ -52,6 +61,48 @@ def test_an_adapter_of_gpt2s_transposed_layers_does_too() -> None:
     adapted, x = moved(LowRankAdapter(layer, rank=2, alpha=3.0).double()), torch.randn(5, 4).double()
     weight = layer.weight.T + 1.5 * adapted.get_parameter("up.weight") @ adapted.get_parameter("down.weight")
     torch.testing.assert_close(adapted(x), x @ weight.T + layer.bias, rtol=1e-12, atol=1e-12)
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shapes that products multiply, and those of all results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: list[tuple[torch.Size, torch.Size, torch.Size]] = []
+        self.results: set[torch.Size] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if function._schema.name in ("aten::mm", "aten::addmm", "aten::bmm"):
+            self.products.append((args[-2].shape, args[-1].shape, found.shape))
+        self.results |= {t.shape for t in tree_leaves(found) if isinstance(t, Tensor)}
+        return found
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_frozen_weights_are_one_product_for_all_replicas_and_have_no_gradient(together: bool) -> None:
+    adapted = network().float()
+    add_adapters(adapted, ["0", "2"], rank=2)
+    data = Instances(torch.randn(20, 5), torch.randint(3, (20,)))
+    model = FinalModel(moved(adapted), cross_entropy, trainable=("*.up.*", "*.down.*"))
+    protocol = Protocol(batch_size=10, steps=9, leave_out="mask")
+    setting = Setting.build(model, data, data[:2], protocol)
+    assert setting.engine == "functional"
+    chunk = Chunk(
+        setting if together else replace(setting, engine="loop"), [Replica(0, (k,)) for k in range(4)]
+    )
+    chunk.advance(1)
+    with Shapes() as seen:
+        chunk.advance(2)
+    rows = 40 if together else 10
+    times = 1 if together else 4
+    second = [left for left, right, _ in seen.products if right == (7, 6)]  # forwards
+    assert second == [(rows, 7)] * times
+    first = [left for left, right, _ in seen.products if right == (5, 7)]  # of inputs that replicas share
+    assert first == [(10, 5)] * times
+    weights = {(7, 5), (5, 7), (6, 7), (7, 6)}
+    assert not weights & {tuple(result[-2:]) for _, _, result in seen.products}  # no gradient of them
+    assert not {(4, *shape) for shape in weights} & seen.results  # no copies
 
 
 def test_only_adapters_and_what_is_not_frozen_are_trained() -> None:

@@ -19,6 +19,7 @@ def copied(network: nn.Module) -> nn.Module:
     - Gradients of embeddings are dense: the same numbers, which can be stacked and multiplied.
     - A LightningModule's Trainer stays behind.
     - Hugging Face's gradient checkpointing is switched off: the same numbers, in more memory.
+    - GPT-2's activation is torch's one operation for it instead of eight.
     - Weight normalisation is written out: torch's fused operation has no forward derivative, and its second
       derivatives take the norm as constant, which makes them wrong (a Hessian that is not symmetric).
     """
@@ -33,6 +34,11 @@ def copied(network: nn.Module) -> nn.Module:
     for module in without_checkpointing(with_dense_gradients(found)).modules():
         if type(module) is parametrizations._WeightNorm:
             module.__class__ = _PlainWeightNorm
+        if (
+            type(module).__name__ == "NewGELUActivation"
+            and type(module).__module__ == "transformers.activations"
+        ):
+            module.__class__, module.approximate = nn.GELU, "tanh"  # type: ignore[assignment]
         for hook in module._forward_pre_hooks.values():
             if type(hook) is WeightNorm:
                 hook.__class__ = _PlainWeightNormHook

@@ -138,6 +138,9 @@ class Logits(nn.Module):
             arguments["use_cache"] = False
             if segments is not None:
                 arguments |= apart(segments, next(self.model.parameters()).dtype)
+            else:  # without a mask the library looks at positions' values, for which a GPU is waited for
+                ones = torch.ones(input_ids.shape, dtype=torch.long, device=input_ids.device)
+                arguments["attention_mask"] = ones
         elif attention_mask is not None:
             if self.trims:
                 arguments["input_ids"], attention_mask = trimmed(input_ids, attention_mask)

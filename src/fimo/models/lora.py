@@ -43,7 +43,8 @@ class LowRankAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         entering = x if self.dropout is None else self.dropout(x)
-        output: Tensor = self.layer(x) + self.scale * self.up(self.down(entering))
+        # the narrow product is scaled: a pass over the wide one takes as long as the adapter's products
+        output: Tensor = self.layer(x) + self.up(self.scale * self.down(entering))
         return output
 
 
