@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fimo.curvature.arranged_rows import ArrangedRows, calls_of
+from fimo.curvature.cotangents import GradientOf
 from fimo.curvature.covariances import layer_moments
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import DenseRows, Rows, split
@@ -268,10 +270,64 @@ def test_padding_is_no_position_of_a_factor() -> None:
     model, train = problem("text")
     gradients = InstanceGradients(model)
     rows = gradients.gauss_newton(train, form="calls")
-    (mix,) = [m for m in layer_moments(gradients, train, rows, "exact", 1, 0) if "mix.weight" in m.names]
+    found = layer_moments(gradients, train, rows, model.loss.hessian_root)
+    (mix,) = [m for m in found if "mix.weight" in m.names]
     tokens = train.inputs["input_ids"][train.inputs["attention_mask"].bool()]
     a = F.pad(model.network.token(tokens), (0, 1), value=1)
     torch.testing.assert_close(mix.entering, a.T @ a / len(a))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_factors_recorded_apart_are_those_of_rows_by_layers(name: str) -> None:
+    model, train = problem(name)
+    gradients, root = InstanceGradients(model), model.loss.hessian_root
+    rows = gradients.gauss_newton(train, form="calls")
+    formed = DenseRows(rows.dense(), rows.shapes)  # which don't say what enters and leaves layers
+    by_rows, apart = (
+        {m.names: m for m in layer_moments(gradients, train, each, root)} for each in (rows, formed)
+    )
+    assert by_rows.keys() <= apart.keys()
+    assert by_rows
+    for names, moments in by_rows.items():
+        torch.testing.assert_close(apart[names].entering, moments.entering)
+        torch.testing.assert_close(apart[names].leaving, moments.leaving)
+        assert apart[names].transposed == moments.transposed
+
+
+def test_positions_before_instances_are_positions_of_a_factor() -> None:
+    model, train = problem("sequence")
+    gradients = InstanceGradients(model)
+    rows = DenseRows(gradients.losses(train).dense(), gradients.shapes)
+    inside, outside = layer_moments(gradients, train, rows, GradientOf(model.loss))
+    network: Any = model.network
+    a = F.pad(train.inputs.reshape(-1, 2), (0, 1), value=1)
+    torch.testing.assert_close(inside.entering, a.T @ a / len(a))
+    leaving = network.inside(train.inputs).requires_grad_()
+    pooled = torch.tanh(leaving).mean(1)
+    model.loss(network.outside(pooled), train.targets).sum().backward()
+    d = leaving.grad.flatten(0, 1)
+    torch.testing.assert_close(inside.leaving, d.T @ d / len(train))
+    a = F.pad(pooled.detach(), (0, 1), value=1)
+    torch.testing.assert_close(outside.entering, a.T @ a / len(train))
+
+
+class AsNumbers(nn.Module):
+    """A layer whose weights are used, and which is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.layer.weight, self.layer.bias)
+
+
+def test_a_module_that_is_never_called_has_no_factors() -> None:
+    model = FinalModel(AsNumbers().double(), cross_entropy)
+    train = Instances(torch.randn(7, 3, dtype=torch.float64), torch.randint(3, (7,)))
+    gradients = InstanceGradients(model)
+    assert layer_moments(gradients, train, gradients.losses(train), GradientOf(model.loss)) == []
+    assert {b.kind for b in fit_factors(gradients, train).blocks} == {"dense"}
 
 
 @pytest.mark.parametrize(

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fimo.curvature.arranged_rows import calls_of
-from fimo.curvature.gradients import InstanceGradients
+from fimo.curvature.cotangents import Cotangents
+from fimo.curvature.gradients import BATCH, InstanceGradients
 from fimo.curvature.jacobian import FactoredRows, Rows
 from fimo.curvature.module_rows import ConvolutionCall, EmbeddingCall, LinearCall, ModuleRows
-from fimo.curvature.recording import is_transposed, tokens_of
+from fimo.curvature.recording import UnseenError, recorder_of_sums
 from fimo.data.instances import Instances
 from fimo.errors import InputError
-from fimo.models.attention import plain_attention
-from fimo.models.final_model import apply
 
 
 @dataclass
@@ -40,17 +38,23 @@ class Moments:
 
 
 def layer_moments(
-    gradients: InstanceGradients, train: Instances, rows: Rows, fisher: str, samples: int, seed: int
+    gradients: InstanceGradients, train: Instances, rows: Rows, cotangents: Cotangents
 ) -> list[Moments]:
     """Return the factors of every linear, convolutional and embedding module with trainable parameters.
 
     A module whose parameters are used elsewhere too (tied weights) is represented by its own use; one that is
     never called (functional use of its weights) is left out.
 
+    Args:
+        rows: of the training instances with these cotangents; where they don't say what enters and leaves
+            layers, it is recorded in another pass.
+
     Raises:
         InputError: a factor is not finite.
     """
-    found = _of_rows(rows) or _by_hooks(gradients, train, fisher, samples, seed)
+    found = _moments(_parts(rows), rows.n)
+    if not found:
+        found = _moments(_recorded(gradients, train, cotangents, rows.r), rows.n) or []
     for m in found:
         if not (m.entering.isfinite().all() and m.leaving.isfinite().all()):
             raise InputError("model", f"activations or gradients at {m.names[0]} are not finite")
@@ -69,20 +73,24 @@ def _add_factors(rows: FactoredRows, found: list[Moments], n: int) -> None:
             found.append(Moments(layer.names, entering, leaving))
 
 
-def _of_rows(rows: Rows) -> list[Moments] | None:
-    """Return the factors of layers by what entered and left them, or None where rows don't say."""
+def _moments(parts: Iterable[FactoredRows | ModuleRows | None], n: int) -> list[Moments] | None:
+    """Return the factors of layers by what entered and left them, or None where a part doesn't say.
+
+    Args:
+        parts: of n instances in all.
+    """
     claimed: dict[str, int] = {}
     calls: dict[int, LinearCall | EmbeddingCall] = {}
     entering: dict[int, Tensor] = {}
     leaving: dict[int, Tensor] = {}
     positions: dict[int, int] = {}
     linear: list[Moments] = []
-    for block in _parts(rows):
+    for block in parts:
         if block is None:
             return None
         if isinstance(block, FactoredRows):
             for part in block.parts():
-                _add_factors(part, linear, rows.n)
+                _add_factors(part, linear, n)
             continue
         made: dict[tuple[int, bool, bool], tuple[Tensor, int]] = {}  # layers may share what enters them
         for call in sorted(block.calls, key=lambda c: c.owner):
@@ -108,7 +116,7 @@ def _of_rows(rows: Rows) -> list[Moments] | None:
             positions[k] = positions.get(k, 0) + count
     return linear or [
         Moments(
-            call.names, entering[k] / max(1, positions[k]), leaving[k] / rows.n,
+            call.names, entering[k] / max(1, positions[k]), leaving[k] / n,
             isinstance(call, LinearCall) and call.transposed,
         )
         for k, call in calls.items()
@@ -143,134 +151,25 @@ def _entering_layer(call: LinearCall, mask: Tensor | None) -> tuple[Tensor, int]
 def _kept(values: Tensor, mask: Tensor | None) -> Tensor:
     """Return the positions ``[., ...]`` of values ``[n, T, ...]`` that are no padding."""
     t = values.shape[1]
-    if mask is None or mask.shape[1] < t or bool(mask[:, t:].any()):
+    if mask is None or len(mask) != len(values) or mask.shape[1] < t or bool(mask[:, t:].any()):
         return values.flatten(0, 1)
     return values[mask[:, :t]]
 
 
-def _by_hooks(
-    gradients: InstanceGradients, train: Instances, fisher: str, samples: int, seed: int
-) -> list[Moments]:
-    loss, network = gradients.final_model.loss, gradients.final_model.network
-    generator = torch.Generator(gradients.device).manual_seed(seed)
-    modules = _supported(gradients)
-    entering: dict[nn.Module, Tensor] = {}
-    leaving: dict[nn.Module, Tensor] = {}
-    positions: dict[nn.Module, int] = {}
-    for batch in train.batches(64):
-        mask = tokens_of(batch, loss)
-        with _recorded(list(modules), len(batch)) as calls, plain_attention(), torch.enable_grad():
-            outputs = apply(network, batch.inputs)
-        at = outputs.detach()
-        if fisher == "exact":
-            cotangents = loss.hessian_root(at, batch.targets)
-        elif fisher == "sampled":
-            cotangents = loss.sampled_gradients(at, batch.targets, samples, generator)
-        else:
-            cotangents = loss.gradient(at, batch.targets)[:, None]
-        for module, x, _ in calls:
-            a, count = _second_moment_entering(module, x, modules[module], mask)
-            entering[module] = a if module not in entering else entering[module] + a
-            positions[module] = positions.get(module, 0) + count
-        for r in range(cotangents.shape[1] if calls else 0):
-            found = torch.autograd.grad(
-                outputs, [y for _, _, y in calls], cotangents[:, r], retain_graph=True, allow_unused=True
-            )
-            for (module, _, y), g in zip(calls, found, strict=True):
-                delta = _instances_last(module, torch.zeros_like(y) if g is None else g)
-                b = delta.T @ delta
-                leaving[module] = b if module not in leaving else leaving[module] + b
-    return [
-        Moments(names, entering[m] / max(1, positions[m]), leaving[m] / len(train), is_transposed(m))
-        for m, names in modules.items()
-        if m in entering
-    ]
+def _recorded(
+    gradients: InstanceGradients, train: Instances, cotangents: Cotangents, r: int
+) -> Iterator[ModuleRows]:
+    """Yield what enters and leaves layers, recorded whatever else the network does with their parameters."""
+    recorder = recorder_of_sums(gradients.final_model, train)
+    if recorder is None:
+        return
+    for batch in train.batches(max(1, BATCH // r)):
+        gradients.count(len(batch) * r)
+        try:
+            yield recorder.rows(batch, functools.partial(_at_targets, cotangents, batch.targets))
+        except UnseenError:  # weights are used as numbers, and no module is called
+            return
 
 
-def _supported(gradients: InstanceGradients) -> dict[nn.Module, tuple[str, ...]]:
-    """Return the modules in Kronecker form with the names of their trainable parameters, each name once."""
-    names = {id(gradients.final_model.network.get_parameter(n)): n for n in gradients.shapes}
-    claimed: set[str] = set()
-    found: dict[nn.Module, tuple[str, ...]] = {}
-    for module in gradients.final_model.network.modules():
-        plain_convolution = (
-            type(module) in (nn.Conv1d, nn.Conv2d)
-            and module.groups == 1
-            and module.padding_mode == "zeros"
-            and not isinstance(module.padding, str)
-        )
-        if type(module) in (nn.Linear, nn.Embedding) or is_transposed(module) or plain_convolution:
-            parameters = [getattr(module, "weight", None), getattr(module, "bias", None)]
-            own = tuple(names[id(p)] for p in parameters if p is not None and id(p) in names)
-            if own and not claimed & set(own):
-                found[module] = own
-                claimed |= set(own)
-    return found
-
-
-@contextlib.contextmanager
-def _recorded(modules: list[nn.Module], n: int) -> Iterator[list[tuple[nn.Module, Tensor, Tensor]]]:
-    """Record (module, input, output) of each call; outputs stay in the graph, hooks are removed.
-
-    Args:
-        n: instances of a call.
-    """
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
-
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        x = inputs[0].detach()
-        if isinstance(module, nn.Embedding) and len(output) == 1 < n:  # of positions: alike in all instances
-            x, output = (t.expand(n, *t.shape[1:]) for t in (x, output))
-        if not output.requires_grad:
-            output = output.detach().requires_grad_()
-        calls.append((module, x, output))
-        return output.clone()  # an in-place activation then changes the clone
-
-    handles = [m.register_forward_hook(hook) for m in modules]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _second_moment_entering(
-    module: nn.Module, x: Tensor, names: tuple[str, ...], mask: Tensor | None
-) -> tuple[Tensor, int]:
-    """Return the sum over instances and positions of a a^T (a diagonal for embeddings), and their number."""
-    if isinstance(module, nn.Embedding):
-        ids = x[mask.bool()] if mask is not None and mask.shape == x.shape else x.flatten()
-        counts = torch.bincount(ids, minlength=module.num_embeddings).to(module.weight.dtype)
-        return counts, ids.numel()
-    if isinstance(module, nn.Conv1d):
-        x = F.unfold(
-            x[:, :, None],
-            (1, module.kernel_size[0]),
-            (1, module.dilation[0]),
-            (0, int(module.padding[0])),
-            (1, module.stride[0]),
-        ).transpose(1, 2)
-    elif isinstance(module, nn.Conv2d):
-        assert not isinstance(module.padding, str)
-        x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)
-    if (
-        mask is not None
-        and (isinstance(module, nn.Linear) or is_transposed(module))
-        and x.shape[:-1] == mask.shape
-    ):
-        flat = x[mask.bool()]
-    else:
-        flat = x.reshape(-1, x.shape[-1])
-    weight = any(n.endswith("weight") for n in names)
-    bias = any(n.endswith("bias") for n in names)
-    parts = [flat] if weight else []
-    parts += [torch.ones_like(flat[:, :1])] if bias else []
-    a = torch.cat(parts, 1)
-    return a.T @ a, len(a)
-
-
-def _instances_last(module: nn.Module, delta: Tensor) -> Tensor:
-    """Return derivatives in a module's output as ``[positions, out]``."""
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return delta.flatten(2).transpose(1, 2).flatten(0, 1)
-    return delta.reshape(-1, delta.shape[-1])
+def _at_targets(cotangents: Cotangents, targets: Tensor, outputs: Tensor) -> Tensor:
+    return cotangents(outputs, targets)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fimo.curvature.arranged_rows import ArrangedRows, calls_of
+from fimo.curvature.cotangents import Cotangents, DrawnGradients, GradientOf
 from fimo.curvature.covariances import Moments, layer_moments
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import FactoredRows, Rows, Shapes, split
@@ -191,15 +192,19 @@ def fit_factors(
     if reason := no_factors(gradients.final_model, train, fisher):
         raise InputError("fisher", reason)
     fisher = chosen_fisher(gradients.final_model, train, fisher)
+    loss = gradients.final_model.loss
+    drawn = DrawnGradients(loss, samples, seed, gradients.device)
+    cotangents: Cotangents
     if fisher == "exact":
-        rows = gradients.gauss_newton(train, form="calls")
+        rows, cotangents = gradients.gauss_newton(train, form="calls"), loss.hessian_root
     elif fisher == "sampled":
-        rows = gradients.sampled(train, samples, seed, form="calls")
+        rows, cotangents = gradients.sampled(train, samples, seed, form="calls"), drawn
     else:
-        rows = gradients.losses(train, form="calls")
+        rows, cotangents = gradients.losses(train, form="calls"), GradientOf(loss)
 
     def kronecker_blocks() -> tuple[Block, ...]:
-        found, eigenvectors = layer_moments(gradients, train, rows, fisher, samples, seed), Eigenvectors()
+        drawn.restart()
+        found, eigenvectors = layer_moments(gradients, train, rows, cotangents), Eigenvectors()
         return tuple(_kronecker_block(m, eigenvectors) for m in found)
 
     kind = ("kronecker", fisher, samples, seed, *gradients.arrangement(train))

@@ -53,12 +53,15 @@ class Recorder:
         modules: with (attribute, parameter) of those of their parameters that are recorded.
         axes: of what leaves each.
         bytes_each: of an instance's calls with one row.
+        summed: calls that don't keep instances apart are recorded as one instance's, not refused: only sums
+            over all instances are then right.
     """
 
     final_model: FinalModel
     modules: dict[nn.Module, tuple[tuple[str, str], ...]]
     axes: dict[nn.Module, Axis]
     bytes_each: float = 1.0
+    summed: bool = False
 
     @property
     def names(self) -> set[str]:
@@ -80,7 +83,10 @@ class Recorder:
         vectors = cotangents(outputs.detach())
         r = vectors.shape[1]
         leaving = [y for _, _, y in calls]
-        deltas: list[Tensor] = [y.new_empty(n, r, *_instance_shape(y, n)) for y in leaving] if r > 1 else []
+        counts = [n if _apart(module, x, y, n) else 1 for module, x, y in calls]
+        shapes = [(m, r, *_instance_shape(y, m)) for y, m in zip(leaving, counts, strict=True)]
+        # one row's derivatives are taken as they are, more are put in place
+        deltas = [y.new_zeros(s) for y, s in zip(leaving, shapes, strict=True)] if r > 1 else []
         for k in range(r if calls and outputs.requires_grad else 0):
             found = torch.autograd.grad(
                 outputs,
@@ -91,15 +97,14 @@ class Recorder:
                 allow_unused=True,
             )
             if r == 1:
-                deltas = [d.reshape(n, 1, *_instance_shape(d, n)) for d in found]
+                deltas = [d.reshape(s) for d, s in zip(found, shapes, strict=True)]
             for into, d in zip(deltas, found if r > 1 else (), strict=False):
-                into[:, k] = d.reshape(n, *_instance_shape(d, n))
-        if not outputs.requires_grad:
-            deltas = [y.new_zeros(n, r, *_instance_shape(y, n)) for y in leaving]
+                into[:, k] = d.reshape(into[:, k].shape)
+        deltas = deltas or [y.new_zeros(s) for y, s in zip(leaving, shapes, strict=True)]
         made: list[Call] = []
         owners = {module: k for k, module in enumerate(self.modules)}
-        for (module, x, _), delta in zip(calls, deltas, strict=True):
-            made += _calls_of(module, self.modules[module], owners[module], x, delta, n)
+        for (module, x, _), delta, m in zip(calls, deltas, counts, strict=True):
+            made += _calls_of(module, self.modules[module], owners[module], x, delta, m)
         if not made:
             raise UnseenError("no module was called")
         mask = tokens_of(instances, self.final_model.loss)
@@ -117,12 +122,13 @@ class Recorder:
             x = _entering(args, named)
             if not isinstance(x, Tensor) or not isinstance(output, Tensor):
                 raise UnseenError(f"{type(module).__name__} is not given one tensor")
-            if self.axes[module] == "shared":
-                if len(x) != 1 and x.ndim != 1:
-                    raise UnseenError(f"{type(module).__name__} is called for all instances, and for each")
+            shared, one = self.axes.get(module) == "shared", len(x) == 1 or x.ndim == 1
+            if shared and not one and not self.summed:
+                raise UnseenError(f"{type(module).__name__} is called for all instances, and for each")
+            if shared and one:
                 x = x.reshape(1, -1).expand(n, -1)
                 output = output.expand(n, *output.shape[1:] if len(output) == 1 else output.shape)
-            elif not _apart(module, x, output, n):
+            elif not self.summed and not _apart(module, x, output, n):
                 raise UnseenError(
                     f"{type(module).__name__} has outputs {list(output.shape)} of {n} instances"
                 )
@@ -142,12 +148,7 @@ class Recorder:
 
 def recorder_for(final_model: FinalModel, instances: Instances) -> Recorder | None:
     """Return the recorder of a final model's modules, as tried on some instances; None for none."""
-    names = {id(p): n for n, p in final_model.network.named_parameters() if n in final_model.parameters()}
-    modules: dict[nn.Module, tuple[tuple[str, str], ...]] = {}
-    for module in final_model.network.modules():
-        own = tuple((a, names[id(p)]) for a, p in module.named_parameters(recurse=False) if id(p) in names)
-        if own and _known(module):
-            modules[module] = own
+    modules = _modules(final_model)
     if not modules or not len(instances):
         return None
     probe = instances[[k % len(instances) for k in range(TRIED)]]
@@ -166,6 +167,35 @@ def recorder_for(final_model: FinalModel, instances: Instances) -> Recorder | No
     kept = {m: tuple((a, n) for a, n in own if n not in differing) for m, own in called.items()}
     kept = {m: own for m, own in kept.items() if own}
     return Recorder(final_model, kept, axes, found.bytes / len(probe)) if kept else None
+
+
+def recorder_of_sums(final_model: FinalModel, instances: Instances) -> Recorder | None:
+    """Return the recorder of linear, convolutional and embedding modules, or None where there are none.
+
+    Nothing is tried: their own calls are recorded, whatever else is made of their parameters, or of positions
+    before instances.
+    """
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
+    modules = {
+        module: tuple((a, n) for a, n in own if a in ("weight", "bias"))  # weight normalisation has others
+        for module, own in _modules(final_model).items()
+        if isinstance(module, kinds) or is_transposed(module)
+    }
+    modules = {module: own for module, own in modules.items() if own}
+    axes = _axes(final_model, modules, instances[:TRIED])
+    return Recorder(final_model, modules, axes, summed=True) if modules else None
+
+
+def _modules(final_model: FinalModel) -> dict[nn.Module, tuple[tuple[str, str], ...]]:
+    """Return modules of known form, with (attribute, parameter) of their own trainable parameters."""
+    trained = final_model.parameters()
+    names = {id(p): n for n, p in final_model.network.named_parameters() if n in trained}
+    found: dict[nn.Module, tuple[tuple[str, str], ...]] = {}
+    for module in final_model.network.modules():
+        own = tuple((a, names[id(p)]) for a, p in module.named_parameters(recurse=False) if id(p) in names)
+        if own and _known(module):
+            found[module] = own
+    return found
 
 
 def _known(module: nn.Module) -> bool:
