@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import DenseRows
 from fimo.curvature.projection import COLUMNS, Projection, project
+from tests.cases import CASES
 
 KINDS: tuple[Projection, ...] = ("normal", "sign", "sparse")
 
@@ -69,6 +71,17 @@ def test_a_projection_is_held_in_bands_that_fit_the_memory(monkeypatch: pytest.M
     widths.clear()
     project(rows, COLUMNS + 1, "normal", memory_mb=1000)
     assert widths == [COLUMNS, 1]
+
+
+def test_rows_that_are_made_anew_are_projected_in_one_pass() -> None:
+    case = CASES["conv_net"]()
+    gradients = InstanceGradients(case.final_model, 1e-3)
+    rows = gradients.losses(case.train)
+    before = gradients.evaluations
+    found = project(rows, 3 * COLUMNS, "normal")
+    assert gradients.evaluations - before == len(case.train)
+    held = project(DenseRows(rows.dense(), rows.shapes), 3 * COLUMNS, "normal")
+    torch.testing.assert_close(found, held)
 
 
 def test_large_projections_are_sparse_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,9 @@ if TYPE_CHECKING:  # no code of these is in the scores, whose key holds the sour
 
 log = logging.getLogger(__name__)
 
+LEAST_SECONDS = 0.1
+"""Less time that is spared is not worth a line."""
+
 
 def applicable(
     methods: Mapping[str, AttributionMethod], final_model: FinalModel, train: Instances, protocol: Protocol
@@ -142,7 +145,9 @@ class Scoring:
         if shared is not None and shared.seconds > before:
             # charged as if the method had taken them itself, so that the order of methods makes no difference
             cost.reuse(shared.seconds - before)
-            log.info("gradients that take %.1f s were there already", shared.seconds - before)
+            spared = shared.seconds - before
+            level = logging.INFO if spared >= LEAST_SECONDS else logging.DEBUG
+            log.log(level, "gradients that take %.1f s were there already", spared)
         left_out, groups = stacked(choices.units(self.plan.left_out, len(train)))
         found = replace(
             found.to("cpu").grouped(added),

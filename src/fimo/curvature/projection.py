@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fimo.curvature.jacobian import Rows
+from fimo.curvature.jacobian import Rows, StreamedRows
 
 Projection = Literal["auto", "normal", "sign", "sparse"]
 
 COLUMNS = 64
-"""Columns of a projection that are drawn and used together, where the memory allows."""
+"""Columns of a projection that are drawn and used together, of rows in memory; else as many as fit."""
 
 MAX_ENTRIES = 2**27
 """Entries of a projection above which ``auto`` is sparse."""
@@ -33,7 +33,9 @@ def project(rows: Rows, k: int, kind: Projection = "auto", seed: int = 0, memory
         kind = "normal" if rows.p * k <= MAX_ENTRIES else "sparse"
     if kind == "sparse":
         return _sparse(rows, k, seed)
-    width = max(1, min(COLUMNS, int(memory_mb * 2**20 / (rows.p * rows.dtype.itemsize))))
+    width = max(1, int(memory_mb * 2**20 / (rows.p * rows.dtype.itemsize)))
+    if not isinstance(rows, StreamedRows):  # each band makes those anew
+        width = min(COLUMNS, width)
     found = []
     for start in range(0, k, width):
         band = [_column(rows, c, kind, seed) for c in range(start, min(start + width, k))]

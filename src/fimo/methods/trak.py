@@ -98,7 +98,8 @@ class Trak(GradientMethod):
 
         def projected(instances: Instances, function: Loss, name: str) -> Tensor:
             rows = gradients.rows(instances, GradientOf(function), name)
-            return project(rows, self.dimension, self.projection, seed)[:, 0].double()
+            found = project(rows, self.dimension, self.projection, seed, self.memory_mb / 2)
+            return found[:, 0].double()
 
         features = projected(problem.train, scalar, "scalar")
         removed = features if problem.left_out is None else projected(problem.removed, scalar, "scalar")
