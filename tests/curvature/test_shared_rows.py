@@ -192,8 +192,9 @@ def test_methods_with_less_memory_have_the_rest_freed() -> None:
     with shared_rows(case.final_model) as shared:
         scores(case, methods(), None)
         before = kept_mb(shared)
-        scores(case, {"graddot": method_of("graddot", {"memory_mb": before / 4})[1]}, None)
-        assert kept_mb(shared) <= before / 4
+        for _ in range(2):
+            scores(case, {"graddot": method_of("graddot", {"memory_mb": before / 4})[1]}, None)
+            assert 0 < kept_mb(shared) <= before / 4
 
 
 def test_nothing_is_held_when_the_run_ends() -> None:

@@ -115,6 +115,7 @@ class SharedRows:
                     log.info("%s were changed in place, and are made again", what)
                     break
                 self._kept.append(found)
+                self.limit(memory)
                 self.seconds += found.seconds
                 return found.values, found.evaluations
         if any(instances is known and before == kind for instances, before in self._dropped):

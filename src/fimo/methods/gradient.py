@@ -32,6 +32,8 @@ STORAGE = {
 class GradientMethod(AttributionMethod):
     """A method that uses the gradients of the final model's trainable parameters.
 
+    Those at the final model are shared with the other methods of a run, as far as ``memory_mb`` holds them.
+
     Args:
         memory_mb: of gradients held at once; more are computed in blocks.
         storage: dtype of gradients that are kept (``bfloat16`` halves their memory); the model's when None.
