@@ -3,6 +3,7 @@
     python benchmarks/error_bars.py                      # all settings, about 15 minutes on two cores
     python benchmarks/error_bars.py --path concrete.csv  # with the paper's first data set
     python benchmarks/error_bars.py --settings wine/adam diabetes/sgd --methods response
+    python benchmarks/error_bars.py --models 3 --sets 2  # means over three final models
 
 prints, for each data set, optimizer and method, and for raw scores and scores minus their mean over left-out
 instances, at each amount of further training
@@ -10,9 +11,9 @@ instances, at each amount of further training
     share within one standard error / within two, each with a mark
 
 The truth is the mean over 60 seeds that no method followed; its own standard error is added in squares. Each
-method follows several disjoint sets of seeds, and shares are means over them: an error that all left-out
-instances share is a single draw in each. A normal error gives .68 / .95. Networks are small MLPs, data at
-most 192 training instances.
+method follows several disjoint sets of seeds, and shares are means over them and over final models: an error
+that all left-out instances share is a single draw in each. A normal error gives .68 / .95. Networks are small
+MLPs, data at most 192 training instances.
 
 A share is itself known only so far: its standard error is that of a mean over sets of seeds, test and left-
 out instances at once (Cameron, Gelbach and Miller, 2011, without the interactions). A share within .68 ± .08
@@ -127,31 +128,35 @@ def main() -> None:
 def show(a: argparse.Namespace, name: str, optimizer: str) -> dict[tuple[str, bool], Tensor]:
     """Print a setting's rows, and return them ``[points, 5]`` by method and whether scores are adjusted."""
     setting = SETTINGS[name]
-    model, train, test = problem(a, name, setting)
     protocol = Protocol(
         optimizer=optimizer, lr=setting.lr[optimizer], batch_size=32, epochs=setting.epochs[optimizer]
     )
-    left_out = evenly(len(train), a.left_out)
-    steps = tuple(map(int, evaluation_points(protocol, len(train))[0]))
-    truth = further_train(
-        model, train, test, protocol, range(1000, 1000 + TRUTH), left_out.tolist(),
-        trainer={"enable_progress_bar": False},
-    ).raw.double()  # fmt: skip
     points = [e - 1 for e in SHOWN if e <= setting.epochs[optimizer]]
+    problems = [problem(a, name, setting, seed) for seed in range(a.models)]
+    left_out = evenly(len(problems[0][1]), a.left_out)
+    truths = [
+        further_train(
+            model, train, test, protocol, range(1000, 1000 + TRUTH), left_out.tolist(),
+            trainer={"enable_progress_bar": False},
+        ).raw.double()
+        for model, train, test in problems
+    ]  # fmt: skip
     rows: dict[tuple[str, bool], Tensor] = {}
     for method in a.methods:
         parts: dict[bool, list[Tensor]] = {False: [], True: []}
         start = time.perf_counter()
-        for k in range(a.sets or SETS[method]):
-            seeds = tuple(range(k * a.seeds, (k + 1) * a.seeds))
-            ft = FurtherTraining(
-                protocol, steps, seeds, lambda s=seeds: full_runs(model, train, protocol, s)
-            )  # fmt: skip
-            found = METHODS[method]().attribute(model, train, test, left_out, ft)
-            scores = found.values.double()
-            for adjusted, sem in ((False, found.sem), (True, found.sem_adjusted)):
-                sem = torch.full_like(scores, torch.nan) if sem is None else sem.double()
-                parts[adjusted].append(standardised(scores, sem, truth, adjusted)[points])
+        for (model, train, test), truth in zip(problems, truths, strict=True):
+            steps = tuple(map(int, evaluation_points(protocol, len(train))[0]))
+            for k in range(a.sets or SETS[method]):
+                seeds = tuple(range(k * a.seeds, (k + 1) * a.seeds))
+                ft = FurtherTraining(
+                    protocol, steps, seeds, lambda s=seeds, m=model, t=train: full_runs(m, t, protocol, s)
+                )  # fmt: skip
+                found = METHODS[method]().attribute(model, train, test, left_out, ft)
+                scores = found.values.double()
+                for adjusted, sem in ((False, found.sem), (True, found.sem_adjusted)):
+                    sem = torch.full_like(scores, torch.nan) if sem is None else sem.double()
+                    parts[adjusted].append(standardised(scores, sem, truth, adjusted)[points])
         for adjusted, errors in parts.items():
             table = coverage(torch.stack(errors, 1))
             rows[method, adjusted] = table
@@ -218,8 +223,10 @@ def marks(table: Tensor) -> tuple[Tensor, Tensor]:
     return outside <= 1e-9, (outside > 1e-9) & (outside <= 2 * errors)
 
 
-def problem(a: argparse.Namespace, name: str, setting: Setting) -> tuple[FinalModel, Instances, Instances]:
-    """Return a small final model, at most 192 training and 16 test instances."""
+def problem(
+    a: argparse.Namespace, name: str, setting: Setting, seed: int
+) -> tuple[FinalModel, Instances, Instances]:
+    """Return a small final model of a seed, at most 192 training and 16 test instances."""
     data: TabularModule
     if name == "concrete":
         data = ConcreteData(a.path)
@@ -228,7 +235,7 @@ def problem(a: argparse.Namespace, name: str, setting: Setting) -> tuple[FinalMo
     data.setup()
     train, test = data.train[evenly(len(data.train), 192)], data.test[evenly(len(data.test), 16)]
     regression = data.task == "regression"
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     network = nn.Sequential(
         nn.Linear(train.inputs.shape[1], 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(),
         nn.Linear(24, train.targets.shape[1] if regression else data.outputs),
@@ -250,6 +257,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--path", help="concrete's file, which is left out otherwise")
     p.add_argument("--seeds", type=int, default=10, help="that a method follows")
     p.add_argument("--sets", type=int, help="of seeds, of every method")
+    p.add_argument("--models", type=int, default=1, help="final models, of seeds 0, 1, ...")
     p.add_argument("--left-out", type=int, default=32)
     p.add_argument("--threads", type=int, default=2)
     return p.parse_args()

@@ -126,6 +126,31 @@ def test_test_instances_and_checked_ones_have_scales_of_their_own() -> None:
     assert torch.stack(ratios).mean() > 0.7
 
 
+def test_what_an_instance_shows_beyond_the_usual_is_its_error_and_not_its_seeds_noise() -> None:
+    found = []
+    for seed in range(30):
+        g = torch.Generator().manual_seed(seed)
+        scores = torch.randn(TESTS, LEFT_OUT, generator=g, dtype=torch.float64)
+        scores[:, 3] *= 3.0  # so that it is checked
+        error = 0.3 * torch.randn(TESTS, LEFT_OUT, generator=g, dtype=torch.float64)
+        error[:, 3] *= 10.0
+        noise = torch.randn(2, TESTS, LEFT_OUT, generator=g, dtype=torch.float64)
+        everywhere = [
+            x[..., None, :, :].expand(*x.shape[:-2], len(STEPS), -1, -1) for x in (scores, error + noise)
+        ]
+        missed = estimate(*everywhere)
+        assert missed.noise is not None
+        found.append(
+            torch.stack(
+                [missed.own[-1, :, 3].mean() / 9.0, missed.noise[-1, 0, 3], missed.noise[-1, 0].median()]
+            )
+        )
+    of_error, of_noise, usual = torch.stack(found).mean(0)
+    assert 0.5 < of_error < 1.5
+    assert of_noise < 0.4  # 0.5 of 9.5, but noise is expected to grow with effects
+    assert usual > 0.5
+
+
 def test_instances_are_dealt_to_groups_of_all_sizes_with_two_seeds_each() -> None:
     size = torch.arange(40.0)
     checked = dealt(size, 16, 10)

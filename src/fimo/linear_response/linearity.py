@@ -10,7 +10,8 @@ A mean over seeds averages the latter away, but neither d nor c. Each checked in
 and groups of instances with seeds of their own, since the noise of one seed is one draw for all instances:
 
 - the variance of f_i d_i is that of the mean over both seeds within groups, times the share of it that seeds
-  have in common, by the correlation of the two;
+  have in common, by the correlation of the two. What a checked instance shows beyond what is usual for its
+  size is f_i d_i's: seeds' noise is as usual;
 - the variance of c is the mean product of different groups' offsets.
 
 Errors grow with effects: f_i is a product of powers of the size of i's effect, of a factor for the test
@@ -66,28 +67,37 @@ class Discrepancy:
     Args:
         own: ``[E, J, L]``, of each left-out instance's own part.
         common: ``[E, J, 1]``, of the part that all left-out instances share.
-        of_mean: ``[E, J, 1]``, of the own parts' mean over left-out instances; as if independent when None.
-        noise: ``[E, 1, 1]``, share of what a checked instance's two runs show that is their seeds' noise.
+        offset: ``[E, J, 1]``, of what was taken off or added to several instances' scores alike, for want of
+            knowing better; nothing when None.
+        gain: ``[E, 1, L]``, how much of it to each.
+        noise: ``[E, 1, L]``, share of what an instance's two runs show that is their seeds' noise.
         doubt, common_doubt: ``[E, J, L]`` and ``[E, J, 1]``, standard errors of ``own`` and of ``common``,
             since that noise is not well known; none when None.
     """
 
     own: Tensor
     common: Tensor
-    of_mean: Tensor | None = None
+    offset: Tensor | None = None
+    gain: Tensor | None = None
     noise: Tensor | None = None
     doubt: Tensor | None = None
     common_doubt: Tensor | None = None
 
     def raw(self) -> Tensor:
         """Return the variance ``[E, J, L]`` of a score's error."""
-        return self.own + self.common
+        return self.own + self.common + self._of_offset(adjusted=False)
 
     def adjusted(self) -> Tensor:
         """Return it for scores minus their mean over left-out instances, where the common part cancels."""
         count = self.own.shape[-1]
-        of_mean = self.own.mean(-1, keepdim=True) / count if self.of_mean is None else self.of_mean
-        return self.own * (1 - 2 / count) + of_mean
+        of_mean = self.own.mean(-1, keepdim=True) / count
+        return self.own * (1 - 2 / count) + of_mean + self._of_offset(adjusted=True)
+
+    def _of_offset(self, adjusted: bool) -> Tensor | float:
+        if self.offset is None or self.gain is None:
+            return 0.0
+        gain = self.gain - self.gain.mean(-1, keepdim=True) if adjusted else self.gain
+        return gain.square() * self.offset
 
 
 def stratified(size: Tensor, count: int, largest: int = 1) -> tuple[Tensor, Tensor]:
@@ -171,7 +181,7 @@ def discrepancy(steps: Sequence[int], residual: Tensor, scores: Tensor, checked:
     """
     residual, scores = residual.double().cpu(), scores.double().cpu()
     of_entry, of_test = scores, scores[..., :1]
-    found = [torch.full_like(x, torch.nan) for x in (of_entry, of_test, of_test[:, :1], of_entry, of_test)]
+    found = [torch.full_like(x, torch.nan) for x in (of_entry, of_test, of_entry[:, :1], of_entry, of_test)]
     finite = residual.isfinite().flatten(2).all(2).all(0) & scores.isfinite().flatten(1).all(1)
     known = finite.nonzero()[:, 0]
     if len(known) and len(checked.instances) >= 3:
@@ -185,7 +195,7 @@ def discrepancy(steps: Sequence[int], residual: Tensor, scores: Tensor, checked:
 
 
 def _fit(time: Tensor, residual: Tensor, scores: Tensor, checked: Checked) -> tuple[Tensor, ...]:
-    """Return own ``[E, J, L]``, common ``[E, J, 1]``, noise ``[E, 1, 1]`` and both doubts."""
+    """Return own ``[E, J, L]``, common ``[E, J, 1]``, noise ``[E, 1, L]`` and both doubts."""
     instances = checked.instances
     mean = residual.mean(0)  # [E, J, M]
     unit = (scores.square().mean(2, keepdim=True) + mean.square().mean(2, keepdim=True)).sqrt()
@@ -200,14 +210,17 @@ def _fit(time: Tensor, residual: Tensor, scores: Tensor, checked: Checked) -> tu
     common, common_doubt, noise = (
         torch.empty_like(unit),
         torch.empty_like(unit),
-        torch.empty_like(unit[:, :1]),
+        torch.empty_like(scores[:, :1]),
     )
     fitted = {e: _fit_near(time, e, residual, size[:, :, instances], checked) for e in anchors}
     for e in range(len(time)):
         fit = fitted[min(anchors, key=lambda k: abs(float((time[k] / time[e]).log())))]
-        total = fit.total * (size[e] * fit.of_test[:, None] * unit[e]).square()
-        total[:, instances] *= fit.of_checked
-        own[e], doubt[e], noise[e] = fit.share * total, fit.doubt * total, 1 - fit.share
+        usual = fit.total * (size[e] * fit.of_test[:, None] * unit[e]).square()
+        of_instance = torch.ones_like(usual[:1])
+        of_instance[:, instances] = fit.of_checked
+        share = fit.share * of_instance.clamp(max=1) + (of_instance - 1).clamp(min=0)
+        own[e], doubt[e] = share * usual, fit.doubt * of_instance.clamp(max=1) * usual
+        noise[e] = 1 - share / of_instance
         common[e], common_doubt[e] = (x * unit[e].square() for x in (fit.common, fit.common_doubt))
     return own, common, noise, doubt, common_doubt
 
@@ -223,7 +236,7 @@ class _Fit:
         common: variance of c.
         common_doubt: its standard error.
         of_test: ``[J]``, factor of errors.
-        of_checked: ``[M]``, factor of squared errors.
+        of_checked: ``[M]``, factor of total.
     """
 
     total: float

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fimo.errors import InputError
 from fimo.further_training.trajectory import Trajectory
-from fimo.linear_response.discrepancy import OWN, Correction, correct, correlations
+from fimo.linear_response.discrepancy import OWN, Correction, correct, correlations, weights
 from fimo.linear_response.linearity import (
     ALIKE,
     GROUPS,
@@ -310,14 +310,14 @@ class CalibratedResponse(Response):
         own = response.predicted[runs] - mean.cpu()[:, :, instance[runs]].permute(2, 0, 1)
         known = explained[:, :, instance[runs]].permute(2, 0, 1) + correction.own_scale[:, None] * own
         residual = real[runs] - known
-        bars = self._bars(problem, pilot.checked, response.spread, residual, explained, correction)
+        bars = self._bars(problem, pilot, response.spread, residual, explained, correction)
         values = (explained + correction.remainder).to(mean.device, problem.dtype)
         return Calibrated(values, bars, trusted, correction, len(real), steps)
 
     def _bars(
         self,
         problem: AttributionProblem,
-        checked: Checked,
+        pilot: Pilot,
         spread: SeedSpread,
         residual: Tensor,
         explained: Tensor,
@@ -331,8 +331,9 @@ class CalibratedResponse(Response):
         Args:
             residual: ``[2 * M, E, J]``, what of the checked instances' real runs the response misses.
         """
+        checked = pilot.checked
         missed = discrepancy(problem.followed.steps, checked.by_instance(residual), explained, checked)
-        missed = after_runs(missed, correction.unexplained)
+        missed = after_runs(missed, correction.unexplained, weights(pilot.size))
         raw, adjusted = (x.cpu() * correction.scale.square()[:, None, None] for x in spread.variances())
         return error_bars((raw, adjusted), missed, len(checked.instances), problem.dtype)
 
@@ -360,23 +361,20 @@ def prolonged(scores: Tensor, steps: Sequence[int]) -> Tensor:
     return torch.cat([scores, scores[last - late :].mean(0).expand(points - last, *scores.shape[1:])])
 
 
-def after_runs(missed: Discrepancy, unexplained: Tensor) -> Discrepancy:
+def after_runs(missed: Discrepancy, unexplained: Tensor, weight: Tensor) -> Discrepancy:
     """Return what scores miss after the remainders of instances with real runs.
 
     Runs leave the unexplained share of an instance's own part, or as much as two of them have of noise, known
-    by few degrees of freedom. Remainders are known up to their mean over the instances that were run, which
-    is taken as 0: that mean is missed by each of them, and the mean over all left-out instances stays what it
-    was.
+    by few degrees of freedom. Remainders are known up to their weighted mean over the instances with runs,
+    which is taken as 0: that mean is missed by each of them.
 
     Args:
         missed: by predictions alone.
         unexplained: ``[E, L]``, 1 for instances without a run.
+        weight: ``[L]``, in that mean.
     """
-    count = missed.own.shape[-1]
     share = unexplained[:, None]
     left = share if missed.noise is None else heavier_tails(ALIKE) ** 2 * share.maximum(missed.noise)
-    run = (unexplained < 1).any(0)
-    of_run = missed.own[..., run].sum(-1, keepdim=True) / max(int(run.sum()), 1) ** 2
-    own = missed.own * left.clamp(max=1) + of_run * (1 - share).square()
-    of_mean = missed.own.mean(-1, keepdim=True) / count
-    return replace(missed, own=own, of_mean=of_mean)
+    weight = weight * (unexplained < 1).any(0)
+    offset = (missed.own * (weight / weight.sum()).square()).sum(-1, keepdim=True)
+    return replace(missed, own=missed.own * left.clamp(max=1), offset=offset, gain=1 - share)
