@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pandas as pd
@@ -16,12 +18,13 @@ from fimo import FinalModel, Protocol
 from fimo.audit import Audit
 from fimo.audit.audit import audit
 from fimo.audit.question import Question, Resources, Settings, positions
-from fimo.audit.screen import trimmed
+from fimo.audit.screen import adjoint_scores, trimmed
 from fimo.audit.verify import choose, without_common
 from fimo.data.instances import Instances
 from fimo.data.origin import Origin
 from fimo.errors import InputError
-from fimo.store.files import Store
+from fimo.further_training.stacked_adjoint import adjoints
+from fimo.store.files import Store, write_tensors
 
 
 def classification(n: int = 80, ignored: int = 6) -> tuple[FinalModel, Instances, Instances]:
@@ -142,6 +145,61 @@ def test_what_is_in_the_store_is_not_made_again_and_gives_the_same_bytes(
     monkeypatch.setattr("fimo.audit.audit.suspects", None)
     audit(question, settings, Resources(store)).save(tmp_path / "again")
     assert same(tmp_path / "first", tmp_path / "again")
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_killed_screen_goes_on_with_the_seeds_that_it_has_not_followed(
+    stacked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question, seeds = asked(leave_out="shift"), range(5)
+    if stacked:  # two runs at a time
+        sizes = [2, 2, 1]
+        monkeypatch.setattr(
+            "fimo.further_training.stacked_adjoint.even_parts", lambda n, *_: sizes[: (n + 1) // 2]
+        )
+    else:
+        own = FinalModel(Twice(question.final_model.network), question.final_model.loss, accept_poor=True)
+        question = replace(question, final_model=own)
+    whole = adjoint_scores(question, seeds, Resources(Store(tmp_path / "whole")))
+    store, written, lock = Store(tmp_path / "killed"), [], Lock()
+
+    def until_the_third(path: Path, tensors: dict[str, Tensor]) -> None:
+        with lock:
+            if len(written) == 3:
+                raise KeyboardInterrupt
+            written.append(path)
+            write_tensors(path, tensors)
+
+    monkeypatch.setattr("fimo.audit.screen.write_tensors", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        adjoint_scores(question, seeds, Resources(store))
+    assert len(list(store.root.rglob("adjoint/*/adjoint"))) == 3
+    followed: list[int] = []
+
+    def counted(model: object, train: object, test: object, p: object, missing: list[int], *a: object,
+                **more: object) -> Tensor:  # fmt: skip
+        followed.extend(missing)
+        return adjoints(model, train, test, p, missing, *a, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fimo.audit.screen.adjoints", counted)
+    monkeypatch.setattr("fimo.audit.screen.write_tensors", write_tensors)
+    again = adjoint_scores(question, seeds, Resources(store))
+    assert len(followed) == 2
+    assert torch.equal(again, whole)
+    files = [sorted((r / "adjoint").rglob("adjoint")) for r in (tmp_path / "whole", store.root)]
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+
+
+class Twice(nn.Module):
+    """A network that isn't known to be one of linear layers."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = 2 * self.network(x)
+        return found
 
 
 def data() -> tuple[FinalModel, tuple[pd.DataFrame, Tensor], tuple[Tensor, Tensor]]:

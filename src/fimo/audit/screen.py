@@ -82,7 +82,10 @@ def trimmed(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def adjoint_scores(question: Question, seeds: Sequence[int], resources: Resources) -> Tensor:
-    """Return each seed's scores ``[S, M, N]`` float64, from the store where it has them."""
+    """Return each seed's scores ``[S, M, N]`` float64, from the store where it has them.
+
+    Each is written there as soon as it is known, so that what is interrupted goes on where it stopped.
+    """
     model, measured = question.measured
 
     def key(seed: int) -> Key:
@@ -97,12 +100,14 @@ def adjoint_scores(question: Question, seeds: Sequence[int], resources: Resource
             for seed in seeds
         }
         if missing := [seed for seed in seeds if not paths[seed].exists()]:
-            made = adjoints(
-                model, question.train, measured, question.protocol, missing, question.weight,
-                device=resources.device,
-            )  # fmt: skip
-            for seed, derivative in zip(missing, made, strict=True):
+
+            def keep(seed: int, derivative: Tensor) -> None:
                 write_tensors(paths[seed], {"derivative": derivative})
+
+            adjoints(
+                model, question.train, measured, question.protocol, missing, question.weight,
+                device=resources.device, done=keep,
+            )  # fmt: skip
         return -torch.stack([read_tensors(paths[seed])["derivative"] for seed in seeds]).double()
 
 

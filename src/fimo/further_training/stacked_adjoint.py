@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -27,6 +27,11 @@ from fimo.models.linear_layers import Linearised, forward
 KEPT_BYTES = 2**28
 """Of states of the runs that are followed together."""
 
+LOST_WORK = 2**40
+"""Multiplications, minutes of a core, after which runs that are followed together give their derivatives: more
+are lost with a killed process only by a single run. Products so large that this matters gain little by more
+runs."""
+
 
 def adjoints(
     final_model: FinalModel,
@@ -37,6 +42,7 @@ def adjoints(
     weight: Tensor,
     *,
     device: torch.device | str = "cpu",
+    done: Callable[[int, Tensor], None] = lambda seed, derivative: None,
 ) -> Tensor:
     """Differentiate weighted sums of test losses at the end of seeds' full runs in all instances' weights.
 
@@ -45,6 +51,8 @@ def adjoints(
 
     Args:
         weight: ``[M, J]``, of test losses.
+        done: is given each seed and its derivatives ``[M, N]`` as soon as they are there, in any order and on
+            any thread.
 
     Returns:
         ``[S, M, N]`` on the device.
@@ -55,16 +63,23 @@ def adjoints(
         end = [len(run.points) - 1]
 
         def of_seed(seed: int) -> Tensor:
-            return adjoint(
+            found = adjoint(
                 final_model, train, test, protocol, seed, weight=weight, points=end, device=device
             )[0]
+            done(seed, found)
+            return found
 
         return torch.stack(side_by_side(of_seed, list(seeds), workers))
     setting = Setting.build(final_model, train, train[:1], protocol, run.device)
     one = 8 * (1 + len(protocol.update_rule.state)) * final_model.size * math.isqrt(run.points[-1])
+    most = max(1, KEPT_BYTES // one)
+    if run.device.type == "cpu":
+        rows = run.points[-1] * protocol.batch_size
+        passes = 6 + 5 * len(weight)  # each run is made twice
+        most = min(most, max(1, LOST_WORK // (rows * final_model.size * passes)))
     wide = DTYPES[protocol.evaluation_dtype]
     parts, start = [], 0
-    for size in even_parts(len(seeds), max(1, KEPT_BYTES // one), workers):
+    for size in even_parts(len(seeds), most, workers):
         parts.append(list(seeds[start : start + size]))
         start += size
 
@@ -74,9 +89,12 @@ def adjoints(
             final_model.to(run.device, wide), test.to(run.device, wide), "loss", weight.to(run.device, wide)
         )
         with torch.no_grad():
-            return _StackedRuns(run, setting, part).differentiated(start_of)
+            found = run.rule.of_units(_StackedRuns(run, setting, part).differentiated(start_of))
+        for seed, derivative in zip(part, found, strict=True):
+            done(seed, derivative)
+        return found
 
-    return run.rule.of_units(torch.cat(side_by_side(of_part, parts, workers)))
+    return torch.cat(side_by_side(of_part, parts, workers))
 
 
 @dataclass(frozen=True)
