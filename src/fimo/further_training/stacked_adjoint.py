@@ -28,9 +28,9 @@ KEPT_BYTES = 2**28
 """Of states of the runs that are followed together."""
 
 LOST_WORK = 2**40
-"""Multiplications, minutes of a core, after which runs that are followed together give their derivatives: more
-are lost with a killed process only by a single run. Products so large that this matters gain little by more
-runs."""
+"""Multiplications, minutes of a core, after which runs that are followed together give their derivatives: no
+more is lost with a killed process, unless a single run takes longer. Products so large that this matters gain
+little by more runs."""
 
 
 def adjoints(
