@@ -58,6 +58,11 @@ def table(folder: Path, rows: str) -> str:
         ("further_training.seeds=0", "further_training.seeds: expected at least 1 seed but got 0"),
         ("further_training.seeds=[1,1]", "further_training.seeds: expected distinct"),
         ("further_training.lr=-1", "further_training.lr: expected a positive number but got -1"),
+        ("further_training.micro_batch_size=0", "further_training.micro_batch_size: expected at least 1"),
+        (
+            "further_training.micro_batch_size=8",
+            "further_training.micro_batch_size: a network of linear layers is run by products of whole",
+        ),
         ("further_training.optimizer=sgdd", "further_training.optimizer: expected one of sgd, adam, adamw"),
         ("further_training.leave_out=skip", "further_training.leave_out: expected one of shift, mask"),
         ("model.optimizer=lbfgs", "model.optimizer: expected one of sgd, adam, adamw"),

@@ -364,10 +364,10 @@ def regression() -> tuple[FinalModel, Instances, Instances]:
 
 
 OTHER_VALUES = {
-    "optimizer": "adam", "lr": 0.02, "batch_size": 6, "leave_out": "mask", "evaluate_every": 3,
-    "momentum": 0.9, "nesterov": True, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1,
-    "clip_norm": 1.0, "schedule": "linear", "dtype": "float64", "evaluation_dtype": "float32",
-    "autocast": "bfloat16",
+    "optimizer": "adam", "lr": 0.02, "batch_size": 6, "micro_batch_size": 3, "leave_out": "mask",
+    "evaluate_every": 3, "momentum": 0.9, "nesterov": True, "betas": (0.8, 0.9), "eps": 1e-6,
+    "weight_decay": 0.1, "clip_norm": 1.0, "schedule": "linear", "dtype": "float64",
+    "evaluation_dtype": "float32", "autocast": "bfloat16",
 }  # fmt: skip
 LENGTH = {"epochs", "steps"}
 """Of a run, which holds every shorter one."""

@@ -62,6 +62,7 @@ class FurtherTraining:
     optimizer: str = "sgd"
     lr: float = 0.01
     batch_size: int = 32
+    micro_batch_size: int | None = None
     epochs: Any = "auto"
     steps: int | None = None
     leave_out: str = "shift"

@@ -45,6 +45,7 @@ from fimo.app.trainers import build_trainer, further_training_settings, training
 from fimo.app.validation_part import with_validation_part
 from fimo.cost import Cost, write_costs
 from fimo.data.datamodule import InstancesModule
+from fimo.engine.context import check_micro_batches
 from fimo.errors import InputError
 from fimo.evaluation import Evaluation, assess
 from fimo.further_training.sensitivity import Sensitivity
@@ -176,6 +177,7 @@ def prepare(config: DictConfig, journal: Journal) -> Prepared:
     with_validation_part(data, plan.test, config)
     module = build_module(config, data)
     untrained = build_final_model(module, config)
+    check_micro_batches(plan.protocol, untrained, data.train)
     methods: Mapping[str, AttributionMethod] = {}
     skipped: Mapping[str, str] = {}
     if config.mode == "audit":

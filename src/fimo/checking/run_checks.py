@@ -56,7 +56,10 @@ def sign(problem: Problem, pace: Pace, clock: Clock) -> Line:
 
     size = torch.cat([p.flatten() for p in model.parameters().values()]).norm()
     lr = float(1e-4 * size / engine.losses(train).squared_norms().mean().sqrt().clamp(min=1e-30))
-    small = Protocol(lr=min(lr, 1e3), batch_size=batch, steps=1, leave_out="mask").in_float64()
+    small = Protocol(
+        lr=min(lr, 1e3), batch_size=batch, micro_batch_size=problem.protocol.micro_batch_size, steps=1,
+        leave_out="mask",
+    ).in_float64()  # fmt: skip
     setting = problem.wide.following(small)
     real, _ = effects(setting, problem.seeds[0], units, 1, clock)
     agreement = cosine(real, gram.cpu())

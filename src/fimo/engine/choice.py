@@ -34,12 +34,14 @@ def stack_network(
     mode: TrainMode,
     autocast: torch.dtype | None = None,
     once: Collection[str] = (),
+    micro_batch_size: int | None = None,
 ) -> StackedNetwork:
     """Return the stacked network of an engine."""
     if engine == "linear":
         return LinearNetwork(final_model, replicas, evaluation_model)
+    vectorise = engine == "functional"
     return FunctionalNetwork(
-        final_model, replicas, evaluation_model, mode, engine == "functional", autocast, once
+        final_model, replicas, evaluation_model, mode, vectorise, autocast, once, micro_batch_size
     )
 
 
@@ -50,7 +52,7 @@ def choose_engine(
 
     Whether ``torch.func`` can vectorise it is tried on two replicas and two instances.
     """
-    if autocast is None and _is_linear(final_model, train):
+    if autocast is None and is_linear(final_model, train):
         return "linear"
     dtype, device = next(iter(final_model.parameters().values())).dtype, train.targets.device
     weight = torch.ones(2, 2, dtype=dtype, device=device)
@@ -100,7 +102,8 @@ def called_once(final_model: FinalModel, train: Instances, mode: TrainMode) -> t
     return modules if torch.equal(whole, parts) and torch.equal(*states) else ()
 
 
-def _is_linear(final_model: FinalModel, train: Instances) -> bool:
+def is_linear(final_model: FinalModel, train: Instances) -> bool:
+    """Return whether a network is one of linear layers, all trained, that the ``linear`` engine runs."""
     if len(final_model.parameters()) < len(list(final_model.network.parameters())):
         return False  # some are frozen
     inputs = train.inputs

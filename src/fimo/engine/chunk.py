@@ -78,6 +78,7 @@ class Chunk:
             setting.mode,
             setting.protocol.autocast_dtype,
             setting.once,
+            setting.protocol.micro_batch_size,
         )
         self.optimizer = StackedOptimizer(self.network, setting.protocol)
         self.stream = BatchStream(rows, setting.rule, setting.protocol, self.network.dtype, setting.device)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fimo.data.instances import Instances
-from fimo.engine.choice import Engine, called_once, choose_engine
+from fimo.engine.choice import Engine, called_once, choose_engine, is_linear
 from fimo.engine.graphs import Record, cuda_graph
 from fimo.engine.leave_out import RULES, LeaveOut, make_rule
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import even_parts
 from fimo.engine.stacked import without_gradient
-from fimo.errors import shortened
+from fimo.errors import InputError, shortened
 from fimo.models.final_model import FinalModel
 from fimo.models.returned import HandOver
 from fimo.models.train_mode import TrainMode
@@ -75,6 +75,7 @@ class Setting:
         dtype, wide = DTYPES[protocol.dtype], DTYPES[protocol.evaluation_dtype]
         model, train = final_model.to(device, dtype), train.to(device, dtype)
         mode = TrainMode.of(model, train)
+        check_micro_batches(protocol, model, train, mode)
         engine = choose_engine(model, train, mode, protocol.autocast_dtype)
         if unused := without_gradient(model, train):
             log.info("the loss does not depend on %s: further training leaves them alone", shortened(unused))
@@ -139,9 +140,33 @@ def replica_bytes(final_model: FinalModel, protocol: Protocol, activations: int,
     """Return about how much memory a step of one replica works on."""
     linear = engine == "linear"
     # values and their gradients; automatic differentiation keeps about as much again
-    kept = (2 if linear else 4) * activations * protocol.batch_size
+    kept = (2 if linear else 4) * activations * protocol.kept_instances
     copies = 2 + len(protocol.update_rule.state) + (0 if linear else 2)
     return (8 if protocol.dtype == "float64" else 4) * (kept + copies * final_model.size)
+
+
+def check_micro_batches(
+    protocol: Protocol, final_model: FinalModel, train: Instances, mode: TrainMode | None = None
+) -> None:
+    """Refuse parts of batches where they would be others than the batch, or of no use.
+
+    Args:
+        mode: of the network in training steps; tried when None.
+
+    Raises:
+        InputError: naming ``further_training.micro_batch_size``.
+    """
+    if protocol.micro_batch_size is None:
+        return
+    key = "further_training.micro_batch_size"
+    if (mode or TrainMode.of(final_model, train)).stochastic:
+        raise InputError(
+            key,
+            "training steps draw random numbers (dropout), which parts of a batch would draw otherwise than "
+            "the batch; expected null, or a network with rates of 0",
+        )
+    if protocol.autocast_dtype is None and is_linear(final_model, train):
+        raise InputError(key, "a network of linear layers is run by products of whole batches; expected null")
 
 
 def chunk_size(setting: Setting, runs: int) -> int:

@@ -37,6 +37,9 @@ class Protocol:
         optimizer: ``sgd``, ``adam`` or ``adamw``, as torch.optim implements them, or ``lion``.
         lr: learning rate.
         batch_size: instances per optimizer step.
+        micro_batch_size: the most instances whose activations are kept at a time: a batch's gradient is the
+            sum over parts of at most so many. None for whole batches. Results are the same to rounding. For
+            networks with other layers than linear ones, whose steps draw no random numbers (dropout).
         epochs: passes over the training set; exactly one of ``epochs`` and ``steps`` is given.
         steps: optimizer steps.
         leave_out: ``shift`` removes the instance from the seed's permutation, so that later batches move
@@ -66,6 +69,7 @@ class Protocol:
     optimizer: OptimizerName = "sgd"
     lr: float = 0.01
     batch_size: int = 32
+    micro_batch_size: int | None = None
     epochs: int | None = None
     steps: int | None = None
     leave_out: LeaveOutRule = "shift"
@@ -94,7 +98,7 @@ class Protocol:
             f"expected bfloat16, tf32 or null but got {self.autocast!r}",
         )
         _one_of("evaluation_dtype", self.evaluation_dtype, tuple(DTYPES))
-        for key in ("batch_size", "epochs", "steps"):
+        for key in ("batch_size", "micro_batch_size", "epochs", "steps"):
             value = getattr(self, key)
             if value is None and key != "batch_size":
                 continue
@@ -133,6 +137,8 @@ class Protocol:
         """
         key = asdict(self)
         del key["graphs"]
+        if self.kept_instances == self.batch_size:
+            del key["micro_batch_size"]
         if self.schedule == "constant":
             del key["epochs"], key["steps"]
         return key
@@ -141,6 +147,11 @@ class Protocol:
     def update_rule(self) -> Optimizer:
         """The optimizer: what it keeps, and how it makes a step."""
         return make_optimizer(self.optimizer, vars(self))
+
+    @property
+    def kept_instances(self) -> int:
+        """The most instances whose activations are kept at a time."""
+        return min(self.batch_size, self.micro_batch_size or self.batch_size)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

@@ -144,6 +144,8 @@ class FunctionalNetwork(StackedNetwork):
         mode: of the network in training steps.
         vectorise: False where a layer, loss or in-place operation can't be vectorised: same results, slower.
         once: names of modules that are called once for all replicas that see the same batch, one by one.
+        micro_batch_size: the most instances of a forward and backward pass; None for whole batches. For
+            networks that draw no random numbers.
     """
 
     def __init__(
@@ -155,11 +157,12 @@ class FunctionalNetwork(StackedNetwork):
         vectorise: bool = True,
         autocast: torch.dtype | None = None,
         once: Collection[str] = (),
+        micro_batch_size: int | None = None,
     ) -> None:
         # copies: the final model's own network stays in eval mode, and chunks may run in threads
         super().__init__(final_model, replicas, evaluation_model.to())
         self.vectorise, self.autocast = vectorise, autocast
-        self.mode, self.once = mode, tuple(once)
+        self.mode, self.once, self.micro_batch_size = mode, tuple(once), micro_batch_size
         self._called: CalledOnce | None = None
         self.network = mode.set(FinalModel(final_model.network, final_model.loss).network)
         self.buffers = final_model.buffers()
@@ -183,67 +186,81 @@ class FunctionalNetwork(StackedNetwork):
         return {n: 0 if t.is_floating_point() else None for n, t in tensors.items()}
 
     def differentiate(self, train: Instances, batch: Batch, seed: int) -> None:
-        shared = len(batch.index) == 1
-        instances = train[batch.index[0]] if shared else train[batch.index]
-        gradients = self._weighted(instances, batch.weight, shared, seed)
+        for k, gradients in enumerate(self._gradients(train, batch, seed)):
+            for name, g in gradients.items():
+                own = self.gradients[name]
+                _ = own.add_(g) if k else own.copy_(g)
+
+    def _gradients(self, train: Instances, batch: Batch, seed: int) -> Iterator[dict[str, Tensor]]:
+        """Yield gradients ``[R, ...]`` by parameter, whose sum is that of the weighted loss."""
+        yield from self._weighted(train, batch.index, batch.weight, seed)
         if batch.extra is not None and batch.extra_weight is not None:
             # a forward of its own: were it appended, the batch's dropout masks would depend on it
-            extra = self._weighted(train[batch.extra], batch.extra_weight, False, seed + 1)
-            gradients = {n: g + extra[n] for n, g in gradients.items()}
-        for name, g in gradients.items():
-            self.gradients[name].copy_(g)
+            yield from self._weighted(train, batch.extra, batch.extra_weight, seed + 1)
 
-    def _weighted(self, instances: Instances, weight: Tensor, shared: bool, seed: int) -> dict[str, Tensor]:
-        def loss(
-            tensors: dict[str, Tensor],
-            inputs: Inputs,
-            targets: Tensor,
-            weight: Tensor,
-            network: nn.Module = self.network,
-        ) -> Tensor:
-            outputs = functional_apply(network, tensors, inputs)
-            outputs = outputs.to(weight.dtype)
-            return (self.loss(outputs, targets) * weight).sum()
+    def _weighted(
+        self, train: Instances, index: Tensor, weight: Tensor, seed: int
+    ) -> Iterator[dict[str, Tensor]]:
+        shared = len(index) == 1
+        if not self.vectorise:
+            yield self._one_by_one(train[index[0]] if shared else train[index], weight, shared, seed)
+            return
+        most = self.micro_batch_size or weight.shape[1]
+        for part, w in zip(index.split(most, 1), weight.split(most, 1), strict=True):
+            yield self._together(train[part[0]] if shared else train[part], w, shared, seed)
 
-        inputs, targets = instances.inputs, instances.targets
+    def _together(self, instances: Instances, weight: Tensor, shared: bool, seed: int) -> dict[str, Tensor]:
         axis = None if shared else 0
-        if self.vectorise:
-            # the gradient of the replicas' sum is each one's own; a backward pass over stacked tensors takes
-            # about a tenth less of a step than vmap(grad) does
-            free = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
-            with self._training_step(seed), torch.enable_grad():
-                tensors = {**self.buffers, **free}
-                mapped = vmap(loss, in_dims=(self._axes(tensors), axis, axis, 0), randomness="same")
-                total = mapped(tensors, inputs, targets, weight).sum()
-            gradients = torch.autograd.grad(total, list(free.values()), materialize_grads=True)
-            return dict(zip(free, gradients, strict=True))
+        # the gradient of the replicas' sum is each one's own; a backward pass over stacked tensors takes
+        # about a tenth less of a step than vmap(grad) does
+        free = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+        with self._training_step(seed), torch.enable_grad():
+            tensors = {**self.buffers, **free}
+            mapped = vmap(
+                self._weighted_loss, in_dims=(self._axes(tensors), axis, axis, 0), randomness="same"
+            )
+            total = mapped(tensors, instances.inputs, instances.targets, weight).sum()
+        gradients = torch.autograd.grad(total, list(free.values()), materialize_grads=True)
+        return dict(zip(free, gradients, strict=True))
+
+    def _weighted_loss(
+        self,
+        tensors: dict[str, Tensor],
+        inputs: Inputs,
+        targets: Tensor,
+        weight: Tensor,
+        network: nn.Module | None = None,
+    ) -> Tensor:
+        outputs = functional_apply(network or self.network, tensors, inputs)
+        return (self.loss(outputs.to(weight.dtype), targets) * weight).sum()
+
+    def _one_by_one(self, instances: Instances, weight: Tensor, shared: bool, seed: int) -> dict[str, Tensor]:
         found = {n: torch.empty_like(p) for n, p in self.parameters.items()}
         network, buffers, calls, after = self.network, self.buffers, None, None
         if shared and self.once:
             if self._called is None:
                 with self._training_step(seed):
-                    self._called = CalledOnce(self.network, self.once, inputs)
+                    self._called = CalledOnce(self.network, self.once, instances.inputs)
             called = self._called
             with self._training_step(seed) as drawing:
-                calls = called.call(inputs)
+                calls = called.call(instances.inputs)
                 after = drawing.generator.get_state()
             of_rest = {n for n, _ in called.rest.named_buffers()}
             buffers = {n: b for n, b in self.buffers.items() if n in of_rest}
         for r in range(self.replicas):
-            own = instances if shared else Instances(_row(inputs, r), targets[r])
+            own = instances if shared else Instances(_row(instances.inputs, r), instances.targets[r])
             parameters = {n: p[r].detach().requires_grad_() for n, p in self.parameters.items()}
             if calls is not None and self._called is not None:
                 network = self._called.hand_over(calls)
-            with self._training_step(seed, after), torch.enable_grad():
-                tensors = {**buffers, **parameters}
-                each = [
-                    loss(tensors, part.inputs, part.targets, w, network)
-                    for part, w in self._parts(own, weight[r])
-                ]
-                value = torch.stack(each).sum()
-            own_gradients = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
-            for name, g in zip(parameters, own_gradients, strict=True):
-                found[name][r] = g
+            # the last part first, as a backward pass of their sum would add them: the same bytes
+            for k, (part, w) in enumerate(reversed(self._parts(own, weight[r]))):
+                with self._training_step(seed, after), torch.enable_grad():
+                    tensors = {**buffers, **parameters}
+                    value = self._weighted_loss(tensors, part.inputs, part.targets, w, network)
+                gradients = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
+                for name, g in zip(parameters, gradients, strict=True):
+                    row = found[name][r]
+                    _ = row.add_(g) if k else row.copy_(g)
         return found
 
     def _parts(self, instances: Instances, weight: Tensor) -> list[tuple[Instances, Tensor]]:
@@ -251,10 +268,14 @@ class FunctionalNetwork(StackedNetwork):
 
         Random numbers of parts would be others than the batch's.
         """
-        parts = [] if self.mode.stochastic else by_length(self.network, instances.inputs)
-        if len(parts) < 2:
+        if self.mode.stochastic:
             return [(instances, weight)]
-        return [(instances[part], weight[part]) for part in parts]
+        parts = by_length(self.network, instances.inputs)
+        if self.micro_batch_size is not None:
+            parts = [small for part in parts for small in part.split(self.micro_batch_size)]
+        return (
+            [(instances[part], weight[part]) for part in parts] if len(parts) > 1 else [(instances, weight)]
+        )
 
     @contextlib.contextmanager
     def _training_step(self, seed: int, after: Tensor | None = None) -> Iterator[Any]:
