@@ -182,3 +182,21 @@ def test_the_table_names_members_by_the_users_rows_and_ids() -> None:
     assert list(empty) == list(GROUPS)
     assert isinstance(empty, pd.DataFrame)
     assert len(empty) == 0
+
+
+def test_near_duplicates_of_many_rows_are_those_of_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fimo.audit.duplicates.BLOCK", 16)
+    generator = torch.Generator().manual_seed(0)
+    x = 100 + torch.randn(60, 5, generator=generator)
+    x = torch.cat([x, x + 0.04 * torch.randn(60, 5, generator=generator), x[:3]])
+    leaders = list(range(0, 60, 2))
+    z = (x.double() - x.double().mean(0)) / x.double().std(0)
+    apart = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist") / 5**0.5
+    expected, taken = [], set[int]()
+    for leader in leaders:
+        members = (apart[leader] <= 0.05).nonzero().flatten().tolist()
+        if leader not in taken and len(members) > 1 and apart[leader, members].max() > 0:
+            taken.update(members)
+            expected.append(tuple(members))
+    assert len(expected) > 5
+    assert near_duplicates(Instances(x, torch.zeros(len(x))), leaders) == expected

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from sklearn.model_selection import train_test_split
 
 from fimo.data import conversion
 from fimo.data.conversion import to_instances
 from fimo.data.instances import Instances
+from fimo.data.tabular import Table, TabularModule
 from fimo.errors import InputError
 
 datasets = pytest.importorskip("datasets")
@@ -101,3 +105,51 @@ def test_files_of_large_sets_vanish(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     found = to_instances([(torch.tensor(a), int(b)) for a, b in zip(x, y, strict=True)])
     assert list(tmp_path.iterdir()) == []
     assert_same(found, x, y)
+
+
+class OfFrame(TabularModule):
+    """A table that is in memory."""
+
+    def __init__(self, frame: pd.DataFrame, indicators: tuple[str, ...] = ()) -> None:
+        super().__init__("frame", "classification", 32, 0.1, 0)
+        self.frame, self.indicators = frame, indicators
+
+    def read(self) -> Table:
+        return Table(self.frame.drop(columns="label"), self.frame["label"], indicators=self.indicators)
+
+
+def frame_of(rows: int, columns: int) -> pd.DataFrame:
+    generator = np.random.default_rng(0)
+    x = 3 + 2 * generator.standard_normal((rows, columns)).astype(np.float32)
+    frame = pd.DataFrame(x, columns=[f"x{k}" for k in range(columns)])
+    return frame.assign(label=generator.integers(3, size=rows))
+
+
+def test_a_table_is_standardised_in_parts_as_it_is_at_once() -> None:
+    frame = frame_of(300, 39).assign(sure=np.arange(300) % 2)
+    data = OfFrame(frame, ("sure",))
+    data.setup()
+    x = frame.drop(columns="label").to_numpy(np.float64)
+    train, test = train_test_split(np.arange(300), test_size=0.1, random_state=0)
+    z = (x - x[train].mean(0)) / x[train].std(0)
+    z[:, -1] = x[:, -1]
+    for part, rows in ((data.train, train), (data.test, test)):
+        torch.testing.assert_close(part.inputs, torch.tensor(z[rows], dtype=torch.float32), rtol=1e-6, atol=0)
+
+
+def test_a_table_of_numbers_takes_a_few_times_its_memory_to_read_and_nothing_to_show() -> None:
+    frame = frame_of(8000, 128)
+    size = frame.memory_usage().sum()
+    small = OfFrame(frame_of(100, 128))
+    small.setup()  # what is loaded when first used
+    data = OfFrame(frame)
+    tracemalloc.start()
+    try:
+        data.setup()
+        held, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 3 * size  # 14 where all of it is in float64 at once, and in Python's own numbers
+    assert held < 0.5 * size
+    row = data.origins["train"].row[5]
+    assert data.display("train", 5).row["x7"] == float(frame["x7"].iloc[row])

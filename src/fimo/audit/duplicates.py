@@ -14,8 +14,8 @@ from fimo.engine.leave_out import duplicate_groups
 NEAR = 0.05
 """Nearly the same: as many standard deviations apart, as root mean square over features."""
 
-NUMBERS = 2**24
-"""Differences computed at a time."""
+BLOCK = 4096
+"""Rows that are compared at a time."""
 
 
 def duplicates(train: Instances) -> list[tuple[int, ...]]:
@@ -25,9 +25,10 @@ def duplicates(train: Instances) -> list[tuple[int, ...]]:
     """
     blank = replace(train, targets=torch.zeros(len(train), dtype=torch.uint8))
     number = duplicate_groups(blank)
-    order = number.argsort(stable=True)
-    sizes = number.bincount().tolist()
-    return [tuple(part.tolist()) for part in order.split(sizes) if len(part) > 1]
+    sizes = number.bincount()
+    several = (sizes[number] > 1).nonzero().flatten()
+    order = several[number[several].argsort(stable=True)]
+    return [tuple(part.tolist()) for part in order.split(sizes[sizes > 1].tolist())]
 
 
 def near_duplicates(
@@ -46,20 +47,48 @@ def near_duplicates(
     if not isinstance(train.inputs, Tensor) or not train.inputs.is_floating_point() or len(train) < 3:
         return []
     rows = train.inputs.reshape(len(train), -1).float()
-    deviation = rows.std(0)
-    vary = deviation > 0
-    if not vary.any():
-        return []
-    rows = ((rows - rows.mean(0)) / deviation)[:, vary] / vary.sum() ** 0.5
+    leaders = [int(leader) for leader in leaders]
+    near = _pairs(rows, torch.tensor(leaders, device=rows.device), distance)
     found: list[tuple[int, ...]] = []
     taken: set[int] = set()
-    leaders = [int(leader) for leader in leaders]
-    for some in torch.tensor(leaders).split(max(1, NUMBERS // len(rows))):
-        apart = torch.cdist(rows[some], rows, compute_mode="donot_use_mm_for_euclid_dist")
-        for leader, row in zip(some.tolist(), apart, strict=True):
-            members = (row <= distance).nonzero().flatten().tolist()
-            if leader in taken or len(members) < 2 or float(row[members].max()) == 0:
-                continue
-            taken.update(members)
-            found.append(tuple(members))
+    for k, leader in enumerate(leaders):
+        members, apart = near[k]
+        if leader in taken or len(members) < 2 or max(apart) == 0:
+            continue
+        taken.update(members)
+        found.append(tuple(members))
     return found
+
+
+def _pairs(rows: Tensor, leaders: Tensor, distance: float) -> list[tuple[list[int], list[float]]]:
+    """Return for each of R leaders the rows within a distance of it, ascending, and how far they are.
+
+    Products of matrices find candidates, and differences, which don't cancel, tell which are near.
+
+    Args:
+        rows: ``[N, d]``.
+    """
+    deviation, mean = rows.std(0), rows.mean(0)
+    vary = deviation > 0
+    near: list[tuple[list[int], list[float]]] = [([], []) for _ in leaders]
+    if not vary.any():
+        return near
+    scale = deviation[vary] * vary.sum() ** 0.5
+
+    def standard(some: Tensor) -> Tensor:
+        return (some - mean)[:, vary] / scale
+
+    ours = standard(rows[leaders])
+    size = ours.square().sum(1)
+    for start in range(0, len(rows), BLOCK):
+        theirs = standard(rows[start : start + BLOCK])
+        whole = size[:, None] + theirs.square().sum(1)
+        rounding = 1e-4 * whole  # of float32, with room
+        candidates = (whole - 2 * ours @ theirs.T <= distance**2 + rounding).nonzero()
+        for some in candidates.split(BLOCK):
+            apart = (ours[some[:, 0]] - theirs[some[:, 1]]).square().sum(1).sqrt()
+            kept = apart <= distance
+            for (k, row), d in zip(some[kept].tolist(), apart[kept].tolist(), strict=True):
+                near[k][0].append(start + row)
+                near[k][1].append(d)
+    return near

@@ -16,11 +16,19 @@ from fimo.engine.protocol import Protocol
 from fimo.models.final_model import FinalModel
 
 TREES = 200
+"""Of as many rows as there are; see :func:`_trees`."""
+
 LEAF = 3
 """Fewest rows of a leaf of the forest that predicts targets."""
 
 ROWS_OF_A_TREE = 20_000
 """Most rows that a tree is grown on: more cost time and add little."""
+
+AT_A_TIME = 8
+"""Trees that are held at a time: one of 20,000 rows in ten classes takes more than a megabyte."""
+
+BLOCK = 8192
+"""Rows that a tree predicts at a time."""
 
 MOST_FEATURES = 4096
 LEAST_PROBABILITY = 1e-3
@@ -100,26 +108,65 @@ def _features(train: Instances) -> np.ndarray | None:
     return rows.float().numpy() if rows.shape[1] <= MOST_FEATURES else None
 
 
-def _settings(rows: int, leaf: int, seed: int) -> dict[str, object]:
-    return {
-        "n_estimators": TREES, "min_samples_leaf": leaf, "oob_score": True, "random_state": seed,
-        "max_samples": min(rows, ROWS_OF_A_TREE), "n_jobs": torch.get_num_threads(),
-    }  # fmt: skip
+def _trees(rows: int) -> int:
+    """Return how many trees are grown, so that each row has the votes of as many that did not see it.
+
+    A tree has not seen a row with probability (1 - 1 / N)^M, of N rows and M that it is grown on: 1 / e where
+    M is N, and nearly 1 of many more rows, of which fewer trees are needed.
+    """
+    unseen = (1 - 1 / rows) ** min(rows, ROWS_OF_A_TREE)
+    return max(1, round(TREES * (1 - 1 / rows) ** rows / unseen))
+
+
+def _unseen_by_trees(
+    forest: type[RandomForestClassifier] | type[RandomForestRegressor],
+    features: np.ndarray,
+    targets: np.ndarray,
+    width: int,
+    seed: int,
+    **settings: object,
+) -> np.ndarray:
+    """Return the mean prediction ``[N, width]`` of those trees that were grown without the row; 0 of none.
+
+    What scikit-learn calls out of bag, of a forest whose trees are never held all at once.
+    """
+    n, count = len(features), _trees(len(features))
+    drawn = np.random.RandomState(seed)  # draws the same trees in parts as at once
+    total, votes = np.zeros((n, width)), np.zeros(n)
+    for start in range(0, count, AT_A_TIME):
+        part = forest(
+            n_estimators=min(AT_A_TIME, count - start), max_samples=min(n, ROWS_OF_A_TREE),
+            random_state=drawn, n_jobs=torch.get_num_threads(), **settings,
+        ).fit(features, targets)  # fmt: skip
+        predicts = "predict_proba" if forest is RandomForestClassifier else "predict"
+        for tree, seen in zip(part.estimators_, part.estimators_samples_, strict=True):
+            unseen = np.ones(n, dtype=bool)
+            unseen[seen] = False
+            votes += unseen
+            rows = np.flatnonzero(unseen)
+            for some in np.split(rows, range(BLOCK, len(rows), BLOCK)):
+                found = getattr(tree, predicts)(features[some], check_input=False)
+                total[some] += found.reshape(len(some), width)
+    return np.asarray(total / np.maximum(votes, 1)[:, None])
 
 
 def _class_shares(features: np.ndarray, targets: Tensor, classes: int, seed: int) -> Tensor:
     """Return class probabilities ``[N, C]`` by those trees that were grown without the row."""
-    forest = RandomForestClassifier(**_settings(len(features), LEAF, seed)).fit(features, targets.numpy())
+    there = np.unique(targets.numpy())
     shares = np.full((len(features), classes), LEAST_PROBABILITY)
-    shares[:, forest.classes_] += np.nan_to_num(forest.oob_decision_function_)
+    shares[:, there] += _unseen_by_trees(
+        RandomForestClassifier, features, targets.numpy(), len(there), seed, min_samples_leaf=LEAF
+    )
     return torch.from_numpy(shares / shares.sum(1, keepdims=True))
 
 
 def _forest_values(features: np.ndarray, values: Tensor, leaf: int, seed: int) -> Tensor:
     """Return values ``[N, D]`` by those trees that were grown without the row."""
-    settings = _settings(len(features), leaf, seed) | {"max_features": 1 / 3}
-    forest = RandomForestRegressor(**settings).fit(features, values.squeeze(1).numpy())
-    return torch.from_numpy(np.asarray(forest.oob_prediction_)).view(values.shape)
+    found = _unseen_by_trees(
+        RandomForestRegressor, features, values.squeeze(1).numpy(), values[0].numel(), seed,
+        min_samples_leaf=leaf, max_features=1 / 3,
+    )  # fmt: skip
+    return torch.from_numpy(found).view(values.shape)
 
 
 def _mixed(network: Tensor, forest: Tensor, weight: float) -> Tensor:

@@ -111,8 +111,11 @@ def is_running(column: pd.Series) -> bool:
 def is_plain(frame: pd.DataFrame) -> bool:
     """Return whether a table holds finite numbers only, so that nothing is to be decided."""
     return all(
-        pd.api.types.is_numeric_dtype(frame[c]) and not pd.api.types.is_complex_dtype(frame[c]) for c in frame
-    ) and bool(np.isfinite(frame.to_numpy(np.float64, na_value=np.nan)).all())
+        pd.api.types.is_numeric_dtype(frame[c])
+        and not pd.api.types.is_complex_dtype(frame[c])
+        and bool(np.isfinite(frame[c].to_numpy(np.float64, na_value=np.nan)).all())
+        for c in frame
+    )
 
 
 def _is_text(column: pd.Series) -> bool:
@@ -253,7 +256,7 @@ def noticed(frame: pd.DataFrame, keep: Sequence[str]) -> list[str]:
             continue
         if is_running(frame[name]):
             lines.append(f"{name} numbers the rows and is a feature; dataset.drop=[{name}] leaves it out")
-        elif frame[name].nunique() == 1:
+        elif len(frame) and bool((frame[name] == frame[name].iloc[0]).all()):
             lines.append(f"{name} has one value only ({frame[name].iloc[0]}), which becomes zero")
     return lines
 

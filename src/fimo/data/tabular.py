@@ -23,6 +23,9 @@ from fimo.errors import InputError, shortened
 
 log = logging.getLogger(__name__)
 
+COLUMNS = 16
+"""Of a table, computed in float64 at a time: all of them would take several times the table's memory."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -84,7 +87,7 @@ class TabularModule(InstancesModule):
         """Read the whole table."""
 
     def inputs_of(self, table: Table, train: np.ndarray, sources: Sources) -> np.ndarray:
-        """Return every row's inputs ``[n, d]`` float64; what they learn of the data is the training part's.
+        """Return every row's inputs ``[n, d]``; what they learn of the data is the training part's.
 
         Args:
             train: positions of the training rows.
@@ -94,13 +97,16 @@ class TabularModule(InstancesModule):
         return self.scaled(table.features, table.indicators, train)
 
     def scaled(self, features: pd.DataFrame, indicators: Collection[str], train: np.ndarray) -> np.ndarray:
-        """Return numbers standardised, and indicators as they are."""
-        values = features.to_numpy(dtype=np.float64)
-        if not self.standardised:
-            return values
-        inputs = standardise(values, train)
+        """Return numbers standardised in float64, and indicators as they are, ``[n, d]`` float32."""
+        inputs = np.empty(features.shape, dtype=np.float32)
         kept = features.columns.isin(list(indicators))
-        inputs[:, kept] = values[:, kept]
+        for start in range(0, len(kept), COLUMNS):
+            part = slice(start, start + COLUMNS)
+            values = features.iloc[:, part].to_numpy(dtype=np.float64)
+            if self.standardised:
+                values = np.where(kept[part], values, standardise(values, train))
+            with np.errstate(over="ignore"):  # what is infinite then is refused with the network's outputs
+                inputs[:, part] = values
         return inputs
 
     def target_scale(self, target: pd.Series, train: np.ndarray) -> Scale:

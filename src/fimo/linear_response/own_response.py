@@ -14,8 +14,8 @@ from fimo.data.instances import Inputs, Instances
 from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.forward_mode import jvp
 
-PIECE_BYTES = 2**28
-"""Of parameter vectors held at once."""
+PIECE_BYTES = 2**26
+"""Of parameter vectors that a piece of rows is given; what is made of them takes about twice as much."""
 
 
 def own_response(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor
 
 from fimo.data.reading import EXACT
@@ -322,7 +321,7 @@ def _plain(value: Any) -> Any:
         return _plain(dataclasses.asdict(value))
     if hasattr(value, "item"):  # numpy's scalars
         value = value.item()
-    if isinstance(value, float) and not torch.isfinite(torch.tensor(value)):
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
