@@ -115,7 +115,8 @@ class CalibratedResponse(Response):
        effects it predicts to be largest, the others without instances of all sizes, show until when the two
        agree (``trust``), and how large its errors are.
     2. All seeds' response is followed until then. Later predictions are its last ones.
-    3. What is left of the budget goes into more real runs, first where most is gained by one.
+    3. What is left of the budget goes into more real runs: one of each instance, those of large effects
+       first, then further ones where most is gained.
     4. Others, with other seeds, show together with the pilot's the error that is left (error bars).
 
     Where left-out instances are taken evenly from all batches (``removal: even``), one seed's effects are
@@ -263,9 +264,12 @@ class CalibratedResponse(Response):
         share = steps[trusted - 1] / steps[-1]
         following = self.following_cost(problem) * (first + (seeds - first) * share)
         rest = units - seeds - following - first - len(pilot.runs)
-        done = set(pilot.checked.runs)
-        order = [run for run in worthwhile(pilot.size, seeds, OWN) if run not in done]
-        return order[: max(0, int(rest))]
+        done = pilot.checked.runs
+        # one run of each instance first, with seeds that have most others to be compared with
+        ran = {i for i, _ in done}
+        once = [i for i in pilot.size.argsort(descending=True).tolist() if i not in ran]
+        order = [(i, k % first) for k, i in enumerate(once)] + worthwhile(pilot.size, seeds, OWN)
+        return [run for run in dict.fromkeys(order) if run not in set(done)][: max(0, int(rest))]
 
     def _followed(
         self,
