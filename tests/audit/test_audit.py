@@ -16,9 +16,10 @@ from torch import Tensor, nn
 import fimo
 from fimo import FinalModel, Protocol
 from fimo.audit import Audit
-from fimo.audit.audit import audit
+from fimo.audit.audit import audit, suspected
 from fimo.audit.question import Question, Resources, Settings, positions
 from fimo.audit.screen import adjoint_scores, trimmed
+from fimo.audit.suspects import suspects
 from fimo.audit.verify import choose, without_common
 from fimo.data.instances import Instances
 from fimo.data.origin import Origin
@@ -145,6 +146,30 @@ def test_what_is_in_the_store_is_not_made_again_and_gives_the_same_bytes(
     monkeypatch.setattr("fimo.audit.audit.suspects", None)
     audit(question, settings, Resources(store)).save(tmp_path / "again")
     assert same(tmp_path / "first", tmp_path / "again")
+
+
+@pytest.mark.parametrize("task", ["classes", "values"])
+def test_certain_labels_are_judged_anew_by_the_same_networks(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = asked()
+    if task == "values":
+        x, generator = question.train.inputs, torch.Generator().manual_seed(1)
+        assert isinstance(x, Tensor)
+        y = x[:, :1] + 0.1 * torch.randn(len(x), 1, generator=generator)
+        model = FinalModel(nn.Linear(4, 1), "mse", accept_poor=True)
+        question = replace(question, final_model=model, train=Instances(x, y), test=Instances(x, y))
+    resources = Resources(Store(tmp_path / "store"))
+    found = {False: suspected(question, False, resources)}
+    monkeypatch.setattr("fimo.audit.suspects.out_of_sample", None)
+    found[True] = suspected(question, True, resources)
+    monkeypatch.undo()
+    for certain, ours in found.items():
+        model, train = question.final_model, question.train
+        alone = suspects(model, train, question.protocol, certain=certain).tensors()
+        assert ours is not None
+        assert all(torch.equal(t, alone[n]) or t.isnan().any() for n, t in ours.tensors().items())
+    assert not torch.equal(found[False].probability, found[True].probability)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("stacked", [True, False])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 from fimo.audit.acting import Acted, Acting, judged
 from fimo.audit.findings import Findings
+from fimo.audit.out_of_sample import OutOfSample
 from fimo.audit.precision import resolved
 from fimo.audit.question import Question, Resources, Settings
 from fimo.audit.result import Audit
@@ -20,7 +21,7 @@ from fimo.audit.tables import pairs_of, rows_of
 from fimo.audit.verify import verify
 from fimo.further_training.seeds import other_seeds
 from fimo.store.files import read_tensors, write_tensors
-from fimo.store.fingerprint import Key, kept, suspects_key
+from fimo.store.fingerprint import Key, kept, out_of_sample_key, suspects_key
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +68,20 @@ def suspected(question: Question, certain: bool, resources: Resources) -> Suspec
     def key() -> Key:
         return suspects_key(resources.described(model, train), question.protocol, certain)
 
+    def key_of_predictions() -> Key:
+        return out_of_sample_key(resources.described(model, train), question.protocol)
+
+    def once(make: Callable[[], OutOfSample]) -> OutOfSample:
+        with kept(resources.store, "out_of_sample", key_of_predictions) as folder:
+            path = folder / "out_of_sample"
+            if not path.exists():
+                write_tensors(path, make().tensors())
+            return OutOfSample.of_tensors(read_tensors(path))
+
     with kept(resources.store, "suspects", key) as folder:
         path = folder / "suspects"
         if not path.exists():
-            found = suspects(model, train, question.protocol, certain=certain)
+            found = suspects(model, train, question.protocol, certain=certain, once=once)
             write_tensors(path, found.tensors())
         return Suspects.of_tensors(read_tensors(path))
 

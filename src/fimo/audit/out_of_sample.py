@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,16 @@ class OutOfSample:
     expected: Tensor
     deviation: Tensor | None
     forest: float
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all of it as tensors by name; see :meth:`of_tensors`."""
+        found = {"expected": self.expected, "forest": torch.tensor(self.forest, dtype=torch.float64)}
+        return found if self.deviation is None else {**found, "deviation": self.deviation}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> OutOfSample:
+        """Return what :meth:`tensors` are of."""
+        return cls(tensors["expected"], tensors.get("deviation"), float(tensors["forest"]))
 
 
 def out_of_sample(

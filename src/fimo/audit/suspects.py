@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -90,6 +90,7 @@ def suspects(
     folds: int = 5,
     repeats: int = 4,
     seed: int = 0,
+    once: Callable[[Callable[[], OutOfSample]], OutOfSample] = lambda make: make(),
 ) -> Suspects:
     """Find training rows whose labels (classification) or targets (regression) are probably wrong.
 
@@ -108,6 +109,9 @@ def suspects(
             at a rate is longer then. By default some rows may be ambiguous, which look like errors.
         folds, repeats: of cross-validation.
         seed: of folds, initial parameters and trees.
+        once: returns what the function that it is given makes: networks and forest that did not see the rows,
+            nearly all of the time that this takes; or what that made before, of the same arguments but for
+            ``certain``.
 
     Raises:
         InputError: too few rows, sequences of tokens, folds or repeats out of range.
@@ -123,7 +127,7 @@ def suspects(
     trained, (seen,) = trained_part(model, train)
     seen = seen[named.nonzero()[:, 0].to(seen.targets.device)]
     labels = None if labels is None else labels[named]
-    found = out_of_sample(trained, seen, labels, further_training, folds, repeats, seed)
+    found = once(lambda: out_of_sample(trained, seen, labels, further_training, folds, repeats, seed))
     if labels is None:
         score, planted = _of_values(found, seen.targets.detach().double().cpu().flatten(1), seed)
         judged = torch.ones(len(score), dtype=torch.bool)

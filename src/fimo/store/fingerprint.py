@@ -169,12 +169,17 @@ def adjoint_key(
     return Key(parts, f"{problem.about}, {len(weight)} adjoints of seed {seed}, {_protocol(protocol)}")
 
 
+def out_of_sample_key(problem: Problem, protocol: Protocol) -> Key:
+    """Return what predictions of training rows depend on by what did not see them."""
+    parts = {**problem.parts, "protocol": protocol.key(), **computed_by("fimo.audit.suspects")}
+    return Key(parts, f"{problem.about}, predictions out of sample")
+
+
 def suspects_key(problem: Problem, protocol: Protocol, certain: bool) -> Key:
     """Return what it depends on which rows' targets are taken to be wrong."""
-    parts = {
-        **problem.parts, "protocol": protocol.key(), "certain": certain, **computed_by("fimo.audit.suspects")
-    }  # fmt: skip
-    return Key(parts, f"{problem.about}, suspects")
+    return Key(
+        {**out_of_sample_key(problem, protocol).parts, "certain": certain}, f"{problem.about}, suspects"
+    )
 
 
 def scores_key(
@@ -214,13 +219,15 @@ def scores_key(
     return Key(parts, f"{name}, {len(test):,} x {len(left_out):,} scores, {problem.about}")
 
 
-def job_key(config: Any) -> str:
+def job_key(config: Any, libraries: Mapping[str, str]) -> str:
     """Return a hash of all that a job's files depend on: configuration, what it names, all code, versions.
 
     Args:
         config: as plain containers. Files count by their size and time, as they may be large.
+        libraries: versions of other libraries' modules that compute its methods' scores.
     """
-    return digest(_portable(config), sorted(set(_named(config, _file_stamp))), code_identity())
+    named = sorted(set(_named(config, _file_stamp)))
+    return digest(_portable(config), named, code_identity(), sorted(libraries.items()))
 
 
 def code_identity() -> str:
