@@ -15,11 +15,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from fimo.app.command import main
+from fimo.app.definitions import libraries
 from fimo.app.jobs import JobRecord, job_identity, run_once
 from fimo.app.search_path import SearchPath
 from fimo.app.sweep import Sweep, is_sweep, job_overrides
 from fimo.errors import InputError
-from fimo.store.fingerprint import code_identity
+from fimo.store.fingerprint import code_identity, job_key
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -305,6 +306,25 @@ def test_an_edited_module_of_the_users_own_is_another_job(
     assert job_identity(config) == before
     (tmp_path / "own_network.py").write_text("class Net: layers = 2")
     assert job_identity(config) != before
+
+
+@pytest.mark.parametrize(
+    ("target", "library"),
+    [("captum.CaptumTracIn", "captum"), ("dattri.DattriEkfac", "dattri"),
+     ("kronfluence.KronfluenceEkfac", "kronfluence"), ("traker.TrakerTrak", "trak")],
+)  # fmt: skip
+def test_another_version_of_a_library_is_another_job_of_its_methods_alone(
+    target: str, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keys(version: str) -> list[str]:
+        monkeypatch.setattr("fimo.app.definitions.version", lambda m: version if m == library else "1")
+        methods = [f"fimo.methods.others.{target}", "fimo.methods.graddot.GradDot"]
+        nested = [OmegaConf.create({"methods": {"a": {"_target_": m}}}) for m in methods]
+        flat = [{"methods.a._target_": m} for m in methods]
+        return [job_identity(c) for c in nested] + [job_key(c, libraries(c)) for c in flat]
+
+    same = [a == b for a, b in zip(keys("1"), keys("2"), strict=True)]
+    assert same == [False, True, False, True]
 
 
 @pytest.mark.parametrize(

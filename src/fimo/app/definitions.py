@@ -5,8 +5,11 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from fimo.store.sources import version
 
 Definition = ast.ClassDef | ast.FunctionDef
 
@@ -38,6 +41,34 @@ def arguments(target: str) -> list[str] | None:
                 names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
                 return names if node is definition else names[1:]
     return None
+
+
+def libraries(config: Any) -> dict[str, str]:
+    """Return the versions of other libraries' modules that compute a configuration's methods.
+
+    Args:
+        config: plain containers, nested, or flat with dotted names.
+    """
+    found: dict[str, str] = {}
+    for target in _targets(config):
+        for definition in with_bases(target):
+            for line in definition.body:
+                names = line.targets if isinstance(line, ast.Assign) else []
+                if any(isinstance(name, ast.Name) and name.id == "packages" for name in names):
+                    modules = [m for ms in ast.literal_eval(line.value).values() for m in ms]  # type: ignore[attr-defined]
+                    found |= {module: version(module) for module in modules}
+    return found
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for name, entry in node.items():
+            if str(name).rpartition(".")[2] == "_target_":
+                yield str(entry)
+            yield from _targets(entry)
+    elif isinstance(node, list | tuple):
+        for entry in node:
+            yield from _targets(entry)
 
 
 @functools.cache

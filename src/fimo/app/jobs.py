@@ -20,6 +20,7 @@ from pathlib import Path
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
+from fimo.app.definitions import libraries
 from fimo.app.run_folder import clear
 from fimo.errors import InputError
 from fimo.store.fingerprint import job_key
@@ -127,4 +128,5 @@ def _attempt(work: Callable[[], float | None], record: JobRecord, folder: Path, 
 
 def job_identity(config: DictConfig) -> str:
     """Return a hash of all that a job's result depends on."""
-    return job_key(OmegaConf.to_container(config, resolve=True))
+    plain = OmegaConf.to_container(config, resolve=True)
+    return job_key(plain, libraries(plain))

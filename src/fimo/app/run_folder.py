@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from fimo.app.definitions import libraries
 from fimo.errors import InputError
 from fimo.store.fingerprint import job_key
 
@@ -81,7 +82,7 @@ class RunFolder:
             InputError: ``hydra.run.dir``: it does, and what differs.
         """
         asked = {name: value for name, value in flat(config).items() if not _aside(name)}
-        record = {"identity": job_key(asked), "config": asked}
+        record = {"identity": job_key(asked, libraries(asked)), "config": asked}
         if results(self.folder):
             before = self._read()
             if before is None or before.get("identity") != record["identity"]:
