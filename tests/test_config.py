@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from fimo.app.build import PROTOCOL_FIELDS
+from fimo.app.build import PROTOCOL_FIELDS, build_methods
 from fimo.app.command import check_choices
 from fimo.app.config import FurtherTraining, validated
 from fimo.app.search_path import SearchPath
@@ -168,3 +168,15 @@ def test_an_audit_has_no_gold_standard_to_stop_after() -> None:
         validated(composed("mode=audit", "until=further_training"), PLACES)
     with pytest.raises(InputError, match=r"audit\.tpo: unknown key; did you mean top"):
         validated(composed("+audit.tpo=3"), PLACES)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("best", "removal", "other"), ("best", "limit", 3), ("best", "short", -1), ("best", "budget", 2),
+     ("lissa", "damping", "much"), ("tracin", "storage", "disc")],
+)  # fmt: skip
+def test_a_wrong_setting_of_a_method_is_named_by_its_whole_key(name: str, key: str, value: object) -> None:
+    config = composed(f"+method={name}", f"methods.{name}.{key}={value}")
+    with pytest.raises(InputError) as caught:
+        build_methods(config)
+    assert caught.value.key == f"methods.{name}.{key}"

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fimo.app.arguments import check_arguments, imported
+from fimo.app.definitions import arguments as argument_names
 from fimo.app.values import NOT_ARGUMENTS
 from fimo.app.wandb_artifacts import WANDB, downloaded
 from fimo.data.datamodule import InstancesModule
@@ -225,10 +226,20 @@ def build_protocol(config: DictConfig) -> Protocol:
 
 
 def build_methods(config: DictConfig) -> dict[str, AttributionMethod]:
-    """Build every configured method by name."""
+    """Build every configured method by name.
+
+    Raises:
+        InputError: naming ``methods.NAME``, or the setting below it that the method refused.
+    """
     methods = {}
     for name, node in config.methods.items():
-        method = build(node, f"methods.{name}")
+        try:
+            method = build(node, f"methods.{name}")
+        except InputError as error:
+            known = {*node, *(argument_names(str(node.get("_target_"))) or ())}
+            if error.key.partition(".")[0] not in known:
+                raise
+            raise InputError(f"methods.{name}.{error.key}", error.problem) from None
         if not isinstance(method, AttributionMethod):
             raise InputError(
                 f"methods.{name}", f"expected an AttributionMethod but got {type(method).__name__}"
