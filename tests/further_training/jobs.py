@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def run_and_count(
     protocol: dict[str, Any] | None = None,
 ) -> None:
     """Run a job and write down how many replica-steps this process took, also when it is interrupted."""
+    # a shell's background jobs ignore it, and so would their children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from fimo.engine.chunk import Chunk
 
     if largest_file is not None:
