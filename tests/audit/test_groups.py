@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -200,3 +202,22 @@ def test_near_duplicates_of_many_rows_are_those_of_all_distances(monkeypatch: py
             expected.append(tuple(members))
     assert len(expected) > 5
     assert near_duplicates(Instances(x, torch.zeros(len(x))), leaders) == expected
+
+
+def test_duplicates_of_many_rows_are_found_without_a_copy_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fimo.engine.leave_out.HASHED", 64)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(700, 300, generator=generator)[torch.randint(700, (1000,), generator=generator)]
+    x[5], x[900] = 0.0, -0.0  # the same number
+    groups: dict[tuple[float, ...], list[int]] = {}
+    for k, row in enumerate(x.tolist()):
+        groups.setdefault(tuple(v + 0.0 for v in row), []).append(k)
+    train = Instances(x, torch.zeros(len(x)))
+    tracemalloc.start()  # of NumPy's arrays, which copies that are sorted are
+    try:
+        found = duplicates(train)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sorted(found) == sorted(tuple(rows) for rows in groups.values() if len(rows) > 1)
+    assert most < 0.5 * x.numel() * x.element_size()

@@ -6,6 +6,7 @@ full run in instances' weights and the linear response all ask it the same few q
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -19,6 +20,9 @@ from fimo.engine.devices import without_waiting
 from fimo.engine.protocol import Protocol
 from fimo.engine.replicas import Replica, Unit
 from fimo.engine.settings import LeaveOutRule
+
+HASHED = 4096
+"""Instances whose bytes are gathered at a time."""
 
 
 class LeaveOut:
@@ -225,14 +229,21 @@ class WithDuplicates(Mask):
 
 
 def duplicate_groups(train: Instances) -> Tensor:
-    """Return a number ``[N]`` for each instance that exactly those share whose every tensor is the same."""
-    parts = []
-    for tensor in train.tensors().values():
-        rows = tensor.detach().cpu().reshape(len(train), -1)
-        rows = rows + 0.0 if rows.is_floating_point() else rows  # -0 and 0 are the same number
-        parts.append(rows.contiguous().view(torch.uint8))
-    whole = torch.cat(parts, 1).contiguous().numpy()
-    _, group = np.unique(whole.view(f"V{whole.shape[1]}")[:, 0], return_inverse=True)
+    """Return a number ``[N]`` for each instance that exactly those share whose every tensor is the same.
+
+    By 128 bits of a hash of each instance's bytes, so that no copy of all of them is made and sorted.
+    """
+    digests = np.empty(len(train), dtype="V16")
+    for start in range(0, len(train), HASHED):
+        parts = []
+        for tensor in train[start : start + HASHED].tensors().values():
+            rows = tensor.detach().cpu().reshape(len(tensor), -1)
+            rows = rows + 0.0 if rows.is_floating_point() else rows  # -0 and 0 are the same number
+            parts.append(rows.contiguous().view(torch.uint8))
+        whole = torch.cat(parts, 1).numpy()
+        found = b"".join(hashlib.blake2b(row, digest_size=16).digest() for row in whole)
+        digests[start : start + HASHED] = np.frombuffer(found, dtype="V16")
+    _, group = np.unique(digests, return_inverse=True)
     return torch.from_numpy(group.astype(np.int64))
 
 
