@@ -272,6 +272,26 @@ def test_bad_input_is_one_line(changed: dict[str, object], problem: str) -> None
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("loss", "targets"), [("mse", "values"), ("binary_cross_entropy", "labels"), ("cross_entropy", "classes")]
+)
+def test_a_prediction_of_several_numbers_is_not_explained_by_the_first_of_them(
+    loss: str, targets: str
+) -> None:
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    y = {"values": x[:, :3], "labels": (x[:, :3] > 0).float(), "classes": x[:, :3].argmax(1)}[targets]
+    model, ft = FinalModel(nn.Linear(4, 3), loss, accept_poor=True), protocol(epochs=1)
+    settings = {"top": 2, "seeds": 2, "verify": False}
+    if targets == "classes":
+        assert len(fimo.audit(model, (x, y), (x[:5], y[:5]), ft, tests=[1], **settings).rows) == 40  # type: ignore[arg-type]
+        return
+    with pytest.raises(InputError, match=r"audit\.test: each instance has 3 outputs"):
+        fimo.audit(model, (x, y), (x[:5], y[:5]), ft, tests=[1], **settings)  # type: ignore[arg-type]
+    whole = fimo.audit(model, (x, y), (x[:5], y[:5]), ft, **settings)  # type: ignore[arg-type]
+    assert len(whole.rows) == 40
+    assert len(str(whole.rows["target"][0]).split()) == 3
+
+
 def test_a_single_name_is_a_list_of_one() -> None:
     names = Origin(np.arange(3), ("q1", "q2", "q3"))
     assert positions("q3", names, "audit.test") == positions(["q3"], names, "audit.test") == (2,)

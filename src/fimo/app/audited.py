@@ -12,7 +12,7 @@ from fimo.app.journal import Journal
 from fimo.app.run import Run
 from fimo.audit import Audit
 from fimo.audit.audit import audit
-from fimo.audit.explained import Shown
+from fimo.audit.explained import Shown, refuse_several
 from fimo.audit.question import Question, Resources, Settings, positions
 from fimo.cost import Cost
 from fimo.data.datamodule import InstancesModule
@@ -32,8 +32,15 @@ def settings_of(config: DictConfig, data: InstancesModule) -> Settings:
 
 
 def named_tests(config: DictConfig, data: InstancesModule) -> tuple[int, ...]:
-    """Return the positions of the test instances that are explained one by one."""
-    return positions(list(config.audit.test), data.origin("test"), "audit.test")
+    """Return the positions of the test instances that are explained one by one.
+
+    Raises:
+        InputError: ``audit.test``: there is none of a name, or an instance has several target values.
+    """
+    found = positions(list(config.audit.test), data.origin("test"), "audit.test")
+    if found and data.test.targets.is_floating_point():
+        refuse_several(data.test.targets[0].numel())
+    return found
 
 
 def shown_by(data: InstancesModule) -> Shown:

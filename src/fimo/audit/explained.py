@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fimo.data.display import Display
 from fimo.data.instances import Instances
+from fimo.errors import InputError
 from fimo.models.final_model import FinalModel
 from fimo.models.quantities import Link, predicted
 
@@ -80,9 +81,14 @@ class Explained:
 def explained(
     final_model: FinalModel, test: Instances, positions: Sequence[int], shown: Shown
 ) -> list[Explained]:
-    """Return the numbers by which the predictions of some test instances are explained."""
+    """Return the numbers by which the predictions of some test instances are explained.
+
+    Raises:
+        InputError: ``audit.test``: a prediction is several numbers, of which none stands for the others.
+    """
     chosen = test[torch.tensor(list(positions), device=test.targets.device)]
     link, values = predicted(final_model, chosen)
+    refuse_several(values.shape[1] if link != "softmax" else chosen.targets[0].numel())
     values = values.double().cpu()
     targets = chosen.targets.reshape(len(chosen), -1)[:, 0].double().cpu()
     if link == "identity":
@@ -97,6 +103,20 @@ def explained(
         number = Explained(int(position), which[k], link, 0.0, float(targets[k]), labels[k])
         found.append(replace(number, value=float(number.read(values[k, which[k]], shown))))
     return found
+
+
+def refuse_several(numbers: int) -> None:
+    """Refuse to explain predictions of several numbers each one by one.
+
+    Raises:
+        InputError: ``audit.test``.
+    """
+    if numbers > 1:
+        problem = (
+            f"each instance has {numbers} outputs or targets, and one is explained by a single one; leave it "
+            "out: the mean test loss, of all of them, is explained without it"
+        )
+        raise InputError("audit.test", problem)
 
 
 def typical_error(final_model: FinalModel, test: Instances, shown: Shown) -> float:

@@ -68,6 +68,10 @@ class Question:
     read: Shown = field(default_factory=Shown)
     judged: bool = False
 
+    def __post_init__(self) -> None:
+        if self.tests:
+            _ = self.predictions  # refuses here, before any work
+
     @cached_property
     def targets(self) -> tuple[Target, ...]:
         """The M explained: the mean test loss, losses of tests, their predictions, halves' mean losses."""
