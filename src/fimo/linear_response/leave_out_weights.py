@@ -105,7 +105,8 @@ class _Batches:
 
     def at(self, full: Place | None, without: Place | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return index, full and without (see :class:`Step`) where the two kinds of runs are."""
-        parts = {place: self._window(*place) for place in (full, without) if place is not None}
+        places = dict.fromkeys(place for place in (full, without) if place is not None)  # mostly one
+        parts = {place: self._window(*place) for place in places}
         self._forget(min(epoch for epoch, _ in parts))
         for place, (_, weight, each) in parts.items():
             if place != full:
