@@ -150,6 +150,6 @@ def test_a_table_of_numbers_takes_a_few_times_its_memory_to_read_and_nothing_to_
     finally:
         tracemalloc.stop()
     assert most < 3 * size  # 14 where all of it is in float64 at once, and in Python's own numbers
-    assert held < 0.5 * size
+    assert held < 1.3 * size  # the inputs
     row = data.origins["train"].row[5]
     assert data.display("train", 5).row["x7"] == float(frame["x7"].iloc[row])

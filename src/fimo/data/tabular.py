@@ -149,7 +149,7 @@ class TabularModule(InstancesModule):
             targets = torch.tensor(classes, dtype=torch.int64)
             self.outputs = len(self.class_names)
         self.train, self.test = (
-            Instances(torch.tensor(inputs[rows], dtype=torch.float32), targets[torch.from_numpy(rows)])
+            Instances(torch.as_tensor(inputs[rows], dtype=torch.float32), targets[torch.from_numpy(rows)])
             for rows in (train, test)
         )
         for line in self.decisions:
