@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,8 @@ from fimo.store.files import written_aside
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
 
 COLOURED = 6
 """The best methods have colours of their own in figures."""
@@ -126,15 +130,80 @@ def cost_figure(board: Board) -> Figure:
     palette = palette_of(board)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes: Axes = figure.subplots()
+    named = {}
     for row in board.ranking.reset_index().to_dict("records"):
-        place = (row["share_of_cost"], row["share"])
+        named[row["method"]] = place = (row["share_of_cost"], row["share"])
         axes.plot(*place, "o", color=palette[row["method"]])
-        axes.annotate(row["method"], place, xytext=(4, 3), textcoords="offset points", fontsize=7)
     axes.axhline(1, ls="--", lw=1, color=CEILING)
     axes.set_xscale("log")
     axes.margins(x=0.12)  # names are to the right of their points
     axes.set(xlabel="seconds, as a share of the gold standard's", ylabel="share of the noise ceiling")
+    name_points(axes, named)
     return figure
+
+
+def name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> list[Annotation]:
+    """Write names beside points where they cover no other name or point, with a line to those further away.
+
+    The axes stay as they are then: limits and size must be final.
+
+    Args:
+        points: places in data units by name, those first whose names shall be the nearest.
+    """
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+    point = figure.dpi / 72
+    marks = [
+        Bbox.from_bounds(x - 3 * point, y - 3 * point, 6 * point, 6 * point)
+        for x, y in (
+            axes.transData.transform(place) for place in points.values() if all(map(isfinite, place))
+        )
+    ]
+    inside, taken, written = axes.get_window_extent(), list(marks), []
+    for name, place in points.items():
+        if not all(map(isfinite, place)):
+            continue
+        best: tuple[float, Annotation, Bbox] | None = None
+        for (dx, dy), (side, level) in itertools.product(_SHIFTS, _SIDES):
+            text = axes.annotate(
+                name, place, xytext=(dx * side, dy * level), textcoords="offset points", fontsize=7,
+                ha={-1: "right", 0: "center", 1: "left"}[side], va="center",
+                arrowprops={"arrowstyle": "-", "lw": 0.5, "color": CEILING} if max(dx, dy) > 10 else None,
+            )  # fmt: skip
+            text.get_window_extent()  # moves the text to its place; that of text alone is wanted
+            box = Text.get_window_extent(text)
+            beyond = box.width * box.height - _shared(box, inside)
+            covered = beyond + sum(_shared(box, other) for other in taken)
+            if best is not None and covered >= best[0]:
+                text.remove()
+                continue
+            if best is not None:
+                best[1].remove()
+            best = (covered, text, box)
+            if covered == 0:
+                break
+        assert best is not None
+        taken.append(best[2])
+        written.append(best[1])
+    return written
+
+
+_SHIFTS = [(5, 5), (5, 8), *((d, d) for d in (14, 22, 30, 40, 50, 62, 76, 90))]
+"""Points to the side and upwards at which a name is tried."""
+
+_SIDES = [(1, 0), (1, 1), (1, -1), (-1, 0), (-1, 1), (-1, -1), (0, 1.6), (0, -1.6)]
+
+
+def _shared(a: Bbox, b: Bbox) -> float:
+    """Return the area, in square pixels, that two boxes share."""
+    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+    return float(max(width, 0.0) * max(height, 0.0))
 
 
 def palette_of(board: Board) -> dict[str, str]:
