@@ -46,6 +46,25 @@ def visit(path: Path, script: str) -> tuple[dict, str]:
     return json.loads(answer[1].replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&")), console
 
 
+def test_a_page_that_becomes_narrow_draws_its_figures_anew(tmp_path: Path) -> None:
+    answer, console = visit(
+        write_report(example(), tmp_path / "report.html"),
+        """
+        const width = () => Array.from(document.querySelectorAll(".plot-sorted, .plot-scatter"))
+          .map((e) => [e._fullLayout.width, e.clientWidth]);
+        const before = width();
+        document.body.style.width = "400px";
+        Object.defineProperty(window, "innerWidth", { value: 400 });
+        window.dispatchEvent(new Event("resize"));
+        return { before, after: width() };
+        """,
+    )
+    assert console == ""
+    assert all(drawn == there > 400 for drawn, there in answer["before"])
+    assert all(drawn == there < 400 for drawn, there in answer["after"])
+    assert len(answer["after"]) == 2
+
+
 def test_choosing_a_test_instance_shows_its_rows_and_redraws_its_plots(tmp_path: Path) -> None:
     run = example()
     answer, console = visit(

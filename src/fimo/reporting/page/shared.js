@@ -71,6 +71,12 @@ function showFacts(box, name, instance, facts) {
 const drawings = [];
 const visible = (element) => element.offsetParent !== null;
 const drawAll = () => drawings.forEach((redraw) => redraw());
+let drawnAt = innerWidth;
+addEventListener("resize", () => { // panels and legends have other places on a narrow page
+  if (innerWidth === drawnAt) return;
+  drawnAt = innerWidth;
+  drawAll();
+});
 document.querySelectorAll("details").forEach((d) => d.addEventListener("toggle", drawAll));
 dark.addEventListener("change", drawAll);
 
