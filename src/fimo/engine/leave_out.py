@@ -21,6 +21,9 @@ from fimo.engine.protocol import Protocol
 from fimo.engine.replicas import Replica, Unit
 from fimo.engine.settings import LeaveOutRule
 
+AT_ONCE = 2**21
+"""Entries of batches that are made together, of all replicas: an epoch of small data."""
+
 HASHED = 4096
 """Instances whose bytes are gathered at a time."""
 
@@ -358,39 +361,46 @@ class BatchStream:
             orders: ``[S, N]``, of each seed.
             row: ``[R]``, each replica's seed.
         """
-        rule, size, n = self.rule, self.protocol.batch_size, self.rule.instances
-        order = orders[row]
-        if not self.left_out.shape[1]:
-            yield from self._of_full_runs(order, skip)
-            return
-        # where each instance is in its seed's order; what is padded (-1, the last) is after all
-        place = torch.nn.functional.pad(orders.argsort(1), (0, 1), value=n)[row[:, None], self.left_out]
-        out = torch.zeros(len(row), n + 1, dtype=torch.bool, device=self.device).scatter_(1, place, True)
-        unseen = rule.seen(out[:, :n], size) < 0
-        weight = torch.ones(order.shape, dtype=self.dtype, device=self.device)
-        if rule.shares_batches:
-            weight.masked_fill_(unseen, 0.0)
-        else:  # those that are seen move up; a mask as an index would wait for their number
-            seen = (~unseen).cumsum(1).sub_(1).masked_fill_(unseen, self.kept)
-            order = order.new_empty(len(order), self.kept + 1).scatter_(1, seen, order)[:, : self.kept]
-            weight = weight[:, : self.kept]
-        if (factor := rule.factor(self.left_out.shape[1])) != 1:
-            weight = weight * factor
-        extra_weight = rule.outside((self.left_out >= 0).to(self.dtype), self.left_out.shape[1])
-        extra = None if extra_weight is None else self.left_out.clamp(min=0)
-        order = order[:1] if self.shared else order
-        for start in range(skip * size, order.shape[1], size):
-            index = order[:, start : start + size].contiguous()
-            yield Batch(index, weight[:, start : start + size] / index.shape[1], extra, extra_weight)
+        size, n, width = self.protocol.batch_size, self.rule.instances, self.left_out.shape[1]
+        if width:  # where each is in its seed's order, ascending; what is padded (-1, the last) is after all
+            places = torch.arange(n, device=self.device).expand_as(orders)
+            inverse = torch.empty_like(orders).scatter_(1, orders, places)
+            place = torch.nn.functional.pad(inverse, (0, 1), value=n)[row[:, None], self.left_out].sort(1)[0]
+            del places, inverse
+        else:
+            place = self.left_out
+        weights = self.rule.outside((self.left_out >= 0).to(self.dtype), width) if width else None
+        extra = None if weights is None else self.left_out.clamp(min=0)
+        at_once = size * max(1, AT_ONCE // (size * len(row)))
+        for first in range(skip * size, self.kept, at_once):
+            window, weight = self._window(orders, row, place, first, min(first + at_once, self.kept))
+            for start in range(0, weight.shape[1], size):
+                index = window[:, start : start + size].contiguous()
+                yield Batch(index, weight[:, start : start + size] / index.shape[1], extra, weights)
 
-    def _of_full_runs(self, order: Tensor, skip: int) -> Iterator[Batch]:
-        """Yield an epoch's batches where no replica leaves anything out."""
-        size = self.protocol.batch_size
-        order, weights = order[:1] if self.shared else order, dict[int, Tensor]()
-        for start in range(skip * size, order.shape[1], size):
-            index = order[:, start : start + size].contiguous()
-            count = index.shape[1]
-            if count not in weights:
-                ones = torch.ones(len(self.seeds), count, dtype=self.dtype, device=self.device)
-                weights[count] = ones / count
-            yield Batch(index, weights[count])
+    def _window(
+        self, orders: Tensor, row: Tensor, place: Tensor, first: int, last: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the instances ``[R, last - first]`` of a part of an epoch, and their weights.
+
+        ``[1, last - first]`` instances where all replicas see the same.
+
+        Args:
+            place: ``[R, G]``, ascending, of left-out instances in their seeds' orders.
+        """
+        rule, width = self.rule, place.shape[1]
+        at = torch.arange(first, last, device=self.device)
+        of_each = at.repeat(len(row), 1)
+        unseen = torch.zeros_like(of_each, dtype=torch.bool)
+        if width and not rule.shares_batches:  # those that are seen move up, past all left out before them
+            before = place - torch.arange(width, device=self.device)
+            index = orders[row[:, None], of_each + torch.searchsorted(before, of_each, right=True)]
+        else:
+            index = orders[:1, first:last] if self.shared else orders[:, first:last][row]
+            if width:
+                next_out = torch.nn.functional.pad(place, (0, 1), value=-1)
+                out = next_out.gather(1, torch.searchsorted(place, of_each)) == at
+                unseen = rule.seen(out, self.protocol.batch_size) < 0
+        weight = torch.ones(unseen.shape, dtype=self.dtype, device=self.device).masked_fill_(unseen, 0.0)
+        factor = rule.factor(width)
+        return index, weight if factor == 1 else weight * factor
