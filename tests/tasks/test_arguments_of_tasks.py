@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,12 +60,17 @@ def test_scores_are_asked_for_each_method_and_their_cost_is_the_tasks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[Any] = []
+    shared: list[list[str]] = []
 
     class Asked:
         @classmethod
         def of(cls, *arguments: Any) -> Asked:
             asked.append(arguments)
             return cls()
+
+        def sharing(self, methods: Any) -> AbstractContextManager[None]:
+            shared.append(list(methods))
+            return nullcontext()
 
         def scores(self, name: str, method: Any, settings: Any, cost: Cost) -> str:
             asked.append((name, method, settings))
@@ -81,6 +87,7 @@ def test_scores_are_asked_for_each_method_and_their_cost_is_the_tasks(
     assert plan == dataclasses.replace(PLAN, left_out=[2, 5])
     assert each == [(name, run.methods[name], methods[name]) for name in ("following", "plain")]
     assert run.cost.gradient_evaluations == 20
+    assert shared == [list(run.methods)]
     run.scores()
     assert asked[3][2].left_out == list(range(20))
     assert run.cost.gradient_evaluations == 40
