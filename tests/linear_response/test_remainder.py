@@ -122,6 +122,17 @@ def test_an_instance_of_which_much_is_missed_does_not_move_the_others() -> None:
     assert agreement((unweighted.explained + unweighted.remainder)[:, :, 1:], truth[:, :, 1:]) < 0.9
 
 
+def test_predictions_that_diverged_give_no_number_and_no_error() -> None:
+    truth = effects()
+    instance, seed = layout(2)
+    average = truth.clone()
+    average[90:] = torch.nan
+    of_runs = average[:, :, instance].permute(2, 0, 1)
+    size = torch.full((LEFT_OUT,), torch.nan)
+    found = correct(STEPS, runs(truth, instance, seed, noise=0.1), of_runs, average, instance, seed, size)
+    assert (found.explained + found.remainder)[90:].isnan().all()
+
+
 def test_earlier_predictions_are_means_over_the_middle_of_the_time_before() -> None:
     predicted = torch.randn(10, 2, 3, dtype=torch.float64)
     found = earlier(range(1, 11), predicted)

@@ -168,6 +168,7 @@ def weights(size: Tensor) -> Tensor:
     One over the variance of what predictions usually miss, see :mod:`fimo.linear_response.linearity`.
     """
     relative = size.double() / size.double().mean().clamp(min=1e-300)
+    relative = relative.where(relative.isfinite(), 1.0)  # of predictions that diverged
     return (relative + FLOOR**2) ** -(GROWTH + GROWTH_OF_ALL)
 
 
