@@ -21,6 +21,7 @@ final models may be shared among processes (``--part 0/4``), which append to one
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -183,27 +184,28 @@ def show(a: argparse.Namespace, final_seed: int) -> pd.DataFrame:
     print(f"N={len(train)}, L={len(left_out)}, J={len(test)}, S={a.seeds}; gold standard: {gold:.1f} s")
     rows: list[dict[str, Any]] = []
 
+    def record(
+        method: str, followed: str, metric: str, share: Tensor, cost: float = 1.0, seconds: float = 1.0
+    ) -> None:
+        facts = {
+            "dataset": a.dataset, "optimizer": a.optimizer, "model": final_seed, "method": method,
+            "followed": followed, "metric": metric, "cost": cost, "seconds": seconds,
+        }  # fmt: skip
+        rows.extend(facts | {"epoch": e, "share": s} for e, s in zip(shown, share.tolist(), strict=True))
+
     def add(method: str, followed: str, values: Tensor, cost: float, seconds: float) -> None:
         for metric in METRICS:
             found = agreement(centred(values), truth.sensitivity, metric)[at].nanmean(1)
             share = found / ceilings[metric].upper[at, 0]
-            facts = {
-                "dataset": a.dataset, "optimizer": a.optimizer, "model": final_seed, "method": method,
-                "followed": followed, "metric": metric, "cost": cost, "seconds": seconds / gold,
-            }  # fmt: skip
-            rows.extend(facts | {"epoch": e, "share": s} for e, s in zip(shown, share.tolist(), strict=True))
+            record(method, followed, metric, share, cost, seconds / gold)
             print(f"{method:20s}{followed:6s}{metric:9s}{cost:6.3f} {seconds / gold:6.3f} "
                   + " ".join(f"{v:6.3f} ({s:.2f})" for v, s in zip(found, share, strict=True)),
                   flush=True)  # fmt: skip
 
     for metric, one in ceilings.items():
-        for method, values in (("ceiling", one.upper[at, 0]), ("again", one.lower[at, 0])):
-            share = values if method == "ceiling" else values / one.upper[at, 0]
-            facts = {
-                "dataset": a.dataset, "optimizer": a.optimizer, "model": final_seed, "method": method,
-                "followed": "-", "metric": metric, "cost": 1.0, "seconds": 1.0,
-            }  # fmt: skip
-            rows.extend(facts | {"epoch": e, "share": s} for e, s in zip(shown, share.tolist(), strict=True))
+        upper, lower = one.upper[at, 0], one.lower[at, 0]
+        for method, share in (("ceiling", upper), ("again", lower / upper)):
+            record(method, "-", metric, share)
             print(f"{method:26s}{metric:9s}" + " ".join(f"{x:.3f}" for x in share), flush=True)
     few = max(1, a.seeds // 10)
     start = time.perf_counter()
@@ -241,12 +243,10 @@ def tables(rows: pd.DataFrame) -> str:
     keys = ["dataset", "optimizer", "method", "followed"]
     found = []
     for metric, of_metric in rows.groupby("metric", sort=False):
-        wide = of_metric.pivot_table(
-            index=keys, columns="epoch", values="share", aggfunc=["mean", "sem"], sort=False
-        )
+        shares = of_metric.groupby([*keys, "epoch"], sort=False)["share"].agg(["mean", "sem"])
         models = of_metric.groupby(keys, sort=False)[["model", "cost", "seconds"]]
         facts = models.agg({"model": "nunique", "cost": "mean", "seconds": "median"})
-        epochs = list(wide["mean"].columns)
+        epochs = sorted(of_metric["epoch"].unique())
         lines = [
             f"{metric}, share of the upper ceiling (of `ceiling`: itself), mean ± standard error",
             "| data, optimizer | method | seeds | "
@@ -256,7 +256,11 @@ def tables(rows: pd.DataFrame) -> str:
         ]
         for key, one in facts.iterrows():
             dataset, optimizer, method, followed = key
-            cells = [f"{wide['mean'].loc[key, e]:.2f} ± {wide['sem'].loc[key, e]:.2f}" for e in epochs]
+            of_key = shares.loc[key].reindex(epochs)
+            cells = [
+                "-" if math.isnan(mean) else f"{mean:.2f}" if math.isnan(sem) else f"{mean:.2f} ± {sem:.2f}"
+                for mean, sem in zip(of_key["mean"], of_key["sem"], strict=True)
+            ]
             lines.append(
                 f"| {dataset}, {optimizer} ({one['model']:.0f}) | {method} | {followed} | "
                 + " | ".join(cells) + f" | {one['cost']:.2f} | {one['seconds']:.2f} |"
