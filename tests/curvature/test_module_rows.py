@@ -100,9 +100,9 @@ class Windows(nn.Module):
 class Text(nn.Module):
     """Padded texts, cut to the longest of a batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int = 6) -> None:
         super().__init__()
-        self.token, self.mix, self.head = nn.Embedding(6, 4), nn.Linear(4, 5), nn.Linear(5, 3)
+        self.token, self.mix, self.head = nn.Embedding(tokens, 4), nn.Linear(4, 5), nn.Linear(5, 3)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         input_ids, attention_mask = trimmed(input_ids, attention_mask)

@@ -22,10 +22,10 @@ from fimo.methods.base import AttributionMethod
 from fimo.methods.catalogue import method_of
 from fimo.methods.gradient import GradientMethod
 from fimo.models.final_model import FinalModel
-from fimo.models.huggingface import pooled, trimmed
 from fimo.models.losses import cross_entropy
 from fimo.scores import Scores
 from tests.cases import CASES, Case
+from tests.curvature.test_module_rows import Text
 
 
 class OfAUser(GradientMethod):
@@ -35,19 +35,6 @@ class OfAUser(GradientMethod):
         gradients = InstanceGradients(problem.final_model, self.memory_mb)
         left, right = gradients.losses(problem.test), gradients.losses(problem.removed)
         return left.gram(right)[:, 0, :, 0]
-
-
-class Text(nn.Module):
-    """Padded texts, cut to the longest of a batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token, self.mix, self.head = nn.Embedding(20, 4), nn.Linear(4, 5), nn.Linear(5, 3)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        input_ids, attention_mask = trimmed(input_ids, attention_mask)
-        h = torch.tanh(self.mix(self.token(input_ids)))
-        return self.head(pooled(h.cumsum(1), attention_mask, "mean"))
 
 
 def texts() -> Case:
@@ -61,7 +48,7 @@ def texts() -> Case:
     data = Instances(inputs, torch.randint(3, (100,), generator=generator))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = FinalModel(Text(), cross_entropy, accept_poor=True)
+        model = FinalModel(Text(20), cross_entropy, accept_poor=True)
     return Case("texts", model, data[:90], data[90:])
 
 

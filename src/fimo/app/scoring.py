@@ -144,8 +144,8 @@ class Scoring:
             found = method.attribute(self.final_model, train, test, torch.tensor(members), given)
         if shared is not None and shared.seconds > before:
             # charged as if the method had taken them itself, so that the order of methods makes no difference
-            cost.reuse(shared.seconds - before)
             spared = shared.seconds - before
+            cost.reuse(spared)
             level = logging.INFO if spared >= LEAST_SECONDS else logging.DEBUG
             log.log(level, "gradients that take %.1f s were there already", spared)
         left_out, groups = stacked(choices.units(self.plan.left_out, len(train)))

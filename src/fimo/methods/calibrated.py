@@ -264,12 +264,12 @@ class CalibratedResponse(Response):
         share = steps[trusted - 1] / steps[-1]
         following = self.following_cost(problem) * (first + (seeds - first) * share)
         rest = units - seeds - following - first - len(pilot.runs)
-        done = pilot.checked.runs
+        done = set(pilot.checked.runs)
         # one run of each instance first, with seeds that have most others to be compared with
         ran = {i for i, _ in done}
         once = [i for i in pilot.size.argsort(descending=True).tolist() if i not in ran]
         order = [(i, k % first) for k, i in enumerate(once)] + worthwhile(pilot.size, seeds, OWN)
-        return [run for run in dict.fromkeys(order) if run not in set(done)][: max(0, int(rest))]
+        return [run for run in dict.fromkeys(order) if run not in done][: max(0, int(rest))]
 
     def _followed(
         self,
@@ -306,16 +306,16 @@ class CalibratedResponse(Response):
         Args:
             real: ``[K, E, J]``, changes of test losses in the runs of ``response``.
         """
-        mean, steps = response.spread.mean, problem.followed.steps
+        mean, steps = response.spread.mean.cpu(), problem.followed.steps
         instance, seed = torch.tensor(response.runs).T
-        correction = correct(steps, real, response.predicted, mean.cpu(), instance, seed, pilot.size)
+        correction = correct(steps, real, response.predicted, mean, instance, seed, pilot.size)
         explained = correction.explained
         runs = [response.runs.index(run) for run in pilot.checked.runs]
-        own = response.predicted[runs] - mean.cpu()[:, :, instance[runs]].permute(2, 0, 1)
+        own = response.predicted[runs] - mean[:, :, instance[runs]].permute(2, 0, 1)
         known = explained[:, :, instance[runs]].permute(2, 0, 1) + correction.own_scale[:, None] * own
         residual = real[runs] - known
         bars = self._bars(problem, pilot, response.spread, residual, explained, correction)
-        values = (explained + correction.remainder).to(mean.device, problem.dtype)
+        values = (explained + correction.remainder).to(response.spread.mean.device, problem.dtype)
         return Calibrated(values, bars, trusted, correction, len(real), steps)
 
     def _bars(
