@@ -22,7 +22,7 @@ from fimo.app.environment import versions
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-APART = ("ray", "optuna", "dashboard", "tensorboard", "captum", "dattri", "kronfluence", "traker")
+APART = ("ray", "optuna", "dashboard", "tensorboard", "bergson", "captum", "dattri", "kronfluence", "traker")
 """Extras that are not in `all`: they pin old packages, which do not go with the others, or few want them."""
 
 TOOLS = ("ruff", "mypy", "pandas-stubs")

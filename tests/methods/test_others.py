@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -12,11 +13,15 @@ from torch import Tensor, nn
 import fimo
 from fimo.app.config import all_methods, own_methods
 from fimo.bench.scoring import applicable_names
+from fimo.data.instances import IGNORED, Instances
 from fimo.errors import InputError
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.catalogue import OTHERS, method_of
 from fimo.methods.damping import Damping
+from fimo.methods.others.bergson import BergsonGradients, linear_layers, require_seen
 from fimo.methods.others.foreign import ForeignMethod, number
+from fimo.models.final_model import FinalModel
+from fimo.models.huggingface import causal_lm
 from fimo.testing import check_method
 from tests.cases import CASES
 
@@ -67,6 +72,7 @@ def test_they_run_where_they_are_named_only() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_holds_for_every_method_holds(name: str) -> None:
     settings = {
+        "bergson_gradients": {"dimension": 0},
         "captum_arnoldi": {"iterations": 12},
         "dattri_cg": {"damping": 20.0},
         "dattri_trak": {"dimension": 8},
@@ -173,3 +179,191 @@ def test_a_damping_is_a_number_in_the_unit_of_the_mean_loss() -> None:
     assert number(Damping.parse("3x"), problem) == pytest.approx(float(expected))
     with pytest.raises(InputError, match="expected a number, a multiple such as 10x but got 'auto'"):
         method_of("dattri_cg", {"damping": "auto"})
+
+
+LAYERS = ("model.transformer.h.*.attn.*", "model.transformer.h.*.mlp.*")
+
+
+def language_model(
+    trainable: tuple[str, ...] = LAYERS, loss: str = "language_modelling"
+) -> tuple[FinalModel, Instances, Instances]:
+    """A small GPT-2 in float64 with 9 training and 5 test sequences, some of them shorter than others."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = causal_lm(40, width=16, layers=2, heads=2, positions=12).double()
+        tokens = torch.randint(40, (14, 9))
+    targets = tokens[:, 1:].clone()
+    targets[0, :3], targets[3, 5:], targets[12, 4:] = IGNORED, IGNORED, IGNORED
+    data = Instances({"input_ids": tokens[:, :-1].contiguous()}, targets)
+    model = FinalModel(network, loss, trainable=trainable, accept_poor=True)
+    return model, data[:9], data[9:]
+
+
+@pytest.mark.parametrize(("unit_norm", "own"), [(False, "graddot"), (True, "gradcos")])
+def test_bergsons_products_without_a_projection_are_those_of_whole_gradients(
+    unit_norm: bool, own: str
+) -> None:
+    method = foreign("bergson_gradients", dimension=0, unit_norm=unit_norm, batch_size=4)
+    without_biases = tuple(f"{layers}weight" for layers in LAYERS)
+    problems = [
+        language_model(),
+        language_model(without_biases),
+        language_model(loss="language_modelling_sum"),
+    ]
+    for name in ("mlp_regression", "mlp_classification"):
+        case = CASES[name]()
+        problems.append((case.final_model, case.train, case.test))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(30, 1)]
+        data = Instances(torch.randn(14, 2, 3, 4).double(), torch.randn(14, 1).double())
+    several_axes = FinalModel(nn.Sequential(*layers).double(), "mse", accept_poor=True)
+    problems.append((several_axes, data[:9], data[9:]))
+    for problem in problems:
+        found = fimo.attribute(*problem, method)
+        expected = fimo.attribute(*problem, own).values
+        assert found.notes == ()
+        torch.testing.assert_close(
+            found.values, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max())
+        )  # bergson adds them up in float32
+
+
+def test_layers_that_bergson_has_no_gradients_of_are_left_out_and_named() -> None:
+    method = foreign("bergson_gradients", dimension=0)
+    for name, seen in (("conv_net", "head"), ("transformer", "qkv, up, down")):
+        case = CASES[name]()
+        trainable = tuple(f"{layer}.*" for layer in seen.split(", "))
+        expected = scores("graddot", name, trainable)
+        found = method.attribute(case.final_model, case.train, case.test)
+        torch.testing.assert_close(found.values, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+        assert found.notes[0].endswith(f"of the parameters covered, those of {seen}")
+
+
+def test_bergsons_own_store_and_search_have_the_same_scores(tmp_path: Path) -> None:
+    foreign("bergson_gradients")
+    from bergson import Attributor, GradientProcessor, IndexConfig, collect_gradients
+    from datasets import Dataset
+
+    model, train, test = language_model()
+
+    def stored(instances: Instances, reduction: str) -> Attributor:
+        """Return bergson's store, of its own loss of tokens and labels."""
+        network = copy.deepcopy(model.network.model).requires_grad_(True)
+        tokens, last = instances.inputs["input_ids"], instances.targets[:, -1:]
+        data = {
+            "input_ids": torch.cat([tokens, last.clamp(min=0)], 1).tolist(),
+            "labels": torch.cat([torch.full_like(last, IGNORED), instances.targets], 1).tolist(),
+        }
+        cfg = IndexConfig(run_path=str(tmp_path / f"{len(instances)}_{reduction}"), loss_reduction=reduction)
+        cfg.partial_run_path.mkdir()
+        batches = [list(range(4)), list(range(4, len(instances)))]
+        collect_gradients(
+            network, Dataset.from_dict(data), GradientProcessor(include_bias=True), cfg, batches=batches
+        )
+        return Attributor(cfg.partial_run_path, dtype=torch.float64)
+
+    for reduction, loss in (("mean", "language_modelling"), ("sum", "language_modelling_sum")):
+        values, order = stored(train, reduction).search(stored(test, reduction).grads, None)
+        theirs = torch.empty_like(values).scatter_(1, order, values)
+        found = fimo.attribute(*language_model(loss=loss), "bergson_gradients", dimension=0).values
+        torch.testing.assert_close(found, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
+
+
+def test_bergson_projects_each_layers_weight_and_bias_from_both_sides() -> None:
+    method = foreign("bergson_gradients", dimension=3, seed=5)
+    from bergson.collector.collector import create_module_projection_matrix
+
+    case = CASES["mlp_classification"]()
+    network = copy.deepcopy(case.final_model.network).requires_grad_(True)
+
+    def projected(instances: Instances) -> Tensor:
+        rows = []
+        for one in instances.batches(1):
+            network.zero_grad()
+            case.final_model.loss(network(one.inputs), one.targets).sum().backward()
+            parts = []
+            for name, layer in network.named_modules():
+                if isinstance(layer, nn.Linear):
+                    gradient = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1)
+                    left, right = (
+                        create_module_projection_matrix(
+                            f"network.{name}.layer", side, 3, size, torch.float64, torch.device("cpu"),
+                            "rademacher", "jl", 5,
+                        )
+                        for side, size in zip(("left", "right"), gradient.shape, strict=True)
+                    )  # fmt: skip
+                    torch.testing.assert_close(left.abs(), torch.full_like(left, 3**-0.5))
+                    parts.append((left @ gradient @ right.T).flatten())
+            rows.append(torch.cat(parts))
+        return torch.stack(rows)
+
+    expected = projected(case.test) @ projected(case.train).T
+    found = fimo.attribute(case.final_model, case.train, case.test, method).values
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+class Shapes(nn.Module):
+    """Layers that are called twice, with tied weights, in one piece for all instances, or not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.once, self.twice, self.never = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.flat, self.tied, self.head = nn.Linear(2, 2), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.tied.weight = self.head.weight
+        self.out = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.twice(self.once(x)).tanh())
+        x = self.flat(x.view(-1, 2)).view(-1, 4)
+        outputs: Tensor = self.out(self.head(self.tied(x).relu_()))
+        return outputs
+
+
+def test_the_layers_that_bergson_sees_are_called_once_with_weights_of_their_own() -> None:
+    network = Shapes()
+    train = Instances(torch.randn(6, 3), torch.randn(6, 1))
+    model = FinalModel(network, "mse", accept_poor=True)
+    assert list(linear_layers(model, train)) == ["once", "out"]
+    assert list(linear_layers(FinalModel(network, "mse", trainable=("out.weight",)), train)) == ["out"]
+    method = BergsonGradients()
+    refused = {
+        (
+            "twice.*",
+            "tied.*",
+        ): "takes linear layers that are called once, and no such layer's weight is trained",
+        ("once.*", "out.weight"): "takes the biases of all layers or of none",
+    }
+    for trainable, reason in refused.items():
+        why = method.unsupported(FinalModel(network, "mse", trainable=trainable), train)
+        assert why is not None
+        assert reason in why
+
+
+class Rescaled(nn.Module):
+    """A linear layer whose weight is used as numbers as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.head(self.layer(x) / self.layer.weight.norm())
+        return outputs
+
+
+def test_weights_that_are_used_beside_their_layer_are_refused() -> None:
+    train = Instances(torch.randn(6, 3), torch.randn(6, 1))
+    model = FinalModel(Rescaled(), "mse", accept_poor=True)
+    layers = linear_layers(model, train)
+    with pytest.raises(InputError, match=r"does not give the gradients of layer\.weight"):
+        require_seen(model, train, layers)
+    require_seen(model, train, ["head"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"dimension": -1}, "dimension: expected at least 0"), ({"batch_size": 0}, "at least 1")],
+)
+def test_bergsons_settings_are_checked(settings: dict[str, int], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        BergsonGradients(**settings)

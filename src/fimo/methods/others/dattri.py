@@ -116,8 +116,8 @@ class DattriEkfac(DattriInfluence):
         flat = _flat(final_model, train, linear)
         return None if flat else "dattri's EK-FAC takes linear layers of inputs [n, d] only"
 
-    def notes(self, final_model: FinalModel) -> tuple[str, ...]:
-        return coverage(final_model, of_kinds(final_model, (nn.Linear,)))
+    def notes(self, problem: AttributionProblem) -> tuple[str, ...]:
+        return coverage(problem.final_model, of_kinds(problem.final_model, (nn.Linear,)))
 
     def foreign_scores(self, problem: AttributionProblem) -> Tensor:
         from dattri.algorithm import IFAttributorEKFAC

@@ -52,7 +52,7 @@ class ForeignMethod(AttributionMethod):
     def foreign_scores(self, problem: AttributionProblem) -> Tensor:
         """Return the library's scores ``[J, L]``, in this package's sign."""
 
-    def notes(self, final_model: FinalModel) -> tuple[str, ...]:
+    def notes(self, problem: AttributionProblem) -> tuple[str, ...]:
         """Return what a reader must know of what the library leaves out."""
         return ()
 
@@ -63,7 +63,7 @@ class ForeignMethod(AttributionMethod):
         with torch.random.fork_rng(), plain_attention(), silence():
             values = self.foreign_scores(problem).detach()
         values = values.to(dtype=problem.dtype, device=problem.test.targets.device)
-        return self.result(problem, values, notes=self.notes(problem.final_model))
+        return self.result(problem, values, notes=self.notes(problem))
 
 
 @contextlib.contextmanager
@@ -131,7 +131,13 @@ def of_kinds(final_model: FinalModel, kinds: tuple[type[nn.Module], ...]) -> dic
 
 def coverage(final_model: FinalModel, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
     """Return a note of how many of the trained parameters are in some modules; nothing where all are."""
-    size = sum(p.numel() for m in modules.values() for p in m.parameters(recurse=False))
+    moved = final_model.parameters()
+    own = (
+        ".".join(filter(None, (n, k)))
+        for n, m in modules.items()
+        for k, _ in m.named_parameters(recurse=False)
+    )
+    size = sum(moved[name].numel() for name in own if name in moved)
     share = size / final_model.size
     return () if share == 1 else (f"{share:.0%} of the parameters covered, those of {', '.join(modules)}",)
 

@@ -87,8 +87,8 @@ class KronfluenceEkfac(ForeignMethod):
             return "no targets can be drawn under a loss of one's own (fisher=empirical does without)"
         return None
 
-    def notes(self, final_model: FinalModel) -> tuple[str, ...]:
-        return coverage(final_model, of_kinds(final_model, TRACKED))
+    def notes(self, problem: AttributionProblem) -> tuple[str, ...]:
+        return coverage(problem.final_model, of_kinds(problem.final_model, TRACKED))
 
     def import_library(self) -> None:
         import kronfluence.analyzer  # noqa: F401
