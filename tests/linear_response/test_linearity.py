@@ -221,8 +221,7 @@ def test_strata_hold_the_largest_and_all_sizes_and_stand_for_all() -> None:
     assert stratified(size[:5], 8)[0].tolist() == [4, 3, 2, 1, 0]
 
 
-@pytest.mark.parametrize("freedom", [4, 5, 8, 13, 40])
+@pytest.mark.parametrize("freedom", [2, 4, 8, 13, 40])
 def test_bars_are_widened_as_student_s_distribution_is(freedom: int) -> None:
     stats = pytest.importorskip("scipy.stats")
-    exact = [stats.t.ppf(stats.norm.cdf(z), freedom) / z for z in (1, 2)]
-    assert heavier_tails(freedom) == pytest.approx(sum(exact) / 2, rel=0.02)
+    assert heavier_tails(freedom) == pytest.approx(stats.t.ppf(stats.norm.cdf(1), freedom), rel=1e-3)

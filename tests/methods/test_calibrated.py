@@ -109,8 +109,9 @@ def test_a_response_that_is_followed_for_less_leaves_more_of_the_budget_for_real
     checked = Checked(torch.arange(4), torch.ones(4), torch.zeros(4, dtype=torch.int64))
     made = [(k, s) for s in (0, 1) for k in range(4)]
     pilot = Pilot(checked, made, torch.linspace(1, 2, 11), [], torch.zeros(8, 60, 1))
-    method, units = CalibratedResponse(), 36.0
+    method = CalibratedResponse()
     cost, counts = method.following_cost(problem), []
+    units = 4 * cost + 20
     for trusted in (60, 15):  # of the other two of four seeds, followed throughout or for a quarter
         found = method._worthwhile(problem, pilot, units, trusted)
         assert len(found) == int(units - 4 - cost * (2 + 2 * trusted / 60) - 2 - 8)

@@ -371,13 +371,7 @@ def _scale(values: Tensor, weights: Tensor) -> float:
 def heavier_tails(freedom: float) -> float:
     """Return what a standard error from so many degrees of freedom must be widened by.
 
-    Mean over 68 % and 95 % of Student's quantiles divided by the normal ones (expansion of Fisher and
-    Cornish, 1960; below 2 % off from 4 degrees on).
+    Student's 68 % quantile divided by the normal one, which is 1 (expansion of Fisher and Cornish, 1960, at 1;
+    below 0.1 % off from 2 degrees on). Two such errors hold a little less than 95 %: .91 with 4 degrees.
     """
-    factors = []
-    for z in (1.0, 2.0):
-        first = (z**3 + z) / 4
-        second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-        third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-        factors.append((z + first / freedom + second / freedom**2 + third / freedom**3) / z)
-    return sum(factors) / 2
+    return 1 + 1 / (2 * freedom) + 1 / (4 * freedom**2) + 1 / (16 * freedom**3)
