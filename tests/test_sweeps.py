@@ -310,8 +310,9 @@ def test_an_edited_module_of_the_users_own_is_another_job(
 
 @pytest.mark.parametrize(
     ("target", "library"),
-    [("bergson.BergsonGradients", "bergson"), ("captum.CaptumTracIn", "captum"), ("dattri.DattriEkfac", "dattri"),
-     ("kronfluence.KronfluenceEkfac", "kronfluence"), ("traker.TrakerTrak", "trak")],
+    [("bergson.BergsonGradients", "bergson"), ("captum.CaptumTracIn", "captum"),
+     ("dattri.DattriEkfac", "dattri"), ("kronfluence.KronfluenceEkfac", "kronfluence"),
+     ("traker.TrakerTrak", "trak")],
 )  # fmt: skip
 def test_another_version_of_a_library_is_another_job_of_its_methods_alone(
     target: str, library: str, monkeypatch: pytest.MonkeyPatch

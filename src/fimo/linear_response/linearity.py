@@ -371,7 +371,7 @@ def _scale(values: Tensor, weights: Tensor) -> float:
 def heavier_tails(freedom: float) -> float:
     """Return what a standard error from so many degrees of freedom must be widened by.
 
-    Student's 68 % quantile divided by the normal one, which is 1 (expansion of Fisher and Cornish, 1960, at 1;
+    Student's 68 % quantile divided by the normal one, which is 1 (expansion of Fisher and Cornish, 1960;
     below 0.1 % off from 2 degrees on). Two such errors hold a little less than 95 %: .91 with 4 degrees.
     """
     return 1 + 1 / (2 * freedom) + 1 / (4 * freedom**2) + 1 / (16 * freedom**3)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fimo.errors import InputError
 from fimo.further_training.trajectory import Trajectory
 from fimo.linear_response.discrepancy import OWN, Correction, correct, correlations, weights
+from fimo.linear_response.linearity import FEWEST as FEWEST_OF_GROUP
 from fimo.linear_response.linearity import (
     GROUPS,
     Checked,
@@ -21,7 +22,6 @@ from fimo.linear_response.linearity import (
     discrepancy,
     stratified,
 )
-from fimo.linear_response.linearity import FEWEST as FEWEST_OF_GROUP
 from fimo.linear_response.real_runs import worthwhile
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.error_bars import ErrorBars, SeedSpread, error_bars
@@ -369,8 +369,8 @@ def after_runs(missed: Discrepancy, unexplained: Tensor, weight: Tensor) -> Disc
     """Return what scores miss after the remainders of instances with real runs.
 
     Runs leave the unexplained share of an instance's own part, or as much as two of them have of noise.
-    Remainders are known up to their weighted mean over the instances with runs, which is taken as 0: that mean
-    is missed by each of them.
+    Remainders are known up to their weighted mean over the instances with runs, which is taken as 0: that
+    mean is missed by each of them.
 
     Args:
         missed: by predictions alone.
