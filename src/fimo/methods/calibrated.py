@@ -350,7 +350,7 @@ class CalibratedResponse(Response):
         rows = min(self.max_rows, n * model.loss.rank(model.outputs(problem.test[:1])[0].shape))
         share = rows**2 * len(problem.index) / (n * model.size)
         moments = 1.4 if problem.followed.protocol.update_rule.preconditions else 1.0
-        return moments * (1.5 + 1.8 * share**0.8)
+        return moments * (1.5 + 1.8 * float(share**0.8))
 
 
 def prolonged(scores: Tensor, steps: Sequence[int]) -> Tensor:
