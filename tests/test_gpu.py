@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fimo
 from fimo.curvature.gradients import InstanceGradients
-from fimo.curvature.projection import _column, _sparse
+from fimo.curvature.projection import _column, project
 from fimo.curvature.shared_rows import shared_rows
 from fimo.data.instances import Instances
 from fimo.engine.chunk import Chunk
@@ -160,4 +160,5 @@ def test_projections_are_drawn_alike_on_every_device() -> None:
     gpu = InstanceGradients(case.final_model.to(GPU)).losses(case.train.to(GPU))
     for kind in ("normal", "sign"):
         assert torch.equal(_column(cpu, 3, kind, 1), _column(gpu, 3, kind, 1).cpu())
-    torch.testing.assert_close(_sparse(cpu, 8, 1), _sparse(gpu, 8, 1).cpu(), rtol=1e-4, atol=1e-5)
+    found = project(cpu, 8, "sparse", 1), project(gpu, 8, "sparse", 1).cpu()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

@@ -155,8 +155,8 @@ def attribute(
         seeds: whose full runs such methods follow: how many, or a list. A comparison with a gold standard is
             fair with other seeds than its own: ``seeds=fimo.other_seeds(truth.seeds)``.
         extremes: return only the scores of training instances that are among so many with the highest or the
-            lowest of a test instance, or of the mean over all: what :meth:`Scores.top` names. ``logra`` finds
-            them without the others' scores in memory.
+            lowest of a test instance, or of the mean over all: what :meth:`Scores.top` names. ``logra``,
+            ``less`` and ``trak`` find them without the others' scores in memory.
         inputs, target: columns of DataFrames and of mappings.
         store: a folder that keeps full runs.
         device: where everything is computed.

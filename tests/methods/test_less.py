@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fimo.curvature.adam_steps import moments_of
 from fimo.curvature.gradients import InstanceGradients
 from fimo.data.instances import Instances
 from fimo.errors import InputError
-from fimo.methods.less import Less, moments_of
+from fimo.methods.less import Less
 from fimo.models.final_model import FinalModel
 from fimo.scores import Access
 from tests.cases import CASES, Case

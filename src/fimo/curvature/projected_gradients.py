@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ class ProjectedGradients(ABC):
     @abstractmethod
     def some(self, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the same of the rows at ``index``, in its order."""
+
+    def chosen(self, index: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the rows at ``index``, or all of them where that is None, with their lengths."""
+        return self.blocks() if index is None else self.some(index)
 
     def second_moments(self, sizes: list[int]) -> list[Tensor]:
         """Return the sums of outer products of the rows' parts of these sizes, ``[k, k]`` float64 each."""
@@ -237,10 +241,18 @@ def kept_key(
     kind: str,
     settings: Mapping[str, Any],
     dtype: torch.dtype,
+    code: Sequence[str],
 ) -> Callable[[], Key]:
-    """Return a function of no arguments: what kept projections depend on, their form included."""
+    """Return a function of no arguments: what kept projections depend on, their form included.
+
+    Args:
+        kind, settings: say which projection of which gradients it is.
+        dtype: in which it is kept.
+        code: modules of this package that compute it.
+    """
     form = {**settings, "kept": str(dtype).removeprefix("torch."), "file": EACH}
-    return lambda: projected_key(final_model, instances, kind, form)
+    modules = ("fimo.curvature.projected_gradients", *code)
+    return lambda: projected_key(final_model, instances, kind, form, modules)
 
 
 def _measured(rows: Tensor) -> tuple[Tensor, Tensor]:

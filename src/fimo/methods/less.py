@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fimo.curvature.adam_steps import AdamSteps, Moments, moments_of
+from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import DenseRows, Rows
-from fimo.curvature.projection import project
+from fimo.curvature.projected_gradients import ProjectedGradients, RemadeGradients
+from fimo.curvature.projection import RandomProjection
+from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.attribution_problem import AttributionProblem
-from fimo.methods.gradient import GradientMethod
+from fimo.methods.projected import Projected, ProjectedMethod, side_by_side
 from fimo.methods.tracin import models_at, rates_of
+from fimo.models.final_model import FinalModel
 from fimo.scores import Access, Scores
 
-STEPS_MB = 24
-"""Of training gradients whose steps are made together; larger pieces of memory are slow, being given back."""
+CODE = ("fimo.curvature.gradients", "fimo.curvature.adam_steps")
+"""That computes projected steps."""
 
 
-class Less(GradientMethod):
+class Less(ProjectedMethod):
     """Cosine of a test gradient and the step of Adam that a training instance makes (Xia et al., 2024, LESS).
 
     With m and v Adam's moments at a checkpoint θ_c and g the loss gradients there,
@@ -43,6 +50,9 @@ class Less(GradientMethod):
             when None.
         lr: the learning rate at each checkpoint, or one for all.
         seed: of the projection.
+        storage: type in which steps are kept; the model's when None.
+        cache: a folder that keeps the steps of unit length (with a projection ``dimension`` numbers each,
+            else as many as there are parameters), for other runs and test instances.
     """
 
     needs = "checkpoints of training, if there are any"
@@ -81,71 +91,116 @@ class Less(GradientMethod):
     def access(self) -> Access:
         return Access.FINAL_MODEL if self.checkpoints is None else Access.CHECKPOINTS
 
+    def models(self, final_model: FinalModel) -> Iterator[FinalModel]:
+        yield from models_at(final_model, self.checkpoints)
+
+    def projected(self, gradients: InstanceGradients, train: Instances, checkpoint: int) -> Projected:
+        return self._steps(gradients, train, self._random(gradients))
+
     def scores(self, problem: AttributionProblem) -> Scores:
-        models = models_at(problem.final_model, self.checkpoints)
-        total = torch.zeros(len(problem.test), len(problem.index)).to(
-            problem.removed.targets.device, problem.dtype
-        )
-        evaluations = 0
-        for model, rate in zip(models, self.rates, strict=True):
-            gradients = self.gradients(model)
-            rows = gradients.losses(problem.train, "layers")
-            moments = moments_of(rows, self.batch_size)
-            test = gradients.measurements(problem.test)
-            removed = rows if problem.left_out is None else gradients.losses(problem.removed, "layers")
-            total += rate * self._cosines(test, removed, moments)
-            evaluations += gradients.evaluations
+        total, evaluations = self._sums(problem, self._sides(problem))
         return self.result(problem, total, gradient_evaluations=evaluations)
 
-    def _cosines(self, test: Rows, removed: Rows, moments: Moments) -> Tensor:
-        """Return ``[J, L]``."""
-        ours = None if self.dimension is None else project(test, self.dimension, seed=self.seed)[:, 0]
-        lengths = test.squared_norms()[:, 0].sqrt() if ours is None else ours.norm(dim=1)
-        found = []
-        for piece in removed.pieces(min(STEPS_MB, self.memory_mb / 4)):
-            steps = self.steps(piece.dense()[:, 0], moments)
-            if ours is None:
-                products, sizes = test.times(steps.T)[:, 0], steps.norm(dim=1)
-            else:
-                assert self.dimension is not None
-                theirs = project(DenseRows(steps[:, None], test.shapes), self.dimension, seed=self.seed)[:, 0]
-                products, sizes = ours @ theirs.T, theirs.norm(dim=1)
-            norms = lengths[:, None] * sizes
-            found.append(products / norms.where(norms > 0, 1))
-        return torch.cat(found, 1)
+    def extreme_scores(self, problem: AttributionProblem, k: int) -> Scores | None:
+        if self.cache is None and len(self.rates) > 1:
+            return None
+        sides = list(self._sides(problem))
+        if not all(side.in_memory for side in sides):
+            return None
+        queries = torch.cat([side.test.dense()[:, 0] * side.factor[:, None] for side in sides], 1)
+        blocks = side_by_side([side.train for side in sides], problem.left_out)
+        some = self.at_the_ends(problem, queries, blocks, k)
+        total, evaluations = self._sums(some, sides)
+        return self.result(some, total, gradient_evaluations=evaluations, ranks=k)
 
-    def steps(self, gradients: Tensor, moments: Moments) -> Tensor:
-        """Return Γ ``[n, P]`` of gradients ``[n, P]``."""
-        first = torch.add(self.beta1 * moments.first, gradients, alpha=1 - self.beta1)
-        second = torch.addcmul(self.beta2 * moments.second, gradients, gradients, value=1 - self.beta2)
-        return first.div_(second.sqrt_().add_(self.eps))
+    def _sums(self, problem: AttributionProblem, sides: Iterable[_Sides]) -> tuple[Tensor, int]:
+        """Return the scores ``[J, L]``, and the gradients that were evaluated for them."""
+        total = torch.zeros(len(problem.test), len(problem.index)).to(
+            problem.train.targets.device, problem.dtype
+        )
+        evaluations = 0
+        for side in sides:
+            start = 0
+            for directions, _ in side.train.chosen(problem.left_out):
+                total[:, start : start + len(directions)] += side.products(directions)
+                start += len(directions)
+            evaluations += side.gradients.evaluations
+        return total, evaluations
+
+    def _sides(self, problem: AttributionProblem) -> Iterator[_Sides]:
+        """Yield what is multiplied at each checkpoint."""
+        for model, rate in zip(self.models(problem.final_model), self.rates, strict=True):
+            gradients = self.gradients(model)
+            projection = self._random(gradients)
+            steps = self._steps(gradients, problem.train, projection)
+            if self.cache is None:  # they are used once
+                train: ProjectedGradients = RemadeGradients(problem.train, steps.project, steps.width)
+            else:
+                train = self.rows(gradients, problem.train, steps)
+            test = gradients.measurements(problem.test, "layers")
+            if projection is not None:
+                test = DenseRows(projection(test), {"projected": torch.Size([projection.k])})
+            elif test.n * test.p * test.dtype.itemsize <= gradients.memory / 4:
+                test = DenseRows(test.dense(), test.shapes)
+            lengths = test.squared_norms()[:, 0].sqrt()
+            yield _Sides(gradients, test, rate * (lengths > 0) / lengths.where(lengths > 0, 1), train)
+
+    def _random(self, gradients: InstanceGradients) -> RandomProjection | None:
+        if self.dimension is None:
+            return None
+        return RandomProjection(gradients.p, self.dimension, "auto", self.seed, self.memory_mb / 2)
+
+    def _steps(
+        self, gradients: InstanceGradients, train: Instances, projection: RandomProjection | None
+    ) -> Projected:
+        settings: dict[str, Any] = {"batch_size": self.batch_size, "eps": self.eps}
+        settings |= {"beta1": self.beta1, "beta2": self.beta2}
+        if projection is not None:
+            settings |= {"dimension": projection.k, "entries": projection.kind, "seed": self.seed}
+
+        @functools.cache
+        def all_gradients() -> Rows:
+            return gradients.losses(train, "layers")
+
+        @functools.cache
+        def steps() -> AdamSteps:
+            def both() -> Tensor:
+                moments = moments_of(all_gradients(), self.batch_size)
+                return torch.stack([moments.first, moments.second])
+
+            batches = {"batch_size": self.batch_size}
+            first, second = self.kept(gradients, train, "moments", batches, CODE, both)
+            return AdamSteps(self.beta1, self.beta2, self.eps, Moments(first, second))
+
+        def project(instances: Instances) -> Iterator[Tensor]:
+            made = steps()
+            rows = all_gradients() if instances is train else gradients.losses(instances, "layers")
+            yield from made.directions(rows, projection, self.memory_mb)
+
+        width = gradients.p if projection is None else projection.k
+        return Projected(project, width, "steps", settings, CODE)
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Adam's, each ``[P]``.
+class _Sides:
+    """What is multiplied at a checkpoint.
 
     Args:
-        first: the mean gradient.
-        second: the mean square of a batch's gradient.
+        gradients: there.
+        test: gradients, projected where a projection was asked for.
+        factor: ``[J]``, the learning rate over each one's length.
+        train: steps of unit length.
     """
 
-    first: Tensor
-    second: Tensor
+    gradients: InstanceGradients
+    test: Rows
+    factor: Tensor
+    train: ProjectedGradients
 
+    @property
+    def in_memory(self) -> bool:
+        return isinstance(self.test, DenseRows)
 
-def moments_of(rows: Rows, batch_size: int) -> Moments:
-    """Return the moments that Adam's averages have as expectation where parameters hardly move.
-
-    Args:
-        rows: the N training gradients.
-        batch_size: B; the mean of B of N gradients drawn without replacement has the variance
-            (N - B) / (B (N - 1)) times that of one.
-    """
-    n = rows.n
-    batch = min(batch_size, n)
-    ones = torch.ones(n, 1, 1, dtype=rows.dtype, device=rows.device)
-    mean = rows.transposed_times(ones)[:, 0] / n
-    square = rows.squares().transposed_times(ones)[:, 0] / n
-    variance = (square - mean.square()).clamp(min=0)
-    return Moments(mean, mean.square() + variance * ((n - batch) / (batch * max(1, n - 1))))
+    def products(self, directions: Tensor) -> Tensor:
+        """Return ``[J, n]`` of directions ``[n, K]``."""
+        return self.test.times(directions.to(self.test.dtype).T)[:, 0] * self.factor[:, None]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,33 +12,26 @@ from torch import Tensor
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.jacobian import Rows
 from fimo.curvature.layer_projection import LayerProjection, projected_size
-from fimo.curvature.projected_gradients import (
-    Project,
-    ProjectedGradients,
-    kept_files,
-    kept_key,
-    kept_tensor,
-    projected_gradients,
-    summed_squares,
-)
-from fimo.curvature.search import extremes
+from fimo.curvature.projected_gradients import ProjectedGradients, summed_squares
 from fimo.curvature.spectrum import MAX_DIMENSION
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.damping import DampingValue
-from fimo.methods.gradient import STORAGE, CurvatureMethod, FittedCurvature, Solved
+from fimo.methods.gradient import CurvatureMethod, FittedCurvature, Solved
+from fimo.methods.projected import Projected, ProjectedMethod
 from fimo.models.final_model import FinalModel
 from fimo.scores import Scores
-from fimo.store.fingerprint import Key
 from fimo.validation import choices
-from fimo.validation.admission import admit
 
 LARGEST = 64
 """Of a dimension that is chosen by memory."""
 
+CODE = ("fimo.curvature.gradients", "fimo.curvature.layer_projection")
+"""That computes projected gradients."""
 
-class Logra(CurvatureMethod):
+
+class Logra(ProjectedMethod, CurvatureMethod):
     """Influence in a random subspace of each layer's weights (Choe et al., 2024, LoGra).
 
     With φ = (Q δ) (P a)^T a layer's gradient projected from both sides, P and Q of k orthonormal rows,
@@ -127,18 +119,12 @@ class Logra(CurvatureMethod):
             k //= 2
         return k
 
-    def gradients(self, final_model: FinalModel) -> InstanceGradients:
-        return InstanceGradients(final_model, self.memory_mb)  # what is kept is projected
-
     def fit(self, final_model: FinalModel, train: Instances) -> ProjectedCurvature:
         if reason := self.inapplicable(final_model, train):
             raise InputError("dimension", reason)
         gradients = self.gradients(final_model)
-        projection = self._projection(gradients, train)
-        projected = projected_gradients(
-            train, _projected(gradients, projection), sum(projection.sizes), self._kept_dtype(final_model),
-            gradients.memory, self._folder, self._key(final_model, train),
-        )  # fmt: skip
+        projection = self._layers(gradients, train)
+        projected = self.rows(gradients, train, self._by(projection, gradients, train))
         sizes = projection.sizes if self.blocks == "layers" else [sum(projection.sizes)]
         if self.curvature == "empirical":
             totals = projected.second_moments(sizes)
@@ -153,55 +139,23 @@ class Logra(CurvatureMethod):
             gradients, train, projection, values, vectors, relative, self.normalise, projected
         )
 
-    def keep(self, final_model: FinalModel, train: Any, part: tuple[int, int] = (0, 1)) -> int:
-        """Make the projected training gradients in ``cache`` that are missing, and nothing else.
+    def projected(self, gradients: InstanceGradients, train: Instances, checkpoint: int) -> Projected:
+        return self._by(self._layers(gradients, train), gradients, train)
 
-        Several processes with one folder share the work by themselves. Machines without a common folder make
-        parts; the folders' files, copied together, are the bytes that one would have made.
+    def _by(self, projection: LayerProjection, gradients: InstanceGradients, train: Instances) -> Projected:
+        def project(instances: Instances) -> Iterator[Tensor]:
+            for block in projection.blocks(gradients.losses(instances, "layers")):
+                yield block[:, 0]
 
-        Args:
-            train: all N training instances, in any form of :func:`fimo.data.conversion.to_instances`.
-            part: (k, n): the k-th of n parts of the files, k from 0.
+        dimension = self.dimension_of(gradients.final_model, len(train))
+        settings = {"dimension": dimension, "seed": self.seed, "second_moment": self.second_moment}
+        return Projected(project, sum(projection.sizes), "layers", settings, CODE)
 
-        Returns:
-            Of how many instances they were made now.
-
-        Raises:
-            InputError: no ``cache``, no such part, or what can't be kept.
-        """
-        if self._folder is None:
-            raise InputError("cache", "expected a folder that keeps projected gradients but got null")
-        k, n = part
-        if not 0 <= k < n:
-            raise InputError("part", f"expected (k, n) with k from 0 to n - 1 but got {part}")
-        train, _ = admit(final_model, train)
-        gradients = self.gradients(final_model)
-        projection = self._projection(gradients, train)
-        files, made = kept_files(
-            train, _projected(gradients, projection), sum(projection.sizes), self._kept_dtype(final_model),
-            self._folder, self._key(final_model, train), part,
-        )  # fmt: skip
-        if files is None:
-            raise InputError("cache", "the network or the loss has no description, so nothing can be kept")
-        return made
-
-    def _projection(self, gradients: InstanceGradients, train: Instances) -> LayerProjection:
+    def _layers(self, gradients: InstanceGradients, train: Instances) -> LayerProjection:
         like = torch.zeros((), dtype=gradients.dtype, device=gradients.device)
         dimension = self.dimension_of(gradients.final_model, len(train))
         projection = LayerProjection.random(gradients.shapes, dimension, self.seed, like)
         return projection.scaled(self._second_moment(gradients, train)) if self.second_moment else projection
-
-    def _key(self, final_model: FinalModel, train: Instances) -> Callable[[], Key]:
-        dimension = self.dimension_of(final_model, len(train))
-        settings = {"dimension": dimension, "seed": self.seed, "second_moment": self.second_moment}
-        return kept_key(final_model, train, "layers", settings, self._kept_dtype(final_model))
-
-    @property
-    def _folder(self) -> Path | None:
-        return None if self.cache is None else Path(self.cache)
-
-    def _kept_dtype(self, final_model: FinalModel) -> torch.dtype:
-        return STORAGE[self.storage] if self.storage else next(iter(final_model.parameters().values())).dtype
 
     def _second_moment(self, gradients: InstanceGradients, train: Instances) -> Tensor:
         """Return the mean squares ``[P]`` of the training gradients."""
@@ -211,14 +165,13 @@ class Logra(CurvatureMethod):
             ones = torch.ones(losses.n, 1, 1, dtype=losses.dtype, device=losses.device)
             return losses.squares().transposed_times(ones)[:, 0] / losses.n
 
-        key = kept_key(gradients.final_model, train, "second_moment", {}, gradients.dtype)
-        return kept_tensor(self._folder, key, made, gradients.device)
+        return self.kept(gradients, train, "second_moment", {}, CODE, made)
 
     def solved(
         self, curvature: FittedCurvature, left: Rows, problem: AttributionProblem, dampings: Tensor
     ) -> Solved:
         assert isinstance(curvature, ProjectedCurvature)
-        right = (rows for rows, _ in curvature.chosen(problem.left_out))
+        right = (rows for rows, _ in curvature.projected.chosen(problem.left_out))
         return curvature.products(curvature.coordinates(left), right, len(problem.index), dampings)
 
     def extreme_scores(self, problem: AttributionProblem, k: int) -> Scores | None:
@@ -229,14 +182,9 @@ class Logra(CurvatureMethod):
         inverse = 1 / curvature.damped(dampings.item())
         left = curvature.gradients.measurements(problem.test)
         queries = curvature.query(curvature.coordinates(left), inverse)[:, 0]
-        found = extremes(
-            torch.cat([queries, queries.mean(0, keepdim=True)]),
-            curvature.chosen(problem.left_out),
-            k,
-            (lambda rows: curvature.inverse_lengths(rows, inverse)) if self.normalise else None,
-        )
-        at = torch.cat([found.highest_at, found.lowest_at]).unique().cpu()
-        some = replace(problem, left_out=problem.index[at])
+        lengths = (lambda rows: curvature.inverse_lengths(rows, inverse)) if self.normalise else None
+        blocks = curvature.projected.chosen(problem.left_out)
+        some = self.at_the_ends(problem, queries, blocks, k, lengths)
         values, notes = self.sweep(curvature, dampings, some)
         evaluations = curvature.gradients.evaluations
         return self.result(
@@ -275,14 +223,6 @@ class ProjectedCurvature(FittedCurvature):
     def solve(self, left: Rows, right: Rows, dampings: Tensor) -> Solved:
         blocks = (block[:, 0] for block in self.projection.blocks(right))
         return self.products(self.coordinates(left), blocks, right.n, dampings)
-
-    def chosen(self, index: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the projected gradients ``[m, K]`` of some training instances, with their lengths ``[m]``.
-
-        Args:
-            index: whose; None for all.
-        """
-        return self.projected.blocks() if index is None else self.projected.some(index)
 
     def products(self, ours: Tensor, right: Iterable[Tensor], count: int, dampings: Tensor) -> Solved:
         """Return the products with each damped inverse.
@@ -339,16 +279,6 @@ class ProjectedCurvature(FittedCurvature):
             # a block without any curvature (dead units) still gets a finite answer
             found.append(values + damping * max(factor, 1e-6))
         return torch.cat(found)
-
-
-def _projected(gradients: InstanceGradients, projection: LayerProjection) -> Project:
-    """Return a function of instances: blocks ``[n, K]`` of their projected loss gradients."""
-
-    def project(instances: Instances) -> Iterator[Tensor]:
-        for block in projection.blocks(gradients.losses(instances, "layers")):
-            yield block[:, 0]
-
-    return project
 
 
 def _shapes(final_model: FinalModel) -> dict[str, torch.Size]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,19 +11,23 @@ from torch import Tensor
 
 from fimo.curvature.cotangents import GradientOf
 from fimo.curvature.gradients import InstanceGradients
-from fimo.curvature.projection import Projection, project
+from fimo.curvature.projected_gradients import ProjectedGradients
+from fimo.curvature.projection import Projection, RandomProjection
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.damping import Damping, DampingValue
-from fimo.methods.gradient import GradientMethod
+from fimo.methods.projected import Projected, ProjectedMethod, side_by_side
 from fimo.methods.tracin import models_at
 from fimo.models.final_model import FinalModel
 from fimo.models.loss_function import Loss
 from fimo.scores import Access, Scores
 
+CODE = ("fimo.curvature.gradients", "fimo.curvature.projection", "fimo.models.loss_function")
+"""That computes projected gradients."""
 
-class Trak(GradientMethod):
+
+class Trak(ProjectedMethod):
     """Influence in a linear model of randomly projected gradients of a scalar output (Park et al., 2023).
 
     With f the scalar that the loss is a function of (log-odds of the correct class, a regression's output),
@@ -41,6 +46,8 @@ class Trak(GradientMethod):
         projection: ``normal``, ``sign``, ``sparse``, or ``auto`` by size.
         checkpoints: of the training, files or state_dicts; the final model alone when None.
         seed: of the projection; each checkpoint has its own.
+        storage: type in which φ are held or kept; the model's when None.
+        cache: a folder that keeps φ of the training instances, for other runs, test instances and dampings.
     """
 
     needs = "classes, or values of small dimension; more models of the same training if there are any"
@@ -77,52 +84,109 @@ class Trak(GradientMethod):
     def access(self) -> Access:
         return Access.FINAL_MODEL if self.checkpoints is None else Access.CHECKPOINTS
 
+    def models(self, final_model: FinalModel) -> Iterator[FinalModel]:
+        yield from models_at(final_model, self.checkpoints)
+
+    def projected(self, gradients: InstanceGradients, train: Instances, checkpoint: int) -> Projected:
+        return self._scalars(gradients, self._random(gradients, checkpoint))
+
     def scores(self, problem: AttributionProblem) -> Scores:
-        models = models_at(problem.final_model, self.checkpoints)
-        kernels, ours, theirs, evaluations = [], [], [], 0
-        for c, model in enumerate(models):
-            gradients = self.gradients(model)
-            kernels.append(self._kernel(gradients, problem, self.seed + c))
-            ours.append(self._explained(model, problem.test))
-            theirs.append(_slope(model, problem.removed))
-            evaluations += gradients.evaluations
-        kernel = torch.stack(kernels).mean(0)
-        q_test, q_removed = torch.stack(ours).mean(0), torch.stack(theirs).mean(0)
-        values = (q_test[:, None] * kernel * q_removed).to(problem.dtype)
+        values, evaluations = self._products(problem, self._checkpoints(problem))
         return self.result(problem, values, gradient_evaluations=evaluations)
 
-    def _kernel(self, gradients: InstanceGradients, problem: AttributionProblem, seed: int) -> Tensor:
-        """Return ``φ_j^T (Φ^T Φ + N damping)^-1 φ_i`` ``[J, L]`` in float64."""
-        model = gradients.final_model
-        scalar = Loss.of(model.loss.scalar_output)
+    def extreme_scores(self, problem: AttributionProblem, k: int) -> Scores | None:
+        if self.cache is None and self.checkpoints is not None and len(self.checkpoints) > 1:
+            return None
+        at = list(self._checkpoints(problem))
+        queries = torch.cat([each.queries for each in at], 1) / len(at)
+        queries *= torch.stack([each.explained for each in at]).mean(0)[:, None]
+        slopes = torch.stack([_slope(each.gradients.final_model, problem.removed) for each in at]).mean(0)
+        blocks = side_by_side([each.rows for each in at], problem.left_out, slopes)
+        some = self.at_the_ends(problem, queries, blocks, k)
+        values, evaluations = self._products(some, at)
+        return self.result(some, values, gradient_evaluations=evaluations, ranks=k)
 
-        def projected(instances: Instances, function: Loss, name: str) -> Tensor:
-            rows = gradients.rows(instances, GradientOf(function), name)
-            found = project(rows, self.dimension, self.projection, seed, self.memory_mb / 2)
-            return found[:, 0].double()
+    def _products(self, problem: AttributionProblem, at: Iterable[_Checkpoint]) -> tuple[Tensor, int]:
+        """Return the scores ``[J, L]``, and the gradients that were evaluated for them."""
+        shape = len(problem.test), len(problem.index)
+        kernel = torch.zeros(shape, dtype=torch.float64, device=problem.train.targets.device)
+        ours, theirs, evaluations = [], [], 0
+        for each in at:
+            start = 0
+            for rows, _ in each.rows.chosen(problem.left_out):
+                kernel[:, start : start + len(rows)] += each.queries @ rows.double().T
+                start += len(rows)
+            ours.append(each.explained)
+            theirs.append(_slope(each.gradients.final_model, problem.removed))
+            evaluations += each.gradients.evaluations
+        kernel *= torch.stack(ours).mean(0)[:, None]
+        kernel *= torch.stack(theirs).mean(0) / len(ours)
+        return kernel.to(problem.dtype), evaluations
 
-        features = projected(problem.train, scalar, "scalar")
-        removed = features if problem.left_out is None else projected(problem.removed, scalar, "scalar")
-        explained = projected(
-            problem.test, model.measurement or scalar, "measurement" if model.measurement else "scalar"
-        )
-        n, k = features.shape
-        mean_square = features.square().sum(1).mean().item()
+    def _checkpoints(self, problem: AttributionProblem) -> Iterator[_Checkpoint]:
+        for checkpoint, model in enumerate(self.models(problem.final_model)):
+            gradients = self.gradients(model)
+            projection = self._random(gradients, checkpoint)
+            rows = self.rows(gradients, problem.train, self._scalars(gradients, projection))
+            function, name = (
+                model.measurement or _scalar(model),
+                "measurement" if model.measurement else "scalar",
+            )
+            test = projection(gradients.rows(problem.test, GradientOf(function), name))[:, 0].double()
+            slope = _slope(model, problem.test)
+            explained = torch.ones_like(slope) if model.measurement else slope
+            yield _Checkpoint(gradients, self._queries(model, rows, test), explained, rows)
+
+    def _queries(self, model: FinalModel, rows: ProjectedGradients, test: Tensor) -> Tensor:
+        """Return ``φ_j^T (Φ^T Φ + N damping)^-1`` ``[J, k]`` of the test instances' φ ``[J, k]``, float64."""
+        n, k = rows.n, rows.width
+        features = torch.cat([some.double() for some, _ in rows.blocks()]) if n < k else None
+        (squares,) = [features @ features.T] if features is not None else rows.second_moments([k])
+        mean_square = squares.diagonal().sum().item() / n
         damping = self.damping.resolve(mean_square / model.size, mean_square / k).item()
-        if n >= k:
-            matrix = features.T @ features / n
-            matrix.diagonal().add_(damping)
-            solved: Tensor = torch.linalg.solve(matrix, removed.T)
-            return explained @ solved / n
-        # the same by the N x N matrix (Woodbury)
-        matrix = features @ features.T / n
+        matrix = squares / n
         matrix.diagonal().add_(damping)
-        solved = torch.linalg.solve(matrix, features @ removed.T)
-        return (explained @ removed.T - (explained @ features.T) @ solved / n) / damping / n
+        if features is None:
+            solved: Tensor = torch.linalg.solve(matrix, test.T)
+            return solved.T / n
+        # the same by the N x N matrix (Woodbury)
+        solved = torch.linalg.solve(matrix, features @ test.T)
+        return (test - solved.T @ features / n) / damping / n
 
-    def _explained(self, model: FinalModel, test: Instances) -> Tensor:
-        """Return the factor of each test instance: q_j, or 1 where a measurement is explained."""
-        return torch.ones_like(_slope(model, test)) if model.measurement else _slope(model, test)
+    def _random(self, gradients: InstanceGradients, checkpoint: int) -> RandomProjection:
+        seed = self.seed + checkpoint
+        return RandomProjection(gradients.p, self.dimension, self.projection, seed, self.memory_mb / 2)
+
+    def _scalars(self, gradients: InstanceGradients, projection: RandomProjection) -> Projected:
+        function = GradientOf(_scalar(gradients.final_model))
+
+        def project(instances: Instances) -> Iterator[Tensor]:
+            for block in projection.blocks(gradients.rows(instances, function, "scalar")):
+                yield block[:, 0]
+
+        settings = {"dimension": projection.k, "entries": projection.kind, "seed": projection.seed}
+        return Projected(project, projection.k, "scalar", settings, CODE)
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What scores are made of at a checkpoint.
+
+    Args:
+        gradients: there.
+        queries: ``[J, k]`` float64, whose products with rows are the kernel.
+        explained: ``[J]``, the factor of each test instance: q_j, or 1 where a measurement is explained.
+        rows: φ of the training instances.
+    """
+
+    gradients: InstanceGradients
+    queries: Tensor
+    explained: Tensor
+    rows: ProjectedGradients
+
+
+def _scalar(model: FinalModel) -> Loss:
+    return Loss.of(model.loss.scalar_output)
 
 
 def _slope(model: FinalModel, instances: Instances) -> Tensor:

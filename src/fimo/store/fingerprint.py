@@ -249,13 +249,18 @@ def gradients_key(
 
 
 def projected_key(
-    final_model: FinalModel, instances: Instances, kind: str, settings: Mapping[str, Any]
+    final_model: FinalModel,
+    instances: Instances,
+    kind: str,
+    settings: Mapping[str, Any],
+    modules: Sequence[str],
 ) -> Key:
-    """Return what kept projections of instances' loss gradients depend on: no measurement, whatever the kind.
+    """Return what kept projections of instances' gradients depend on: no measurement, whatever the kind.
 
     Args:
-        kind: of the projection, ``layers`` ...
+        kind: of the gradients and their projection, ``layers`` ...
         settings: that say which projection it is, and how its rows are kept.
+        modules: of this package that compute it.
 
     Raises:
         Indescribable: naming the part of the network or the loss.
@@ -265,7 +270,7 @@ def projected_key(
         **{name: part for name, part in problem.parts.items() if name != "measurement"},
         "kind": kind,
         **settings,
-        **computed_by("fimo.curvature.projected_gradients"),
+        **computed_by(*modules),
     }
     words = ", ".join(f"{name} {value}" for name, value in settings.items())
     return Key(parts, f"projected ({kind}, {words}), {problem.about}")
