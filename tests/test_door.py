@@ -329,6 +329,87 @@ def test_dropout_couples_no_instances(functional: bool) -> None:
     assert torch.isfinite(both(FinalModel(Dropping(), mean_squared_error), DATA)[0]).all()
 
 
+class Changing(Plain):
+    """Outputs that change from call to call: noise in every mode, a counter, NumPy's noise in train mode."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.calls = kind, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.kind == "noise":
+            return self.body(x) + torch.randn(len(x), 1)
+        if self.kind == "counter":
+            return self.body(x) * (1 + 0.01 * self.calls)
+        return self.body(x) + float(np.random.default_rng().normal()) if self.training else self.body(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [("noise", "in eval mode"), ("counter", "in eval mode"), ("numpy", "in a training step of one seed")],
+)
+def test_outputs_that_change_from_call_to_call_are_refused_as_such(kind: str, where: str) -> None:
+    said = f"^model.network: outputs or losses of the same instances change from one call to the next {where}"
+    with pytest.raises(InputError, match=said):
+        both(FinalModel(Changing(kind), mean_squared_error), DATA)
+
+
+def test_random_numbers_that_go_by_an_instance_s_place_are_no_coupling_and_the_batch_s_mean_is() -> None:
+    class Noisy(Plain):
+        coupled = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                x = x + 0.5 * torch.randn_like(x)
+                x = x - x.mean(0) if self.coupled else x
+            return self.body(x)
+
+    assert torch.isfinite(both(FinalModel(Noisy(), mean_squared_error), DATA)[0]).all()
+    coupled = Noisy()
+    coupled.coupled = True
+    with pytest.raises(InputError, match=r"^model.network: .* other instances of a batch in train mode"):
+        both(FinalModel(coupled, mean_squared_error), DATA)
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_dropout_inside_attention_couples_no_instances_that_are_trimmed_together(functional: bool) -> None:
+    class Trimmed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(5, 4, padding_idx=0), nn.Linear(4, 1)
+            self.attention = nn.MultiheadAttention(4, 2, 0.5, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x[:, : int((x != 0).sum(1).max())]
+            hidden, padding = self.embedding(x), x == 0
+            if functional:
+                rate, mask = 0.5 if self.training else 0.0, ~padding[:, None]
+                hidden = nn.functional.scaled_dot_product_attention(hidden, hidden, hidden, mask, rate)
+            else:
+                hidden, _ = self.attention(hidden, hidden, hidden, padding, need_weights=False)
+            return self.head(hidden[:, 0])
+
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 5, (20, 6), generator=g)
+    tokens[torch.arange(6) >= torch.randint(1, 7, (20, 1), generator=g)] = 0
+    data = Instances(tokens, DATA.targets)
+    assert torch.isfinite(both(FinalModel(Trimmed(), mean_squared_error), data)[0]).all()
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_outputs_without_a_derivative_in_the_parameters_are_refused(detached: bool) -> None:
+    class Without(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            if detached:
+                return self.body(x).detach()
+            with torch.no_grad():
+                return self.body(x)
+
+    with pytest.raises(InputError, match=r"^model.network: its outputs have no derivative"):
+        both(FinalModel(Without(), mean_squared_error), DATA)
+
+
 def test_what_was_checked_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = FinalModel(network(), mean_squared_error), []
     monkeypatch.setattr(admission, "_checked", lambda *a: calls.append(a) or (a[1], a[2] or a[1]))

@@ -242,6 +242,44 @@ def test_dropout_equals_the_plain_loop(rule: str) -> None:
     assert_equals_plain_loop(case, protocol, chunk=3)
 
 
+class Attention(nn.Module):
+    """Attention over the inputs as four tokens, with dropout inside one operation."""
+
+    def __init__(self, functional: bool) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Linear(1, 4), nn.Linear(4, 3)
+        self.attention = None if functional else nn.MultiheadAttention(4, 2, 0.3, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(x[..., None])
+        if self.attention is not None:
+            return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+        rate = 0.3 if self.training else 0.0
+        return self.head(nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=rate).mean(1))
+
+
+class Noisy(nn.Module):
+    """Noise in train mode, and recurrent layers with dropout between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.LSTM(1, 3, 2, batch_first=True, dropout=0.3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + 0.1 * torch.randn_like(x) if self.training else x
+        return self.head(self.layers(x[..., None])[0][:, -1])
+
+
+@pytest.mark.parametrize("rule", ["mask", "shift", "every_batch"])
+@pytest.mark.parametrize("network", [lambda: Attention(True), lambda: Attention(False), Noisy])
+def test_random_numbers_that_are_not_plain_dropout_s_equal_the_plain_loop(rule: str, network) -> None:
+    torch.manual_seed(1)
+    data = CASES["mlp_classification"]()
+    case = Case("random", FinalModel(network().double(), cross_entropy), data.train, data.test)
+    protocol = Protocol(batch_size=5, steps=8, evaluate_every=3, leave_out=rule, dtype="float64", lr=0.1)
+    assert_equals_plain_loop(case, protocol, chunk=3)
+
+
 @pytest.mark.parametrize(
     ("rule", "horizon"),
     [("shift", {"steps": 13}), ("mask", {"steps": 13}), ("shift", {"epochs": 3, "evaluate_every": 4}),

@@ -57,6 +57,15 @@ def test_a_hugging_face_classifier_is_taken_as_it_is() -> None:
     assert found.raw.abs().max() > 0
 
 
+def test_what_a_data_parallel_wraps_is_used_without_it() -> None:
+    network = nn.Linear(3, 2)
+    model, x = FinalModel(nn.DataParallel(network), "cross_entropy"), torch.randn(5, 3)
+    assert list(model.parameters()) == ["weight", "bias"]
+    torch.testing.assert_close(model.network(x), network(x).detach())
+    wrapped = FinalModel(nn.DataParallel(bert()), trainable="classifier.*")
+    assert list(wrapped.parameters()) == ["network.classifier.weight", "network.classifier.bias"]
+
+
 def test_gpt2s_activation_is_one_operation_in_the_copy_and_the_same_function() -> None:
     config = transformers.GPT2Config(
         vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=8, resid_pdrop=0.0, embd_pdrop=0.0

@@ -33,10 +33,13 @@ def accepted(
 
     - A Hugging Face network is wrapped: its outputs are its ``logits``.
     - A LightningModule is used through its ``forward``.
+    - What ``DataParallel`` or ``DistributedDataParallel`` wraps is used without it.
 
     Raises:
         InputError: the loss isn't given, and can't be told from the network.
     """
+    if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return accepted(network.module, loss)
     if is_hugging_face(network):
         arguments = {"return_dict": True}
         if type(network).__name__.endswith("ForCausalLM"):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fimo.data.instances import Inputs, Instances
 from fimo.errors import InputError, shortened
 from fimo.models.accepted import accepted
+from fimo.models.adapted import Adapted
 from fimo.models.copied import copied
 from fimo.models.loss_function import Loss, LossFunction
 from fimo.models.losses import LOSSES, MEASUREMENTS
@@ -34,7 +35,7 @@ class FinalModel:
     Args:
         network: maps a batch of inputs to outputs ``[n, ...]``. Of a Hugging Face network the outputs are its
             ``logits`` (and its attention the plain one, which has all derivatives); of a LightningModule what
-            ``forward`` returns.
+            ``forward`` returns; of a ``DataParallel`` what it wraps.
         loss: per-instance loss ``(outputs, targets) -> [n]``, or the name of a known one (``mse``).
             Floating-point tensors that it holds, such as class weights, follow the dtype of the outputs.
             None where a Hugging Face network's head says which.
@@ -82,7 +83,7 @@ class FinalModel:
             raise InputError("model.network", f"expected a torch.nn.Module but got {kind}")
         set_attribute = object.__setattr__  # as frozen dataclasses are filled
         network, loss = accepted(self.network, self.loss)
-        wrapped = network is not self.network
+        wrapped = isinstance(network, Adapted) and network is not self.network
         set_attribute(self, "loss", loss)
         network = copied(network).eval()
         if wrapped and hasattr(network.network, "set_attn_implementation"):

@@ -18,7 +18,7 @@ from fimo.models.final_model import FinalModel, apply, functional_apply
 from fimo.models.loss_function import Loss
 from fimo.models.train_mode import TrainMode, seeded
 from fimo.store.description import content_of
-from fimo.validation.independence import MIXING_NETWORK, Evaluate, WithoutDropout, couples, problem
+from fimo.validation.independence import MIXING_NETWORK, UNSTEADY, Evaluate, WithoutDropout, couples, problem
 from fimo.validation.poor import Comparison, compared, untold
 from fimo.validation.recomputation import PROBLEM, recomputes
 from fimo.validation.targets import Conversion, candidates, known_targets
@@ -115,6 +115,9 @@ def _digest(tensor: Tensor) -> str:
 SMALL = 2**22
 """Bytes of a tensor whose content is hashed in milliseconds."""
 
+OF_NETWORK = (MIXING_NETWORK, UNSTEADY)
+"""What is wrong, where the network is at fault."""
+
 Identity = dict[str, _Known]
 
 
@@ -156,6 +159,7 @@ def _checked(model: FinalModel, train: Instances, test: Instances | None) -> tup
     outputs = {key: tried(model, _probe(instances)) for key, instances in sets.items()}
     if recomputes(model, sets["dataset.train"][:2].inputs):
         raise InputError("model.network", PROBLEM)
+    _check_trained(model, _probe(sets["dataset.train"]))
     mode = TrainMode.of(model, sets["dataset.train"])
     convert = _conversion(model, sets["dataset.train"], outputs["dataset.train"])
     if convert is not None:
@@ -291,9 +295,9 @@ def _conversion(model: FinalModel, train: Instances, outputs: Tensor) -> Convers
         if wrong is None:
             return convert
         first = first or wrong
-        if wrong.startswith(MIXING_NETWORK):
+        if wrong.startswith(OF_NETWORK):
             break
-    key = "model.network" if (first or "").startswith(MIXING_NETWORK) else "model.loss"
+    key = "model.network" if (first or "").startswith(OF_NETWORK) else "model.loss"
     raise InputError(key, _explained(model, first or "", train, outputs))
 
 
@@ -304,7 +308,7 @@ def _refuse(
     probe = _probe(instances)
     if (wrong := _wrong(model, loss, probe, mode)) is not None:
         outputs = tried(model, probe)
-        key = "model.network" if wrong.startswith(MIXING_NETWORK) else key
+        key = "model.network" if wrong.startswith(OF_NETWORK) else key
         raise InputError(key, _explained(model, wrong, instances, outputs, mode))
 
 
@@ -313,7 +317,7 @@ def _wrong(model: FinalModel, loss: Loss, probe: Instances, mode: TrainMode | No
 
     def found(model: FinalModel, probe: Instances) -> str | None:
         try:
-            return problem(_evaluation(model, loss, mode), probe, alone=mode is None)
+            return problem(_evaluation(model, loss, mode), probe, in_place=mode is not None)
         except InputError as error:
             return error.problem
         except Exception as error:  # a user's loss may fail in any way
@@ -358,6 +362,12 @@ def _explained(
                 "track_running_stats=True, or GroupNorm or LayerNorm"
             )
         return f"{wrong}{where}; expected layers that treat each instance alone"
+    if wrong.startswith(UNSTEADY):
+        where = "in eval mode" if mode is None else "in a training step of one seed"
+        return (
+            f"{wrong} {where}; expected no counters, and no random numbers but torch's own in train mode "
+            "(self.training)"
+        )
     if wrong.startswith("an instance's"):
         ours, theirs = tuple(outputs.shape[1:]), tuple(instances.targets.shape[1:])
         return (
@@ -365,6 +375,19 @@ def _explained(
             "broadcast, or the loss averages over the batch"
         )
     return wrong
+
+
+def _check_trained(model: FinalModel, probe: Instances) -> None:
+    """Refuse a network whose outputs have no derivative in any trainable parameter."""
+    with torch.enable_grad():
+        free = {name: p.clone().requires_grad_() for name, p in model.parameters().items()}
+        outputs = functional_apply(model.network, free, probe.inputs)
+    if not outputs.requires_grad:
+        raise InputError(
+            "model.network",
+            f"its outputs have no derivative in the trainable parameters ({shortened(list(free))}): they are "
+            "not used, or under torch.no_grad or detach",
+        )
 
 
 def _check_differentiable(loss: Loss, outputs: Tensor, targets: Tensor, key: str) -> None:

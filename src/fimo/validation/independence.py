@@ -28,32 +28,46 @@ DROPOUTS = frozenset(
 
 
 class WithoutDropout(TorchFunctionMode):
-    """In this context dropout passes its input on: its masks depend on the batch's shape, not on the data."""
+    """In this context dropout passes its input on, attention's too.
+
+    Its masks depend on a batch's shape, not on the data, and networks may trim padding that a batch has in
+    common.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if getattr(func, "__name__", "") in DROPOUTS:
-            return args[0] if args else (kwargs or {})["input"]
-        return func(*args, **(kwargs or {}))
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if name == "scaled_dot_product_attention":
+            query, key, value, mask = (*args, None)[:4]
+            return func(query, key, value, **({"attn_mask": mask} | kwargs | {"dropout_p": 0.0}))
+        if name == "multi_head_attention_forward":
+            kwargs = kwargs | {"training": False}
+        return func(*args, **kwargs)
 
 
-def problem(evaluate: Evaluate, probe: Instances, alone: bool = True) -> str | None:
+def problem(evaluate: Evaluate, probe: Instances, in_place: bool = False) -> str | None:
     """Return what is wrong with a loss's values, in words; None where value i follows instance i alone.
 
     Args:
         probe: a few different instances, better more than one.
-        alone: whether an instance is tried in a batch of its own too.
+        in_place: compare instances only where they have the same place in batches of the same size, as random
+            numbers go by places.
     """
     n = len(probe)
     outputs, values = evaluate(probe)
     if wrong := _shape_problem(values, n):
         return wrong
+    same_outputs, same_values = evaluate(probe)
+    if not (_same(same_values, values) and _same(same_outputs, outputs)):
+        return UNSTEADY
     half = max(1, n // 2)
-    others = list(range(half)) + [k - half for k in range(half, n)]
-    trials = [
-        (others, list(range(half)), list(range(half))),
-        (list(range(n))[::-1], list(range(n))[::-1], None),
-    ]
-    if alone:
+    first, last = list(range(half)), list(range(half, n))
+    trials = [(first + [k - half for k in last], first, first)]
+    if in_place:
+        trials.append(([(k + half) % n for k in first] + last, last, last))
+    else:
+        trials.append((list(range(n))[::-1], list(range(n))[::-1], list(range(n))))
         trials.append(([n - 1], [n - 1], [0]))
     for rows, expected, at in trials:
         if rows == list(range(n)):
@@ -61,7 +75,6 @@ def problem(evaluate: Evaluate, probe: Instances, alone: bool = True) -> str | N
         their_outputs, theirs = evaluate(probe[rows])
         if wrong := _shape_problem(theirs, len(rows)):
             return wrong
-        at = list(range(n)) if at is None else at
         if not _same(theirs[at], values[expected]):
             inside = len(their_outputs) == len(rows) and _same(
                 _padded(their_outputs[at], outputs), _padded(outputs[expected], their_outputs)
@@ -70,6 +83,7 @@ def problem(evaluate: Evaluate, probe: Instances, alone: bool = True) -> str | N
     return None
 
 
+UNSTEADY = "outputs or losses of the same instances change from one call to the next"
 MIXING_LOSS = "an instance's value changes with the other instances of a batch"
 MIXING_NETWORK = "an instance's outputs change with the other instances of a batch"
 
