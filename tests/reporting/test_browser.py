@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -136,6 +137,37 @@ def test_tabs_of_several_runs_are_drawn_when_opened_and_text_stays_text(tmp_path
     assert answer["opened"]
     assert answer["traces"] > 4
     assert answer["sentence"].startswith("<script>alert(")
+
+
+def test_panels_have_room_on_a_page_and_on_a_phone(tmp_path: Path) -> None:
+    answer, console = visit(
+        write_report([example(f"run {k}") for k in range(6)], tmp_path / "report.html"),
+        """
+        const ids = (e) => Object.keys(e._fullLayout).filter((k) => /^yaxis\\d*$/.test(k));
+        const panels = () => ["agreement", "by_method"].map((name) => {
+          const e = document.getElementById(`plot-comparison-${name}`);
+          const { w, h } = e._fullLayout._size;
+          return ids(e).map((id) => {
+            const x = e._fullLayout[id.replace("y", "x")].domain, y = e._fullLayout[id].domain;
+            return [w * x[0], w * x[1], h * y[0], h * y[1]];
+          });
+        });
+        const page = panels();
+        document.body.style.width = "400px";
+        Object.defineProperty(window, "innerWidth", { value: 400 });
+        window.dispatchEvent(new Event("resize"));
+        return { page, phone: panels() };
+        """,
+    )
+    assert console == ""
+    for figures in (answer["page"], answer["phone"]):
+        assert [len(panels) for panels in figures] == [6, 3]
+        for panels in figures:
+            assert all(right - left > 100 for left, right, _, _ in panels)
+            assert all(top - bottom > 150 for _, _, bottom, top in panels)
+    for panels in answer["phone"]:
+        apart = [bottom - below for (_, _, bottom, _), (_, _, _, below) in itertools.pairwise(panels)]
+        assert all(gap > 60 for gap in apart), "ticks and titles between them"
 
 
 def test_every_figure_and_table_of_several_final_models_is_drawn(tmp_path: Path) -> None:

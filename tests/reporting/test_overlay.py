@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from fimo.errors import InputError
-from fimo.reporting import Results
+from fimo.reporting import Results, write_report
+from fimo.reporting.interactive import by_method_figure
 from fimo.reporting.overlay import load_runs, run_folders, sweep_report
 from tests.reporting.example import example
 
@@ -95,3 +96,36 @@ def test_more_runs_than_a_reader_can_take_in_get_no_report_of_their_own(tmp_path
     folder = sweep(tmp_path / "sweep", *(with_optimizer(f"o{k}") for k in range(7)))
     assert sweep_report(folder) is None
     assert not (folder / "report.html").exists()
+
+
+def test_a_panel_for_each_method_lays_runs_over_one_another() -> None:
+    lion = dataclasses.replace(only(example(noise=2.0), "graddot", "random"), name="lion")
+    runs = [example("sgd"), example("adam", noise=3.0), lion]
+    figure = by_method_figure(runs, "spearman")
+    having = {"graddot": runs, "datainf": runs[:2], "follows": runs[:2]}
+    panels = [note.text for note in figure.layout.annotations]
+    assert sorted(panels) == sorted(having), "no baselines"
+    colors: dict[str, set[str]] = {}
+    named = []
+    for k, method in enumerate(panels):
+        here = [t for t in figure.data if t.xaxis == ("x" if k == 0 else f"x{k + 1}")]
+        lines = {t.name: t for t in here if t.hoverinfo != "skip"}
+        assert {name for name in lines if not name.startswith("ceiling")} == {r.name for r in having[method]}
+        for run in having[method]:
+            rows = run.evaluation.query("metric == 'spearman' and method == @method and seeds == @run.seeds")
+            line, ceiling = lines[run.name], lines[f"ceiling, {run.name}"]
+            assert list(line.y) == rows["mean"].tolist()
+            assert list(line.x) == list(ceiling.x) == rows["epoch"].tolist()
+            assert list(ceiling.y) == rows["ceiling"].tolist()
+            assert line.line.color == ceiling.line.color
+            assert line.legendgroup == ceiling.legendgroup, "hidden together"
+            colors.setdefault(run.name, set()).add(line.line.color)
+            named += [run.name] * line.showlegend
+    assert named == ["sgd", "adam", "lion"], "each once"
+    assert len({color for (color,) in colors.values()}) == 3
+
+
+def test_without_a_common_method_there_are_no_panels_of_methods(tmp_path: Path) -> None:
+    runs = [only(example(), "graddot", "random"), only(example(noise=3.0), "datainf", "random")]
+    assert not by_method_figure(runs, "cosine").data
+    assert "run by run" not in write_report(runs, tmp_path / "report.html").read_text("utf-8")

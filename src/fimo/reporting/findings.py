@@ -113,6 +113,12 @@ def highlighted(runs: Sequence[Results]) -> list[str]:
     return [m for m in methods if m in chosen]
 
 
+def compared(runs: Sequence[Results]) -> list[str]:
+    """Return those of the highlighted methods that more than one run has, best first; no baselines."""
+    has = [set(run.evaluation["method"]) for run in runs]
+    return [m for m in highlighted(runs) if m not in BASELINES and sum(m in names for names in has) > 1]
+
+
 def _covered(group: Sequence[str]) -> list[str]:
     """Return the methods with the same scores as another that stands for them: Grad-Dot, else the first."""
     known = "graddot" if "graddot" in group else group[0]

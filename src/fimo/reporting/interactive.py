@@ -22,8 +22,8 @@ from fimo.reporting.curves import (
     seeds_table,
     task_table,
 )
-from fimo.reporting.findings import all_methods, highlighted, label
-from fimo.reporting.panels import EPOCHS, Palette, axes, band, lines, panels, thinned
+from fimo.reporting.findings import all_methods, compared, highlighted, label
+from fimo.reporting.panels import EPOCHS, Palette, axes, band, grid, lines, panels, thinned
 from fimo.reporting.results import Results
 from fimo.reporting.style import CEILING, DASHES, OTHER, PALETTE
 from fimo.reporting.task_curves import Curve
@@ -37,6 +37,7 @@ def all_figures(runs: Sequence[Results]) -> dict[str, dict[str, go.Figure]]:
     metrics = [m for m in runs[0].metrics if all(m in run.metrics for run in runs)]
     by_metric = {
         "agreement": agreement_figure,
+        "by_method": by_method_figure,
         "last": last_figure,
         "seeds": seeds_figure,
         "cost": cost_figure,
@@ -56,6 +57,37 @@ def all_figures(runs: Sequence[Results]) -> dict[str, dict[str, go.Figure]]:
 def agreement_figure(runs: Sequence[Results], metric: str) -> go.Figure:
     """Agreement against the amount of further training, with SEM bands and the noise ceiling."""
     return lines(runs, lambda run: agreement_table(run, metric), "epoch", EPOCHS, metric)
+
+
+def by_method_figure(runs: Sequence[Results], metric: str) -> go.Figure:
+    """The same, a panel for each method, in which runs are laid over one another with their ceilings."""
+    methods = compared(runs)
+    if not methods:
+        return go.Figure()
+    figure, cells = grid(methods, rows=math.ceil(len(methods) / 4))
+    named: set[str] = set()
+    for run, color in zip(runs, _run_colors(runs), strict=True):
+        table = agreement_table(run, metric)
+        for method, cell in zip(methods, cells, strict=True):
+            rows = thinned(table[table["method"] == method])
+            if rows.empty:
+                continue
+            band(figure, rows, "epoch", color, run.name, cell=cell, showlegend=run.name not in named)
+            named.add(run.name)
+            if len(rows) > 1 and rows["ceiling"].notna().any():
+                figure.add_scatter(
+                    x=rows["epoch"],
+                    y=rows["ceiling"],
+                    mode="lines",
+                    line={"color": color, "dash": "dash", "width": 1},
+                    name=f"ceiling, {run.name}",
+                    legendgroup=run.name,
+                    showlegend=False,
+                    hovertemplate="%{y:.3f}<extra>noise ceiling, " + run.name + "</extra>",
+                    **cell,
+                )
+    axes(figure, EPOCHS, metric)
+    return figure
 
 
 def last_figure(runs: Sequence[Results], metric: str) -> go.Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,10 +39,25 @@ def panels(runs: Sequence[Results]) -> tuple[go.Figure, list[Cell]]:
     """Return an empty figure and each run's cell: one panel, or one beside the other with a shared y-axis."""
     if len(runs) == 1:
         return go.Figure(), [{}]
-    titles = [run.name for run in runs]
-    figure = make_subplots(rows=1, cols=len(runs), shared_yaxes=True, subplot_titles=titles)
-    figure.update_layout(meta={"panels": len(runs)})
-    return figure, [{"row": 1, "col": k + 1} for k in range(len(runs))]
+    return grid([run.name for run in runs], rows=1)
+
+
+def grid(titles: Sequence[str], rows: int) -> tuple[go.Figure, list[Cell]]:
+    """Return an empty figure with a panel for each title, in rows of like length, and their cells.
+
+    All panels share the scale of their y-axes.
+    """
+    columns = math.ceil(len(titles) / rows)
+    cells = [{"row": 1 + k // columns, "col": 1 + k % columns} for k in range(len(titles))]
+    specs: list[list[Any]] = [[None] * columns for _ in range(rows)]
+    for cell in cells:
+        specs[cell["row"] - 1][cell["col"] - 1] = {}
+    figure = make_subplots(
+        rows=rows, cols=columns, shared_yaxes="all", subplot_titles=titles, specs=specs,
+        vertical_spacing=0.35 / rows,
+    )  # fmt: skip
+    figure.update_layout(meta={"panels": len(titles), "rowsOfPanels": rows})
+    return figure, [*cells]
 
 
 def lines(
@@ -183,9 +199,11 @@ def axes(figure: go.Figure, x_title: str, y_title: str) -> None:
     )
     figure.update_xaxes(title=x_title, zeroline=False, automargin=True)
     figure.update_yaxes(title=y_title, zeroline=True, automargin=True)
-    if figure.layout.annotations:  # a row of panels: one title for their shared y-axis
-        figure.update_yaxes(title="", col=None)
-        figure.update_layout(yaxis={"title": y_title})
+    if figure.layout.annotations:  # rows of panels: one title for a row's shared y-axis
+        figure.update_yaxes(title="")
+        figure.update_yaxes(title=y_title, col=1)
+        if x_title == EPOCHS and figure.layout.meta["panels"] > 4 * figure.layout.meta["rowsOfPanels"]:
+            figure.update_xaxes(title="epochs")  # in narrow panels the whole title runs into the next one's
     if x_title == EPOCHS:
         epochs_axis(figure)
 

@@ -4,7 +4,8 @@
 function narrowed(layout, element) {
   const panels = layout.meta?.panels || 1;
   const narrow = element.clientWidth < 620;
-  element.style.height = "";
+  const rows = layout.meta?.rowsOfPanels || 1;
+  element.style.height = rows > 1 && !narrow ? `${60 + 330 * rows}px` : "";
   if (!narrow) return layout;
   const legend = layout.showlegend !== false && !layout.legend?.orientation;
   const names = element.closest(".pair") ? 0 : 1;
@@ -13,10 +14,12 @@ function narrowed(layout, element) {
   const inner = height - 90 - (legend && names ? 150 : 0);
   if (legend) layout.legend = { ...layout.legend, orientation: "h", x: 0, y: -56 / Math.max(inner, 1), yanchor: "top", font: { size: 11 } };
   layout.margin = { ...layout.margin, l: 48, r: 8 };
+  const gap = 80 / inner; // for ticks, and the next panel's title
+  const size = (1 - gap * (panels - 1)) / panels;
   for (let k = 0; panels > 1 && k < panels; k++) {
     const id = k ? String(k + 1) : "";
-    const top = 1 - k / panels;
-    const bottom = 1 - (k + 1) / panels + (k < panels - 1 ? 0.13 : 0);
+    const top = 1 - k * (size + gap);
+    const bottom = Math.max(top - size, 0);
     layout[`xaxis${id}`] = { ...layout[`xaxis${id}`], domain: [0, 1] };
     layout[`yaxis${id}`] = { ...layout[`yaxis${id}`], domain: [bottom, top], showticklabels: true, title: layout.yaxis.title };
     if (k < panels - 1) layout[`xaxis${id}`].title = { text: "" };
