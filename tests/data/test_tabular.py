@@ -233,6 +233,14 @@ def test_a_class_of_one_row_is_warned_of_in_training_and_refused_in_the_test_par
         assert "dataset.target: column 'label' has only one row of its class: rare" in caplog.text
 
 
+def test_a_class_that_is_a_number_is_named_as_such_and_may_be_none(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("a,b,label\n" + "1,2,3\n2,1,4\n" * 5)
+    (tmp_path / "test.csv").write_text("a,b,label\n1,2,3\n1,2,8\n")
+    data = CsvData(tmp_path / "train.csv", "label", "classification", test_path=tmp_path / "test.csv")
+    with pytest.raises(InputError, match=r"class 8 in the test part only .*dataset\.task=regression"):
+        data.setup()
+
+
 def test_numbers_whose_squares_overflow_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "a,b,label\n" + ROWS + "\n1,-1e200,yes")
     with pytest.raises(InputError, match=r"column 'b' has -1e\+200 in data row 20 .* too large"):

@@ -97,7 +97,7 @@ def class_target(
             class in the test part only, which no training row can explain.
     """
     _check_filled(target, where)
-    name = str(target.name)
+    name, values = str(target.name), target.tolist()
     classes = sorted(target.unique().tolist())
     if len(classes) < 2:
         raise InputError(KEY, f"column {name!r} has one class only ({classes[0]!r})")
@@ -109,15 +109,17 @@ def class_target(
     if single := [c for c in classes if counts[c] == 1]:
         words = "only one row of its class" if len(single) == 1 else "only one row of each of these classes"
         log.warning("dataset.target: column %r has %s: %s", name, words, shortened(single))
-    learnt = set(target.iloc[train])
+    learnt = {values[row] for row in train.tolist()}
     if len(learnt) < 2:
         raise InputError(KEY, f"column {name!r} has one class only in the training part")
     for row in test.tolist():
-        if (found := target.iloc[row]) not in learnt:
+        if (found := values[row]) not in learnt:
+            number = "; a number, no class: dataset.task=regression" if isinstance(found, int | float) else ""
             raise InputError(
                 KEY,
                 f"column {name!r} has the class {found!r} in the test part only ({where(row)}), of which the "
-                "model can know nothing; move such rows, or leave them out (dataset.split_seed draws others)",
+                "model can know nothing; move such rows, or leave them out (dataset.split_seed draws others)"
+                + number,
             )
     indices = {c: k for k, c in enumerate(classes)}
     return tuple(map(str, classes)), target.map(indices).to_numpy(dtype=np.int64)
