@@ -50,6 +50,7 @@ def test_methods_and_their_settings_are_additions() -> None:
     [
         ("further_training.lrr=1", "further_training.lrr: unknown key; did you mean lr"),
         ("max_epochs=3", "max_epochs: unknown key; did you mean trainer.max_epochs"),
+        ("model.max_epochs=3", "model.max_epochs: unknown key; did you mean trainer.max_epochs"),
         (
             "further_trainin.lr=1",
             "further_trainin.lr: unknown key; did you mean model.lr or further_training",

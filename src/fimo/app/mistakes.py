@@ -110,9 +110,10 @@ def nearest_key(unknown: str, places: SearchPath) -> str:
         if parts[depth] not in siblings:
             break
     elsewhere = [k for k in known if k.split(".")[-1] == parts[-1] and not k.startswith("methods.")]
-    if elsewhere and depth == 0:
+    hint = nearest(parts[depth], siblings)
+    if elsewhere and (depth == 0 or not hint.startswith("did you mean")):
         return f"did you mean {' or '.join(elsewhere[:3])}?"
-    return nearest(parts[depth], siblings)
+    return hint
 
 
 def choices_with(key: str, places: SearchPath) -> list[str]:
