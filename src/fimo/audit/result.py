@@ -12,6 +12,7 @@ import pandas as pd
 
 from fimo.data.reading import EXACT
 from fimo.errors import InputError
+from fimo.store.csv_tables import write_csv
 from fimo.store.files import written_aside
 
 Verdict = Literal["helpful", "harmful", "unclear", ""]
@@ -76,7 +77,7 @@ class Audit:
         for name, table in tables.items():
             if table is not None:
                 with written_aside(folder / f"{name}.csv") as path:
-                    table.to_csv(path, index=False)
+                    write_csv(table, path)
         with written_aside(folder / "audit.json") as path:
             path.write_text(json.dumps(dict(self.summary), ensure_ascii=False, indent=1, allow_nan=False))
 
