@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from scipy import stats
 from tests.cases import CASES
 from tests.reference.further_training import plain_run
 
+from fimo.audit import duplicates as duplicates_module
 from fimo.audit.clusters import clusters, cosines, inner_products
 from fimo.audit.duplicates import duplicates, near_duplicates
 from fimo.audit.groups import Effects, Group, find_groups, group_table, measure_groups
@@ -58,6 +60,57 @@ def test_groups_around_a_leader_do_not_grow_along_chains() -> None:
     assert [len(g) for g in groups] == [15, 15]
     spacing = float(10 / 499 / x.std())
     assert max(groups[0]) - 250 == int(0.05 / spacing)
+
+
+def plain_groups(x: torch.Tensor, leaders: list[int], distance: float) -> list[tuple[int, ...]]:
+    """One leader after another, all of its rows by their differences."""
+    standard = (x - x.mean(0)) / x.std(0) / x.shape[1] ** 0.5
+    found: list[tuple[int, ...]] = []
+    for leader in leaders:
+        apart = (standard - standard[leader]).square().sum(1).sqrt()
+        members = (apart <= distance).nonzero()[:, 0]
+        taken = any(leader in group for group in found)
+        if not taken and len(members) > 1 and apart[members].max() > 0:
+            found.append(tuple(members.tolist()))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["chain", "crowd", "copies", "levels"])
+def test_near_duplicates_are_those_of_one_leader_after_another(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fimo.audit.duplicates.BLOCK", 64)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(400, 2, generator=generator, dtype=torch.float64)
+    if kind == "crowd":
+        x[100:] = 0.5 + 1e-3 * x[100:]
+    elif kind == "copies":
+        x[200:] = x[:200]
+        x[:40] = x[40:80] + 1e-3
+    elif kind == "levels":
+        x = (3 * x).round()
+        x[::7] += 1e-2
+    leaders = torch.randperm(400, generator=generator)[:150].tolist()
+    expected = plain_groups(x, leaders, 0.05)
+    assert near_duplicates(Instances(x, torch.zeros(400)), leaders, 0.05) == expected
+    assert expected
+
+
+def test_what_is_near_to_leaders_that_are_near_to_one_another_is_looked_for_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def noted(rows: torch.Tensor, leaders: torch.Tensor, *more: Any) -> Any:
+        asked.append(len(leaders))
+        return near(rows, leaders, *more)
+
+    near = duplicates_module._near
+    monkeypatch.setattr(duplicates_module, "_near", noted)
+    x = torch.cat([torch.rand(50, 3), 20 + 1e-4 * torch.rand(500, 3)])
+    (group,) = near_duplicates(Instances(x, torch.zeros(550)), list(range(100, 400)))
+    assert group == tuple(range(50, 550))
+    assert asked == [1]
 
 
 def test_products_of_noisy_effects_are_on_average_those_without_noise() -> None:

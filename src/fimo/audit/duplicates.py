@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -41,54 +41,82 @@ def near_duplicates(
     :func:`duplicates`. Only inputs of one floating-point tensor have distances.
 
     Args:
-        leaders: R rows, the most important first; O(R N d).
+        leaders: R rows, the most important first; O(R N d) in time.
         distance: root mean square over features that vary, each in its standard deviations over rows.
     """
     if not isinstance(train.inputs, Tensor) or not train.inputs.is_floating_point() or len(train) < 3:
         return []
     rows = train.inputs.reshape(len(train), -1).float()
-    leaders = [int(leader) for leader in leaders]
-    near = _pairs(rows, torch.tensor(leaders, device=rows.device), distance)
+    standard = _standard(rows)
+    if standard is None:
+        return []
+    first = torch.tensor([int(leader) for leader in leaders], device=rows.device)
+    first = first[_apart(standard(rows[first]), distance)]
     found: list[tuple[int, ...]] = []
     taken: set[int] = set()
-    for k, leader in enumerate(leaders):
-        members, apart = near[k]
-        if leader in taken or len(members) < 2 or max(apart) == 0:
+    near = _near(rows, standard(rows[first]), standard, distance)
+    for leader, (members, furthest) in zip(first.tolist(), near, strict=True):
+        if leader in taken or len(members) < 2 or furthest == 0:
             continue
-        taken.update(members)
-        found.append(tuple(members))
+        found.append(tuple(members.tolist()))
+        taken.update(found[-1])
     return found
 
 
-def _pairs(rows: Tensor, leaders: Tensor, distance: float) -> list[tuple[list[int], list[float]]]:
-    """Return for each of R leaders the rows within a distance of it, ascending, and how far they are.
+def _standard(rows: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Return what makes some rows ``[n, d]`` ones whose distances count; None where nothing varies.
+
+    Args:
+        rows: ``[N, d]``, all of them.
+    """
+    deviation, mean = rows.std(0), rows.mean(0)
+    vary = deviation > 0
+    if not vary.any():
+        return None
+    scale = deviation[vary] * vary.sum() ** 0.5
+    return lambda some: (some - mean)[:, vary] / scale
+
+
+def _apart(leaders: Tensor, distance: float) -> Tensor:
+    """Return the numbers of leaders ``[R, d]``, in order, that are not near to an earlier one of these.
+
+    The others make no group: they are in the earlier one's, or the same as it, and then it takes them or has
+    only such members. Of rows that are left, few are near to the same one, so that all that are near to them
+    are about N pairs and not R N.
+    """
+    kept: list[int] = []
+    for k, leader in enumerate(leaders):
+        if not kept or bool(((leaders[kept] - leader).square().sum(1).sqrt() > distance).all()):
+            kept.append(k)
+    return torch.tensor(kept, dtype=torch.int64, device=leaders.device)
+
+
+def _near(
+    rows: Tensor, leaders: Tensor, standard: Callable[[Tensor], Tensor], distance: float
+) -> list[tuple[Tensor, float]]:
+    """Return for each of R leaders the rows within a distance of it, ascending, and how far the furthest is.
 
     Products of matrices find candidates, and differences, which don't cancel, tell which are near.
 
     Args:
         rows: ``[N, d]``.
+        leaders: ``[R, d]``, standard.
     """
-    deviation, mean = rows.std(0), rows.mean(0)
-    vary = deviation > 0
-    near: list[tuple[list[int], list[float]]] = [([], []) for _ in leaders]
-    if not vary.any():
-        return near
-    scale = deviation[vary] * vary.sum() ** 0.5
-
-    def standard(some: Tensor) -> Tensor:
-        return (some - mean)[:, vary] / scale
-
-    ours = standard(rows[leaders])
-    size = ours.square().sum(1)
+    near: list[list[Tensor]] = [[] for _ in leaders]
+    furthest = torch.zeros(len(leaders), device=rows.device)
+    size = leaders.square().sum(1)
     for start in range(0, len(rows), BLOCK):
         theirs = standard(rows[start : start + BLOCK])
         whole = size[:, None] + theirs.square().sum(1)
         rounding = 1e-4 * whole  # of float32, with room
-        candidates = (whole - 2 * ours @ theirs.T <= distance**2 + rounding).nonzero()
+        candidates = (whole - 2 * leaders @ theirs.T <= distance**2 + rounding).nonzero()
         for some in candidates.split(BLOCK):
-            apart = (ours[some[:, 0]] - theirs[some[:, 1]]).square().sum(1).sqrt()
-            kept = apart <= distance
-            for (k, row), d in zip(some[kept].tolist(), apart[kept].tolist(), strict=True):
-                near[k][0].append(start + row)
-                near[k][1].append(d)
-    return near
+            apart = (leaders[some[:, 0]] - theirs[some[:, 1]]).square().sum(1).sqrt()
+            which, row = some[apart <= distance].unbind(1)
+            furthest.scatter_reduce_(0, which, apart[apart <= distance], "amax")
+            for k in which.unique().tolist():
+                near[k].append(start + row[which == k])
+    none = torch.empty(0, dtype=torch.int64)
+    return [
+        (torch.cat(parts) if parts else none, f) for parts, f in zip(near, furthest.tolist(), strict=True)
+    ]
