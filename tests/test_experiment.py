@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fimo.app.experiment import check_finite, refuse_poor
+from fimo.app.experiment import refuse_poor
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.evaluation import evaluate
 from fimo.further_training import Sensitivity
+from fimo.further_training.sensitivity import check_finite
 from fimo.models.final_model import FinalModel
 
 ROOT = Path(__file__).parents[1]

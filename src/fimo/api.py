@@ -23,7 +23,7 @@ from fimo.engine.protocol import Protocol
 from fimo.errors import InputError, reason
 from fimo.further_training.gold_standard import evaluation_points
 from fimo.further_training.gold_standard import further_train as _further_train
-from fimo.further_training.sensitivity import Sensitivity
+from fimo.further_training.sensitivity import Sensitivity, check_finite
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.further_training.trajectory_recorder import full_runs
 from fimo.methods.catalogue import method_of
@@ -83,7 +83,8 @@ def further_train(
         The sensitivity ``[E, J, L]`` with the raw changes of each seed, on the CPU.
 
     Raises:
-        InputError: in one line, what can't be right: the argument, what was found, what is allowed.
+        InputError: in one line, what can't be right: the argument, what was found, what is allowed; or that
+            all runs diverged.
 
     Example:
         >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
@@ -107,6 +108,7 @@ def further_train(
         store=_store(store),
         trainer={**_trainer(device), "enable_progress_bar": progress},
     )
+    check_finite(found.sensitivity)
     return replace(found, test_hash=_content(test))
 
 

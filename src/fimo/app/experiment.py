@@ -14,7 +14,6 @@ import pandas as pd
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
 from fimo.app.amounts import settle_amounts
 from fimo.app.audit_report import write_audit
@@ -48,7 +47,7 @@ from fimo.data.datamodule import InstancesModule
 from fimo.engine.context import check_micro_batches
 from fimo.errors import InputError
 from fimo.evaluation import Evaluation, assess
-from fimo.further_training.sensitivity import Sensitivity
+from fimo.further_training.sensitivity import Sensitivity, check_finite
 from fimo.live.agreement import logs_agreement
 from fimo.live.callbacks import LogsFurtherTraining, LogsTraining
 from fimo.live.trainers_logger import TrainersLogger
@@ -344,23 +343,6 @@ def refuse_poor(final_model: FinalModel, data: InstancesModule) -> None:
         log.info("%s", untold(found))
     elif found.poor is not None:
         raise InputError("model", f"{found.poor} model.accept_poor=true explains it all the same")
-
-
-def check_finite(sensitivity: Tensor) -> None:
-    """Warn of runs that diverged, and end where nothing is left to compare with.
-
-    Args:
-        sensitivity: ``[E, J, L]``.
-
-    Raises:
-        InputError: none is finite at the last evaluation point.
-    """
-    finite = torch.isfinite(sensitivity)
-    if not finite[-1].any():
-        raise InputError("further_training.lr", "all runs diverged: no loss change is finite; lower it?")
-    if not finite.all():
-        share = 1 - float(finite.float().mean())
-        log.warning("further training diverged in part: %.1f %% of it is not finite", 100 * share)
 
 
 def best_agreement(table: pd.DataFrame, metric: str) -> float:

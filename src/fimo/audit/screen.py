@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fimo.audit.question import Question, Resources
+from fimo.errors import InputError
 from fimo.further_training.stacked_adjoint import adjoints
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.linear_response.gradient_flow import MeanBatchResponse
@@ -55,8 +56,13 @@ def screen(question: Question, seeds: Sequence[int], resources: Resources) -> Sc
 
     Args:
         seeds: S, others than those of the real runs that are to be predicted.
+
+    Raises:
+        InputError: the full runs diverge.
     """
     found = adjoint_scores(question, seeds, resources)
+    if not torch.isfinite(found).any():
+        raise InputError("further_training.lr", "the full runs diverge: no score is finite; lower it?")
     return Screened(
         *trimmed(found), self_effects(question, resources), tuple(seeds),
         f"adjoint of {len(seeds)} full runs",

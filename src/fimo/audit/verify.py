@@ -23,6 +23,7 @@ from fimo.audit.verdicts import (
 )
 from fimo.data.instances import Instances
 from fimo.further_training.gold_standard import further_train
+from fimo.further_training.sensitivity import check_finite
 from fimo.models.final_model import FinalModel
 from fimo.store.fingerprint import Problem
 from fimo.validation.choices import spaced
@@ -232,6 +233,7 @@ class _Runs:
             self.chosen.rows[index].tolist(), store=resources.store, trainer=resources.trainer,
             problem=known, keep_states=False,
         )  # fmt: skip
+        check_finite(found.raw)
         assert found.full_losses is not None
         raw, full = found.raw[:, -1].double(), found.full_losses[:, -1]
         count, rows = question.weight.shape[1], slice(seeds[0], seeds[-1] + 1)

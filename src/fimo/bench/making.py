@@ -18,7 +18,6 @@ from omegaconf import DictConfig
 
 from fimo.app.effects import with_rows
 from fimo.app.environment import versions
-from fimo.app.experiment import check_finite
 from fimo.app.plan import part
 from fimo.bench.card import write_card
 from fimo.bench.gold_standard import ABOUT, CARD, FINAL_MODEL, SENSITIVITY
@@ -28,7 +27,7 @@ from fimo.cost import Cost, measured
 from fimo.errors import InputError
 from fimo.evaluation.ceiling import noise_ceilings
 from fimo.evaluation.metrics import DEFAULT
-from fimo.further_training.sensitivity import Sensitivity
+from fimo.further_training.sensitivity import Sensitivity, check_finite
 from fimo.store.files import written_aside
 
 log = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 from fimo.errors import InputError
 from fimo.further_training.distribution import compared
 from fimo.store.files import read_tensors, written_aside
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -199,3 +202,20 @@ def write_in_pieces(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
         for t in tensors.values():
             for piece in t.detach().cpu().contiguous().reshape(-1).split(2**22):
                 file.write(piece.numpy().tobytes())
+
+
+def check_finite(changes: Tensor) -> None:
+    """Warn of runs that diverged, and end where nothing is left at the end of further training.
+
+    Args:
+        changes: of losses, or scores that predict them, ``[..., E, J, L]``.
+
+    Raises:
+        InputError: none is finite at the last evaluation point.
+    """
+    finite = torch.isfinite(changes)
+    if not finite[..., -1, :, :].any():
+        raise InputError("further_training.lr", "all runs diverged: no loss change is finite; lower it?")
+    if not finite.all():
+        share = 1 - float(finite.float().mean())
+        log.warning("further training diverged in part: %.1f %% of it is not finite", 100 * share)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from fimo.engine.protocol import Protocol
+from fimo.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,19 @@ class FurtherTraining:
     steps: tuple[int, ...]
     seeds: tuple[int, ...]
     full_runs: Callable[[], Iterator[Trajectory]]
+
+    def refusing_divergence(self) -> FurtherTraining:
+        """Return the same, whose full runs end in an InputError where one's last parameters aren't finite."""
+
+        def finite() -> Iterator[Trajectory]:
+            for run in self.full_runs():
+                if not all(p.isfinite().all() for p in run.parameters[-1].values()):
+                    raise InputError(
+                        "further_training.lr", f"the full run of seed {run.seed} diverges; lower it?"
+                    )
+                yield run
+
+        return replace(self, full_runs=finite)
 
     def first(self, seeds: int) -> FurtherTraining:
         """Return the further training of the first so many seeds."""

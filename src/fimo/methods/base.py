@@ -161,7 +161,8 @@ class AttributionMethod(ABC):
             dtype, on its device.
 
         Raises:
-            InputError: the method follows further training and none was given, or an index is out of range.
+            InputError: the method follows further training and none was given, or one that diverges; or an
+                index is out of range.
         """
         if self.follows_further_training and further_training is None:
             raise InputError(
@@ -176,13 +177,19 @@ class AttributionMethod(ABC):
         index = None if left_out is None else choices.indices(left_out, len(train), "left_out")
         if index is not None and torch.equal(index, torch.arange(len(train))):
             index = None
-        problem = AttributionProblem(final_model, train, test, index, further_training)
+        given = None if further_training is None else further_training.refusing_divergence()
+        problem = AttributionProblem(final_model, train, test, index, given)
         if extremes is not None:
             extremes = choices.count(extremes, "extremes")
             if (chosen := self.extreme_scores(problem, extremes)) is not None:
                 return chosen
         found = self.scores(problem)
         found = found if isinstance(found, Scores) else self.result(problem, found)
+        if self.follows_further_training and not torch.isfinite(found.values[-1]).any():
+            raise InputError(
+                "further_training.lr",
+                f"{type(self).__name__} has no finite score at the end: the full runs diverge; lower it?",
+            )
         if further_training is not None and self.follows_further_training and not self.follows_seeds:
             # the amount of it alone was matched, not what its rule leaves out together
             copies = make_rule(further_training.protocol, train).multiplicity(problem.index)
