@@ -280,7 +280,9 @@ def test_a_report_of_scores_opens_without_a_run(
         fimo.load_run(tmp_path)
 
 
-def test_what_is_a_little_wrong_is_said_in_one_line(model: fimo.FinalModel, truth: fimo.Sensitivity) -> None:
+def test_what_is_a_little_wrong_is_said_in_one_line(
+    model: fimo.FinalModel, truth: fimo.Sensitivity, tmp_path: Path
+) -> None:
     data = (X, Y)
     with pytest.raises(fimo.InputError, match=r"further_training: expected a fimo\.Protocol.* but got 'sgd'"):
         fimo.further_train(model, data, data, "sgd", 2, [0])  # type: ignore[arg-type]
@@ -295,6 +297,23 @@ def test_what_is_a_little_wrong_is_said_in_one_line(model: fimo.FinalModel, trut
     assert set(fimo.evaluate({"graddot": found}, truth, "cosine")["metric"]) == {"cosine"}
     with pytest.raises(fimo.InputError, match="test: expected 0 to 3 but got first"):
         found.top(test="first")  # type: ignore[arg-type]
+    with pytest.raises(fimo.InputError, match="truth: expected what further_train returns but got NoneType"):
+        fimo.evaluate({"g": found}, None)  # type: ignore[arg-type]
+    with pytest.raises(fimo.InputError, match="scores of g: expected Scores or an array but got object"):
+        fimo.evaluate({"g": object()}, truth)  # type: ignore[dict-item]
+    found.save(tmp_path / "scores.safetensors")
+    truth.save(tmp_path / "truth.safetensors")
+    (tmp_path / "text").write_text("no tensors")
+    for read, file, said in (
+        (fimo.Sensitivity, "scores", r"scores\.safetensors: holds no tensor 'sensitivity'"),
+        (fimo.Scores, "truth", r"truth\.safetensors: holds no tensor 'scores'"),
+    ):
+        with pytest.raises(fimo.InputError, match=said):
+            read.load(tmp_path / f"{file}.safetensors")
+        with pytest.raises(fimo.InputError, match="text: is no safetensors file"):
+            read.load(tmp_path / "text")
+        with pytest.raises(fimo.InputError, match="none: there is no such file"):
+            read.load(tmp_path / "none")
 
 
 def test_scores_of_other_test_instances_or_of_other_further_training_are_refused(
@@ -307,6 +326,20 @@ def test_scores_of_other_test_instances_or_of_other_further_training_are_refused
     for scores_, gold in ((other, truth), (fimo.Scores.load(tmp_path / "scores.safetensors"), read)):
         with pytest.raises(fimo.InputError, match="scores of g: they explain other test instances"):
             fimo.evaluate({"g": scores_}, gold)
+    for name, given, problem in (
+        ("train", (model, (X.flip(0), Y.flip(0))), "are of other training instances .* another order"),
+        ("model", (fimo.FinalModel(torch.nn.Linear(3, 1), "mse", accept_poor=True), (X, Y)), "another final"),
+    ):
+        moved = fimo.attribute(*given, (X[:4], Y[:4]), "graddot")
+        moved.save(tmp_path / f"{name}.safetensors")
+        for scores_, gold in ((moved, truth), (fimo.Scores.load(tmp_path / f"{name}.safetensors"), read)):
+            with pytest.raises(fimo.InputError, match=f"scores of g: they .*{problem}"):
+                fimo.evaluate({"g": scores_}, gold)
+        kept = moved.values[:, truth.left_out]
+        table = fimo.evaluate({"g": kept.numpy()}, truth)
+        assert table.equals(fimo.evaluate({"g": kept}, truth))
+    wide = fimo.attribute(model.to(dtype=torch.float64), (X, Y), (X[:4], Y[:4]), "graddot")
+    assert len(fimo.evaluate({"g": wide}, truth))
     arrays = fimo.attribute(model, (X, Y), (X[:4].double().numpy(), Y[:4].numpy()), "graddot")
     assert len(fimo.evaluate({"g": arrays}, read))
     longer = fimo.Protocol(optimizer="sgd", lr=0.05, batch_size=10, epochs=3, evaluate_every=2)

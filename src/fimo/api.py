@@ -29,6 +29,7 @@ from fimo.further_training.trajectory_recorder import full_runs
 from fimo.methods.catalogue import method_of
 from fimo.models.final_model import FinalModel
 from fimo.scores import Scores
+from fimo.store.description import describe
 from fimo.store.files import Store
 from fimo.store.fingerprint import data_hash
 from fimo.validation import choices
@@ -109,7 +110,7 @@ def further_train(
         trainer={**_trainer(device), "enable_progress_bar": progress},
     )
     check_finite(found.sensitivity)
-    return replace(found, test_hash=_content(test))
+    return replace(found, **_hashes(model, train, test))
 
 
 @overload
@@ -199,7 +200,7 @@ def attribute(
         further_training = followed(model, train_instances, further_training, seeds, store)
     indices = choices.indices(left_out, len(train_instances), "left_out")
     same = extremes is None and _same_instances(test_instances, train_instances, indices)
-    content, found = _content(test_instances), {}
+    hashes, found = _hashes(model, train_instances, test_instances), {}
     with shared_rows(model) if len(chosen) > 1 else nullcontext() as shared:
         for name, each in chosen.items():
             began, spared = time.perf_counter(), shared.seconds if shared else 0.0
@@ -208,7 +209,7 @@ def attribute(
             )
             scores = scores.to("cpu")
             seconds = time.perf_counter() - began + (shared.seconds - spared if shared else 0.0)
-            found[name] = replace(scores, method=name, of_themselves=same, test_hash=content, seconds=seconds)
+            found[name] = replace(scores, method=name, of_themselves=same, seconds=seconds, **hashes)
     return found if isinstance(method, list | tuple) else found[name]
 
 
@@ -301,9 +302,10 @@ def evaluate(
     """Judge scores by the sensitivity, beside the ceilings that its number of seeds allows.
 
     Args:
-        scores: by name: :class:`Scores`, or tensors ``[J, L]`` or ``[E, J, L]`` of methods of one's own.
+        scores: by name: :class:`Scores`, or tensors or arrays ``[J, L]`` or ``[E, J, L]`` of methods of one's
+            own.
             Scores of all N training instances are judged on those that the gold standard left out.
-        truth: the gold standard, of the same test instances.
+        truth: the gold standard, of the same final model, training and test instances.
         metrics: of ``cosine``, ``spearman``, ``pearson``, …; the usual ones when None.
 
     Returns:
@@ -312,7 +314,7 @@ def evaluate(
         standard error over test instances.
 
     Raises:
-        InputError: shapes that don't fit, an unknown metric.
+        InputError: shapes that don't fit, scores of something else, an unknown metric.
 
     Example:
         >>> raw = torch.randn(4, 1, 3, 8, generator=torch.Generator().manual_seed(0))
@@ -326,11 +328,24 @@ def evaluate(
         raise InputError(
             "scores", f"expected scores by name, {{'ekfac': scores}}, but got {type(scores).__name__}"
         )
+    if not isinstance(truth, Sensitivity):
+        raise InputError("truth", f"expected what further_train returns but got {type(truth).__name__}")
     metrics = [metrics] if isinstance(metrics, str) else metrics
     from fimo.evaluation import COLUMNS, METRICS, assess  # torchmetrics takes seconds to import
 
-    judged = {name: ("", found) if isinstance(found, Tensor) else found for name, found in scores.items()}
+    judged = {name: _judged(name, found) for name, found in scores.items()}
     return assess(judged, truth, tuple(metrics or METRICS), resamples=0).table[COLUMNS]  # type: ignore[arg-type]
+
+
+def _judged(name: str, found: Any) -> Scores | tuple[str, Tensor]:
+    if isinstance(found, Scores | tuple):
+        return found
+    try:
+        return "", torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"scores of {name}", f"expected Scores or an array but got {type(found).__name__}"
+        ) from None
 
 
 def load_run(folder: str | Path) -> Results:
@@ -440,9 +455,23 @@ def _trainer(device: str | torch.device) -> dict[str, Any]:
     return {"accelerator": "gpu" if where.type == "cuda" else where.type, "devices": [where.index or 0]}
 
 
-def _content(instances: Instances) -> str:
-    """Return a hash of instances that is the same for a model in another precision."""
-    return data_hash(instances.to("cpu", torch.float32))
+def _hashes(model: FinalModel, train: Instances, test: Instances) -> dict[str, Any]:
+    """Return hashes of what is explained, the same for a model in another precision.
+
+    Of many training instances a sample stands for all: what matters is that an index means the same one.
+    """
+    rows = torch.tensor(choices.spaced(min(SAMPLE, len(train)), len(train)))
+    some = train[rows.to(train.targets.device)].to("cpu", torch.float32)
+    state = {name: t.float().cpu() if t.is_floating_point() else t.cpu() for name, t in model.state().items()}
+    return {
+        "test_hash": data_hash(test.to("cpu", torch.float32)),
+        "train_hash": describe([len(train), data_hash(some)], "train"),
+        "model_hash": describe(state, "model"),
+    }
+
+
+SAMPLE = 4096
+"""Training instances whose content is hashed."""
 
 
 def _methods(

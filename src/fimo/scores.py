@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fimo.errors import InputError, shortened
 from fimo.extras import STATIC_FIGURES, require
-from fimo.store.files import read_tensors, write_tensors
+from fimo.store.files import read_as, write_tensors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +55,8 @@ class Scores:
         groups: ``[L, G]`` int64, members of left-out groups, padded with -1; None for single instances.
         test: ``[J]`` int64, which instances of a larger test set these are, where that is known.
         seconds: wall-clock time of computing them, full runs included; NaN where it wasn't measured.
-        test_hash: of the test instances' content, where it is known; see :class:`fimo.Sensitivity`.
+        test_hash, train_hash, model_hash: of what they are of, where it is known; see
+            :class:`fimo.Sensitivity`.
         ranks: for how many places at each end :meth:`top` is right, where others were left out.
         of_themselves: whether test instance k is left-out instance k, so that the diagonal is self-influence.
 
@@ -81,6 +81,8 @@ class Scores:
     test: Tensor | None = None
     of_themselves: bool = False
     test_hash: str = ""
+    train_hash: str = ""
+    model_hash: str = ""
     seconds: float = math.nan
     ranks: int | None = None
 
@@ -316,10 +318,13 @@ class Scores:
 
     @classmethod
     def load(cls, path: Path | str) -> Scores:
-        """Read what :meth:`save` wrote, or a file with ``scores`` and ``left_out`` alone."""
-        with safe_open(path, "pt") as file:
-            rest = json.loads((file.metadata() or {}).get("fields", "{}"))
-        tensors = read_tensors(Path(path))
+        """Read what :meth:`save` wrote, or a file with ``scores`` and ``left_out`` alone.
+
+        Raises:
+            InputError: the file holds no scores.
+        """
+        tensors, metadata = read_as(Path(path), "scores", "left_out")
+        rest = json.loads(metadata.get("fields", "{}"))
         fields: dict[str, Any] = {field: tensors.get(name) for name, field in TENSORS.items()}
         followed = tensors.get("followed_seeds", torch.tensor([])).long()
         rest["notes"] = tuple(rest.get("notes", ()))
@@ -343,6 +348,8 @@ TENSORS = {
 METADATA = (
     "method",
     "test_hash",
+    "train_hash",
+    "model_hash",
     "access",
     "predicts_loss_change",
     "withheld",

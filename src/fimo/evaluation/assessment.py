@@ -233,15 +233,26 @@ def _entry(
     return _Entry(values, str(access), bool(loss_change), how)
 
 
+OTHERS = {
+    "test_hash": "explain other test instances than the sensitivity's",
+    "train_hash": "are of other training instances than the sensitivity's, or of another order",
+    "model_hash": "explain another final model than the sensitivity's; to compare a proxy's: scores.values",
+}
+"""Where hashes differ."""
+
+
 def aligned(scores: Scores, sensitivity: Sensitivity, name: str = "method") -> Scores:
     """Return scores of a sensitivity's left-out instances (or groups), chosen from those of more.
 
     Raises:
-        InputError: there are none of some of them, or they are of other test instances.
+        InputError: there are none of some of them, or they are of other test or training instances or of
+            another final model.
     """
-    hashes = {scores.test_hash, sensitivity.test_hash} - {""}
-    if len(hashes) > 1 or (scores.test is not None and not torch.equal(scores.test, sensitivity.test)):
-        raise InputError(f"scores of {name}", "they explain other test instances than the sensitivity's")
+    for key, other in OTHERS.items():
+        if len({getattr(scores, key), getattr(sensitivity, key)} - {""}) > 1:
+            raise InputError(f"scores of {name}", f"they {other}")
+    if scores.test is not None and not torch.equal(scores.test, sensitivity.test):
+        raise InputError(f"scores of {name}", f"they {OTHERS['test_hash']}")
     if scores.step is not None and scores.step.tolist() != sensitivity.step.tolist():
         said = f"{scores.step.tolist()} steps of further training, not {sensitivity.step.tolist()}"
         raise InputError(f"scores of {name}", f"they predict {said}")

@@ -12,14 +12,16 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fimo.errors import InputError
 from fimo.further_training.distribution import compared
-from fimo.store.files import read_tensors, written_aside
+from fimo.store.files import read_as, written_aside
 
 log = logging.getLogger(__name__)
+
+HASHES = ("test_hash", "train_hash", "model_hash")
+"""Of what a sensitivity, or scores, are of."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Sensitivity:
             holds the first of each).
         left_out_row, test_row: ``[L]``, ``[J]`` int64, where it is known, the 0-based data rows of the user's
             file that they are; of groups, as ``left_out``, their first members'.
-        test_hash: of the test instances' content, where it is known, so that scores of others are refused.
+        test_hash, train_hash, model_hash: of the test instances' content, of (a sample of) the training
+            instances' and of the final model's, where they are known, so that scores of others are refused.
     """
 
     raw: Tensor
@@ -59,6 +62,8 @@ class Sensitivity:
     left_out_row: Tensor | None = None
     test_row: Tensor | None = None
     test_hash: str = ""
+    train_hash: str = ""
+    model_hash: str = ""
 
     @property
     def adjusted(self) -> Tensor:
@@ -132,9 +137,8 @@ class Sensitivity:
         if with_raw:
             tensors["raw"] = self.raw
         metadata = {"subtract_mean": str(self.subtract_mean).lower()}
-        write_in_pieces(
-            Path(path), tensors, metadata | ({"test_hash": self.test_hash} if self.test_hash else {})
-        )
+        known = {name: value for name in HASHES if (value := getattr(self, name))}
+        write_in_pieces(Path(path), tensors, metadata | known)
 
     @classmethod
     def load(cls, path: Path | str, subtract_mean: bool | None = None) -> Sensitivity:
@@ -146,7 +150,8 @@ class Sensitivity:
             subtract_mean: adjust in this way instead, which needs the raw changes.
 
         Raises:
-            InputError: the other adjustment is asked for and the file has no raw changes.
+            InputError: the file holds no sensitivity, or the other adjustment is asked for and it has no raw
+                changes.
         """
         found, has_raw = load_sensitivity(path)
         if subtract_mean is None or subtract_mean == found.subtract_mean:
@@ -165,15 +170,14 @@ def load_sensitivity(path: Path | str) -> tuple[Sensitivity, bool]:
     Where they were not, the adjusted mean over seeds stands for the raw change of one seed: agreements with
     all seeds are the same, and nothing that needs single seeds is shown.
     """
-    tensors = read_tensors(Path(path))
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
+    tensors, metadata = read_as(Path(path), "sensitivity")
     adjusted = metadata.get("subtract_mean", "true") == "true"
     mean = tensors.pop("sensitivity")
     has_raw = "raw" in tensors
     if not has_raw:
         tensors["raw"] = mean[None]
-    found = Sensitivity(**tensors, subtract_mean=adjusted, test_hash=metadata.get("test_hash", ""))
+    fields: dict[str, Any] = tensors | {name: metadata.get(name, "") for name in HASHES}
+    found = Sensitivity(**fields, subtract_mean=adjusted)
     return found, has_raw
 
 

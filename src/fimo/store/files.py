@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fimo.errors import InputError
+from fimo.errors import InputError, shortened
 from fimo.store import VERSION
 
 
@@ -105,6 +106,29 @@ def could_not_write(path: Path, error: Exception) -> OSError:
     if code is None:
         return OSError(f"{path}: could not be written ({error})")
     return OSError(code, os.strerror(code), str(path))
+
+
+def read_as(path: Path, *names: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a user's safetensors file.
+
+    Args:
+        names: of tensors that it must have.
+
+    Raises:
+        InputError: with the path: there is none, it is of another kind, or a tensor is missing.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        tensors = read_tensors(path)
+    except FileNotFoundError:
+        raise InputError(str(path), "there is no such file") from None
+    except SafetensorError as error:
+        raise InputError(str(path), f"is no safetensors file ({error})") from None
+    for name in names:
+        if name not in tensors:
+            raise InputError(str(path), f"holds no tensor {name!r}; there are {shortened(sorted(tensors))}")
+    return tensors, metadata
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
