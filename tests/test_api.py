@@ -316,6 +316,36 @@ def test_what_is_a_little_wrong_is_said_in_one_line(
             read.load(tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    ("method", "setting", "said"),
+    [
+        ("trak", {"dimension": 2.5}, r"dimension: expected a whole number but got 2\.5"),
+        ("random", {"seed": "a"}, "seed: expected a whole number but got 'a'"),
+        ("ekfac", {"samples": True}, "samples: expected a whole number but got True"),
+        ("graddot", {"memory_mb": "1"}, "memory_mb: expected a number but got '1'"),
+        ("tracin", {"lr": -1.0}, r"lr: expected positive learning rates but got \[-1\.0\]"),
+        ("less", {"lr": [float("nan")]}, r"lr: expected positive learning rates but got \[nan\]"),
+        ("tracin", {"checkpoints": []}, "checkpoints: expected at least one but got none"),
+    ],
+)
+def test_settings_of_another_kind_are_refused_as_on_the_command_line(
+    model: fimo.FinalModel, method: str, setting: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(fimo.InputError, match=f"^{said}"):
+        fimo.attribute(model, (X, Y), (X[:4], Y[:4]), method, **setting)
+
+
+def test_numpy_s_numbers_and_paths_are_settings(model: fimo.FinalModel, tmp_path: Path) -> None:
+    data = (model, (X, Y), (X[:4], Y[:4]))
+    found = fimo.attribute(*data, "logra", dimension=np.int64(2), damping=np.float32(0.5), cache=tmp_path)
+    kept = fimo.attribute(*data, "logra", dimension=2, damping=0.5, cache=str(tmp_path))
+    assert torch.equal(found.values, kept.values)
+    assert torch.equal(
+        fimo.attribute(*data, "tracin", lr=np.array([2.0])).values,
+        fimo.attribute(*data, "tracin", lr=2).values,
+    )
+
+
 def test_scores_of_other_test_instances_or_of_other_further_training_are_refused(
     model: fimo.FinalModel, truth: fimo.Sensitivity, tmp_path: Path
 ) -> None:

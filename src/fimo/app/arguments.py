@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 import traceback
-import types
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from hydra._internal.utils import _locate
 from omegaconf import DictConfig, ListConfig
 
 from fimo.errors import InputError, nearest
+from fimo.validation.annotations import described, fits
 
 HYDRAS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")
 
@@ -82,46 +82,6 @@ def _lacking(error: BaseException, name: str) -> str | None:
             return f"{where} imports {lacks!r}, which is not installed"
         cause = cause.__cause__ or cause.__context__
     return None
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Return whether a configured value is one that an annotation allows; True where it can't be told."""
-    if hint is Any or hint is inspect.Parameter.empty:
-        return True
-    if get_origin(hint) in (Union, types.UnionType):
-        return any(fits(value, option) for option in get_args(hint))
-    if hint is type(None):
-        return value is None
-    if get_origin(hint) is Literal:
-        return True  # the constructor says which are allowed
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is str:
-        return isinstance(value, str)
-    if _is_list(hint):
-        return isinstance(value, ListConfig | list | tuple)
-    return value is not None
-
-
-def described(hint: Any) -> str:
-    """Return an annotation in a user's words."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(map(described, get_args(hint))))
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    if hint in words:
-        return words[hint]
-    if hint is type(None):
-        return "null"
-    return "a list" if _is_list(hint) else "settings"
-
-
-def _is_list(hint: Any) -> bool:
-    origin = get_origin(hint) or hint
-    return isinstance(origin, type) and issubclass(origin, Sequence | tuple | list) and origin is not str
 
 
 def _shown(value: Any) -> str:

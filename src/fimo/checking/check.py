@@ -18,7 +18,7 @@ from fimo.checking.verdict import Check, Line, Verdict, fails, warns
 from fimo.data.instances import Instances
 from fimo.engine.pace import Pace
 from fimo.engine.protocol import Protocol
-from fimo.errors import reason
+from fimo.errors import InputError, reason
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
 from fimo.validation import choices
@@ -61,8 +61,10 @@ def check(
         determinism, rounding, linearity, the seeds needed, and times.
 
     Raises:
-        InputError: seeds or left-out instances that there are not.
+        InputError: no protocol, or seeds or left-out instances that there are not.
     """
+    if not isinstance(protocol, Protocol):
+        raise InputError("protocol", f"expected a fimo.Protocol but got {protocol!r}")
     began = time.monotonic()
     with _quiet():
         first, train, test = _admitted(final_model, train, test)

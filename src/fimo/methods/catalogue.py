@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from fimo.errors import InputError, nearest, reason
+from fimo.validation.annotations import described, fits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,10 +106,14 @@ def method_of(method: Method, settings: Mapping[str, Any]) -> tuple[str, Attribu
         name, kind, given = method.__name__, method, dict(settings)
     else:
         raise InputError("method", f"expected a name, a class or an object but got {method!r}")
-    parameters = inspect.signature(kind).parameters
-    for key in given:
+    own = kind.__module__.startswith("fimo.")  # elsewhere annotations may say what the author likes
+    parameters = inspect.signature(kind, eval_str=own).parameters
+    for key, value in given.items():
         if key not in parameters:
             raise InputError(key, f"{name} has no such setting; {nearest(key, list(parameters))}")
+        hint = parameters[key].annotation
+        if own and not fits(value, hint):
+            raise InputError(key, f"expected {described(hint)} but got {value!r}")
     try:
         return name, kind(**given)
     except TypeError as error:

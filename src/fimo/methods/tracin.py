@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 
 import torch
@@ -70,12 +71,16 @@ def rates_of(checkpoints: Sequence[object] | None, lr: float | Sequence[float]) 
     """Return the learning rate at each checkpoint; at the final model alone when ``checkpoints`` is None.
 
     Raises:
-        InputError: there is no checkpoint, or another number of rates.
+        InputError: there is no checkpoint, another number of rates, or one that is not positive.
     """
     count = 1 if checkpoints is None else len(checkpoints)
-    rates = [float(lr)] * count if isinstance(lr, int | float) else [float(x) for x in lr]
-    if count == 0 or len(rates) != count:
+    if count == 0:
+        raise InputError("checkpoints", "expected at least one but got none")
+    rates = [float(x) for x in lr] if isinstance(lr, Sized) else [float(lr)] * count
+    if len(rates) != count:
         raise InputError("lr", f"expected one learning rate per checkpoint but got {len(rates)} for {count}")
+    if not all(0 < rate < math.inf for rate in rates):
+        raise InputError("lr", f"expected positive learning rates but got {rates}")
     return rates
 
 
