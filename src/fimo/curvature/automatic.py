@@ -12,6 +12,7 @@ from torch.func import vjp, vmap
 from fimo.data.instances import Inputs, Instances
 from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
+from fimo.models.rounding import LOWER, TOLERANCE, alike
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +24,13 @@ class AutomaticRows:
         final_model: in eval mode.
 
     Attributes:
-        vectorise: until ``torch.func`` fails, which is told once.
+        vectorise: until ``torch.func`` fails, or gives something else for the first instance than automatic
+            differentiation of it alone, which is told once.
     """
 
     def __init__(self, final_model: FinalModel) -> None:
         self.final_model, self.buffers, self.vectorise = final_model, final_model.buffers(), True
+        self._sizes: set[tuple[int, int]] = set()  # n and R that were tried
 
     def rows(self, instances: Instances, vectors: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Return ``[n, R, P]``.
@@ -39,7 +42,9 @@ class AutomaticRows:
         if self.vectorise:
             try:
                 with plain_attention():
-                    return vmap(functools.partial(self._one, parameters))(instances.inputs, vectors)
+                    found = vmap(functools.partial(self._one, parameters))(instances.inputs, vectors)
+                self._compare(found, instances, vectors, parameters)
+                return found
             except (RuntimeError, ValueError) as error:
                 if "out of memory" in str(error).lower():
                     raise
@@ -50,6 +55,24 @@ class AutomaticRows:
             return torch.stack(
                 [self._single(parameters, instances[i : i + 1], vectors[i]) for i in range(len(instances))]
             )
+
+    def _compare(
+        self, found: Tensor, instances: Instances, vectors: Tensor, parameters: dict[str, Tensor]
+    ) -> None:
+        """Compare with the first instance alone; operations batched wrongly may go by the numbers of both.
+
+        Raises:
+            RuntimeError: they differ.
+        """
+        size = (vectors.shape[0], vectors.shape[1])
+        if size in self._sizes:
+            return
+        with plain_attention():
+            alone = self._single(parameters, instances[:1], vectors[0])
+        tolerance = TOLERANCE.get(found.dtype, LOWER)
+        if found.shape != (*size, alone.shape[1]) or not alike([found[0]], [alone], tolerance):
+            raise RuntimeError("an operation's gradients differ from those of an instance alone")
+        self._sizes.add(size)
 
     def _one(self, parameters: dict[str, Tensor], inputs: Inputs, vectors: Tensor) -> Tensor:
         """Return the rows ``[R, P]`` of one instance, whose inputs lack the instance axis."""

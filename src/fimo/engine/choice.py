@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Collection
 from typing import Literal
@@ -15,10 +14,12 @@ from fimo.engine.leave_out import Batch
 from fimo.engine.linear import LinearNetwork
 from fimo.engine.stacked import FunctionalNetwork, StackedNetwork
 from fimo.models.attention import plain_attention
+from fimo.models.copied import duplicate
 from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.frozen import moved
 from fimo.models.linear_layers import layers_on
 from fimo.models.returned import CalledOnce, frozen_modules
+from fimo.models.rounding import LOWER, TOLERANCE, alike
 from fimo.models.train_mode import TrainMode
 
 log = logging.getLogger(__name__)
@@ -50,20 +51,32 @@ def choose_engine(
 ) -> Engine:
     """Return the fastest engine that can run a network: ``linear``, else ``functional``, else ``loop``.
 
-    Whether ``torch.func`` can vectorise it is tried on two replicas and two instances.
+    Whether ``torch.func`` can vectorise it, and gives what single runs do, is tried on two replicas and two
+    instances.
     """
     if autocast is None and is_linear(final_model, train):
         return "linear"
     dtype, device = next(iter(final_model.parameters().values())).dtype, train.targets.device
-    weight = torch.ones(2, 2, dtype=dtype, device=device)
+    weight = torch.tensor([[1.0, 0.5], [0.25, 1.0]], dtype=dtype, device=device)
     index = torch.arange(2, device=device).clamp(max=len(train) - 1).expand(2, 2)
-    probe = FunctionalNetwork(final_model, 2, final_model, mode, autocast=autocast)
-    try:
+    other = moved(final_model.parameters())
+
+    def tried(vectorise: bool) -> list[Tensor]:
+        probe = FunctionalNetwork(final_model, 2, final_model, mode, vectorise, autocast)
+        for name, value in other.items():
+            probe.parameters[name][1] = value
         probe.differentiate(train, Batch(index, weight), 0)
-        probe.outputs(probe.parameters, train[:2].inputs)
+        with torch.no_grad():
+            return [*probe.gradients.values(), probe.outputs(probe.parameters, train[:2].inputs)]
+
+    try:
+        together = tried(vectorise=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         log.warning("replicas run one by one: torch.func can't vectorise this network (%s)", reason)
+        return "loop"
+    if not alike(together, tried(vectorise=False), LOWER if autocast else TOLERANCE.get(dtype, LOWER)):
+        log.warning("replicas run one by one: torch.func gives other gradients or outputs than single runs")
         return "loop"
     return "functional"
 
@@ -79,7 +92,7 @@ def called_once(final_model: FinalModel, train: Instances, mode: TrainMode) -> t
         return ()
     two, device = train[:2].inputs, train.targets.device
     parameters = moved(final_model.parameters())
-    network = mode.set(copy.deepcopy(final_model.network))
+    network = mode.set(duplicate(final_model.network))
     states: list[Tensor] = []
     try:
         with plain_attention():

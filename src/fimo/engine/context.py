@@ -15,7 +15,7 @@ from fimo.engine.leave_out import RULES, LeaveOut, make_rule
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import even_parts
 from fimo.engine.stacked import without_gradient
-from fimo.errors import InputError, shortened
+from fimo.errors import InputError, reason, shortened
 from fimo.models.final_model import FinalModel
 from fimo.models.returned import HandOver
 from fimo.models.train_mode import TrainMode
@@ -70,10 +70,17 @@ class Setting:
         protocol: Protocol,
         device: torch.device | str = "cpu",
     ) -> Setting:
-        """Move everything to ``device`` and choose the engine."""
+        """Move everything to ``device`` and choose the engine.
+
+        Raises:
+            InputError: the network does not run in a type of the protocol.
+        """
         rule = make_rule(protocol, train)
         dtype, wide = DTYPES[protocol.dtype], DTYPES[protocol.evaluation_dtype]
         model, train = final_model.to(device, dtype), train.to(device, dtype)
+        evaluation_model, test = final_model.to(device, wide), test.to(device, wide)
+        _require_runs(model, train, "further_training.dtype")
+        _require_runs(evaluation_model, test, "further_training.evaluation_dtype")
         mode = TrainMode.of(model, train)
         check_micro_batches(protocol, model, train, mode)
         engine = choose_engine(model, train, mode, protocol.autocast_dtype)
@@ -95,9 +102,9 @@ class Setting:
             log.info("in each step, runs of a seed share the frozen part with its dropout masks")
         return cls(
             model,
-            final_model.to(device, wide),
+            evaluation_model,
             train,
-            test.to(device, wide),
+            test,
             protocol,
             rule,
             engine,
@@ -222,6 +229,16 @@ def evaluation_batch(setting: Setting) -> int:
     """
     elements = 2**17 if setting.device.type == "cuda" else 2**15
     return max(16, min(4096, elements // setting.activations // 16 * 16))
+
+
+def _require_runs(model: FinalModel, instances: Instances, key: str) -> None:
+    """Refuse a network that does not run in its parameters' type, as one that casts to another inside."""
+    dtype = str(next(iter(model.parameters().values())).dtype).removeprefix("torch.")
+    try:
+        model.outputs(instances[:1])
+    except Exception as error:  # whatever a network makes of another type
+        said = f"the network does not run in {dtype}: {reason(error)}"
+        raise InputError(key, f"{said}; in other types it may, at their resolution") from error
 
 
 def _activations(final_model: FinalModel, train: Instances, engine: Engine) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
@@ -14,6 +13,7 @@ from fimo.errors import InputError
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.gradient import GradientMethod
 from fimo.models.checkpoint import load_checkpoint
+from fimo.models.copied import duplicate
 from fimo.models.final_model import FinalModel
 from fimo.scores import Access, Scores
 
@@ -97,7 +97,7 @@ def at_checkpoint(final_model: FinalModel, checkpoint: str | Path | Mapping[str,
     Raises:
         InputError: the file can't be read, or names or shapes don't fit the network.
     """
-    network = copy.deepcopy(final_model.network)
+    network = duplicate(final_model.network)
     try:
         if isinstance(checkpoint, Mapping):
             network.load_state_dict(dict(checkpoint))

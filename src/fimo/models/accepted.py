@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from fimo.errors import InputError
+from fimo.errors import InputError, shortened
 from fimo.models.adapted import Adapted
 from fimo.models.loss_function import LossFunction
 
@@ -36,8 +38,16 @@ def accepted(
     - What ``DataParallel`` or ``DistributedDataParallel`` wraps is used without it.
 
     Raises:
-        InputError: the loss isn't given, and can't be told from the network.
+        InputError: the loss isn't given, and can't be told from the network; or the network is one of
+            TorchScript, or has no values yet, as lazy layers.
     """
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            which = f"holds one, {name}" if name else "is one"
+            said = f"expected no ScriptModule but it {which}; pass the module that it was compiled from"
+            raise InputError("model.network", said)
+    if lazy := [name for name, p in network.named_parameters() if is_lazy(p)]:
+        raise InputError("model.network", f"{shortened(lazy)} have no values yet: call it on a batch first")
     if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return accepted(network.module, loss)
     if is_hugging_face(network):

@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.weight_norm import WeightNorm
 
+from fimo.errors import InputError, reason
+
+Network = TypeVar("Network", bound=nn.Module)
+
 
 def copied(network: nn.Module) -> nn.Module:
     """Return a copy of a network that computes the same (to rounding), with derivatives of every order.
 
-    - Tensors that modules have computed from parameters (hooks of ``torch.nn.utils.weight_norm``), which
-      Python's copy refuses, are copied by value.
     - Gradients of embeddings are dense: the same numbers, which can be stacked and multiplied.
     - A LightningModule's Trainer stays behind.
     - Hugging Face's gradient checkpointing is switched off: the same numbers, in more memory.
     - GPT-2's activation is torch's one operation for it instead of eight.
+    - PReLU is written out: ``vmap`` over instances and vectors of its derivative mixes these up.
     - Weight normalisation is written out: torch's fused operation has no forward derivative, and its second
       derivatives take the norm as constant, which makes them wrong (a Hessian that is not symmetric).
     """
-    computed: dict[int, Any] = {
-        id(value): value.detach().clone()
-        for module in network.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
     trainers = {id(t): None for m in network.modules() if (t := vars(m).get("_trainer")) is not None}
-    found = copy.deepcopy(network, computed | trainers)
+    try:
+        found = duplicate(network, trainers)
+    except Exception as error:  # whatever a user's module holds
+        raise InputError("model.network", f"can't be copied: {reason(error)}") from error
     for module in without_checkpointing(with_dense_gradients(found)).modules():
         if type(module) is parametrizations._WeightNorm:
             module.__class__ = _PlainWeightNorm
+        if type(module) is nn.PReLU:
+            module.__class__ = _PlainPReLU
         if (
             type(module).__name__ == "NewGELUActivation"
             and type(module).__module__ == "transformers.activations"
@@ -43,6 +46,30 @@ def copied(network: nn.Module) -> nn.Module:
             if type(hook) is WeightNorm:
                 hook.__class__ = _PlainWeightNormHook
     return found
+
+
+def duplicate(network: Network, memo: Mapping[int, Any] | None = None) -> Network:
+    """Return a deep copy of a network.
+
+    Tensors that hooks of modules have computed from parameters (pruning, ``torch.nn.utils.weight_norm``), and
+    will compute again, are copied by value, which Python's copy refuses.
+
+    Args:
+        memo: copies by the ids of what they are copies of.
+    """
+    computed: dict[int, Any] = {}
+    for module in network.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and (module._forward_pre_hooks or not value.is_leaf):
+                computed[id(value)] = _by_value(value)
+    return copy.deepcopy(network, computed | dict(memo or {}))
+
+
+def _by_value(value: Tensor) -> Tensor:
+    try:
+        return value.detach().clone()
+    except RuntimeError:  # of replicas that are gone
+        return torch.empty(0)
 
 
 def with_dense_gradients(network: nn.Module) -> nn.Module:
@@ -76,6 +103,12 @@ def without_checkpointing(network: nn.Module) -> nn.Module:
 
 def _normalised(v: Tensor, g: Tensor, dim: int) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+class _PlainPReLU(nn.PReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        slope = self.weight if x.ndim < 2 else self.weight.view(-1, *[1] * (x.ndim - 2))  # of the second axis
+        return torch.where(x > 0, x, slope * x)
 
 
 class _PlainWeightNorm(parametrizations._WeightNorm):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import glob
 import logging
@@ -17,7 +16,7 @@ from fimo.data.instances import Inputs, Instances
 from fimo.errors import InputError, shortened
 from fimo.models.accepted import accepted
 from fimo.models.adapted import Adapted
-from fimo.models.copied import copied
+from fimo.models.copied import copied, duplicate
 from fimo.models.loss_function import Loss, LossFunction
 from fimo.models.losses import LOSSES, MEASUREMENTS
 
@@ -138,7 +137,7 @@ class FinalModel:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FinalModel:
         """Return a copy on ``device`` in ``dtype``."""
         return FinalModel(
-            copy.deepcopy(self.network).to(device=device, dtype=dtype),
+            duplicate(self.network).to(device=device, dtype=dtype),
             self.loss,
             self.measurement,
             self.trainable,

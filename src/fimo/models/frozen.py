@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fimo.data.instances import Inputs, Instances
+from fimo.models.copied import duplicate
 from fimo.models.final_model import FinalModel, apply, fitting_batch, functional_apply
 from fimo.models.returned import cut_at_calls
 from fimo.models.train_mode import draws
@@ -93,7 +94,7 @@ def for_runs(
         return final_model, train, test
     before, after = parts
     entering = [
-        computed(copy.deepcopy(before).to(device=device, dtype=dtype), part.to(device, dtype))
+        computed(duplicate(before).to(device=device, dtype=dtype), part.to(device, dtype))
         for dtype, part in zip(dtypes, (train, test), strict=True)
     ]
     return _remaining_model(final_model, after), entering[0], entering[1]
@@ -258,4 +259,4 @@ def _bytes(before: nn.Module, probe: Instances, count: int) -> int:
 
 def _draws(before: nn.Module, train: Instances) -> bool:
     """Return whether a network draws random numbers in train mode."""
-    return draws(copy.deepcopy(before).train(), train[:2].inputs)
+    return draws(duplicate(before).train(), train[:2].inputs)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fimo.data.instances import Inputs
+from fimo.models.copied import duplicate
 from fimo.models.final_model import apply
 from fimo.models.padding import trims
 
@@ -182,7 +183,7 @@ class CalledOnce:
         self.network, self.modules = network, tuple(modules)
         calls = _recorded(network, self.modules, inputs, stop=True)
         memo: dict[int, Any] = {id(network.get_submodule(n)): Returned(call) for n, call in calls.items()}
-        self.rest = copy.deepcopy(network, memo)
+        self.rest = duplicate(network, memo)
 
     def call(self, inputs: Inputs) -> dict[str, Call]:
         """Call the frozen modules on a batch."""
@@ -224,7 +225,7 @@ class _Cut:
         """Return a copy of the network that takes the needed values and inputs."""
         places = {name: Returned(call) for name, call in self.calls.items()}
         memo: dict[int, Any] = {id(self.network.get_submodule(n)): place for n, place in places.items()}
-        found = copy.deepcopy(self.network, memo)
+        found = duplicate(self.network, memo)
         everything, count = {**self.named, **self.values}, len(next(iter(self.named.values())))
         missing = {n: v for n, v in everything.items() if n not in needed}
         hook = HandOver(

@@ -8,7 +8,6 @@ such changes would carry from one to the next; modules that make them stay in ev
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from fimo.data.instances import Inputs, Instances
 from fimo.errors import InputError, shortened
 from fimo.models.attention import plain_attention
+from fimo.models.copied import duplicate
 from fimo.models.dropout import DrawnFrom
 from fimo.models.final_model import FinalModel, apply
 
@@ -55,7 +55,7 @@ class TrainMode:
         """
         two = train[:2].inputs
         kept = _kept_in_eval(final_model, two)
-        network = cls(kept).set(copy.deepcopy(final_model.network))
+        network = cls(kept).set(duplicate(final_model.network))
         stochastic = draws(network, two)
         return cls(kept, stochastic, stochastic and _draws_only_masks(network, two))
 
@@ -137,7 +137,7 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 def _kept_in_eval(final_model: FinalModel, inputs: Inputs) -> tuple[str, ...]:
     """Return the modules whose buffers a forward pass in train mode changes, or that hold such modules."""
-    network = copy.deepcopy(final_model.network)
+    network = duplicate(final_model.network)
     if not any(True for _ in network.buffers()):
         return ()
     _move(network)

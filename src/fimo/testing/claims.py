@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from fimo.engine.protocol import Protocol
 from fimo.errors import InputError, reason
 from fimo.methods.base import AttributionMethod
 from fimo.methods.catalogue import method_of
+from fimo.models.copied import duplicate
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import mean_squared_error
 from fimo.scores import Scores
@@ -209,7 +209,7 @@ def twins(trial: Trial) -> str | None:
 def unchanged(trial: Trial) -> str | None:
     """Nothing of the user's is changed: the network, its mode and flags, the instances, torch's settings."""
     case = trial.case
-    network = copy.deepcopy(case.final_model.network).train()
+    network = duplicate(case.final_model.network).train()
     model = FinalModel(network, case.final_model.loss, accept_poor=True)
     watched = {**_tensors(case), **{f"network.{k}": v for k, v in network.state_dict().items()}}
     watched |= {f"final_model.{k}": v for k, v in model.state().items()}

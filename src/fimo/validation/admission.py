@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import weakref
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from fimo.data.instances import Instances
 from fimo.errors import InputError, reason, shortened
+from fimo.models.copied import copied, duplicate
 from fimo.models.final_model import FinalModel, apply, functional_apply
 from fimo.models.loss_function import Loss
 from fimo.models.train_mode import TrainMode, seeded
@@ -340,7 +340,7 @@ def _evaluation(model: FinalModel, loss: Loss, mode: TrainMode | None) -> Evalua
                 return outputs, loss(outputs, instances.targets)
 
         return evaluate
-    network = mode.set(copy.deepcopy(model.network))
+    network = mode.set(duplicate(model.network))
 
     def in_steps(instances: Instances) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), seeded(0, instances.targets.device), WithoutDropout():
@@ -380,8 +380,10 @@ def _explained(
 def _check_trained(model: FinalModel, probe: Instances) -> None:
     """Refuse a network whose outputs have no derivative in any trainable parameter."""
     with torch.enable_grad():
-        free = {name: p.clone().requires_grad_() for name, p in model.parameters().items()}
-        outputs = functional_apply(model.network, free, probe.inputs)
+        moved = {name: p for name, p in model.parameters().items() if p.is_floating_point()}
+        free = {name: p.clone().requires_grad_() for name, p in moved.items()}
+        # a copy, since hooks of pruning or weight normalisation leave what they computed in the modules
+        outputs = functional_apply(copied(model.network), free, probe.inputs)
     if not outputs.requires_grad:
         raise InputError(
             "model.network",

@@ -6,13 +6,12 @@ in the place of the network's own, are gone: they end in an error deep inside, o
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from fimo.data.instances import Inputs
+from fimo.models.copied import duplicate
 from fimo.models.final_model import FinalModel, apply
 from fimo.models.train_mode import TrainMode, seeded
 
@@ -29,7 +28,7 @@ def recomputes(final_model: FinalModel, inputs: Inputs) -> bool:
     Args:
         inputs: of a few instances; a network that fails on them is left to other checks.
     """
-    evaluated = copy.deepcopy(final_model.network)
+    evaluated = duplicate(final_model.network)
     return _recomputes(evaluated, inputs) or _recomputes(TrainMode().set(evaluated), inputs)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import warnings
 from abc import abstractmethod
@@ -21,6 +20,7 @@ from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.base import AttributionMethod
 from fimo.methods.damping import Damping
 from fimo.models.attention import plain_attention
+from fimo.models.copied import duplicate
 from fimo.models.final_model import FinalModel
 from fimo.scores import Scores
 
@@ -85,7 +85,7 @@ class Positional(nn.Module):
 
     def __init__(self, final_model: FinalModel, instances: Instances) -> None:
         super().__init__()
-        self.network = copy.deepcopy(final_model.network)
+        self.network = duplicate(final_model.network)
         self.names = list(instances.inputs) if isinstance(instances.inputs, dict) else None
         moved = final_model.parameters()
         for name, parameter in self.network.named_parameters():

@@ -1,0 +1,25 @@
+"""Whether two computations of the same tensors differ by more than rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""Of a tensor's norm: what rounding may make it differ by."""
+
+LOWER = 0.1
+"""The same of types and products of lower precision."""
+
+
+def alike(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> bool:
+    """Return whether tensors are the same but for rounding; of all together, where one is next to nothing."""
+    size = sum(float(x.double().square().sum()) for x in expected) ** 0.5
+    return all(
+        a.shape == b.shape
+        and float((a - b).double().norm()) <= tolerance * (float(b.double().norm()) + 0.01 * size)
+        for a, b in zip(found, expected, strict=True)
+        if b.isfinite().all()
+    )

@@ -1,0 +1,160 @@
+"""Modules that torch.func, Python's copy or another type of numbers trip over: right, or refused."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import fimo
+from fimo.engine.choice import choose_engine
+from fimo.engine.stacked import FunctionalNetwork
+from fimo.errors import InputError
+from fimo.models.final_model import FinalModel
+from fimo.models.train_mode import TrainMode
+
+X = torch.randn(24, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(24) % 3
+PROTOCOL = fimo.Protocol(lr=0.05, batch_size=4, epochs=2, dtype="float64")
+
+
+class Sloped(nn.Module):
+    """PReLU as a function."""
+
+    def __init__(self, slopes: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.slope = nn.Parameter(torch.linspace(0.1, 0.5, slopes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.prelu(self.first(x), self.slope))
+
+
+def by_hand(network: nn.Module, train: int, test: int) -> Tensor:
+    """Return Grad-Dot's scores ``[J, N]`` of the last instances for the first, one gradient at a time."""
+
+    def gradient(i: int) -> Tensor:
+        loss = F.cross_entropy(network(X[i : i + 1]), LABELS[i : i + 1])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
+
+    ours, theirs = ([gradient(i) for i in some] for some in (range(24 - test, 24), range(train)))
+    return torch.stack([torch.stack([a @ b for b in theirs]) for a in ours])
+
+
+@pytest.mark.parametrize("train", [3, 4, 12])  # as many instances as outputs, too
+@pytest.mark.parametrize("slopes", [1, 6])
+@pytest.mark.parametrize("module", [False, True])
+def test_prelu_has_each_instance_s_own_gradients(train: int, slopes: int, module: bool) -> None:
+    torch.manual_seed(0)
+    network: nn.Module = Sloped(slopes)
+    if module:
+        network = nn.Sequential(nn.Linear(4, 6), nn.PReLU(slopes), nn.Linear(6, 3))
+    network = network.double()
+    model = FinalModel(network, "cross_entropy", accept_poor=True)
+    torch.testing.assert_close(model.network(X), network(X).detach(), rtol=0, atol=0)
+    data = ((X[:train], LABELS[:train]), (X[21:], LABELS[21:]))
+    scores = fimo.attribute(model, *data, "graddot")
+    torch.testing.assert_close(scores.values, by_hand(network, train, 3), rtol=1e-9, atol=1e-12)
+    truth = fimo.further_train(model, *data, PROTOCOL, seeds=1, left_out=2)
+    assert truth.raw.isfinite().all()
+
+
+def pruned() -> nn.Module:
+    network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    prune.l1_unstructured(network[0], "weight", 0.4)
+    return network
+
+
+def normalised() -> nn.Module:
+    first = nn.Linear(4, 6).double()
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        torch.nn.utils.weight_norm(first)
+    return nn.Sequential(first, nn.Tanh(), nn.Linear(6, 3).double())
+
+
+@pytest.mark.parametrize("make", [pruned, normalised])
+def test_weights_that_hooks_compute_are_followed_through_all_copies(make) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    network = make()
+    network(X).sum().backward()  # leaves what it computed in the modules
+    network.zero_grad()
+    model = FinalModel(network, "cross_entropy", accept_poor=True)
+    data = ((X[:12], LABELS[:12]), (X[21:], LABELS[21:]))
+    scores = fimo.attribute(model, *data, ["graddot", "ekfac"])
+    torch.testing.assert_close(scores["graddot"].values, by_hand(network, 12, 3), rtol=1e-9, atol=1e-12)
+    first = fimo.further_train(model, *data, PROTOCOL, seeds=1, left_out=2)
+    again = fimo.further_train(model, *data, PROTOCOL, seeds=1, left_out=2)  # its copies were used
+    assert torch.equal(first.raw, again.raw)
+    assert first.raw.abs().max() > 0
+
+
+class Locked(nn.Linear):
+    def __deepcopy__(self, memo: object) -> nn.Module:
+        raise TypeError("cannot pickle '_io.TextIOWrapper' object")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: torch.jit.script(nn.Linear(4, 3)),
+            "expected no ScriptModule but it is one; pass",
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 4), torch.jit.trace(nn.Linear(4, 3), torch.ones(1, 4))),
+            "expected no ScriptModule but it holds one, 1; pass",
+        ),
+        (lambda: nn.Sequential(nn.LazyLinear(3)), "0.weight, 0.bias have no values yet: call it on a batch"),
+        (lambda: nn.Sequential(Locked(4, 3)), "can't be copied: cannot pickle"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_networks_that_can_t_be_copied_or_vectorised_are_refused(make, said: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InputError, match=rf"^model\.network: {said}"):
+        FinalModel(make(), "cross_entropy")
+
+
+class Narrow(nn.Module):
+    """Casts to one type inside, whatever its parameters are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.float())
+
+
+def test_a_network_that_does_not_run_in_a_type_of_the_protocol_is_refused_with_its_key() -> None:
+    model = FinalModel(Narrow(), "cross_entropy", accept_poor=True)
+    data = ((X[:12].float(), LABELS[:12]), (X[21:].float(), LABELS[21:]))
+    narrow = fimo.Protocol(lr=0.05, batch_size=4, epochs=1, evaluation_dtype="float32")
+    assert fimo.further_train(model, *data, narrow, seeds=1, left_out=2).raw.isfinite().all()
+    for protocol, key in (
+        (fimo.Protocol(lr=0.05, batch_size=4, epochs=1), "evaluation_dtype"),
+        (fimo.Protocol(lr=0.05, batch_size=4, epochs=1, dtype="float64"), "dtype"),
+    ):
+        with pytest.raises(InputError, match=rf"^further_training\.{key}: the network does not run"):
+            fimo.further_train(model, *data, protocol, seeds=1, left_out=2)
+
+
+def test_replicas_run_one_by_one_where_torch_func_gives_other_gradients(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = FinalModel(Sloped(1).double(), "cross_entropy", accept_poor=True)
+    train = fimo.Instances(X, LABELS)
+    mode = TrainMode.of(model, train)
+    assert choose_engine(model, train, mode) == "functional"
+    together = FunctionalNetwork._together
+
+    def wrong(self, *given):  # type: ignore[no-untyped-def]
+        return {n: g * (1.1 if n == "slope" else 1.0) for n, g in together(self, *given).items()}
+
+    monkeypatch.setattr(FunctionalNetwork, "_together", wrong)
+    with caplog.at_level(logging.WARNING):
+        assert choose_engine(model, train, mode) == "loop"
+    assert "torch.func gives other gradients" in caplog.text
