@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 PILOT = 0.15
 """Of the budget: first runs, which show how far the response can be trusted."""
 
-FOLLOWING = 1 / 3
+FOLLOWING = 0.4
 """Of the budget, at most, for following seeds, where one is much like another (``removal: even``)."""
 
 FEWEST = 8
@@ -118,7 +118,8 @@ class CalibratedResponse(Response):
     4. Others, with other seeds, show together with the pilot's the error that is left (error bars).
 
     Where left-out instances are taken evenly from all batches (``removal: even``), one seed's effects are
-    much like another's, and few seeds are followed: a third of the budget at most, the rest buys real runs.
+    much like another's, and few seeds are followed: two fifths of the budget at most; the rest buys real
+    runs.
 
     The scores are a · response + e · earlier response + z, fitted to the real runs around each evaluation
     point (:func:`fimo.linear_response.discrepancy.correct`): z is what changes slowly along a run, since
