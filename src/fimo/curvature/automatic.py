@@ -12,7 +12,7 @@ from torch.func import vjp, vmap
 from fimo.data.instances import Inputs, Instances
 from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
-from fimo.models.rounding import LOWER, TOLERANCE, alike
+from fimo.models.rounding import alike, tolerance_of
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class AutomaticRows:
             return
         with plain_attention():
             alone = self._single(parameters, instances[:1], vectors[0])
-        tolerance = TOLERANCE.get(found.dtype, LOWER)
+        tolerance = tolerance_of(found.dtype, found.device)
         if found.shape != (*size, alone.shape[1]) or not alike([found[0]], [alone], tolerance):
             raise RuntimeError("an operation's gradients differ from those of an instance alone")
         self._sizes.add(size)

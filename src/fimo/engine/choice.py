@@ -19,7 +19,7 @@ from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.frozen import moved
 from fimo.models.linear_layers import layers_on
 from fimo.models.returned import CalledOnce, frozen_modules
-from fimo.models.rounding import LOWER, TOLERANCE, alike
+from fimo.models.rounding import alike, tolerance_of
 from fimo.models.train_mode import TrainMode
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def choose_engine(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         log.warning("replicas run one by one: torch.func can't vectorise this network (%s)", reason)
         return "loop"
-    if not alike(together, tried(vectorise=False), LOWER if autocast else TOLERANCE.get(dtype, LOWER)):
+    if not alike(together, tried(vectorise=False), tolerance_of(dtype, device, autocast)):
         log.warning("replicas run one by one: torch.func gives other gradients or outputs than single runs")
         return "loop"
     return "functional"

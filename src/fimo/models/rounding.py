@@ -11,7 +11,14 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Of a tensor's norm: what rounding may make it differ by."""
 
 LOWER = 0.1
-"""The same of types and products of lower precision."""
+"""The same of types and products of lower precision, as a GPU's of float32 may be (TF32)."""
+
+
+def tolerance_of(dtype: torch.dtype, device: torch.device, autocast: torch.dtype | None = None) -> float:
+    """Return what two computations may differ by."""
+    if autocast is not None or (device.type != "cpu" and dtype != torch.float64):
+        return LOWER
+    return TOLERANCE.get(dtype, LOWER)
 
 
 def alike(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> bool:
