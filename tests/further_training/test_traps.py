@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -277,7 +278,7 @@ class Unvectorisable(nn.Module):
         self.layer, self.dropout = nn.Linear(4, 3, dtype=torch.float64), nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.layer(x)) * (1.0 if float(x.detach().sum()) > 0 else 2.0)
+        return self.dropout(self.layer(x)) * (1.0 if float(x.detach().sum()) < math.inf else 2.0)
 
 
 class Noisy(Unvectorisable):

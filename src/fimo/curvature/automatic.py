@@ -90,6 +90,8 @@ class AutomaticRows:
         with torch.enable_grad():
             network = self.final_model.network
             outputs = functional_apply(network, {**self.buffers, **parameters}, instance.inputs)[0]
+        if not outputs.requires_grad:  # these parameters are not used
+            return vectors.new_zeros(len(vectors), sum(p.numel() for p in parameters.values()))
         rows = []
         for v in vectors:
             found = torch.autograd.grad(
