@@ -312,6 +312,8 @@ def test_what_is_a_little_wrong_is_said_in_one_line(
             read.load(tmp_path / f"{file}.safetensors")
         with pytest.raises(fimo.InputError, match="text: is no safetensors file"):
             read.load(tmp_path / "text")
+        with pytest.raises(fimo.InputError, match="can't be read"):
+            read.load(tmp_path)
         with pytest.raises(fimo.InputError, match="none: there is no such file"):
             read.load(tmp_path / "none")
 

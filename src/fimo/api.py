@@ -302,8 +302,7 @@ def evaluate(
     """Judge scores by the sensitivity, beside the ceilings that its number of seeds allows.
 
     Args:
-        scores: by name: :class:`Scores`, or tensors or arrays ``[J, L]`` or ``[E, J, L]`` of methods of one's
-            own.
+        scores: by name: :class:`Scores`, or tensors or arrays ``[J, L]`` or ``[E, J, L]`` of one's own.
             Scores of all N training instances are judged on those that the gold standard left out.
         truth: the gold standard, of the same final model, training and test instances.
         metrics: of ``cosine``, ``spearman``, ``pearson``, …; the usual ones when None.

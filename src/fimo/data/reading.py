@@ -139,7 +139,8 @@ def decoded(path: Path, encoding: str, key: str) -> tuple[str, str]:
     except UnicodeError:
         problem = f"{path} is not {asked.removesuffix('-sig')} text; set dataset.encoding, such as latin-1"
         if encoding != "auto" or b"\x00" in content:
-            raise InputError(key, f"{problem} or utf-16") from None
+            binary = "; or is it no text, as NumPy's files are none?" if b"\x00" in content else ""
+            raise InputError(key, f"{problem} or utf-16{binary}") from None
         try:
             text, guessed = _text(content, GUESSED), GUESSED
         except UnicodeError:

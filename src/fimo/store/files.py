@@ -115,7 +115,7 @@ def read_as(path: Path, *names: str) -> tuple[dict[str, Tensor], dict[str, str]]
         names: of tensors that it must have.
 
     Raises:
-        InputError: with the path: there is none, it is of another kind, or a tensor is missing.
+        InputError: with the path: there is none, it can't be read, is of another kind or lacks a tensor.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -123,6 +123,8 @@ def read_as(path: Path, *names: str) -> tuple[dict[str, Tensor], dict[str, str]]
         tensors = read_tensors(path)
     except FileNotFoundError:
         raise InputError(str(path), "there is no such file") from None
+    except OSError as error:  # a folder
+        raise InputError(str(path), f"can't be read: {error}") from None
     except SafetensorError as error:
         raise InputError(str(path), f"is no safetensors file ({error})") from None
     for name in names:
