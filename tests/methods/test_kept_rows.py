@@ -18,14 +18,14 @@ from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.less import Less
 from fimo.methods.logra import Logra
-from fimo.methods.projected import ProjectedMethod
+from fimo.methods.projected import ProjectedRowsMethod
 from fimo.methods.trak import Trak
 from fimo.models.final_model import FinalModel
 from fimo.store.row_files import RowFiles
 from fimo.store.sources import PACKAGE_SOURCES
 from tests.cases import CASES, Case
 
-Make = Callable[..., ProjectedMethod]
+Make = Callable[..., ProjectedRowsMethod]
 
 METHODS: dict[str, Make] = {
     "less": lambda **more: Less(**{"batch_size": 3, **more}),
@@ -133,7 +133,7 @@ def test_questions_that_rows_do_not_depend_on_read_them(name: str, tmp_path: Pat
         torch.testing.assert_close(found.values, make(**other).attribute(model, case.train, case.test).values)
 
 
-def _killed(method: ProjectedMethod, case: Case) -> None:
+def _killed(method: ProjectedRowsMethod, case: Case) -> None:
     write = RowFiles._write
 
     def dying(self: RowFiles, start: int, rows: Tensor) -> None:

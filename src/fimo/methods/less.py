@@ -19,7 +19,7 @@ from fimo.curvature.projection import RandomProjection
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.attribution_problem import AttributionProblem
-from fimo.methods.projected import Projected, ProjectedMethod, side_by_side
+from fimo.methods.projected import Projected, ProjectedRowsMethod, side_by_side
 from fimo.methods.tracin import models_at, rates_of
 from fimo.models.final_model import FinalModel
 from fimo.scores import Access, Scores
@@ -28,7 +28,7 @@ CODE = ("fimo.curvature.gradients", "fimo.curvature.adam_steps")
 """That computes projected steps."""
 
 
-class Less(ProjectedMethod):
+class Less(ProjectedRowsMethod):
     """Cosine of a test gradient and the step of Adam that a training instance makes (Xia et al., 2024, LESS).
 
     With m and v Adam's moments at a checkpoint θ_c and g the loss gradients there,

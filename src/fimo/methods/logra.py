@@ -19,7 +19,7 @@ from fimo.errors import InputError
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.damping import DampingValue
 from fimo.methods.gradient import CurvatureMethod, FittedCurvature, Solved
-from fimo.methods.projected import Projected, ProjectedMethod
+from fimo.methods.projected import Projected, ProjectedRowsMethod
 from fimo.models.final_model import FinalModel
 from fimo.scores import Scores
 from fimo.validation import choices
@@ -31,7 +31,7 @@ CODE = ("fimo.curvature.gradients", "fimo.curvature.layer_projection")
 """That computes projected gradients."""
 
 
-class Logra(ProjectedMethod, CurvatureMethod):
+class Logra(ProjectedRowsMethod, CurvatureMethod):
     """Influence in a random subspace of each layer's weights (Choe et al., 2024, LoGra).
 
     With φ = (Q δ) (P a)^T a layer's gradient projected from both sides, P and Q of k orthonormal rows,

@@ -49,7 +49,7 @@ class Projected:
     code: tuple[str, ...]
 
 
-class ProjectedMethod(GradientMethod):
+class ProjectedRowsMethod(GradientMethod):
     """A method of projected training gradients, one row ``[K]`` for each instance at each checkpoint.
 
     They are the same for all test instances. With ``cache``, each checkpoint's are kept in files whose folder

@@ -17,7 +17,7 @@ from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.damping import Damping, DampingValue
-from fimo.methods.projected import Projected, ProjectedMethod, side_by_side
+from fimo.methods.projected import Projected, ProjectedRowsMethod, side_by_side
 from fimo.methods.tracin import models_at
 from fimo.models.final_model import FinalModel
 from fimo.models.loss_function import Loss
@@ -27,7 +27,7 @@ CODE = ("fimo.curvature.gradients", "fimo.curvature.projection", "fimo.models.lo
 """That computes projected gradients."""
 
 
-class Trak(ProjectedMethod):
+class Trak(ProjectedRowsMethod):
     """Influence in a linear model of randomly projected gradients of a scalar output (Park et al., 2023).
 
     With f the scalar that the loss is a function of (log-odds of the correct class, a regression's output),
