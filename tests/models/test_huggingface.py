@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, vmap
 
 from fimo.data.instances import Instances
 from fimo.errors import InputError
+from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel
 from fimo.models.losses import cross_entropy, language_modelling
 from tests.models.folders import save_bert
@@ -257,3 +258,32 @@ def test_a_model_with_swapped_classes_is_the_same_model(tmp_path: Path) -> None:
     )
     torch.testing.assert_close(plain(**sentences()), swapped(**sentences()))
     assert not torch.allclose(plain(**sentences()), swapped.model(**sentences()).logits)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_library_network_of_padded_sentences_is_vectorised(attention: str) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from fimo.engine.choice import choose_engine
+    from fimo.models.adapted import Adapted
+    from fimo.models.train_mode import TrainMode
+
+    config = BertConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,
+        max_position_embeddings=16, num_labels=2, attn_implementation=attention,
+    )  # fmt: skip
+    network = BertForSequenceClassification(config).eval()
+    inputs, targets = sentences(), torch.tensor([0, 1, 1, 0, 1])
+    assert not inputs["attention_mask"].all()
+    before = network(**inputs).logits
+    model = FinalModel(Adapted(network, output="logits"), cross_entropy)
+    train = Instances(inputs, targets)
+    assert choose_engine(model, train, TrainMode.of(model, train)) == "functional"
+
+    def logits(one: dict[str, Tensor]) -> Tensor:
+        out: Tensor = model.network(**{name: value[None] for name, value in one.items()})
+        return out[0]
+
+    with plain_attention():
+        torch.testing.assert_close(vmap(logits)(inputs), before)
+    torch.testing.assert_close(network(**inputs).logits, before, rtol=0, atol=0)  # the user's own

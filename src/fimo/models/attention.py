@@ -1,8 +1,12 @@
-"""The kernel of scaled dot-product attention, which is a setting of the process."""
+"""How attention is computed, where that is a setting of the process."""
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -15,3 +19,36 @@ def plain_attention() -> AbstractContextManager[None]:
     """
     kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
     return kernel
+
+
+def vectorised_masks() -> None:
+    """Let ``torch.func`` vectorise the attention masks of Hugging Face's networks, where these are loaded.
+
+    The library leaves a mask out where nothing is padded, which is a look at values that ``vmap`` can't take.
+    There, and only there, the mask is then made: the same attention. This holds for the process from then on,
+    as the library's table of masks does.
+    """
+    library: Any = sys.modules.get("transformers.masking_utils")
+    if library is None:
+        return
+    table = library.ALL_MASK_ATTENTION_FUNCTIONS
+    for name in ("sdpa", "eager"):
+        if not isinstance(table[name], _Whole):
+            table.register(name, _Whole(table[name]))
+
+
+class _Whole:
+    """A function of masks, which makes a whole one where it can't look whether there need be one."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.function(*args, **kwargs)
+        except RuntimeError as error:
+            if "data-dependent" not in str(error):
+                raise
+            skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            return self.function(*args, **{**kwargs, **skips})

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fimo.errors import InputError, reason
+from fimo.models.attention import vectorised_masks
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -22,6 +23,7 @@ def copied(network: nn.Module) -> nn.Module:
     - Gradients of embeddings are dense: the same numbers, which can be stacked and multiplied.
     - A LightningModule's Trainer stays behind.
     - Hugging Face's gradient checkpointing is switched off: the same numbers, in more memory.
+    - Hugging Face's attention masks can be vectorised, see :func:`~fimo.models.attention.vectorised_masks`.
     - GPT-2's activation is torch's one operation for it instead of eight.
     - PReLU is written out: ``vmap`` over instances and vectors of its derivative mixes these up.
     - Weight normalisation is written out: torch's fused operation has no forward derivative, and its second
@@ -32,6 +34,7 @@ def copied(network: nn.Module) -> nn.Module:
         found = duplicate(network, trainers)
     except Exception as error:  # whatever a user's module holds
         raise InputError("model.network", f"can't be copied: {reason(error)}") from error
+    vectorised_masks()
     for module in without_checkpointing(with_dense_gradients(found)).modules():
         if type(module) is parametrizations._WeightNorm:
             module.__class__ = _PlainWeightNorm
