@@ -378,3 +378,40 @@ def test_scores_of_other_test_instances_or_of_other_further_training_are_refused
     found = fimo.attribute(model, (X, Y), (X[:4], Y[:4]), "response", further_training=longer, seeds=2)
     with pytest.raises(fimo.InputError, match=r"they predict \[2, 4, 6, 8, 9\] steps .* not \[3, 6, 9\]"):
         fimo.evaluate({"response": found}, truth)
+
+
+def test_results_do_not_depend_on_the_process_s_default_type(model: fimo.FinalModel) -> None:
+    def found() -> dict[str, torch.Tensor]:
+        data = ((X, Y), (X[:4], Y[:4]))
+        audit = fimo.audit(model, *data, FT, top=3)
+        effects = torch.tensor(audit.rows.select_dtypes("number").fillna(0.0).to_numpy(), dtype=torch.float64)
+        methods = ["random", "arnoldi", "graddot", "trak", "datainf"]
+        return {"audit": effects} | {m: s.values for m, s in fimo.attribute(model, *data, methods).items()}
+
+    usual = found()
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = found()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, values in usual.items():
+        torch.testing.assert_close(other[name], values, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_a_default_device_for_all_new_tensors_is_refused(
+    model: fimo.FinalModel, truth: fimo.Sensitivity
+) -> None:
+    data = ((X, Y), (X[:4], Y[:4]))
+    torch.set_default_device("meta")  # stands for a GPU's
+    try:
+        for run in (
+            lambda: fimo.further_train(model, *data, FT),
+            lambda: fimo.attribute(model, *data, "graddot"),
+            lambda: fimo.audit(model, *data, FT),
+            lambda: fimo.evaluate({"itself": truth.sensitivity}, truth),
+            lambda: fimo.check(model, *data, FT),
+        ):
+            with pytest.raises(fimo.InputError, match=r"^device: torch\.set_default_device has made meta"):
+                run()
+    finally:
+        torch.set_default_device(None)

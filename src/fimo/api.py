@@ -20,7 +20,7 @@ from fimo.curvature.shared_rows import shared_rows
 from fimo.data.conversion import train_and_test
 from fimo.data.instances import Instances
 from fimo.engine.protocol import Protocol
-from fimo.errors import InputError, reason
+from fimo.errors import InputError
 from fimo.further_training.gold_standard import evaluation_points
 from fimo.further_training.gold_standard import further_train as _further_train
 from fimo.further_training.sensitivity import Sensitivity, check_finite
@@ -97,7 +97,7 @@ def further_train(
     """
     if not isinstance(further_training, Protocol):
         raise InputError("further_training", _no_protocol(further_training))
-    check_device(device)
+    choices.device(device)
     train, test = admit(model, *train_and_test(train, test, inputs, target, ("train", "test")))
     found = _further_train(
         model,
@@ -184,7 +184,7 @@ def attribute(
     """
     chosen = _methods(method, settings)
     where = torch.device(device)
-    check_device(where)
+    choices.device(where)
     if not isinstance(further_training, Protocol | FurtherTraining | None):
         raise InputError("further_training", _no_protocol(further_training))
     given = train_and_test(train, test, inputs, target, ("train", "test"))
@@ -281,7 +281,7 @@ def audit(
 
     if not isinstance(further_training, Protocol):
         raise InputError("further_training", _no_protocol(further_training))
-    check_device(device)
+    choices.device(device)
     settings = Settings(top, q, verify, minutes, seeds, controls, certain_labels, act)
     given = (train, test)
     train, test = admit(model, *train_and_test(train, test, inputs, target, ("train", "test")))
@@ -323,6 +323,7 @@ def evaluate(
         >>> float(table.query("metric == 'cosine' and seeds == 4")["mean"].iloc[0])
         1.0
     """
+    choices.device("cpu")
     if not isinstance(scores, Mapping):
         raise InputError(
             "scores", f"expected scores by name, {{'ekfac': scores}}, but got {type(scores).__name__}"
@@ -422,21 +423,6 @@ def followed(
         full_runs, model, train, protocol, numbers, store=place, device=train.targets.device
     )
     return FurtherTraining(protocol, steps, tuple(numbers), runs)
-
-
-def check_device(device: str | torch.device) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        InputError: with what is.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        there = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
-        raise InputError(
-            "device", f"{device} is not here ({reason(error)}); there are {', '.join(there)}"
-        ) from error
 
 
 def _no_protocol(given: Any) -> str:

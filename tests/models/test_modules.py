@@ -14,8 +14,13 @@ import fimo
 from fimo.engine.choice import choose_engine
 from fimo.engine.stacked import FunctionalNetwork
 from fimo.errors import InputError
+from fimo.further_training import tangent_outputs
+from fimo.further_training.adjoint import adjoint
+from fimo.models.attention import plain_attention
+from fimo.models.copied import copied
 from fimo.models.final_model import FinalModel
 from fimo.models.train_mode import TrainMode
+from tests.reference.further_training import plain_run
 
 X = torch.randn(24, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(24) % 3
@@ -158,3 +163,140 @@ def test_replicas_run_one_by_one_where_torch_func_gives_other_gradients(
     with caplog.at_level(logging.WARNING):
         assert choose_engine(model, train, mode) == "loop"
     assert "torch.func gives other gradients" in caplog.text
+
+
+class Encoder(nn.Module):
+    def __init__(self, dropout: float, layer: bool = True) -> None:
+        super().__init__()
+        self.wide = nn.Linear(4, 24)
+        self.layer: nn.Module = nn.MultiheadAttention(4, 2, batch_first=True, dropout=dropout)
+        if layer:
+            self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=dropout)
+        self.last = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wide(x).unflatten(1, (6, 4))
+        x = self.layer(x) if isinstance(self.layer, nn.TransformerEncoderLayer) else self.layer(x, x, x)[0]
+        return self.last(x.flatten(1))
+
+
+class Bag(nn.Module):
+    def __init__(self, **settings) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.bag, self.last = nn.EmbeddingBag(9, 4, **settings), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.bag((3 * x.abs()).long().clamp(max=8))))
+
+
+class Far(nn.Module):
+    def __init__(self, squared: bool) -> None:
+        super().__init__()
+        self.centres, self.last, self.squared = nn.Parameter(torch.randn(5, 4)), nn.Linear(5, 3), squared
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.squared:
+            return self.last((x[:, None] - self.centres).square().sum(2))
+        return self.last(torch.cdist(x, self.centres))
+
+
+def sampled(x: Tensor) -> Tensor:
+    """Return values of an image between pixels."""
+    return F.grid_sample(
+        x.view(-1, 1, 2, 2), torch.tanh(x[:, None, :, None] * x[:, None, None, :2]), align_corners=False
+    ).flatten(1)
+
+
+class Sampled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(sampled(self.first(x)))
+
+
+UNDERIVABLE = {
+    "encoder": lambda: Encoder(0.0),
+    "encoder with dropout": lambda: Encoder(0.1),
+    "attention": lambda: Encoder(0.0, layer=False),
+    "attention with dropout": lambda: Encoder(0.1, layer=False),
+    "hard sigmoid": lambda: nn.Sequential(nn.Linear(4, 6), nn.Hardsigmoid(), nn.Linear(6, 3)),
+    "bag": Bag,
+    "sum of a bag": lambda: Bag(mode="sum"),
+    "largest of a bag": lambda: Bag(mode="max"),
+    "bag with padding": lambda: Bag(padding_idx=0),
+    "largest of a bag with padding": lambda: Bag(padding_idx=0, mode="max"),
+    "grid": Sampled,
+}
+"""Networks of operations that torch has no forward, or no second, derivative of in eval mode."""
+
+
+@pytest.mark.parametrize("name", UNDERIVABLE)
+def test_what_torch_has_no_second_derivative_of_is_followed(name: str) -> None:
+    torch.manual_seed(0)
+    network = UNDERIVABLE[name]().double().eval()
+    model = FinalModel(network, "cross_entropy", accept_poor=True)
+    torch.testing.assert_close(model.outputs(fimo.Instances(X, LABELS)), network(X).detach())
+    train, test = fimo.Instances(X[:10], LABELS[:10]), fimo.Instances(X[21:], LABELS[21:])
+    protocol = fimo.Protocol(lr=0.05, momentum=0.5, batch_size=4, epochs=1, leave_out="mask", dtype="float64")
+    found = tangent_outputs(model, train, test, protocol, 1, [0, 3], chunk=2)
+    ends = [
+        [plain_run(model, train, test, protocol, 1, [i], weight=1 + h)[0] for h in (1e-4, -1e-4)]
+        for i in (0, 3)
+    ]
+    expected = torch.stack([(up - down) / 2e-4 for up, down in ends], -1)
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(found.loss_derivative, expected, rtol=0, atol=1e-6 * scale)
+    torch.testing.assert_close(
+        adjoint(model, train, test, protocol, 1)[..., [0, 3]], expected, rtol=0, atol=1e-6 * scale
+    )
+    run = fimo.further_train(model, train, test, protocol, seeds=[1], left_out=2)
+    own = model.loss(found.outputs[-1], LABELS[21:])  # along the same run, with the same masks
+    torch.testing.assert_close(run.full_losses[0, -1], own)
+    assert fimo.attribute(model, train, test, "unlearning", further_training=protocol).values.isfinite().all()
+
+
+def test_bags_of_given_lengths_and_weights_are_left_to_torch() -> None:
+    torch.manual_seed(0)
+    bag = nn.EmbeddingBag(9, 4, mode="sum").double()
+    index, weights = torch.arange(8).view(4, 2), torch.rand(4, 2, dtype=torch.float64)
+    plain = copied(bag)
+    torch.testing.assert_close(plain(index), bag(index))
+    torch.testing.assert_close(plain(index, None, weights), bag(index, None, weights))
+    offsets = torch.tensor([0, 3])
+    torch.testing.assert_close(plain(index.flatten(), offsets), bag(index.flatten(), offsets))
+
+
+def test_operations_without_second_derivatives_are_named() -> None:
+    torch.manual_seed(0)
+    data = (fimo.Instances(X[:20], LABELS[:20]), fimo.Instances(X[20:], LABELS[20:]))
+    model = FinalModel(Far(squared=False).double(), "cross_entropy", accept_poor=True)
+    for run in (
+        lambda: fimo.audit(model, *data, PROTOCOL, top=2),
+        lambda: fimo.attribute(model, *data, "bif"),
+    ):
+        with pytest.raises(
+            InputError, match=r"^model\.network: directional derivatives are needed here: .*cdist"
+        ):
+            run()
+    with pytest.raises(InputError, match=r"unrolled does not apply here: .*cdist"):
+        fimo.attribute(model, *data, "unrolled", further_training=PROTOCOL)
+    other = FinalModel(Far(squared=True).double(), "cross_entropy", accept_poor=True)
+    assert fimo.attribute(other, *data, "bif").values.isfinite().all()
+
+
+def test_fused_attention_is_as_it_was_afterwards() -> None:
+    before = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
+    with plain_attention(), plain_attention():
+        assert not torch.backends.mha.get_fastpath_enabled()
+        assert not torch.backends.cuda.flash_sdp_enabled()
+    assert before == (torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled())
+    assert before == (True, True)
+
+
+def test_replicas_with_dropout_of_transposed_values_advance_together() -> None:
+    torch.manual_seed(0)
+    model = FinalModel(Encoder(0.3).double(), "cross_entropy", accept_poor=True)
+    train = fimo.Instances(X, LABELS)
+    assert choose_engine(model, train, TrainMode.of(model, train)) == "functional"

@@ -103,7 +103,7 @@ def _near(
         leaders: ``[R, d]``, standard.
     """
     near: list[list[Tensor]] = [[] for _ in leaders]
-    furthest = torch.zeros(len(leaders), device=rows.device)
+    furthest = torch.zeros(len(leaders), device=rows.device, dtype=torch.float32)
     size = leaders.square().sum(1)
     for start in range(0, len(rows), BLOCK):
         theirs = standard(rows[start : start + BLOCK])

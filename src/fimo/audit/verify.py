@@ -218,7 +218,7 @@ class _Runs:
         v = len(chosen.rows)
         final_model, measured = question.measured_with(question.train[chosen.rows])
         change = torch.full((seeds, len(question.targets), v), torch.nan, dtype=torch.float64)
-        by_test = torch.full((seeds, len(_some(question)), v), torch.nan)
+        by_test = torch.full((seeds, len(_some(question)), v), torch.nan, dtype=torch.float32)
         own = torch.full((seeds, v, v), torch.nan, dtype=torch.float64)
         return cls(question, chosen, resources, final_model, measured, change, by_test, own)
 

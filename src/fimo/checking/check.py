@@ -61,10 +61,11 @@ def check(
         determinism, rounding, linearity, the seeds needed, and times.
 
     Raises:
-        InputError: no protocol, or seeds or left-out instances that there are not.
+        InputError: no protocol, or seeds, left-out instances or a device that there are not.
     """
     if not isinstance(protocol, Protocol):
         raise InputError("protocol", f"expected a fimo.Protocol but got {protocol!r}")
+    where = choices.device(device)
     began = time.monotonic()
     with _quiet():
         first, train, test = _admitted(final_model, train, test)
@@ -72,15 +73,15 @@ def check(
             rest = warns("the rest", "was not tried: every other part takes the loss to be right")
             return Check((first, rest), time.monotonic() - began)
         problem = Problem(
-            final_model.to(device),
-            train.to(device),
-            test.to(device),
+            final_model.to(where),
+            train.to(where),
+            test.to(where),
             protocol,
             choices.seeds(seeds),
             choices.units(min(left_out, len(train)) if isinstance(left_out, int) else left_out, len(train)),
             dict(methods or {}),
             subtract_mean,
-            torch.device(device),
+            where,
         )
         lines = (first, *_lines(problem, seconds - (time.monotonic() - began)))
     return Check(lines, time.monotonic() - began)

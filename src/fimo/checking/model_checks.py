@@ -11,7 +11,6 @@ from fimo.curvature.gradients import InstanceGradients
 from fimo.data.instances import Instances
 from fimo.errors import shortened
 from fimo.further_training.resolution import some, unit_in_last_place
-from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, fitting_batch, functional_apply
 from fimo.models.losses import Loss
 
@@ -82,8 +81,7 @@ def central_difference(
 
     def at(h: float) -> Tensor:
         moved = {name: p + h * direction[name] for name, p in model.parameters().items()}
-        with plain_attention():
-            outputs = functional_apply(model.network, {**model.buffers(), **moved}, instances.inputs)
+        outputs = functional_apply(model.network, {**model.buffers(), **moved}, instances.inputs)
         return value(outputs, instances.targets)
 
     return (at(step) - at(-step)) / (2 * step)

@@ -34,7 +34,6 @@ from fimo.engine.devices import Launched
 from fimo.engine.job import Job, Work
 from fimo.engine.pace import LEAST_SECONDS, about, expected_seconds, least_seconds, measure_pace
 from fimo.errors import InputError
-from fimo.models.attention import plain_attention
 from fimo.models.progress import Lines, on_terminal
 
 log = logging.getLogger(__name__)
@@ -94,9 +93,6 @@ class FurtherTrainingModule(pl.LightningModule):
         each = 1 if self.device.type == "cpu" else self.threads
         self.pool = ThreadPoolExecutor(self.workers, initializer=_start_worker, initargs=(each, self.device))
         self.stop = threading.Event()
-        # attention's kernel is a global setting: it must not change while any worker is under way
-        self.kernel = contextlib.ExitStack()
-        self.kernel.enter_context(plain_attention())
         if self.global_rank == 0:
             self._announce(self.job)
 
@@ -171,7 +167,6 @@ class FurtherTrainingModule(pl.LightningModule):
             return
         self.stop.set()
         self.pool.shutdown()
-        self.kernel.close()
         torch.set_num_threads(self.threads)  # workers' setting reaches the matrix library's own
         assert self.job is not None
         for work in self.work.values():

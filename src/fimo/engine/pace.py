@@ -13,7 +13,6 @@ import torch
 from fimo.engine.chunk import Chunk
 from fimo.engine.context import Setting, evaluation_batch, worker_threads
 from fimo.engine.replicas import Replica
-from fimo.models.attention import plain_attention
 
 LEAST_SECONDS = 1.0
 """A job that might be shorter than this is not worth a measurement."""
@@ -95,7 +94,7 @@ def _workers(
         workers, initializer=torch.set_num_threads, initargs=(1 if workers > 1 else threads,)
     )
     try:
-        with plain_attention(), own:
+        with own:
             yield own, workers
     finally:
         torch.set_num_threads(threads)  # workers' setting reaches the matrix library's own

@@ -290,23 +290,20 @@ class FunctionalNetwork(StackedNetwork):
 
     def outputs(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
         network, buffers = self.evaluation_model.network, self.evaluation_buffers
-        with plain_attention():
-            if self.vectorise:
-                tensors = {**buffers, **parameters}
-                mapped = vmap(lambda t: functional_apply(network, t, inputs), in_dims=(self._axes(tensors),))
-                return mapped(tensors)
-            each = [{n: p[r] for n, p in parameters.items()} for r in range(self.replicas)]
-            parts = by_length(network, inputs)
-            if len(parts) < 2:
-                return torch.stack([functional_apply(network, {**buffers, **own}, inputs) for own in each])
-            back = torch.cat(parts).argsort()
-            found = [
-                torch.cat(
-                    [functional_apply(network, {**buffers, **own}, _row(inputs, part)) for part in parts]
-                )
-                for own in each
-            ]
-            return torch.stack(found)[:, back]
+        if self.vectorise:
+            tensors = {**buffers, **parameters}
+            mapped = vmap(lambda t: functional_apply(network, t, inputs), in_dims=(self._axes(tensors),))
+            return mapped(tensors)
+        each = [{n: p[r] for n, p in parameters.items()} for r in range(self.replicas)]
+        parts = by_length(network, inputs)
+        if len(parts) < 2:
+            return torch.stack([functional_apply(network, {**buffers, **own}, inputs) for own in each])
+        back = torch.cat(parts).argsort()
+        found = [
+            torch.cat([functional_apply(network, {**buffers, **own}, _row(inputs, part)) for part in parts])
+            for own in each
+        ]
+        return torch.stack(found)[:, back]
 
 
 def without_gradient(final_model: FinalModel, train: Instances) -> list[str]:

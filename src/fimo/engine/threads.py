@@ -9,8 +9,6 @@ from typing import TypeVar
 
 import torch
 
-from fimo.models.attention import plain_attention
-
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -33,10 +31,6 @@ def side_by_side(function: Callable[[Item], Found], items: Sequence[Item], worke
     """
     if workers <= 1 or len(items) <= 1:
         return [function(item) for item in items]
-    # attention's kernel is a global setting, which threads must not change under each other
-    with (
-        one_thread(),
-        plain_attention(),
-        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    with one_thread(), pool:
         return list(pool.map(function, items))

@@ -66,7 +66,8 @@ class Metric:
     def efficiency(self, count: int) -> float:
         """Return for how many values one counts in telling a correlation from zero; by simulation."""
         slope = float(self.expected(torch.tensor([0.05]), count)) / 0.05
-        u, v = torch.randn(2, 4000, count, generator=torch.Generator().manual_seed(0)).unbind()
+        generator = torch.Generator().manual_seed(0)
+        u, v = torch.randn(2, 4000, count, generator=generator, dtype=torch.float32).unbind()
         spread = float(self.paired(self.prepared(u), self.prepared(v)).double().var())
         return min(1.0, slope**2 / (spread * (count - 1)))
 
@@ -247,7 +248,8 @@ def _simulated(kind: type[Metric], count: int) -> tuple[Tensor, Tensor]:
     """Return a metric's expected values for normal pairs, and the correlations ``[33]`` that they are of."""
     metric = kind()
     grid = torch.sin(torch.linspace(-math.pi / 2, math.pi / 2, 33, dtype=torch.float64))
-    u, noise = torch.randn(2, DRAWS, count, generator=torch.Generator().manual_seed(0)).unbind()
+    generator = torch.Generator().manual_seed(0)
+    u, noise = torch.randn(2, DRAWS, count, generator=generator, dtype=torch.float32).unbind()
     prepared = metric.prepared(u)
     means = [
         metric.paired(prepared, metric.prepared(float(r) * u + math.sqrt(1 - float(r) ** 2) * noise))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,10 @@ from fimo.engine.optimizers import State, Tensors, safe_sqrt
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import Replica, Unit
 from fimo.errors import InputError
-from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.forward_mode import jvp
 from fimo.models.linear_layers import Linearised, forward, linear_layers
-from fimo.models.train_mode import TrainMode, seeded
+from fimo.models.train_mode import TrainMode
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class FullRun:
         self.dtype = DTYPES[protocol.dtype] if dtype is None else dtype
         self.model, self.train = final_model.to(device, self.dtype), train.to(device, self.dtype)
         self.protocol, self.seed, self.device = protocol, seed, torch.device(device)
-        mode = TrainMode.of(self.model, self.train)
+        self.mode = mode = TrainMode.of(self.model, self.train)
         self.network = mode.set(FinalModel(self.model.network, self.model.loss).network)
         self.buffers = self.model.buffers()
         self.stochastic = mode.stochastic
@@ -170,12 +169,9 @@ class FullRun:
             gradient = {n: g * scale for n, g in gradient.items()}
         return self.protocol.update_rule.updated(state, gradient, lr, step + 1)
 
-    @contextlib.contextmanager
-    def randomness(self, step: int) -> Iterator[None]:
-        """Set the step's random state (dropout), and attention kernels that have derivatives."""
-        seed = step_seed(self.seed, step) if self.stochastic else None
-        with seeded(seed, self.device), plain_attention():
-            yield
+    def randomness(self, step: int) -> AbstractContextManager[object]:
+        """Draw the step's random numbers (dropout) in the context."""
+        return self.mode.drawing(step_seed(self.seed, step), self.device)
 
 
 def evaluate_outputs(model: FinalModel, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:

@@ -69,7 +69,8 @@ class Arnoldi(CurvatureMethod):
     def fit(self, final_model: FinalModel, train: Instances) -> LeadingEigenvectors:
         gradients = self.gradients(final_model)
         n, outputs = len(train), final_model.outputs(train[:1])[0].numel()
-        start = torch.randn(final_model.size, generator=torch.Generator().manual_seed(self.seed))
+        generator = torch.Generator().manual_seed(self.seed)
+        start = torch.randn(final_model.size, generator=generator, dtype=torch.float32)
         start = start.to(gradients.device, gradients.dtype)  # drawn on the CPU: the same on every device
         hessian_wanted = self.curvature == "hessian"
         kernel_rows: Rows | None = None

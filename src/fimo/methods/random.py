@@ -26,4 +26,5 @@ class RandomScores(AttributionMethod):
     def scores(self, problem: AttributionProblem) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         first = next(iter(problem.final_model.parameters().values()))
-        return torch.randn(len(problem.test), len(problem.index), generator=generator).to(first)
+        shape = len(problem.test), len(problem.index)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(first)

@@ -79,8 +79,8 @@ class Unrolled(FollowingMethod):
         step = FullRun(final_model, train[:1], Protocol(steps=1, batch_size=1, leave_out="mask"), 0, [(0,)])
         try:
             next(tangents(step, [(0,)]))
-        except NotImplementedError as error:
-            return f"it needs an operation's forward derivative: {str(error).splitlines()[0]}"
+        except InputError as error:
+            return error.problem
         return None
 
     def scores(self, problem: AttributionProblem) -> Scores:

@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def plain_attention() -> AbstractContextManager[None]:
-    """Compute attention by its formula within the context.
+    """Compute attention by its formula within the context, which may be entered again and on several threads.
 
-    The fused kernels have no second derivative and can't be vectorised by ``torch.func``. Threads must not
-    change the setting under each other: whoever starts them enters the context around all of them.
+    The fused kernels have no second derivative and can't be vectorised by ``torch.func``, and those that
+    ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` call in eval mode have no derivative at all.
     """
-    kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
-    return kernel
+    return _PLAIN
+
+
+class _Plain(AbstractContextManager[None]):
+    """Settings of the process, changed when the first thread enters and put back when the last one leaves."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.before = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.before.enter_context(sdpa_kernel(SDPBackend.MATH))
+                self.before.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+                mha.set_fastpath_enabled(False)
+            self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.before.close()
+
+
+_PLAIN = _Plain()
 
 
 def vectorised_masks() -> None:

@@ -25,6 +25,7 @@ def copied(network: nn.Module) -> nn.Module:
     - Hugging Face's gradient checkpointing is switched off: the same numbers, in more memory.
     - Hugging Face's attention masks can be vectorised, see :func:`~fimo.models.attention.vectorised_masks`.
     - GPT-2's activation is torch's one operation for it instead of eight.
+    - Hard sigmoid and bags of embeddings, whose derivatives torch can't differentiate, are written out.
     - PReLU is written out: ``vmap`` over instances and vectors of its derivative mixes these up.
     - Weight normalisation is written out: torch's fused operation has no forward derivative, and its second
       derivatives take the norm as constant, which makes them wrong (a Hessian that is not symmetric).
@@ -40,6 +41,10 @@ def copied(network: nn.Module) -> nn.Module:
             module.__class__ = _PlainWeightNorm
         if type(module) is nn.PReLU:
             module.__class__ = _PlainPReLU
+        if type(module) is nn.Hardsigmoid:
+            module.__class__ = _PlainHardsigmoid
+        if type(module) is nn.EmbeddingBag:
+            module.__class__ = _PlainEmbeddingBag
         if (
             type(module).__name__ == "NewGELUActivation"
             and type(module).__module__ == "transformers.activations"
@@ -112,6 +117,30 @@ class _PlainPReLU(nn.PReLU):
     def forward(self, x: Tensor) -> Tensor:
         slope = self.weight if x.ndim < 2 else self.weight.view(-1, *[1] * (x.ndim - 2))  # of the second axis
         return torch.where(x > 0, x, slope * x)
+
+
+class _PlainHardsigmoid(nn.Hardsigmoid):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.hardtanh(input / 6 + 0.5, 0.0, 1.0)
+
+
+class _PlainEmbeddingBag(nn.EmbeddingBag):
+    def forward(
+        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
+        if input.ndim != 2 or self.max_norm is not None:
+            return super().forward(input, offsets, per_sample_weights)
+        rows = nn.functional.embedding(input, self.weight, self.padding_idx)  # [n, T, D]
+        if per_sample_weights is not None:
+            rows = rows * per_sample_weights[..., None]
+        if self.padding_idx is None:
+            return rows.amax(1) if self.mode == "max" else getattr(rows, self.mode)(1)
+        there = (input != self.padding_idx)[..., None]
+        if self.mode == "max":
+            most = rows.masked_fill(~there, float("-inf")).amax(1)
+            return most.masked_fill(~there.any(1), 0.0)
+        total = (rows * there).sum(1)
+        return total / there.sum(1).clamp(min=1) if self.mode == "mean" else total
 
 
 class _PlainWeightNorm(parametrizations._WeightNorm):

@@ -11,20 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_batchedtensor, maybe_get_bdim
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    maybe_get_bdim,
+)
 from torch.overrides import TorchFunctionMode
 
 
 class DrawnFrom(TorchFunctionMode):
     """In this context dropout draws its masks from a generator; other functions draw as always.
 
-    Of replicas that ``vmap`` advances together all have the same masks.
+    Of replicas that ``vmap`` advances together all have the same masks, and these are a run's alone under
+    ``torch.func``'s derivatives as well.
 
     Args:
-        generator: of a CPU.
+        generator: of a CPU; the process's when None.
     """
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, generator: torch.Generator | None) -> None:
         super().__init__()
         self.generator = generator
 
@@ -51,7 +57,8 @@ class DrawnFrom(TorchFunctionMode):
 
 
 def _of_one(tensor: Tensor) -> Tensor:
-    """Return the tensor of a single replica of those that ``vmap`` advances together."""
-    while is_batchedtensor(tensor):
-        tensor = get_unwrapped(tensor).select(maybe_get_bdim(tensor), 0)
+    """Return what ``torch.func`` wraps, of a single replica of those that ``vmap`` advances together."""
+    while is_functorch_wrapped_tensor(tensor):
+        inner = get_unwrapped(tensor)
+        tensor = inner.select(maybe_get_bdim(tensor), 0) if is_batchedtensor(tensor) else inner
     return tensor

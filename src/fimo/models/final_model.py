@@ -16,6 +16,7 @@ from fimo.data.instances import Inputs, Instances
 from fimo.errors import InputError, shortened
 from fimo.models.accepted import accepted
 from fimo.models.adapted import Adapted
+from fimo.models.attention import plain_attention
 from fimo.models.copied import copied, duplicate
 from fimo.models.loss_function import Loss, LossFunction
 from fimo.models.losses import LOSSES, MEASUREMENTS
@@ -201,11 +202,12 @@ def apply(network: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def functional_apply(network: nn.Module, tensors: dict[str, Tensor], inputs: Inputs) -> Tensor:
-    """Call a network with its parameters and buffers replaced by ``tensors``.
+    """Call a network with its parameters and buffers replaced by ``tensors``, as can be differentiated twice.
 
     Parameters missing from ``tensors`` keep the network's own values, so a method restricted to some
     parameters passes only those.
     """
     positional, named = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
-    outputs: Tensor = torch.func.functional_call(network, tensors, positional, named)
+    with plain_attention():
+        outputs: Tensor = torch.func.functional_call(network, tensors, positional, named)
     return outputs

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
+
+from fimo.errors import InputError
 
 _LEVELS = threading.RLock()
 """PyTorch's levels of forward mode belong to the process: a thread that leaves the one it shares with another
@@ -14,7 +17,29 @@ takes the other's tangents away."""
 
 
 def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-    """Return a value and its derivative along tangents (``torch.func.jvp``), one thread at a time."""
-    with _LEVELS:
-        value, derivative = torch.func.jvp(function, primals, tangents)  # type: ignore[misc]
-    return value, derivative
+    """Return a value and its derivative along tangents, as ``torch.func.jvp`` does, one thread at a time.
+
+    Where an operation has no forward derivative (``grid_sample``), the backward pass, which is linear in what
+    it starts from, is differentiated in that: the same numbers for more time.
+
+    Raises:
+        InputError: an operation has neither (``cdist``).
+    """
+    try:
+        with _LEVELS:
+            value, derivative = torch.func.jvp(function, primals, tangents)  # type: ignore[misc]
+        return value, derivative
+    except NotImplementedError as error:
+        try:
+            return _backward_twice(function, primals, tangents)
+        except (NotImplementedError, RuntimeError):
+            said = str(error).splitlines()[0]
+            raise InputError("model.network", f"directional derivatives are needed here: {said}") from None
+
+
+def _backward_twice(
+    function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    value, backward = torch.func.vjp(function, *primals)  # type: ignore[misc]
+    again = torch.func.vjp(backward, tree_map(torch.zeros_like, value))[1]
+    return value, again(tangents)[0]

@@ -70,7 +70,7 @@ class TrainMode:
         if self.only_masks:
             generator = torch.Generator().manual_seed(seed)
             return DrawnFrom(generator if after is None else generator.set_state(after))
-        return seeded(seed if self.stochastic else None, device)
+        return _masks_as_alone(seed, device) if self.stochastic else contextlib.nullcontext()
 
     def set(self, network: nn.Module) -> nn.Module:
         """Put a network in train mode, but for the modules that stay in eval mode; return it."""
@@ -118,6 +118,12 @@ def _draws_only_masks(network: nn.Module, inputs: Inputs) -> bool:
             if not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
                 return False
     return True
+
+
+@contextlib.contextmanager
+def _masks_as_alone(seed: int, device: torch.device) -> Iterator[None]:
+    with seeded(seed, device), DrawnFrom(None) if device.type == "cpu" else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fimo.errors import InputError, shortened
+from fimo.errors import InputError, reason, shortened
 
 
 def spaced(count: int, total: int) -> list[int]:
@@ -146,3 +146,26 @@ def _listed(value: Any, key: str) -> list[Any]:
         return list(value)
     except TypeError:
         raise InputError(key, f"expected a number or a list of indices but got {value!r}") from None
+
+
+def device(given: str | torch.device) -> torch.device:
+    """Return a device.
+
+    Raises:
+        InputError: it is not there; or another one is the process's default for new tensors.
+    """
+    if (default := torch.get_default_device()).type != "cpu":
+        # a setting of the thread that made it, of which fimo's own threads know nothing
+        raise InputError(
+            "device",
+            f"torch.set_default_device has made {default} the place of all new tensors, unknown to threads; "
+            "expected torch.set_default_device(None), and the device as the argument of this name",
+        )
+    try:
+        torch.empty(0, device=given)
+    except (RuntimeError, AssertionError) as error:
+        there = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
+        raise InputError(
+            "device", f"{given} is not here ({reason(error)}); there are {', '.join(there)}"
+        ) from error
+    return torch.device(given)
