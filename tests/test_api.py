@@ -415,3 +415,63 @@ def test_a_default_device_for_all_new_tensors_is_refused(
                 run()
     finally:
         torch.set_default_device(None)
+
+
+def scores_of_all(model: fimo.FinalModel, data: Any) -> dict[str, torch.Tensor]:
+    names = ["graddot", "datainf", "less", "bif", "trak", "unlearning"]
+    found = {n: s.values for n, s in fimo.attribute(model, *data, names, further_training=FT).items()}
+    truth = fimo.further_train(model, *data, FT, seeds=2, left_out=4)
+    effects = fimo.audit(model, *data, FT, top=3).rows["score"]
+    return found | {"truth": truth.raw, "audit": torch.tensor(effects.to_numpy())}
+
+
+STATES = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_results_do_not_depend_on_what_the_caller_has_switched_on(state: str) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 1)
+    )
+    data = ((X, Y), (X[:4], Y[:4]))
+    usual = scores_of_all(fimo.FinalModel(network, "mse", accept_poor=True), data)
+    with STATES[state]():
+        found = scores_of_all(fimo.FinalModel(network, "mse", accept_poor=True), data)
+    assert all(torch.equal(found[name], values) for name, values in usual.items())
+
+
+@pytest.mark.parametrize("given", ["requires_grad", "inference", "both"])
+def test_features_that_are_a_network_s_outputs_are_constants(given: str) -> None:
+    torch.manual_seed(0)
+    network, encoder = nn.Linear(3, 1), nn.Linear(3, 3)
+    usual = scores_of_all(
+        fimo.FinalModel(network, "mse", accept_poor=True),
+        ((encoder(X).detach(), Y), (encoder(X[:4]).detach(), Y[:4])),
+    )
+    context = torch.inference_mode if given == "inference" else torch.enable_grad
+    with context():
+        data = ((encoder(X), Y), (encoder(X[:4]), Y[:4]))
+    taken = [fimo.Instances(*part) for part in data] if given == "both" else data
+    found = scores_of_all(fimo.FinalModel(network, "mse", accept_poor=True), taken)
+    for name, values in usual.items():
+        torch.testing.assert_close(found[name], values, rtol=0, atol=0, msg=name)
+    assert data[0][0].requires_grad == (given != "inference")  # the user's own
+
+
+def test_hooks_of_backward_passes_stay_behind(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    network, data = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), ((X, Y), (X[:4], Y[:4]))
+    usual = scores_of_all(fimo.FinalModel(network, "mse", accept_poor=True), data)
+    network[0].register_full_backward_hook(
+        lambda module, inner, outer: (2 * inner[0],) if inner[0] is not None else None
+    )
+    network[2].register_full_backward_pre_hook(lambda module, outer: (3 * outer[0],))
+    found = scores_of_all(fimo.FinalModel(network, "mse", accept_poor=True), data)
+    assert "Linear: hooks of its backward pass are left out" in caplog.text
+    assert network[2]._backward_pre_hooks
+    assert all(torch.equal(found[name], values) for name, values in usual.items())

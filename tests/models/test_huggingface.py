@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.models.attention import plain_attention
-from fimo.models.final_model import FinalModel
+from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.losses import cross_entropy, language_modelling
 from tests.models.folders import save_bert
 
@@ -89,7 +89,8 @@ def test_second_derivatives_of_a_language_model_agree_with_finite_differences() 
     def shifted(step: float) -> dict[str, Tensor]:
         return grad(loss)({n: p + step * direction[n] for n, p in parameters.items()})
 
-    found = torch.func.jvp(grad(loss), (parameters,), (direction,))[1]
+    with plain_attention():
+        found = torch.func.jvp(grad(loss), (parameters,), (direction,))[1]
     h = 1e-5
     gradients = {k: shifted(k * h) for k in (-2, -1, 1, 2)}
     for name, value in found.items():  # the five-point difference: its error is of the order of h^4
@@ -287,3 +288,30 @@ def test_a_library_network_of_padded_sentences_is_vectorised(attention: str) -> 
     with plain_attention():
         torch.testing.assert_close(vmap(logits)(inputs), before)
     torch.testing.assert_close(network(**inputs).logits, before, rtol=0, atol=0)  # the user's own
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_attention_of_a_float64_run_is_float64(tmp_path: Path, bare: bool) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
+        max_position_embeddings=16, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    saved = LlamaForCausalLM(config)
+    for p in saved.parameters():
+        nn.init.normal_(p, std=0.5)
+    saved.save_pretrained(tmp_path)
+    network = saved if bare else causal_lm(30, str(tmp_path))
+    model = FinalModel(network, language_modelling).to(dtype=torch.float64)
+    ids = sentences()["input_ids"] % 30
+    name = next(n for n in model.parameters() if "q_proj" in n)
+
+    def loss(change: float) -> Tensor:
+        moved = {n: p + change * (n == name) for n, p in model.parameters().items()}
+        outputs = functional_apply(model.network, {**model.buffers(), **moved}, {"input_ids": ids})
+        return language_modelling(outputs, ids).mean()
+
+    slopes = torch.stack([(loss(h) - loss(-h)) / (2 * h) for h in (1e-4, 1e-7)])
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-5, atol=0)

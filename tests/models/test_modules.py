@@ -207,6 +207,28 @@ def sampled(x: Tensor) -> Tensor:
     ).flatten(1)
 
 
+class Squared(torch.autograd.Function):
+    """A function in the old form, without ``setup_context``."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+class OfSquares(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(Squared.apply(self.first(x)))
+
+
 class Sampled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -268,20 +290,24 @@ def test_bags_of_given_lengths_and_weights_are_left_to_torch() -> None:
     torch.testing.assert_close(plain(index.flatten(), offsets), bag(index.flatten(), offsets))
 
 
-def test_operations_without_second_derivatives_are_named() -> None:
+@pytest.mark.parametrize(
+    ("make", "said"), [(lambda: Far(squared=False), "cdist"), (OfSquares, "setup_context")]
+)
+def test_operations_without_second_derivatives_are_named(make, said: str) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     data = (fimo.Instances(X[:20], LABELS[:20]), fimo.Instances(X[20:], LABELS[20:]))
-    model = FinalModel(Far(squared=False).double(), "cross_entropy", accept_poor=True)
+    model = FinalModel(make().double(), "cross_entropy", accept_poor=True)
     for run in (
         lambda: fimo.audit(model, *data, PROTOCOL, top=2),
         lambda: fimo.attribute(model, *data, "bif"),
     ):
         with pytest.raises(
-            InputError, match=r"^model\.network: directional derivatives are needed here: .*cdist"
+            InputError, match=rf"^model\.network: directional derivatives are needed here: .*{said}"
         ):
             run()
-    with pytest.raises(InputError, match=r"unrolled does not apply here: .*cdist"):
+    with pytest.raises(InputError, match=rf"unrolled does not apply here: .*{said}"):
         fimo.attribute(model, *data, "unrolled", further_training=PROTOCOL)
+    assert fimo.attribute(model, *data, "response", further_training=PROTOCOL).values.isfinite().all()
     other = FinalModel(Far(squared=True).double(), "cross_entropy", accept_poor=True)
     assert fimo.attribute(other, *data, "bif").values.isfinite().all()
 

@@ -63,7 +63,7 @@ def to_instances(
             loader that shuffles or drops instances.
     """
     if isinstance(source, Instances):
-        return source
+        return source.detached()
     if isinstance(source, DataLoader):
         instances = _of_loader(source, inputs, target, key, text)
     elif _is_frame(source):
@@ -79,7 +79,7 @@ def to_instances(
             if part.is_floating_point() and not torch.isfinite(part).all():
                 row = k * BLOCK + int((~torch.isfinite(part)).nonzero()[0, 0])
                 raise InputError(key, f"element {row} has NaN or infinite {name}")
-    return instances
+    return instances.detached()
 
 
 def train_and_test(

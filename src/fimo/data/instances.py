@@ -68,6 +68,21 @@ class Instances:
             return Instances({k: move(v) for k, v in self.inputs.items()}, move(self.targets))
         return Instances(move(self.inputs), move(self.targets))
 
+    def detached(self) -> Instances:
+        """Return the instances as constants, where they are a network's outputs; else the same ones.
+
+        Of tensors that were made in ``torch.inference_mode``, copies.
+        """
+
+        def constant(t: Tensor) -> Tensor:
+            return t.detach().clone() if t.is_inference() else t.detach()
+
+        if not any(t.requires_grad or t.is_inference() for t in self.tensors().values()):
+            return self
+        if isinstance(self.inputs, Mapping):
+            return Instances({k: constant(v) for k, v in self.inputs.items()}, constant(self.targets))
+        return Instances(constant(self.inputs), constant(self.targets))
+
     def batches(self, size: int) -> Iterator[Instances]:
         """Yield consecutive batches of at most ``size`` instances."""
         for start in range(0, len(self), size):

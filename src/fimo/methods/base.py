@@ -19,6 +19,7 @@ from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.models.final_model import FinalModel
+from fimo.models.state import usual_state
 from fimo.scores import Access, Scores
 from fimo.validation import choices
 from fimo.validation.admission import admit
@@ -136,6 +137,7 @@ class AttributionMethod(ABC):
             )
         return Scores(values, problem.index, **fields | more)
 
+    @usual_state()
     def attribute(
         self,
         final_model: FinalModel,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from fimo.errors import InputError, reason
 from fimo.models.attention import vectorised_masks
 
+log = logging.getLogger(__name__)
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -23,6 +26,7 @@ def copied(network: nn.Module) -> nn.Module:
     - Gradients of embeddings are dense: the same numbers, which can be stacked and multiplied.
     - A LightningModule's Trainer stays behind.
     - Hugging Face's gradient checkpointing is switched off: the same numbers, in more memory.
+    - Hooks of modules' backward passes stay behind: gradients are those of the loss.
     - Hugging Face's attention masks can be vectorised, see :func:`~fimo.models.attention.vectorised_masks`.
     - GPT-2's activation is torch's one operation for it instead of eight.
     - Hard sigmoid and bags of embeddings, whose derivatives torch can't differentiate, are written out.
@@ -37,6 +41,11 @@ def copied(network: nn.Module) -> nn.Module:
         raise InputError("model.network", f"can't be copied: {reason(error)}") from error
     vectorised_masks()
     for module in without_checkpointing(with_dense_gradients(found)).modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            log.warning("%s: hooks of its backward pass are left out", type(module).__name__)
+            module._backward_hooks.clear()
+            module._backward_pre_hooks.clear()
+            module._is_full_backward_hook = None
         if type(module) is parametrizations._WeightNorm:
             module.__class__ = _PlainWeightNorm
         if type(module) is nn.PReLU:

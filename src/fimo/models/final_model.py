@@ -20,6 +20,8 @@ from fimo.models.attention import plain_attention
 from fimo.models.copied import copied, duplicate
 from fimo.models.loss_function import Loss, LossFunction
 from fimo.models.losses import LOSSES, MEASUREMENTS
+from fimo.models.precision import own_precision
+from fimo.models.state import usual_state
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +87,8 @@ class FinalModel:
         network, loss = accepted(self.network, self.loss)
         wrapped = isinstance(network, Adapted) and network is not self.network
         set_attribute(self, "loss", loss)
-        network = copied(network).eval()
-        if wrapped and hasattr(network.network, "set_attn_implementation"):
-            network.network.set_attn_implementation("eager")  # type: ignore[operator]
+        with usual_state():
+            network = copied(network).eval()
         names = [name for name, _ in network.named_parameters()]
         if not names:
             raise InputError("model.network", "has no parameter that can be trained")
@@ -197,7 +198,8 @@ def fitting_batch(instances: Instances) -> int:
 
 def apply(network: nn.Module, inputs: Inputs) -> Tensor:
     """Call a network on a batch: a tensor as its one argument, a dict by names."""
-    outputs: Tensor = network(**inputs) if isinstance(inputs, dict) else network(inputs)
+    with own_precision(network, next((p.dtype for p in network.parameters()), None)):
+        outputs: Tensor = network(**inputs) if isinstance(inputs, dict) else network(inputs)
     return outputs
 
 
@@ -208,6 +210,7 @@ def functional_apply(network: nn.Module, tensors: dict[str, Tensor], inputs: Inp
     parameters passes only those.
     """
     positional, named = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
-    with plain_attention():
+    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
+    with plain_attention(), own_precision(network, dtype):
         outputs: Tensor = torch.func.functional_call(network, tensors, positional, named)
     return outputs

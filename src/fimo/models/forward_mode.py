@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,18 +24,30 @@ def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[
     it starts from, is differentiated in that: the same numbers for more time.
 
     Raises:
-        InputError: an operation has neither (``cdist``).
+        InputError: an operation has neither (``cdist``), or is an ``autograd.Function`` in the old form.
     """
-    try:
-        with _LEVELS:
-            value, derivative = torch.func.jvp(function, primals, tangents)  # type: ignore[misc]
-        return value, derivative
-    except NotImplementedError as error:
+    with lacking_derivatives_named():
         try:
-            return _backward_twice(function, primals, tangents)
-        except (NotImplementedError, RuntimeError):
-            said = str(error).splitlines()[0]
-            raise InputError("model.network", f"directional derivatives are needed here: {said}") from None
+            with _LEVELS:
+                value, derivative = torch.func.jvp(function, primals, tangents)  # type: ignore[misc]
+            return value, derivative
+        except NotImplementedError as error:
+            try:
+                return _backward_twice(function, primals, tangents)
+            except RuntimeError:
+                raise error from None
+
+
+@contextlib.contextmanager
+def lacking_derivatives_named() -> Iterator[None]:
+    """Say in one line which operation lacks what a block needs of it."""
+    try:
+        yield
+    except RuntimeError as error:  # setup_context: the method that an autograd.Function in the old form lacks
+        if not isinstance(error, NotImplementedError) and "setup_context" not in str(error):
+            raise
+        said = str(error).splitlines()[0]
+        raise InputError("model.network", f"directional derivatives are needed here: {said}") from None
 
 
 def _backward_twice(

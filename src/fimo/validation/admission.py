@@ -81,7 +81,7 @@ def as_instances(source: Any, key: str) -> Instances:
         found = to_instances(source, key=key)
     if not len(found):
         raise InputError(key, "has no instances")
-    return found
+    return found.detached()
 
 
 @dataclass(frozen=True)
