@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -326,3 +327,25 @@ def test_replicas_with_dropout_of_transposed_values_advance_together() -> None:
     model = FinalModel(Encoder(0.3).double(), "cross_entropy", accept_poor=True)
     train = fimo.Instances(X, LABELS)
     assert choose_engine(model, train, TrainMode.of(model, train)) == "functional"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_networks_in_half_precision_are_computed_with_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).to(dtype)
+    data = (
+        (100 * X[:20], 300 * X[:20, 0]),
+        (100 * X[20:], 300 * X[20:, 0]),
+    )  # products beyond float16's range
+    model, same = (FinalModel(n, "mse", accept_poor=True) for n in (network, copied(network).float()))
+    assert next(network.parameters()).dtype == dtype  # the user's own
+    protocol = fimo.Protocol(lr=1e-7, batch_size=4, epochs=1)
+    for name in ("graddot", "datainf", "bif", "unlearning"):
+        found, expected = (
+            fimo.attribute(m, *data, name, further_training=protocol).values for m in (model, same)
+        )
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+    assert found.isfinite().all()
+    table = fimo.audit(model, *data, protocol, top=2).rows
+    pd.testing.assert_frame_equal(table, fimo.audit(same, *data, protocol, top=2).rows)
