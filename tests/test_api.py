@@ -475,3 +475,21 @@ def test_hooks_of_backward_passes_stay_behind(caplog: pytest.LogCaptureFixture) 
     assert "Linear: hooks of its backward pass are left out" in caplog.text
     assert network[2]._backward_pre_hooks
     assert all(torch.equal(found[name], values) for name, values in usual.items())
+
+
+def test_arrays_of_scores_are_taken_as_numbers_or_refused(truth: fimo.Sensitivity) -> None:
+    given = truth.sensitivity[0] + 0.1 * torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    usual = fimo.evaluate({"mine": given}, truth)
+    forms = [given.numpy(), given.tolist(), pd.DataFrame(given.numpy()), given.clone().requires_grad_()]
+    for form in forms:
+        pd.testing.assert_frame_equal(fimo.evaluate({"mine": form}, truth), usual)
+    holed = given.clone()
+    holed[1, 2] = torch.nan
+    for wrong, said in (
+        (holed, r"1 of 24 are NaN or infinite, the first at \[1, 2\]"),
+        (given / 0, "24 of 24 are NaN or infinite"),
+        (given.to(torch.complex64), "expected real numbers but got torch.complex64"),
+        ("high", "expected Scores or an array but got str"),
+    ):
+        with pytest.raises(fimo.InputError, match=rf"^scores of mine: {said}"):
+            fimo.evaluate({"mine": wrong}, truth)

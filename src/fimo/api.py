@@ -345,12 +345,19 @@ def evaluate(
 def _judged(name: str, found: Any) -> Scores | tuple[str, Tensor]:
     if isinstance(found, Scores | tuple):
         return found
+    key = f"scores of {name}"
+    if isinstance(found, pd.DataFrame):
+        found = found.to_numpy()
     try:
-        return "", torch.as_tensor(found)
+        values = torch.as_tensor(found).detach()
     except (TypeError, ValueError, RuntimeError):
-        raise InputError(
-            f"scores of {name}", f"expected Scores or an array but got {type(found).__name__}"
-        ) from None
+        raise InputError(key, f"expected Scores or an array but got {type(found).__name__}") from None
+    if values.is_complex():
+        raise InputError(key, f"expected real numbers but got {values.dtype}")
+    if len(bad := (~values.isfinite()).nonzero()):
+        at = bad[0].tolist()
+        raise InputError(key, f"{len(bad)} of {values.numel()} are NaN or infinite, the first at {at}")
+    return "", values
 
 
 def load_run(folder: str | Path) -> Results:
