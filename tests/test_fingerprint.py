@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from os import environ
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +40,7 @@ from tests import own_settings
 from tests.cases import CASES
 
 ROOT = Path(__file__).parents[1]
+NUMBER = 1
 
 
 def network() -> own.Net:
@@ -277,6 +280,85 @@ def test_globals_that_a_function_reads_are_in_its_description(
     assert describe(function, "loss") != before
     monkeypatch.undo()
     assert describe(function, "loss") == before
+
+
+def _by_import(o: Any, t: Any) -> Any:
+    from tests import own_settings as mine
+
+    return mine.SCALE
+
+
+def _by_name(o: Any, t: Any) -> Any:
+    from tests.own_settings import SCALE
+
+    return SCALE
+
+
+def _by_other_name(o: Any, t: Any) -> Any:
+    import tests.own_settings as mine
+
+    return mine.SCALE
+
+
+def _by_whole_name(o: Any, t: Any) -> Any:
+    import tests.own_settings
+
+    return [tests.own_settings.SCALE for _ in range(2)]
+
+
+@pytest.mark.parametrize("function", [_by_import, _by_name, _by_other_name, _by_whole_name])
+def test_what_a_function_imports_when_it_runs_is_in_its_description(
+    function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = describe(function, "loss")
+    monkeypatch.setattr(own_settings, "SCALE", 2.0)
+    changed = describe(function, "loss")
+    assert changed != before
+    monkeypatch.setattr(own_settings, "OTHER", 2.0, raising=False)
+    assert describe(function, "loss") == changed  # what it does not read
+
+
+def test_relative_imports_in_a_function_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "own_imports"
+    (package / "deep").mkdir(parents=True)
+    for name, text in {
+        "__init__.py": "", "settings.py": "WIDTH = 1\nother = open", "deep/__init__.py": "",
+        "deep/net.py": "def f():\n    from .. import settings\n    return settings.WIDTH\n",
+    }.items():  # fmt: skip
+        (package / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    f = importlib.import_module("own_imports.deep.net").f
+    assert f() == 1
+    before = describe(f, "loss")
+    monkeypatch.setattr(sys.modules["own_imports.settings"], "WIDTH", 2)
+    assert describe(f, "loss") != before
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda o, t: float(os.environ.get("FIMO_TEST_SCALE", "1")),
+        lambda o, t: float(os.getenv("FIMO_TEST_SCALE", "1")),
+        lambda o, t: [float(environ["FIMO_TEST_SCALE"]) for _ in t],
+    ],
+)
+def test_variables_of_the_environment_that_a_function_names_are_in_its_description(
+    function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = describe(function, "loss")
+    monkeypatch.setenv("FIMO_TEST_OTHER", "2")
+    assert describe(function, "loss") == before
+    monkeypatch.setenv("FIMO_TEST_SCALE", "2")
+    assert describe(function, "loss") != before
+
+
+def test_globals_that_are_read_by_their_names_are_in_a_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(o: Any, t: Any) -> Any:
+        return globals()["NUMBER"]
+
+    before = describe(read, "loss")
+    monkeypatch.setitem(read.__globals__, "NUMBER", 2)
+    assert describe(read, "loss") != before
 
 
 def test_globals_that_a_function_does_not_read_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import enum
 import functools
 import hashlib
 import logging
+import os
 import sys
 import threading
 import types
@@ -359,8 +360,17 @@ class _Walk:
             self.value(contents, f"{path}.{name}")
         if origin(module) in ("main", "user"):
             self._by_name(function.__dict__, path)
+            texts = sorted(set(_texts(function.__code__)))
             for chain in sorted(set(_reads(function.__code__))):
-                self._read(chain, function.__globals__, path)
+                self._read(chain, function.__globals__, texts, path)
+            imported = set(_imports(function.__code__, function.__globals__))
+            for chain in sorted(imported):
+                name, *rest = chain
+                self.emit("imports", *chain)
+                self._source(name)
+                further = any(c != chain and c[: len(chain)] == chain for c in imported)
+                if rest and not further and name in sys.modules:
+                    self._follow(sys.modules[name], rest, f"{path}, which imports {name}")
 
     def _code(self, code: types.CodeType, path: str) -> None:
         self.emit("code", code.co_code, code.co_exceptiontable, code.co_flags, code.co_argcount)
@@ -369,14 +379,30 @@ class _Walk:
             self.emit(len(names), *names)
         self._sequence(code.co_consts, path)
 
-    def _read(self, chain: tuple[str, ...], names: Mapping[str, Any], path: str) -> None:
-        """Take in what a function's code reads: a global, or an attribute of a module that is one."""
+    def _read(
+        self, chain: tuple[str, ...], names: Mapping[str, Any], texts: Iterable[str], path: str
+    ) -> None:
+        """Take in what a function's code reads: a global, or an attribute of a module that is one.
+
+        Args:
+            texts: in the code, which say what of the environment, or by ``globals()``, is read.
+        """
         name, *rest = chain
         self.emit("reads", *chain)
         if name not in names:
             self.emit("builtin" if hasattr(builtins, name) else "undefined")
+            if name == "globals":
+                self._by_name({t: names[t] for t in texts if t in names}, path)
             return
         value, path = names[name], f"{path}, which reads {name}"
+        read = getattr(value, rest[0], None) if value is os and rest else value
+        if read is os.environ or read is os.getenv:
+            self._by_name({t: os.environ.get(t) for t in texts}, path)
+            return
+        self._follow(value, rest, path)
+
+    def _follow(self, value: Any, rest: list[str], path: str) -> None:
+        """Take in an attribute of an attribute … of a module, or the value itself, if it is none."""
         while rest and isinstance(value, types.ModuleType):
             if origin(value.__name__) == "installed":
                 break
@@ -463,6 +489,61 @@ def _importable(thing: Any) -> bool:
     for name in getattr(thing, "__qualname__", "?").split("."):
         found = getattr(found, name, None)
     return found is thing
+
+
+def _texts(code: types.CodeType) -> Iterator[str]:
+    """Yield the texts in code."""
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, types.CodeType):
+            yield from _texts(constant)
+
+
+Chain = tuple[str, ...]
+
+
+def _imports(
+    code: types.CodeType, names: Mapping[str, Any], bound: Mapping[str, Chain] = types.MappingProxyType({})
+) -> Iterator[Chain]:
+    """Yield the user's modules that code imports when it runs, each with the attributes that it takes of it.
+
+    Args:
+        names: the globals of the function.
+        bound: what the code around it has imported, by the names that it gave it.
+    """
+    bound = dict(bound)
+    chain: Chain = ()
+    pending: Chain = ()  # what an import statement is about to give a name
+    steps = list(dis.get_instructions(code))
+    for k, step in enumerate(steps):
+        if chain and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            chain = (*chain, step.argval)
+            continue
+        if chain:
+            yield chain
+        chain = ()
+        if step.opname == "IMPORT_NAME":
+            level = next((s.argval for s in steps[max(0, k - 2) : k] if isinstance(s.argval, int)), 0)
+            above = str(names.get("__package__") or "").rsplit(".", level - 1)[0] if level else ""
+            module = ".".join(part for part in (above, step.argval) if part)
+            of_it = steps[k - 1].argval is not None  # from … import …
+            own = origin(module) in ("main", "user")
+            pending = () if not own else (module,) if of_it else (module.partition(".")[0],)
+            if own:
+                yield (module,)
+        elif pending and step.opname == "IMPORT_FROM":
+            pending = (module, step.argval) if of_it else (*pending, step.argval)  # import a.b as c
+            yield pending
+        elif pending and step.opname.startswith("STORE_"):
+            bound[step.argval] = pending
+        elif step.opname.startswith("LOAD_") and step.argval in bound:
+            chain = bound[step.argval]
+        elif step.opname not in ("POP_TOP", "SWAP"):
+            pending = ()
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _imports(constant, names, bound)
 
 
 def _reads(code: types.CodeType) -> Iterator[tuple[str, ...]]:
