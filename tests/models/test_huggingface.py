@@ -272,6 +272,7 @@ def test_a_library_network_of_padded_sentences_is_vectorised(attention: str) -> 
     config = BertConfig(
         vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,
         max_position_embeddings=16, num_labels=2, attn_implementation=attention,
+        attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     network = BertForSequenceClassification(config).eval()
     inputs, targets = sentences(), torch.tensor([0, 1, 1, 0, 1])

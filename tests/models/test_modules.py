@@ -181,6 +181,17 @@ class Encoder(nn.Module):
         return self.last(x.flatten(1))
 
 
+class Transposed(nn.Module):
+    """Dropout of values that are not in memory in the order of their axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(x.unflatten(1, (3, 4)).transpose(1, 2)).square()
+
+
 class Bag(nn.Module):
     def __init__(self, **settings) -> None:  # type: ignore[no-untyped-def]
         super().__init__()
@@ -250,13 +261,26 @@ UNDERIVABLE = {
     "largest of a bag": lambda: Bag(mode="max"),
     "bag with padding": lambda: Bag(padding_idx=0),
     "largest of a bag with padding": lambda: Bag(padding_idx=0, mode="max"),
+    "transposed": lambda: nn.Sequential(nn.Linear(4, 12), Transposed(), nn.Flatten(), nn.Linear(12, 3)),
     "grid": Sampled,
 }
 """Networks of operations that torch has no forward, or no second, derivative of in eval mode."""
 
 
+def _twice_derivable(function) -> bool:  # type: ignore[no-untyped-def]
+    x = X[:2].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    try:
+        torch.autograd.grad(gradient.sum(), x)
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("name", UNDERIVABLE)
 def test_what_torch_has_no_second_derivative_of_is_followed(name: str) -> None:
+    if name == "grid" and not _twice_derivable(sampled):
+        pytest.skip("this version of torch has no second derivative of grid_sample")
     torch.manual_seed(0)
     network = UNDERIVABLE[name]().double().eval()
     model = FinalModel(network, "cross_entropy", accept_poor=True)
@@ -324,7 +348,8 @@ def test_fused_attention_is_as_it_was_afterwards() -> None:
 
 def test_replicas_with_dropout_of_transposed_values_advance_together() -> None:
     torch.manual_seed(0)
-    model = FinalModel(Encoder(0.3).double(), "cross_entropy", accept_poor=True)
+    network = nn.Sequential(nn.Linear(4, 12), Transposed(), nn.Flatten(), nn.Linear(12, 3)).double()
+    model = FinalModel(network, "cross_entropy", accept_poor=True)
     train = fimo.Instances(X, LABELS)
     assert choose_engine(model, train, TrainMode.of(model, train)) == "functional"
 

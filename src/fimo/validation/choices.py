@@ -154,7 +154,7 @@ def device(given: str | torch.device) -> torch.device:
     Raises:
         InputError: it is not there; or another one is the process's default for new tensors.
     """
-    if (default := torch.get_default_device()).type != "cpu":
+    if (default := torch.empty(0).device).type != "cpu":
         # a setting of the thread that made it, of which fimo's own threads know nothing
         raise InputError(
             "device",
