@@ -493,3 +493,29 @@ def test_arrays_of_scores_are_taken_as_numbers_or_refused(truth: fimo.Sensitivit
     ):
         with pytest.raises(fimo.InputError, match=rf"^scores of mine: {said}"):
             fimo.evaluate({"mine": wrong}, truth)
+
+
+def test_scores_that_leave_the_range_of_numbers_are_refused(model: fimo.FinalModel) -> None:
+    data = ((1e15 * X, Y), (1e15 * X[:4], Y[:4]))
+    for name in ("graddot", "gradcos", "datainf", "less", "tracin"):
+        with pytest.raises(
+            fimo.InputError, match=r"^method: \w+ gives \d+ of 120 scores that are NaN or inf"
+        ):
+            fimo.attribute(model, *data, name)
+    with pytest.raises(fimo.InputError, match=r"^method: GradDot gives \d+ of \d+ scores"):
+        fimo.attribute(model, *data, "graddot", extremes=1)
+    wide = fimo.FinalModel(nn.Linear(3, 1).double(), "mse", accept_poor=True)
+    assert fimo.attribute(wide, *data, "graddot").values.isfinite().all()
+    assert fimo.attribute(wide, *data, "lissa", damping="auto").values.isfinite().all()
+
+
+@pytest.mark.parametrize("x", [(X, X), [X, X], list(X)])
+def test_inputs_in_a_list_are_refused_with_what_to_do(model: fimo.FinalModel, x: Any) -> None:
+    with pytest.raises(
+        fimo.InputError, match=r"^train: expected \(X, y\) but X is a (tuple|list) of \d+ arrays"
+    ):
+        fimo.attribute(model, (x, Y), (X[:4], Y[:4]), "graddot")
+    with pytest.raises(
+        fimo.InputError, match=r"^train: expected elements \(inputs, target\), of two parts each"
+    ):
+        fimo.attribute(model, [(X[0], Y[0]), (X[1], Y[1], 3)], (X[:4], Y[:4]), "graddot")

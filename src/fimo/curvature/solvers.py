@@ -162,7 +162,7 @@ def lissa_on_spectrum(space: SpectralSpace, damping: float, scale: float, depth:
             f"LiSSA diverged: the largest eigenvalue and damping, {values.max().item():.3g}, exceed twice "
             f"the scale {scale:.3g}; raise the scale"
         )
-    left = ratio ** (depth + 1)
+    left = ratio ** float(depth + 1)  # which may be beyond int64 where features are badly scaled
     g = space.right_hand_sides()
     size = space.inner(g, g).sqrt()
     residuals = space.inner(left * g, left * g).clamp(min=0).sqrt() / size.where(size > 0, 1)

@@ -68,7 +68,7 @@ def to_instances(
         instances = _of_loader(source, inputs, target, key, text)
     elif _is_frame(source):
         instances = _of_frame(source, inputs, target, key, text)
-    elif _is_pair(source):
+    elif _is_pair(source, key):
         instances = _of_pair(source, key)
     elif _is_table(source):
         instances = _of_table(source, inputs, target, key, text)
@@ -105,7 +105,7 @@ def train_and_test(
         return first, first
     if _is_frame(train) and _is_frame(test) and not isinstance(inputs, str):
         inputs, target = _columns(list(train.columns), inputs, target, keys[0], text)
-    elif _is_pair(train) and _is_pair(test) and _is_frame(train[0]) and _is_frame(test[0]):
+    elif _is_pair(train, keys[0]) and _is_pair(test, keys[1]) and _is_frame(train[0]) and _is_frame(test[0]):
         there = list(test[0].columns)
         if lacking := [c for c in train[0].columns if c not in there]:
             raise InputError(keys[1], f"has no column {lacking[0]!r}; there are {shortened(there)}")
@@ -218,6 +218,8 @@ def _of_block(
         raise InputError(
             key, f"expected elements (inputs, target) or mappings but got {type(elements[0]).__name__}"
         )
+    if any(len(element) != 2 for element in elements):
+        raise InputError(key, "expected elements (inputs, target), of two parts each")
     values = [x for x, _ in elements]
     if isinstance(values[0], Mapping):
         found = {str(c): _stack([x[c] for x in values], key, str(c)) for c in values[0]}
@@ -294,10 +296,16 @@ def _of_pair(source: tuple[Any, Any], key: str) -> Instances:
     return Instances(found, targets)
 
 
-def _is_pair(source: Any) -> bool:
+def _is_pair(source: Any, key: str) -> bool:
     if not isinstance(source, tuple) or len(source) != 2:
         return False
     x, y = source
+    if is_array(y) and isinstance(x, tuple | list) and x and all(map(is_array, x)):
+        raise InputError(
+            key,
+            f"expected (X, y) but X is a {type(x).__name__} of {len(x)} arrays: torch.stack those of single "
+            "instances; several inputs of the network take a mapping by their names, {'ids': …, 'mask': …}",
+        )
     return is_array(y) and (is_array(x) or (isinstance(x, Mapping) and all(map(is_array, x.values()))))
 
 

@@ -164,7 +164,7 @@ class AttributionMethod(ABC):
 
         Raises:
             InputError: the method follows further training and none was given, or one that diverges; or an
-                index is out of range.
+                index is out of range; or scores are NaN or infinite.
         """
         if self.follows_further_training and further_training is None:
             raise InputError(
@@ -184,7 +184,7 @@ class AttributionMethod(ABC):
         if extremes is not None:
             extremes = choices.count(extremes, "extremes")
             if (chosen := self.extreme_scores(problem, extremes)) is not None:
-                return chosen
+                return self._finite(chosen)
         found = self.scores(problem)
         found = found if isinstance(found, Scores) else self.result(problem, found)
         if self.follows_further_training and not torch.isfinite(found.values[-1]).any():
@@ -196,7 +196,20 @@ class AttributionMethod(ABC):
             # the amount of it alone was matched, not what its rule leaves out together
             copies = make_rule(further_training.protocol, train).multiplicity(problem.index)
             found = replace(found, values=found.values * copies.to(found.values))
+        if not self.follows_further_training:
+            found = self._finite(found)
         return found if extremes is None else found.extremes(extremes)
+
+    def _finite(self, found: Scores) -> Scores:
+        if not (bad := (~found.values.isfinite()).sum().item()):
+            return found
+        kind = str(found.values.dtype).removeprefix("torch.")
+        raise InputError(
+            "method",
+            f"{type(self).__name__} gives {bad} of {found.values.numel()} scores that are NaN or infinite; "
+            f"are features or gradients so large that products leave {kind}'s range? Scale them, or hand over "
+            "the network in float64",
+        )
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         """Refuse what was written for an earlier version, where it would fail after hours or be ignored."""
