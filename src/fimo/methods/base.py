@@ -207,7 +207,7 @@ class AttributionMethod(ABC):
         raise InputError(
             "method",
             f"{type(self).__name__} gives {bad} of {found.values.numel()} scores that are NaN or infinite; "
-            f"are features or gradients so large that products leave {kind}'s range? Scale them, or hand over "
+            f"are features or gradients so large that products leave {kind}'s range? Scale them, or give "
             "the network in float64",
         )
 
