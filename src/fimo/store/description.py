@@ -536,14 +536,19 @@ def _imports(
             pending = (module, step.argval) if of_it else (*pending, step.argval)  # import a.b as c
             yield pending
         elif pending and step.opname.startswith("STORE_"):
-            bound[step.argval] = pending
-        elif step.opname.startswith("LOAD_") and step.argval in bound:
-            chain = bound[step.argval]
+            bound[_names(step)[0]] = pending
         elif step.opname not in ("POP_TOP", "SWAP"):
             pending = ()
+        if "LOAD_" in step.opname:
+            chain = bound.get(_names(step)[-1], ())
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _imports(constant, names, bound)
+
+
+def _names(step: dis.Instruction) -> tuple[Any, ...]:
+    """Return what a step loads or stores: of Python 3.13's steps for two at a time, both."""
+    return step.argval if isinstance(step.argval, tuple) else (step.argval,)
 
 
 def _reads(code: types.CodeType) -> Iterator[tuple[str, ...]]:
