@@ -6,6 +6,7 @@ import doctest
 import inspect
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -519,3 +520,19 @@ def test_inputs_in_a_list_are_refused_with_what_to_do(model: fimo.FinalModel, x:
         fimo.InputError, match=r"^train: expected elements \(inputs, target\), of two parts each"
     ):
         fimo.attribute(model, [(X[0], Y[0]), (X[1], Y[1], 3)], (X[:4], Y[:4]), "graddot")
+
+
+def test_threads_of_the_user_s_may_share_a_final_model() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 2, 2), nn.Flatten(), nn.Linear(4, 1))
+    model, data = fimo.FinalModel(network, "mse", accept_poor=True), ((X, Y), (X[:4], Y[:4]))
+
+    def run(name: str) -> torch.Tensor:
+        if name == "truth":
+            return fimo.further_train(model, *data, FT, seeds=2, left_out=4).raw
+        return fimo.attribute(model, *data, name, further_training=FT).values
+
+    names = ["truth", "graddot", "datainf", "unrolled", "less", "unlearning", "ekfac", "bif"] * 2
+    expected = [run(name) for name in names]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(torch.equal, pool.map(run, names), expected))

@@ -28,7 +28,7 @@ from fimo.further_training.trajectory import FurtherTraining
 from fimo.further_training.trajectory_recorder import full_runs
 from fimo.methods.catalogue import method_of
 from fimo.models.final_model import FinalModel
-from fimo.models.state import usual_state
+from fimo.models.state import one_call
 from fimo.scores import Scores
 from fimo.store.description import describe
 from fimo.store.files import Store
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 Judged = Scores | Tensor | tuple[str, Tensor]
 
 
-@usual_state()
+@one_call()
 def further_train(
     model: FinalModel,
     train: Any,
@@ -131,7 +131,7 @@ def attribute(
     extremes: int | None = None, inputs: str | Sequence[str] | None = None, target: str | None = None,
     store: Store | str | Path | None = None, device: str | torch.device = "cpu", **settings: Any,
 ) -> dict[str, Scores]: ...  # fmt: skip
-@usual_state()
+@one_call()
 def attribute(
     model: FinalModel,
     train: Any,
@@ -216,7 +216,7 @@ def attribute(
     return found if isinstance(method, list | tuple) else found[name]
 
 
-@usual_state()
+@one_call()
 def audit(
     model: FinalModel,
     train: Any,
@@ -300,7 +300,7 @@ def audit(
     return _audit(question, settings, Resources(_store(store), torch.device(device), trainer))
 
 
-@usual_state()
+@one_call()
 def evaluate(
     scores: Mapping[str, Judged], truth: Sensitivity, metrics: Sequence[str] | None = None
 ) -> pd.DataFrame:

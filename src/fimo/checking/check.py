@@ -21,7 +21,7 @@ from fimo.engine.protocol import Protocol
 from fimo.errors import InputError, reason
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
-from fimo.models.state import usual_state
+from fimo.models.state import one_call
 from fimo.validation import choices
 
 SHARES = {
@@ -31,7 +31,7 @@ SHARES = {
 """Of the time, by part; what a part leaves over, and the rest, go to timing the methods."""
 
 
-@usual_state()
+@one_call()
 def check(
     final_model: FinalModel,
     train: Any,

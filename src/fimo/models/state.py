@@ -1,11 +1,25 @@
-"""Settings of the caller's thread that numbers must not depend on."""
+"""Settings of the caller's thread, and other threads' calls, that numbers must not depend on."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
+
+_CALLS = threading.RLock()
+
+
+@contextlib.contextmanager
+def one_call() -> Iterator[None]:
+    """Run a block in the usual state, while calls of other threads wait.
+
+    Networks hold other parameters, and hooks, while they are differentiated; torch's number of threads and its
+    kernels of attention are the process's.
+    """
+    with _CALLS, usual_state():
+        yield
 
 
 @contextlib.contextmanager
