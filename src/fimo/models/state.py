@@ -15,8 +15,8 @@ _CALLS = threading.RLock()
 def one_call() -> Iterator[None]:
     """Run a block in the usual state, while calls of other threads wait.
 
-    Networks hold other parameters, and hooks, while they are differentiated; torch's number of threads and its
-    kernels of attention are the process's.
+    Networks hold other parameters, and hooks, while they are differentiated; torch's number of threads and
+    its kernels of attention are the process's.
     """
     with _CALLS, usual_state():
         yield
