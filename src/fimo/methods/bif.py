@@ -64,7 +64,7 @@ class BayesianInfluence(AttributionMethod):
         seed: of batches and noise.
     """
 
-    needs = "nothing else; forward derivatives where beta or step_size are not given"
+    needs = "nothing else; second derivatives of operations where beta or step_size are not given"
     cost = "chains x (burn_in + draws x thinning) gradients of all training instances"
     use = "influence beyond the second order of the losses, for the price of many runs"
 
