@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fimo.data.instances import Instances
 from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
 from fimo.evaluation import agreement
+from fimo.further_training import full_runs, further_train
+from fimo.further_training.gold_standard import evaluation_points
+from fimo.further_training.trajectory import FurtherTraining
 from fimo.linear_response.linearity import Checked
 from fimo.linear_response.real_runs import run_without
 from fimo.methods.attribution_problem import AttributionProblem
+from fimo.methods.best import Best
 from fimo.methods.calibrated import CalibratedResponse, Pilot
 from fimo.methods.following import Tally
 from fimo.methods.response import Response
+from fimo.models.final_model import FinalModel
+from fimo.models.losses import cross_entropy
 from tests.cases import CASES
 from tests.methods.test_response import following, linear_regression, real_changes
 
@@ -119,3 +127,62 @@ def test_a_response_that_is_followed_for_less_leaves_more_of_the_budget_for_real
         assert not set(found) & set(made)
         counts.append(len(found))
     assert 0 < counts[0] < counts[1]
+
+
+def linear_head(rule: str, optimizer: str = "sgd") -> tuple[Any, Any, Protocol]:
+    """What a method is given of 200 rows and 24 parameters, whose runs are cheap, and the gold standard."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(260, 5, dtype=torch.float64, generator=generator)
+    y = (x[:, :4] + 0.5 * torch.randn(260, 4, dtype=torch.float64, generator=generator)).argmax(1)
+    torch.manual_seed(0)
+    model = FinalModel(nn.Linear(5, 4).double(), cross_entropy, accept_poor=True)
+    train, test = Instances(x[:200], y[:200]), Instances(x[200:], y[200:])
+    protocol = Protocol(
+        optimizer=optimizer,
+        lr=0.05,
+        batch_size=20,
+        epochs=3,
+        leave_out=rule,
+        dtype="float64",  # type: ignore[arg-type]
+    )
+    left_out = list(range(0, 200, 10))
+    given = FurtherTraining(
+        protocol, tuple(evaluation_points(protocol, 200)[0]), (50, 51, 52, 53),
+        lambda: full_runs(model, train, protocol, [50, 51, 52, 53]),
+    )  # fmt: skip
+    return (model, train, test, torch.tensor(left_out), given), left_out, protocol
+
+
+@pytest.mark.parametrize("rule", ["mask", "every_batch", "shift"])
+def test_where_runs_are_cheaper_than_the_response_the_scores_are_runs_changes(rule: str) -> None:
+    run, left_out, protocol = linear_head(rule)
+    even = {"mask": "every_batch", "shift": "reweighted"}.get(rule, rule)
+    method = CalibratedResponse(budget=0.5)
+    assert method.dearer_than_runs(AttributionProblem(*run))
+    scores = method.attribute(*run)
+    assert scores.notes == ("real runs of 2 seeds, which cost less than following their response",)
+    truth = further_train(*run[:3], replace(protocol, leave_out=even), seeds=[50, 51], left_out=left_out)
+    torch.testing.assert_close(scores.values, truth.raw.double().mean(0), rtol=0, atol=1e-7)
+    assert scores.gradient_evaluations == 2 * (20 + 1) * protocol.run_gradients(200)
+    if rule == even:
+        assert scores.sem is not None
+        assert (scores.sem > 0).all()
+    else:
+        assert scores.sem is None
+        assert f"misses of {rule} isn't measured" in scores.withheld
+    chosen = Best().attribute(*run)
+    assert "following a seed costs more than running it without each instance" in chosen.notes[0]
+    assert not CalibratedResponse(budget=0).dearer_than_runs(AttributionProblem(*run))
+    assert not CalibratedResponse(removal="own").dearer_than_runs(AttributionProblem(*run))
+    few = (*run[:3], torch.tensor([1, 2]), run[4])
+    assert not method.dearer_than_runs(AttributionProblem(*few))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_few_seeds_runs_agree_with_many_of_the_protocol_s_rule(optimizer: str) -> None:
+    run, left_out, protocol = linear_head("mask", optimizer)
+    scores = Best().attribute(*run)
+    truth = further_train(*run[:3], protocol, seeds=30, left_out=left_out)
+    adjusted = scores.values - scores.values.mean(-1, keepdim=True)
+    found = agreement(adjusted, truth.sensitivity.double(), "cosine").mean(1)
+    assert (found > (0.99 if optimizer == "sgd" else 0.85)).all()

@@ -26,6 +26,7 @@ class Best(FollowingMethod):
       repetition of the gold standard does;
     - ``calibrated`` for more, and for Adam, whose second moment the response holds fixed: a few real runs
       correct it;
+    - real runs of few seeds, by ``calibrated``, where following one costs more than they do (linear heads);
     - ``sketched`` for networks of other layers than linear ones, where the response is expected to cost more
       than ``limit`` of the gold standard, or outputs are too many for its kernel.
 
@@ -84,6 +85,8 @@ class Best(FollowingMethod):
             return self._sketched(), (
                 f"the response is expected to cost {share:.2g} of the gold standard (limit: {self.limit:g})"
             )
+        if not deep and self.corrected.dearer_than_runs(problem):
+            return self.corrected, "following a seed costs more than running it without each instance"
         protocol = problem.followed.protocol
         epochs = problem.followed.steps[-1] / protocol.batches_per_epoch(len(problem.train))
         if fixed := protocol.update_rule.held_fixed:

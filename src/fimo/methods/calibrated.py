@@ -119,7 +119,8 @@ class CalibratedResponse(Response):
 
     Where left-out instances are taken evenly from all batches (``removal: even``), one seed's effects are
     much like another's, and few seeds are followed: two fifths of the budget at most; the rest buys real
-    runs.
+    runs. Where following a seed would cost more than running it without each left-out instance, as with a
+    linear head, whose runs are cheap, the scores are such runs' changes along two seeds or more.
 
     The scores are a · response + e · earlier response + z, fitted to the real runs around each evaluation
     point (:func:`fimo.linear_response.discrepancy.correct`): z is what changes slowly along a run, since
@@ -162,10 +163,42 @@ class CalibratedResponse(Response):
 
     def scores(self, problem: AttributionProblem) -> Scores:
         tally = Tally()
+        if self.dearer_than_runs(problem):
+            return self._by_runs(problem, tally)
         found = self.calibrated(problem, tally)
         if found is None:
             return super().scores(problem)
         return self.with_bars(problem, found.values, found.bars, tally, *found.notes)
+
+    def dearer_than_runs(self, problem: AttributionProblem) -> bool:
+        """Return whether following a seed costs more than running it without each left-out instance.
+
+        So it is where few parameters move, such as a linear head's, and two seeds are beyond the budget.
+        """
+        seeds, count = len(problem.followed.seeds), len(problem.index)
+        if not self.budget or self.removal == "own" or count < FEWEST or seeds < CHECKED_SEEDS:
+            return False
+        return 1 + self.following_cost(problem) > max(1, self.budget * seeds / CHECKED_SEEDS) * (count + 1)
+
+    def _by_runs(self, problem: AttributionProblem, tally: Tally) -> Scores:
+        """Return the changes in real runs along few seeds, which leave instances out of all batches."""
+        asked, followed = problem.followed.protocol, self.removing(problem).followed
+        seeds = followed.seeds[: max(CHECKED_SEEDS, int(self.budget * len(followed.seeds)))]
+        problem, spread = problem.along(followed), SeedSpread()
+        instances = [int(i) for i in problem.index]
+        for seed in seeds:
+            losses = real_losses(problem, [(i, seed) for i in (None, *instances)], tally)
+            spread.add((losses[1:] - losses[0]).permute(1, 2, 0))
+        if followed.protocol == asked:
+            raw, adjusted = (variance.sqrt().to(problem.dtype) for variance in spread.variances())
+            bars = ErrorBars(raw, adjusted)
+        else:
+            bars = ErrorBars(
+                withheld=f"what taking from all batches misses of {asked.leave_out} isn't measured"
+            )
+        note = f"real runs of {len(seeds)} seeds, which cost less than following their response"
+        values = spread.mean.to(problem.train.targets.device)
+        return self.with_bars(problem, values, bars, tally, note)
 
     def calibrated(self, problem: AttributionProblem, tally: Tally) -> Calibrated | None:
         """Return scores that real runs correct; None where the budget buys too few."""

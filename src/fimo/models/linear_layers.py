@@ -39,12 +39,12 @@ class Layer:
 
 
 def linear_layers(network: nn.Module) -> list[Layer] | None:
-    """Return a network's layers if it is a sequence of linear layers and activations, else None.
+    """Return a network's layers if it is a sequence of linear layers and activations, or one; else None.
 
     Nested ``nn.Sequential``, a leading ``nn.Flatten``, identities and dropout with rate 0 are seen through.
     Layers with hooks, tied parameters or a type of the user's own are not.
     """
-    if not _is_sequence(network):
+    if not _is_sequence(network) and type(network) is not nn.Linear:
         return None
     layers: list[Layer] = []
     parameters = 0
@@ -54,8 +54,9 @@ def linear_layers(network: nn.Module) -> list[Layer] | None:
         if _is_sequence(module) or _passes_through(module) or (type(module) is nn.Flatten and not layers):
             continue
         if type(module) is nn.Linear:
-            bias = f"{name}.bias" if module.bias is not None else None
-            layers.append(Layer(f"{name}.weight", bias))
+            inside = f"{name}." if name else ""
+            bias = f"{inside}bias" if module.bias is not None else None
+            layers.append(Layer(f"{inside}weight", bias))
             parameters += 1 + (bias is not None)
         elif (activation := activation_of(module)) and layers and layers[-1].activation is None:
             layers[-1] = Layer(layers[-1].weight, layers[-1].bias, activation)
