@@ -145,7 +145,7 @@ def linear_head(rule: str, optimizer: str = "sgd") -> tuple[Any, Any, Protocol]:
         leave_out=rule,
         dtype="float64",  # type: ignore[arg-type]
     )
-    left_out = list(range(0, 200, 10))
+    left_out = list(range(0, 200, 5))
     given = FurtherTraining(
         protocol, tuple(evaluation_points(protocol, 200)[0]), (50, 51, 52, 53),
         lambda: full_runs(model, train, protocol, [50, 51, 52, 53]),
@@ -163,7 +163,7 @@ def test_where_runs_are_cheaper_than_the_response_the_scores_are_runs_changes(ru
     assert scores.notes == ("real runs of 2 seeds, which cost less than following their response",)
     truth = further_train(*run[:3], replace(protocol, leave_out=even), seeds=[50, 51], left_out=left_out)
     torch.testing.assert_close(scores.values, truth.raw.double().mean(0), rtol=0, atol=1e-7)
-    assert scores.gradient_evaluations == 2 * (20 + 1) * protocol.run_gradients(200)
+    assert scores.gradient_evaluations == 2 * (40 + 1) * protocol.run_gradients(200)
     if rule == even:
         assert scores.sem is not None
         assert (scores.sem > 0).all()

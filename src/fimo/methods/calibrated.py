@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 PILOT = 0.15
 """Of the budget: first runs, which show how far the response can be trusted."""
 
+MANY = 30
+"""Left-out instances from which on real runs may take the response's place: fewer cost little either way."""
+
 FOLLOWING = 0.4
 """Of the budget, at most, for following seeds, where one is much like another (``removal: even``)."""
 
@@ -176,7 +179,7 @@ class CalibratedResponse(Response):
         So it is where few parameters move, such as a linear head's, and two seeds are beyond the budget.
         """
         seeds, count = len(problem.followed.seeds), len(problem.index)
-        if not self.budget or self.removal == "own" or count < FEWEST or seeds < CHECKED_SEEDS:
+        if not self.budget or self.removal == "own" or count < MANY or seeds < CHECKED_SEEDS:
             return False
         return 1 + self.following_cost(problem) > max(1, self.budget * seeds / CHECKED_SEEDS) * (count + 1)
 

@@ -52,9 +52,9 @@ _PLAIN = _Plain()
 def vectorised_masks() -> None:
     """Let ``torch.func`` vectorise the attention masks of Hugging Face's networks, where these are loaded.
 
-    The library leaves a mask out where nothing is padded, which is a look at values that ``vmap`` can't take.
-    There, and only there, the mask is then made: the same attention. This holds for the process from then on,
-    as the library's table of masks does.
+    The library leaves a mask out where nothing is padded, which is a look at values that ``vmap`` can't take,
+    and for which a GPU is waited for. Within :func:`plain_attention`, and only there, the mask is always made,
+    for the same attention.
     """
     library: Any = sys.modules.get("transformers.masking_utils")
     if library is None:
@@ -66,17 +66,13 @@ def vectorised_masks() -> None:
 
 
 class _Whole:
-    """A function of masks, which makes a whole one where it can't look whether there need be one."""
+    """A function of masks, which does not look whether there need be one within :func:`plain_attention`."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
         self.function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return self.function(*args, **kwargs)
-        except RuntimeError as error:
-            if "data-dependent" not in str(error):
-                raise
-            skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-            return self.function(*args, **{**kwargs, **skips})
+        if _PLAIN.inside:
+            kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return self.function(*args, **kwargs)

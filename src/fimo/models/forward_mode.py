@@ -32,6 +32,8 @@ def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[
                 value, derivative = torch.func.jvp(function, primals, tangents)  # type: ignore[misc]
             return value, derivative
         except NotImplementedError as error:
+            if "_weight_norm" in str(error):  # whose second derivatives take the norm as constant
+                raise
             try:
                 return _backward_twice(function, primals, tangents)
             except RuntimeError:
