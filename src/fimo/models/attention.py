@@ -53,8 +53,8 @@ def vectorised_masks() -> None:
     """Let ``torch.func`` vectorise the attention masks of Hugging Face's networks, where these are loaded.
 
     The library leaves a mask out where nothing is padded, which is a look at values that ``vmap`` can't take,
-    and for which a GPU is waited for. Within :func:`plain_attention`, and only there, the mask is always made,
-    for the same attention.
+    and for which a GPU is waited for. Within :func:`plain_attention`, and only there, it is always made, for
+    the same attention.
     """
     library: Any = sys.modules.get("transformers.masking_utils")
     if library is None:
