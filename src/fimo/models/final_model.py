@@ -36,9 +36,9 @@ class FinalModel:
 
     Args:
         network: maps a batch of inputs to outputs ``[n, ...]``. Of a Hugging Face network the outputs are its
-            ``logits``; of a LightningModule what ``forward`` returns; of a ``DataParallel`` what it wraps.
-            One in half precision is computed with in float32: its gradients' products would be rounded to
-            three digits, or overflow.
+            ``logits`` (and its attention the plain one, which has all derivatives); of a LightningModule what
+            ``forward`` returns; of a ``DataParallel`` what it wraps. One in half precision is computed with in
+            float32: its gradients' products would be rounded to three digits, or overflow.
         loss: per-instance loss ``(outputs, targets) -> [n]``, or the name of a known one (``mse``).
             Floating-point tensors that it holds, such as class weights, follow the dtype of the outputs.
             None where a Hugging Face network's head says which.
@@ -90,6 +90,8 @@ class FinalModel:
         set_attribute(self, "loss", loss)
         with usual_state():
             network = copied(network).eval()
+            if wrapped and hasattr(network.network, "set_attn_implementation"):
+                network.network.set_attn_implementation("eager")  # type: ignore[operator]
             kinds = {p.dtype for p in network.parameters() if p.is_floating_point()}
             if kinds and kinds <= {torch.float16, torch.bfloat16}:
                 log.info("parameters in half precision are computed with in float32")

@@ -1,6 +1,7 @@
 """Networks of the transformers library: text classifiers and causal language models.
 
-Attention is torch's, by its formula: :func:`~fimo.models.attention.plain_attention`.
+Attention is the plain ("eager") implementation: fused kernels have neither second derivatives nor rules for
+``torch.func``, which replicas and per-instance gradients need.
 """
 
 from __future__ import annotations
@@ -365,7 +366,9 @@ def _pretrained(kind: Any, path: str, inputs: int) -> Any:
     source = model_source(path, KEY)
     try:
         with quiet_transformers():
-            model, info = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+            model, info = kind.from_pretrained(
+                source, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(KEY, f"{path} can't be read as {kind.__name__}: {reason}") from None
@@ -391,4 +394,5 @@ def _new_language_model(inputs: int, width: int, layers: int, heads: int, positi
         vocab_size=inputs, n_embd=width, n_layer=layers, n_head=heads, n_positions=positions,
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
+    config._attn_implementation = "eager"
     return GPT2LMHeadModel(config)
