@@ -37,8 +37,8 @@ class FinalModel:
     Args:
         network: maps a batch of inputs to outputs ``[n, ...]``. Of a Hugging Face network the outputs are its
             ``logits`` (and its attention the plain one, which has all derivatives); of a LightningModule what
-            ``forward`` returns; of a ``DataParallel`` what it wraps. One in half precision is computed with in
-            float32: its gradients' products would be rounded to three digits, or overflow.
+            ``forward`` returns; of a ``DataParallel`` what it wraps. One in half precision is computed with
+            in float32: its gradients' products would be rounded to three digits, or overflow.
         loss: per-instance loss ``(outputs, targets) -> [n]``, or the name of a known one (``mse``).
             Floating-point tensors that it holds, such as class weights, follow the dtype of the outputs.
             None where a Hugging Face network's head says which.
