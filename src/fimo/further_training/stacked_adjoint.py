@@ -59,7 +59,7 @@ def adjoints(
     """
     run = FullRun(final_model, train, protocol, seeds[0], None, device)
     workers = torch.get_num_threads() if run.device.type == "cpu" else 1
-    if run.layers is None or run.stochastic:
+    if run.layers is None or run.mode.stochastic:
         end = [len(run.points) - 1]
 
         def of_seed(seed: int) -> Tensor:

@@ -75,7 +75,6 @@ class FullRun:
         self.mode = mode = TrainMode.of(self.model, self.train)
         self.network = mode.set(FinalModel(self.model.network, self.model.loss).network)
         self.buffers = self.model.buffers()
-        self.stochastic = mode.stochastic
         linear = choose_engine(self.model, self.train, mode) == "linear"
         self.layers = linear_layers(self.network) if linear else None
         self.total = protocol.total_steps(len(train))

@@ -122,19 +122,17 @@ def _draws_only_masks(network: nn.Module, inputs: Inputs) -> bool:
 
 @contextlib.contextmanager
 def _masks_as_alone(seed: int, device: torch.device) -> Iterator[None]:
+    """Run a block with the random state of ``seed``, and dropout's masks under ``torch.func`` as without."""
     with seeded(seed, device), DrawnFrom(None) if device.type == "cpu" else contextlib.nullcontext():
         yield
 
 
 @contextlib.contextmanager
-def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Run a block with the random state of ``seed`` and put the caller's back; nothing if None.
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run a block with the random state of ``seed`` and put the caller's back.
 
     One thread at a time: a process has one generator for each device.
     """
-    if seed is None:
-        yield
-        return
     devices = [device] if device.type == "cuda" else []
     with _GENERATOR, torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
