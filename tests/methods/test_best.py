@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,17 @@ def test_little_sgd_takes_the_response_and_says_why(caplog: pytest.LogCaptureFix
     assert "Response, since 2 epochs of SGD" in found.notes[0]
     assert found.sem is not None
     assert found.gradient_evaluations > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "followed"), [({}, 8), ({"clip_norm": 1e9}, 10), ({"leave_out": "with_duplicates"}, 10)]
+)
+def test_of_many_seeds_that_are_alike_eight_are_followed(options: dict[str, Any], followed: int) -> None:
+    ft = following(CASE, Protocol(lr=0.02, batch_size=6, epochs=1, dtype="float64", **options), range(10))
+    found = Best(checks=0).attribute(*RUN, ft)
+    expected = Response(checks=0).attribute(*RUN, ft.first(followed))
+    assert torch.equal(found.values, expected.values)
+    assert found.gradient_evaluations == expected.gradient_evaluations
 
 
 @pytest.mark.parametrize(

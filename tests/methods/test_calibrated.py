@@ -77,6 +77,25 @@ def test_a_response_that_real_runs_contradict_is_not_followed_further() -> None:
     assert f"followed to step {run[-1].steps[found.trusted - 1]} of" in method.attribute(*run).notes[0]
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_noise_of_when_instances_occur_is_not_held_against_the_response(optimizer: Any) -> None:
+    """With Adam real runs leave out where an instance occurs, and the response takes it from all batches."""
+    case, left_out = CASES["mlp_regression"](), torch.arange(20)
+    protocol = Protocol(
+        optimizer=optimizer, batch_size=11, epochs=3, leave_out="mask", dtype="float64", evaluate_every=2
+    )
+    problem = AttributionProblem(case.final_model, case.train, case.test, left_out, following(case, protocol))
+    generator, points = torch.Generator().manual_seed(0), len(problem.followed.steps)
+    response = torch.randn(points, 5, 20, dtype=torch.float64, generator=generator)
+    checked = Checked(left_out, torch.ones(20), torch.zeros(20, dtype=torch.int64))
+    noise = torch.randn(40, points, 5, dtype=torch.float64, generator=generator)
+    real = response.permute(2, 0, 1).repeat(2, 1, 1) + 2.2 * noise  # a correlation of .4 with each run
+    pilot = Pilot(checked, checked.runs, torch.ones(20), [response, response], real)
+    assert CalibratedResponse()._trusted(problem, pilot) == (points if optimizer == "adam" else 1)
+    unrelated = Pilot(checked, checked.runs, torch.ones(20), [response, response], noise)
+    assert CalibratedResponse()._trusted(problem, unrelated) == 1
+
+
 def test_the_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 

@@ -46,6 +46,9 @@ class LeaveOut:
     even: ClassVar[LeaveOutRule | None] = None
     """The rule whose effects have the same mean over seeds, without the noise of when batches occur."""
 
+    takes_evenly: ClassVar[bool] = False
+    """Whether left-out instances are taken from all batches alike, whenever they occur."""
+
     def __init__(self, train: Instances | int) -> None:
         self.instances = train if isinstance(train, int) else len(train)
 
@@ -162,6 +165,7 @@ class EveryBatch(LeaveOut):
 
     name = "every_batch"
     until_occurrence = False
+    takes_evenly = True
 
     def width(self, unit: Unit) -> int:
         return len(unit)

@@ -20,10 +20,12 @@ class OutputSpace:
     Args:
         kept: ``[M]``, the followed instances among all N.
         directions: ``[M, R, D]``.
+        sample: that the last ones are, where there are too many to follow all; None: all are followed.
     """
 
     kept: Tensor
     directions: Tensor
+    sample: Sample | None = None
 
     @classmethod
     def choose(
@@ -33,7 +35,7 @@ class OutputSpace:
 
         All of them where N·R <= ``max_rows`` allows it: one for a scalar output, D - 1 for cross-entropy
         (which ignores a common shift of the logits), else D. If not, each instance's leading ones, and if
-        even one each is too many, the instances with the largest curvature and gradient.
+        even one each is too many, those of the left-out instances and of a :class:`Sample` of all.
 
         Args:
             outputs: ``[K, N, ...]``, D values each, at K points of the trajectory.
@@ -43,50 +45,118 @@ class OutputSpace:
         if d > MAX_OUTPUTS:
             raise InputError("method.response", f"expected at most {MAX_OUTPUTS} outputs but got {d}")
         rank = loss.rank(outputs.shape[2:])
-        r = max(1, min(rank, max_rows // n))
-        if r == d:
-            eye = torch.eye(d, dtype=outputs.dtype, device=outputs.device)
-            return cls(torch.arange(n, device=outputs.device), eye.expand(n, d, d))._within(
-                max_rows, needed, lambda: _energy(loss, outputs, targets)
-            )
-        common = loss.common_directions(d)
-        if common is not None and len(common) == r:
-            return cls(torch.arange(n, device=outputs.device), common.to(outputs).expand(n, r, d))._within(
-                max_rows, needed, lambda: _energy(loss, outputs, targets)
-            )
-        energy = _energy(loss, outputs, targets)
-        vectors = torch.linalg.eigh(energy.double())[1][:, :, -r:].transpose(1, 2).to(outputs.dtype)
-        return cls(torch.arange(n, device=outputs.device), vectors)._within(max_rows, needed, lambda: energy)
-
-    def _within(self, max_rows: int, needed: Tensor, energy) -> OutputSpace:  # type: ignore[no-untyped-def]
-        n, r, _ = self.directions.shape
-        if n * r <= max_rows:
-            return self
-        weight = energy().diagonal(dim1=1, dim2=2).sum(1)
-        weight[needed] = torch.inf
-        most = max(max_rows // r, len(needed))
-        kept = weight.topk(min(most, n)).indices.sort().values
-        return OutputSpace(kept, self.directions[kept])
+        if n <= max_rows:
+            every = torch.arange(n, device=outputs.device)
+            return cls(every, _leading(loss, outputs, targets, max(1, min(rank, max_rows // n))))
+        r = max(1, min(rank, OWN_DIRECTIONS, max_rows // 2 // max(1, len(needed))))
+        own = _leading(loss, outputs[:, needed], targets[needed], r).reshape(-1, 1, d)
+        sample = Sample.draw(loss, outputs, targets, needed.to(outputs.device), max(1, max_rows // 2))
+        kept = torch.cat([sample.left_out.repeat_interleave(r), sample.kept])
+        return cls(kept, torch.cat([own, sample.directions]), sample)
 
     def gradient(self, loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss's derivatives ``[M, R]`` along the directions, from outputs ``[N, ...]``."""
-        found = loss.gradient(outputs[self.kept], targets[self.kept])
+        """Return the loss's derivatives ``[M, R]`` along the directions, from outputs ``[M, ...]``."""
+        found = loss.gradient(outputs, targets)
         return torch.einsum("nrd,nd->nr", self.directions, _flat(found))
 
     def hessian(self, loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss's second derivatives ``[M, R, R]`` between the directions."""
-        return loss.hessian_between(outputs[self.kept], targets[self.kept], self.directions)
+        return loss.hessian_between(outputs, targets, self.directions)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample of N instances, with one direction each, whose mean curvature is theirs.
+
+    An instance is drawn with a probability in proportion to the trace of its loss's Hessian, or surely; of
+    its Hessian's eigenvectors one, in proportion to the eigenvalues. Divided by these probabilities (Horvitz
+    and Thompson, 1952) the sample's sums are unbiased for sums over all.
+
+    Args:
+        left_out: ``[U]``, instances whose own directions come before the sample's, R each.
+        kept: ``[M]``, which are drawn.
+        directions: ``[M, 1, D]``.
+        weight: ``[M]``, what each stands for: its mean times something is that thing's mean over all N.
+    """
+
+    left_out: Tensor
+    kept: Tensor
+    directions: Tensor
+    weight: Tensor
+
+    @classmethod
+    def draw(cls, loss: Loss, outputs: Tensor, targets: Tensor, left_out: Tensor, most: int) -> Sample:
+        """Draw at most about ``most`` instances.
+
+        Args:
+            outputs: ``[K, N, ...]``, D values each, at K points of the trajectory.
+        """
+        generator = torch.Generator().manual_seed(0)
+        n, rank = outputs.shape[1], loss.rank(outputs.shape[2:])
+        block = max(1, AT_ONCE // outputs.shape[2:].numel() ** 2)
+        places = torch.arange(n, device=outputs.device).split(block)
+        curved = (_hessian(loss, outputs[:, some], targets[some]) for some in places)
+        trace = torch.cat([h.diagonal(dim1=1, dim2=2).sum(1) for h in curved]).double().cpu().abs()
+        chance = _inclusion(trace + FLOOR * trace.mean() + 1e-300, most)
+        ends = chance.cumsum(0) + torch.rand((), generator=generator, dtype=torch.float64)
+        drawn = (ends.floor() > (ends - chance).floor()).nonzero()[:, 0]
+        kept, found, shares = drawn.to(outputs.device), [], []
+        for some in kept.split(block):
+            values, vectors = torch.linalg.eigh(_hessian(loss, outputs[:, some], targets[some]).double())
+            size = values[:, -rank:].cpu().abs()
+            size = size + FLOOR * size.mean(1, keepdim=True) + 1e-300
+            share = size / size.sum(1, keepdim=True)
+            chosen = torch.multinomial(share, 1, generator=generator)[:, 0]
+            found.append(vectors[:, :, -rank:].transpose(1, 2)[torch.arange(len(some)), chosen][:, None])
+            shares.append(share[torch.arange(len(some)), chosen])
+        weight = len(drawn) / n / (chance[drawn] * torch.cat(shares))
+        return cls(left_out, kept, torch.cat(found).to(outputs), weight.to(outputs))
+
+
+OWN_DIRECTIONS = 3
+"""Most directions of a left-out instance beside a sample of all: the first is nearly its gradient."""
+
+FLOOR = 0.1
+"""Of the mean curvature, added to each one's for drawing: it may be larger elsewhere on the trajectory."""
+
+AT_ONCE = 2**24
+"""Elements of Hessians that are held at once."""
+
+
+def _inclusion(size: Tensor, most: int) -> Tensor:
+    """Return probabilities ``[N]`` in proportion to sizes, at most 1, that add up to ``most`` (at most N)."""
+    sure = torch.zeros_like(size, dtype=torch.bool)
+    while True:
+        rest = torch.where(sure, 0.0, size)
+        chance = rest * ((most - int(sure.sum())) / rest.sum().clamp(min=1e-300))
+        if not (chance > 1).any():
+            return torch.where(sure, 1.0, chance)
+        sure |= chance > 1
+
+
+def _leading(loss: Loss, outputs: Tensor, targets: Tensor, r: int) -> Tensor:
+    """Return the R directions ``[n, R, D]`` of each instance in which its loss is most curved or steep."""
+    n, d = outputs.shape[1], outputs.shape[2:].numel()
+    if r == d:
+        return torch.eye(d, dtype=outputs.dtype, device=outputs.device).expand(n, d, d)
+    common = loss.common_directions(d)
+    if common is not None and len(common) == r:
+        return common.to(outputs).expand(n, r, d)
+    energy = _hessian(loss, outputs, targets)
+    for at in outputs:
+        g = _flat(loss.gradient(at, targets))
+        energy += g[:, :, None] * g[:, None, :] / len(outputs)
+    vectors: Tensor = torch.linalg.eigh(energy.double())[1]
+    return vectors[:, :, -r:].transpose(1, 2).to(outputs.dtype)
+
+
+def _hessian(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return ``[n, D, D]``, the mean over points."""
+    total = loss.hessian(outputs[0], targets)
+    for at in outputs[1:]:
+        total = total + loss.hessian(at, targets)
+    return total / len(outputs)
 
 
 def _flat(values: Tensor) -> Tensor:
     return values.reshape(len(values), -1)
-
-
-def _energy(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return ``[N, D, D]``, the mean over points of H + g g^T."""
-    d = outputs.shape[2:].numel()
-    total = torch.zeros(outputs.shape[1], d, d).to(outputs)
-    for at in outputs:
-        g = _flat(loss.gradient(at, targets))
-        total += loss.hessian(at, targets) + g[:, :, None] * g[:, None, :]
-    return total / len(outputs)

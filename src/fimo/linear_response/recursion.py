@@ -22,7 +22,8 @@ with r_b at the point, and it is set to zero at each point. What isn't a combina
 vectors of parameters (:mod:`fimo.linear_response.displacement`): the momentum that the full run has at the
 start of a segment, the pull of weight decay on the parameters that it has at a point, -lr decay theta_k, and
 what earlier segments changed. So on a linear model, whose Jacobian is the same everywhere, every term is
-exact.
+exact. Where there are too many instances to follow all, a sample stands for them, and the full run's own
+movement is interpolated between the points (:mod:`fimo.linear_response.sampled_steps`).
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from fimo.linear_response.leave_out_weights import Step, steps
 from fimo.linear_response.output_kernel import Kernel
 from fimo.linear_response.output_space import OutputSpace
 from fimo.linear_response.path_points import Segment
+from fimo.linear_response.sampled_steps import sampled
 from fimo.models.final_model import FinalModel, fitting_batch, functional_apply
 from fimo.models.linear_layers import forward, layers_on
 from fimo.models.loss_function import Loss
@@ -107,7 +109,11 @@ def responses(
     optimizer = CoefficientOptimizer(protocol.update_rule, (s * m * r, len(left_out) + 1), like)
     coefficients = optimizer.coefficients.view(s, m * r, -1)
     forces, carried = _Forces(space, along), Carried(protocol, s, along.parameters)
-    stream = _followed(steps(seeds, left_out, rule, protocol, like.dtype, every), space, rule.instances, like)
+    stream = steps(seeds, left_out, rule, protocol, like.dtype, every)
+    if space.sample is None:
+        stream = (_on(step, like.device) for step in stream)
+    else:
+        stream = sampled(stream, space, space.sample, seeds, protocol.batch_size, rule.instances)
     points = [0, *protocol.evaluation_steps(rule.instances, rule.instances)]
     kernel, taken = None, 0
     for segment in segments:
@@ -132,17 +138,9 @@ def responses(
             yield carried.add_test(kernel.test @ coefficients[:, :, :-1])
 
 
-def _followed(stream: Iterator[Step], space: OutputSpace, instances: int, like: Tensor) -> Iterator[Step]:
-    """Yield steps with their index among the M followed instances; what isn't followed weighs nothing."""
-    place = torch.full((instances,), -1, dtype=torch.int64, device=like.device)
-    place[space.kept] = torch.arange(len(space.kept), device=like.device)
-    for step in stream:
-        index, full, without = (t.to(like.device) for t in (step.index, step.full, step.without))
-        if len(space.kept) < instances:
-            index = place[index]
-            known = (index >= 0).to(like.dtype)
-            index, full, without = index.clamp(min=0), full * known, without * known[:, :, None]
-        yield replace(step, index=index, full=full, without=without)
+def _on(step: Step, device: torch.device) -> Step:
+    index, full, without = (t.to(device) for t in (step.index, step.full, step.without))
+    return replace(step, index=index, full=full, without=without)
 
 
 class _Forces:
@@ -152,6 +150,7 @@ class _Forces:
         self.m, self.r, _ = space.directions.shape
         self.seeds, device = len(along.gradient), along.gradient.device
         self.directions, self.along = space.directions, along
+        self.moves = space.sample is None  # the full runs' own movement is followed
         self.first = (torch.arange(self.seeds, device=device) * self.m)[:, None]
         self.within = torch.arange(self.r, device=device)
         self.gradients = along.gradient.transpose(0, 1).flatten(1, 2)  # [K, S·M, R]
@@ -172,15 +171,24 @@ class _Forces:
             change: ``[S, B·R, L + 1]`` of outputs, the full run's since the point last; overwritten.
         """
         at = (step.index + self.first).flatten()
-        if self.outputs is None:
-            return self._linear(k, share, step, change, at)
-        return self._evaluated(k, step, change, at)
+        if not self.moves:
+            change[..., -1] = 0.0
+        force = self._evaluated if self.hessians is None else self._linear
+        found = force(k, share, step, change, at)
+        if not self.moves:
+            found[..., -1] = 0.0
+        return found
+
+    def _known(self, values: Tensor, k: int, share: float, at: Tensor) -> Tensor:
+        """Return what is known of the full runs: at the last point, or between two where they don't move."""
+        here = values[k].index_select(0, at)
+        return here if self.moves else torch.lerp(here, values[k + 1].index_select(0, at), share)
 
     def _linear(self, k: int, share: float, step: Step, change: Tensor, at: Tensor) -> Tensor:
         """Take the derivative as linear in the change: r + H K c."""
         assert self.hessians is not None
         s, b, r = *step.index.shape, self.r
-        gradient = self.gradients[k].index_select(0, at).view(s, b, r, 1)
+        gradient = self._known(self.gradients, k, share, at).view(s, b, r, 1)
         hessian = self.hessians[0 if len(self.hessians) == 1 else k].index_select(0, at)
         if len(self.hessians) > 1:
             hessian = torch.lerp(hessian, self.hessians[k + 1].index_select(0, at), share)
@@ -194,7 +202,7 @@ class _Forces:
         force[..., -1:] = step.full[..., None, None] * gradient
         return force
 
-    def _evaluated(self, k: int, step: Step, change: Tensor, at: Tensor) -> Tensor:
+    def _evaluated(self, k: int, share: float, step: Step, change: Tensor, at: Tensor) -> Tensor:
         """Evaluate the derivative at the changed outputs."""
         assert self.outputs is not None
         assert self.along.loss is not None
@@ -203,7 +211,7 @@ class _Forces:
         change[..., :-1] += change[..., -1:]  # from the point where outputs are known
         index = step.index.flatten()
         force = self.along.loss.changed_gradient(
-            self.outputs[k].index_select(0, at), self.along.targets.index_select(0, index),
+            self._known(self.outputs, k, share, at), self.along.targets.index_select(0, index),
             self.directions.index_select(0, index), change.view(s * b, r, -1),
         ).view(s, b, r, -1)  # fmt: skip
         own = step.full[..., None, None] * force[..., -1:]

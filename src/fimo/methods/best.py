@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Literal
 
 from fimo.errors import InputError
+from fimo.linear_response.linearity import GROUPS
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.calibrated import CalibratedResponse
-from fimo.methods.following import FollowingMethod
+from fimo.methods.following import CHECKED_SEEDS, FollowingMethod
 from fimo.methods.response import Response
 from fimo.methods.sketched import Sketched
 from fimo.models.linear_layers import layers_on
@@ -17,13 +18,17 @@ from fimo.scores import Scores
 
 log = logging.getLogger(__name__)
 
+SEEDS = CHECKED_SEEDS * GROUPS
+"""Most seeds that are followed where one is much like another: more would cost what they gain nothing by."""
+
 
 class Best(FollowingMethod):
     """Chooses a method by network, optimizer and amount of further training, and says which and why.
 
     - ``response`` for SGD up to ``short`` epochs: leaving an instance out is still a small change of the run,
       and the response, which knows the seeds' batches, agrees with the gold standard as well as a
-      repetition of the gold standard does;
+      repetition of the gold standard does; of at most eight seeds, where it takes instances evenly from all
+      batches and one seed is much like another;
     - ``calibrated`` for more, and for Adam, whose second moment the response holds fixed: a few real runs
       correct it;
     - real runs of few seeds, by ``calibrated``, where following one costs more than they do (linear heads);
@@ -69,6 +74,8 @@ class Best(FollowingMethod):
         chosen, reason = self.choose(problem)
         note = f"{type(chosen).__name__}, since {reason}"
         log.info("best: %s", note)
+        if type(chosen) is Response and chosen.takes_evenly(problem):  # calibrated plans its seeds itself
+            problem = problem.along(problem.followed.first(SEEDS))
         found = chosen.scores(problem)
         return replace(found, method=type(self).__name__, notes=(note, *found.notes))
 

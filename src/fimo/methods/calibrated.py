@@ -23,6 +23,7 @@ from fimo.linear_response.linearity import (
     stratified,
 )
 from fimo.linear_response.real_runs import worthwhile
+from fimo.linear_response.sampled_steps import DRAWS
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.error_bars import ErrorBars, SeedSpread, error_bars
 from fimo.methods.following import CHECKED_SEEDS, Tally, named, real_losses, relative_size
@@ -39,6 +40,9 @@ MANY = 30
 
 FOLLOWING = 0.4
 """Of the budget, at most, for following seeds, where one is much like another (``removal: even``)."""
+
+NOISIEST = 0.36
+"""Correlation of two seeds' real runs that is reckoned with where they have less: else anything would do."""
 
 FEWEST = 8
 """Runs, or left-out instances, with fewer of which there is nothing to correct by."""
@@ -137,7 +141,7 @@ class CalibratedResponse(Response):
             budget), half and their full runs come on top of the budget. They are made also where the budget
             buys no runs and scores are the response's.
         trust: correlation of predicted with real effects, plus its standard error, below which the response
-            isn't followed further.
+            isn't followed further; with Adam, of what is possible with the noise of single runs.
         propagate, segments, kernels, max_rows, memory_mb, removal: see
             :class:`~fimo.methods.response.Response`.
     """
@@ -214,7 +218,7 @@ class CalibratedResponse(Response):
         tally.add(len(given.seeds) * problem.run_gradients)
         trajectories = given.full_runs()
         pilot = self._pilot(problem, trajectories, units, tally)
-        trusted = self._trusted(given.steps, pilot)
+        trusted = self._trusted(problem, pilot)
         more = self._worthwhile(problem, pilot, units, trusted)
         later = [*more, *(run for run in pilot.checked.runs if run not in set(pilot.runs))]
         runs = [*pilot.runs, *later]
@@ -276,13 +280,23 @@ class CalibratedResponse(Response):
             group[place] = 1 + torch.arange(int(place.sum())) % groups
         return Checked(instances, weight, group)
 
-    def _trusted(self, steps: Sequence[int], pilot: Pilot) -> int:
-        """Return the evaluation points to which the response agrees with the pilot's real runs."""
+    def _trusted(self, problem: AttributionProblem, pilot: Pilot) -> int:
+        """Return the evaluation points to which the response agrees with the pilot's real runs.
+
+        Where these leave an instance out where it occurs and the response takes it evenly from all batches,
+        when it occurs is noise to the response: its correlation with single runs can't be more than the
+        root of that of two seeds' runs with each other.
+        """
+        steps = problem.followed.steps
         predicted = torch.stack([pilot.response[s][:, :, i] for i, s in pilot.runs]).cpu()
         seed = torch.tensor([s for _, s in pilot.runs])
         agree = correlations(steps, pilot.real, predicted, seed)
         error = (1 - agree.square()) / (2 * (len(pilot.runs) - CHECKED_SEEDS)) ** 0.5
-        trusted = (agree + error >= self.trust).nonzero()
+        possible = torch.ones_like(agree)
+        if self.removing(problem).followed.protocol != self.of_real_runs(problem).followed.protocol:
+            one, other = pilot.real.chunk(CHECKED_SEEDS)  # of the same instances
+            possible = correlations(steps, one, other, torch.zeros(len(one))).clamp(NOISIEST, 1).sqrt()
+        trusted = (agree + error >= self.trust * possible).nonzero()
         points = int(trusted.max()) + 1 if len(trusted) else 1
         log.info(
             "calibrated: the response is followed to step %d of %d",
@@ -379,13 +393,18 @@ class CalibratedResponse(Response):
     def following_cost(self, problem: AttributionProblem) -> float:
         """Return about how many steps of a run the response's step along a seed costs.
 
-        Its arithmetic is |batch|·rows·L, a run's |batch|·P. Measured on a CPU core, within a factor of 1.5
-        in most of 30 settings (MLPs of 1,400 to 107,000 parameters, N = 160 to 1,000, L = 20 to 100, batches
-        of 32 to 128), up to 2.3 times as much where steps are so small that their overhead counts.
+        Its arithmetic is |followed of a batch|·rows·L, a run's |batch|·P. Measured on a CPU core, within a
+        factor of 1.5 in most of 30 settings (MLPs of 1,400 to 107,000 parameters, N = 160 to 1,000, L = 20 to
+        100, batches of 32 to 128), up to 2.3 times as much where steps are so small that their overhead
+        counts.
         """
         n, model = len(problem.train), problem.final_model
         rows = min(self.max_rows, n * model.loss.rank(model.outputs(problem.test[:1])[0].shape))
-        share = rows**2 * len(problem.index) / (n * model.size)
+        of_instance = rows / n
+        if n > self.max_rows:
+            rows = self.max_rows // 2
+            of_instance = min(1.0, DRAWS / problem.followed.protocol.batch_size)
+        share = of_instance * rows * len(problem.index) / model.size
         moments = 1.4 if problem.followed.protocol.update_rule.preconditions else 1.0
         return moments * (1.5 + 1.8 * float(share**0.8))
 

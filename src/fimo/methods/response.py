@@ -14,7 +14,7 @@ from torch import Tensor
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.spectrum import MAX_DIMENSION, kernel_dimension
 from fimo.data.instances import Instances
-from fimo.engine.leave_out import evenly, make_rule, members_of
+from fimo.engine.leave_out import RULES, evenly, make_rule, members_of
 from fimo.engine.protocol import DTYPES, Protocol
 from fimo.engine.replicas import even_parts
 from fimo.engine.threads import side_by_side
@@ -71,7 +71,9 @@ class Response(FollowingMethod):
         kernels: Jacobians of each seed's ``own`` run, or ``shared``: of the seeds' mean parameters; ``auto``
             takes as many, and own ones, as 1 % of the arithmetic of further training without each of the
             left-out instances allows.
-        max_rows: most training outputs that are followed; beyond it the less curved directions are dropped.
+        max_rows: most training outputs that are followed. Where there are more, but no more instances, the
+            less curved directions of each are dropped; where there are more instances, a sample of half as
+            many stands for all of them (:class:`fimo.linear_response.output_space.Sample`).
         memory_mb: of Jacobians held at once.
         checks: real leave-one-out runs that measure the response's error, for error bars; up to eight full
             runs come with them. At 0 bars are withheld.
@@ -177,6 +179,10 @@ class Response(FollowingMethod):
             return problem
         given = problem.followed
         return problem.along(replace(given, protocol=evenly(given.protocol, len(problem.train))))
+
+    def takes_evenly(self, problem: AttributionProblem) -> bool:
+        """Return whether instances are taken evenly from all batches, so that seeds' scores are alike."""
+        return RULES[self.removing(problem).followed.protocol.leave_out].takes_evenly
 
     def of_real_runs(self, problem: AttributionProblem) -> AttributionProblem:
         """Return the problem with the further training of real runs.
@@ -317,13 +323,13 @@ class Response(FollowingMethod):
         # the evaluation points at which training outputs are computed
         knots = sorted({0, *spread(further_training.steps, KNOTS), *(s.last for s in cut)})
         constant, exact = model.loss.quadratic, self._saturates(model)
-        gradient, hessian, known = [], [], []
+        gradient, hessian, known, train = [], [], [], train[space.kept]
         for trajectory in trajectories:
             outputs = outputs_along(model, [trajectory.parameters[k] for k in knots], train)
             gradient.append(torch.stack([space.gradient(model.loss, f, train.targets) for f in outputs]))
             some = outputs[:1] if constant else outputs
             if exact:
-                known.append(outputs[:, space.kept].flatten(2))
+                known.append(outputs.flatten(2))
             else:
                 hessian.append(torch.stack([space.hessian(model.loss, f, train.targets) for f in some]))
 
@@ -338,7 +344,7 @@ class Response(FollowingMethod):
             parameters,
             torch.stack(known) if known else None,
             model.loss,
-            train.targets[space.kept],
+            train.targets,
         )
 
     def _kernel(
