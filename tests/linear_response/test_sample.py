@@ -47,6 +47,18 @@ def test_a_sample_has_the_mean_curvature_of_all(most: int) -> None:
     assert (found - expected).norm() < 4 / most**0.5 * expected.norm()
 
 
+def test_where_few_instances_have_nearly_all_of_the_curvature_they_are_followed_themselves() -> None:
+    torch.manual_seed(0)
+    outputs, targets = torch.randn(2, 300, 4, dtype=torch.float64), torch.randint(4, (300,))
+    assert OutputSpace.choose(cross_entropy, outputs, targets, torch.tensor([2]), 40).sample is not None
+    hard = torch.arange(7, 300, 10)
+    sure = 60 * nn.functional.one_hot(targets, 4).double() * (torch.arange(300) % 10 != 7)[:, None]
+    space = OutputSpace.choose(cross_entropy, outputs + sure, targets, torch.tensor([2]), 40)
+    assert space.sample is None
+    assert len(space.kept) == len(space.directions) == 40
+    assert {2, *hard.tolist()} <= set(space.kept.tolist())
+
+
 @pytest.mark.parametrize("leave_out", ["mask", "every_batch", "reweighted"])
 def test_steps_take_off_the_left_out_and_leave_the_rest_to_the_sample(leave_out: str) -> None:
     protocol = Protocol(batch_size=4, epochs=3, leave_out=leave_out)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -17,11 +17,11 @@ from fimo.errors import InputError
 from fimo.evaluation import agreement
 from fimo.further_training import full_runs
 from fimo.further_training.trajectory import FurtherTraining
-from fimo.linear_response.leave_out_weights import steps
+from fimo.linear_response.leave_out_weights import Step, steps
 from fimo.linear_response.output_space import OutputSpace
 from fimo.linear_response.path_points import Segment, segments, spread
 from fimo.linear_response.phi import relaxation, times
-from fimo.linear_response.recursion import _on
+from fimo.linear_response.recursion import _followed
 from fimo.methods.exact import ExactInfluence
 from fimo.methods.graddot import GradDot
 from fimo.methods.response import Response
@@ -358,7 +358,7 @@ def test_directions_and_batches_lie_where_the_outputs_do() -> None:
             assert space.directions.is_meta
     protocol = Protocol(batch_size=6, epochs=1)
     whole = steps([3], torch.tensor([2]), rule_of(20, protocol), protocol, like.dtype)
-    for step in (_on(step, like.device) for step in whole):
+    for step in _followed(whole, space, 20):
         assert all(tensor.is_meta for tensor in (step.index, step.full, step.without))
 
 
@@ -426,6 +426,25 @@ def test_only_where_the_kernel_is_asked_for_too_many_outputs_make_the_response_i
     assert reasons["auto"] is None
     assert reasons["ekfac"] is None
     assert f"at most 2 outputs of an instance, not {outputs}" in str(reasons["kernel"])
+
+
+def test_of_a_batch_the_instances_that_are_not_followed_weigh_nothing() -> None:
+    kept, one = torch.tensor([1, 4, 8]), torch.ones(3, 1, 1, dtype=torch.float64)
+
+    def batches() -> Iterator[Step]:
+        protocol = Protocol(batch_size=4, epochs=2)
+        return steps([3, 5], torch.tensor([4]), rule_of(9, protocol), protocol, torch.float64)
+
+    for step, whole in zip(_followed(batches(), OutputSpace(kept, one), 9), batches(), strict=True):
+        for seed in range(2):
+            found, expected = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(9, 2, dtype=torch.float64)
+            weights, weights_of_all = (
+                torch.cat([s.full.expand(s.index.shape)[seed][:, None], s.without[seed]], 1)
+                for s in (step, whole)
+            )
+            found.index_add_(0, step.index[seed], weights)
+            expected.index_add_(0, whole.index[seed], weights_of_all)
+            torch.testing.assert_close(found, expected[kept])
 
 
 def test_where_kernels_cost_more_than_the_runs_seeds_share_one() -> None:

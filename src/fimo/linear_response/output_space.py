@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +35,9 @@ class OutputSpace:
         """Choose the directions in which the loss is curved or steep.
 
         All of them where N·R <= ``max_rows`` allows it: one for a scalar output, D - 1 for cross-entropy
-        (which ignores a common shift of the logits), else D. If not, each instance's leading ones, and if
-        even one each is too many, those of the left-out instances and of a :class:`Sample` of all.
+        (which ignores a common shift of the logits), else D. If not, each instance's leading ones. If even
+        one each is too many, that of the instances with the largest curvature and gradient, where these hold
+        nearly all of it; else those of the left-out instances and of a :class:`Sample` of all.
 
         Args:
             outputs: ``[K, N, ...]``, D values each, at K points of the trajectory.
@@ -48,6 +50,10 @@ class OutputSpace:
         if n <= max_rows:
             every = torch.arange(n, device=outputs.device)
             return cls(every, _leading(loss, outputs, targets, max(1, min(rank, max_rows // n))))
+        energy = _by_blocks(lambda *some: _energy(loss, *some), outputs, targets)
+        first = energy.index_fill(0, needed, torch.inf).topk(max(max_rows, len(needed))).indices.sort().values
+        if energy[first].sum() >= NEARLY_ALL * energy.sum():
+            return cls(first, _leading(loss, outputs[:, first], targets[first], 1))
         r = max(1, min(rank, OWN_DIRECTIONS, max_rows // 2 // max(1, len(needed))))
         own = _leading(loss, outputs[:, needed], targets[needed], r).reshape(-1, 1, d)
         sample = Sample.draw(loss, outputs, targets, needed.to(outputs.device), max(1, max_rows // 2))
@@ -93,15 +99,12 @@ class Sample:
         """
         generator = torch.Generator().manual_seed(0)
         n, rank = outputs.shape[1], loss.rank(outputs.shape[2:])
-        block = max(1, AT_ONCE // outputs.shape[2:].numel() ** 2)
-        places = torch.arange(n, device=outputs.device).split(block)
-        curved = (_hessian(loss, outputs[:, some], targets[some]) for some in places)
-        trace = torch.cat([h.diagonal(dim1=1, dim2=2).sum(1) for h in curved]).double().cpu().abs()
+        trace = _by_blocks(lambda *some: _trace(_hessian(loss, *some)), outputs, targets).double().cpu().abs()
         chance = _inclusion(trace + FLOOR * trace.mean() + 1e-300, most)
         ends = chance.cumsum(0) + torch.rand((), generator=generator, dtype=torch.float64)
         drawn = (ends.floor() > (ends - chance).floor()).nonzero()[:, 0]
         kept, found, shares = drawn.to(outputs.device), [], []
-        for some in kept.split(block):
+        for some in kept.split(_block(outputs)):
             values, vectors = torch.linalg.eigh(_hessian(loss, outputs[:, some], targets[some]).double())
             size = values[:, -rank:].cpu().abs()
             size = size + FLOOR * size.mean(1, keepdim=True) + 1e-300
@@ -112,6 +115,9 @@ class Sample:
         weight = len(drawn) / n / (chance[drawn] * torch.cat(shares))
         return cls(left_out, kept, torch.cat(found).to(outputs), weight.to(outputs))
 
+
+NEARLY_ALL = 0.9
+"""Of the curvature and gradients: a model that fits most of its training set has them in few instances."""
 
 OWN_DIRECTIONS = 3
 """Most directions of a left-out instance beside a sample of all: the first is nearly its gradient."""
@@ -142,12 +148,36 @@ def _leading(loss: Loss, outputs: Tensor, targets: Tensor, r: int) -> Tensor:
     common = loss.common_directions(d)
     if common is not None and len(common) == r:
         return common.to(outputs).expand(n, r, d)
-    energy = _hessian(loss, outputs, targets)
-    for at in outputs:
-        g = _flat(loss.gradient(at, targets))
-        energy += g[:, :, None] * g[:, None, :] / len(outputs)
-    vectors: Tensor = torch.linalg.eigh(energy.double())[1]
+    gradient = _gradients(loss, outputs, targets)
+    outer = torch.einsum("knd,kne->nde", gradient, gradient) / len(outputs)
+    vectors: Tensor = torch.linalg.eigh((_hessian(loss, outputs, targets) + outer).double())[1]
     return vectors[:, :, -r:].transpose(1, 2).to(outputs.dtype)
+
+
+def _block(outputs: Tensor) -> int:
+    """Return how many instances' Hessians are held at once."""
+    return max(1, AT_ONCE // outputs.shape[2:].numel() ** 2)
+
+
+def _by_blocks(of: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return a value of each instance ``[N]``, from outputs ``[K, N, ...]`` and targets of some at once."""
+    places = torch.arange(outputs.shape[1], device=outputs.device).split(_block(outputs))
+    return torch.cat([of(outputs[:, some], targets[some]) for some in places])
+
+
+def _energy(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return ``[n]``, the mean over points of the Hessian's trace and the gradient's square."""
+    squares = _gradients(loss, outputs, targets).square().sum(2).mean(0)
+    return squares + _trace(_hessian(loss, outputs, targets))
+
+
+def _trace(hessian: Tensor) -> Tensor:
+    return hessian.diagonal(dim1=1, dim2=2).sum(1)
+
+
+def _gradients(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return ``[K, n, D]``."""
+    return torch.stack([_flat(loss.gradient(at, targets)) for at in outputs])
 
 
 def _hessian(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:

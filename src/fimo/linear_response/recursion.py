@@ -111,7 +111,7 @@ def responses(
     forces, carried = _Forces(space, along), Carried(protocol, s, along.parameters)
     stream = steps(seeds, left_out, rule, protocol, like.dtype, every)
     if space.sample is None:
-        stream = (_on(step, like.device) for step in stream)
+        stream = _followed(stream, space, rule.instances)
     else:
         stream = sampled(stream, space, space.sample, seeds, protocol.batch_size, rule.instances)
     points = [0, *protocol.evaluation_steps(rule.instances, rule.instances)]
@@ -138,9 +138,18 @@ def responses(
             yield carried.add_test(kernel.test @ coefficients[:, :, :-1])
 
 
-def _on(step: Step, device: torch.device) -> Step:
-    index, full, without = (t.to(device) for t in (step.index, step.full, step.without))
-    return replace(step, index=index, full=full, without=without)
+def _followed(stream: Iterator[Step], space: OutputSpace, instances: int) -> Iterator[Step]:
+    """Yield steps with their index among the M followed instances; what isn't followed weighs nothing."""
+    kept = space.kept
+    place = torch.full((instances,), -1, dtype=torch.int64, device=kept.device)
+    place[kept] = torch.arange(len(kept), device=kept.device)
+    for step in stream:
+        index, full, without = (t.to(kept.device) for t in (step.index, step.full, step.without))
+        if len(kept) < instances:
+            index = place[index]
+            known = (index >= 0).to(full.dtype)
+            index, full, without = index.clamp(min=0), full * known, without * known[:, :, None]
+        yield replace(step, index=index, full=full, without=without)
 
 
 class _Forces:
