@@ -24,7 +24,7 @@ from fimo.linear_response.phi import relaxation, times
 from fimo.linear_response.recursion import _followed
 from fimo.methods.exact import ExactInfluence
 from fimo.methods.graddot import GradDot
-from fimo.methods.response import Response
+from fimo.methods.response import Response, turns
 from fimo.models.losses import binary_cross_entropy, cross_entropy, huber, mean_squared_error
 from tests.cases import CASES, LINEAR_CASES, Case, trained
 from tests.reference import attribution as dense
@@ -445,6 +445,17 @@ def test_of_a_batch_the_instances_that_are_not_followed_weigh_nothing() -> None:
             found.index_add_(0, step.index[seed], weights)
             expected.index_add_(0, whole.index[seed], weights_of_all)
             torch.testing.assert_close(found, expected[kept])
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "first", "every"),
+    [(29304, 128, 46, 5), (29304, 128, 229, 28), (2000, 32, 63, 7), (9, 4, 1, 1)],
+)
+def test_even_removal_takes_each_instance_several_times_before_scores_are_wanted(
+    n: int, size: int, first: int, every: int
+) -> None:
+    assert turns(n, size, first) == every
+    assert every == 1 or first // every >= 8
 
 
 def test_where_kernels_cost_more_than_the_runs_seeds_share_one() -> None:

@@ -42,8 +42,9 @@ KNOTS = 32
 TOGETHER = 8
 """Most seeds that are followed together, as one batched computation on one thread."""
 
-OUTSIDE = 4
-"""Most instances that are left out of a batch at a step where all N are, in batches."""
+OUTSIDE = 8
+"""Most instances that are left out of a batch at a step where all N are, in batches; and how often each is at
+least until scores are wanted first."""
 
 KERNEL_SHARE = 0.01
 """Of the gold standard's arithmetic, spent on kernels."""
@@ -82,8 +83,8 @@ class Response(FollowingMethod):
             of ``segments`` points; ``auto``: the kernel unless outputs (or its eigenproblem) are too many.
         removal: ``even`` takes 1/N of a left-out instance's loss from every batch, in the response and,
             with optimizers that are linear in the gradient, in the real runs that check it (in the
-            response, where an epoch has more than four batches, from every so-manieth of them, so that it
-            costs as little for all N as for few); ``own`` follows the protocol's rule, and so the noise
+            response, where an epoch has more than eight batches, from every so-manieth of them, eight times
+            an epoch or more, so that it costs little for all N too); ``own`` follows the protocol's rule, and so the noise
             of the followed seeds, which is right where they are the gold standard's and it is to be
             reproduced. ``even`` is ``own`` where it has no meaning: clipped gradients, dropout,
             ``with_duplicates``, epochs that leaving out shortens.
@@ -219,9 +220,7 @@ class Response(FollowingMethod):
         trajectories = itertools.chain([first], trajectories)
         removed = members_of(rule, [(i,) for i in problem.index.tolist()])
         space = self._space(given.steps, model, train, first, removed)
-        every = 1
-        if self.removal == "even":
-            every = -(-len(train) // (OUTSIDE * given.protocol.batch_size))
+        every = turns(len(train), given.protocol.batch_size, given.steps[0]) if self.removal == "even" else 1
 
         def kernel(runs: Sequence[Trajectory], segment: Segment) -> Kernel:
             return self._kernel(problem, train, test, space, runs, segment, tally)
@@ -367,6 +366,15 @@ class Response(FollowingMethod):
         kernel = Kernel.at(gradients, train, test, space, protocol, moment)
         tally.add(gradients.evaluations)
         return kernel
+
+
+def turns(instances: int, batch_size: int, first: int) -> int:
+    """Return in every how manieth batch alone each left-out instance is taken, where all of them would be.
+
+    Args:
+        first: steps to the first evaluation point.
+    """
+    return max(1, min(-(-instances // (OUTSIDE * batch_size)), first // OUTSIDE))
 
 
 def ignored_parts(final_model: FinalModel, protocol: Protocol) -> list[str]:
