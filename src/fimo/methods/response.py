@@ -85,8 +85,8 @@ class Response(FollowingMethod):
             with optimizers that are linear in the gradient, in the real runs that check it (in the
             response, where an epoch has more than eight batches, from every so-manieth of them, eight times
             an epoch or more, so that it costs little for all N too); ``own`` follows the protocol's rule, and
-            so the noise of the followed seeds, which is right where they are the gold standard's and it is to be
-            reproduced. ``even`` is ``own`` where it has no meaning: clipped gradients, dropout,
+            so the noise of the followed seeds, which is right where they are the gold standard's and it is to
+            be reproduced. ``even`` is ``own`` where it has no meaning: clipped gradients, dropout,
             ``with_duplicates``, epochs that leaving out shortens.
     """
 
