@@ -50,13 +50,14 @@ class OutputSpace:
         if n <= max_rows:
             every = torch.arange(n, device=outputs.device)
             return cls(every, _leading(loss, outputs, targets, max(1, min(rank, max_rows // n))))
+        needed = needed.to(outputs.device)
         energy = _by_blocks(lambda *some: _energy(loss, *some), outputs, targets)
         first = energy.index_fill(0, needed, torch.inf).topk(max(max_rows, len(needed))).indices.sort().values
         if energy[first].sum() >= NEARLY_ALL * energy.sum():
             return cls(first, _leading(loss, outputs[:, first], targets[first], 1))
         r = max(1, min(rank, OWN_DIRECTIONS, max_rows // 2 // max(1, len(needed))))
         own = _leading(loss, outputs[:, needed], targets[needed], r).reshape(-1, 1, d)
-        sample = Sample.draw(loss, outputs, targets, needed.to(outputs.device), max(1, max_rows // 2))
+        sample = Sample.draw(loss, outputs, targets, needed, max(1, max_rows // 2))
         kept = torch.cat([sample.left_out.repeat_interleave(r), sample.kept])
         return cls(kept, torch.cat([own, sample.directions]), sample)
 
