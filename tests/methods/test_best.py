@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -49,6 +50,24 @@ def test_of_many_seeds_that_are_alike_eight_are_followed(options: dict[str, Any]
     expected = Response(checks=0).attribute(*RUN, ft.first(followed))
     assert torch.equal(found.values, expected.values)
     assert found.gradient_evaluations == expected.gradient_evaluations
+
+
+def test_with_many_seeds_the_budget_also_buys_real_runs() -> None:
+    index = torch.arange(10)
+    little = Protocol(lr=0.02, batch_size=6, epochs=1, dtype="float64")
+    ft = following(CASE, little, range(40))
+    few, many = (
+        Best(budget=budget).choose(AttributionProblem(*RUN[:3], index, ft)) for budget in (0.05, 0.5)
+    )
+    assert type(few[0]) is Response
+    assert isinstance(many[0], CalibratedResponse)
+    assert "real run" in many[1]
+    found = Best(budget=0.5).attribute(*RUN[:3], index, ft)
+    runs = int(re.search(r"corrected by (\d+) real runs", " ".join(found.notes))[1])  # type: ignore[index]
+    assert runs >= len(index)
+    # fewer instances than there is anything to correct by
+    fewest = AttributionProblem(*RUN, following(CASE, little, range(100)))
+    assert type(Best(budget=1).choose(fewest)[0]) is Response
 
 
 @pytest.mark.parametrize(

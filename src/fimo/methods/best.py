@@ -30,7 +30,8 @@ class Best(FollowingMethod):
       repetition of the gold standard does; of at most eight seeds, where it takes instances evenly from all
       batches and one seed is much like another;
     - ``calibrated`` for more, and for Adam, whose second moment the response holds fixed: a few real runs
-      correct it;
+      correct it; and wherever the budget buys a real run of each left-out instance besides, as with many
+      seeds;
     - real runs of few seeds, by ``calibrated``, where following one costs more than they do (linear heads);
     - ``sketched`` for networks of other layers than linear ones, where the response is expected to cost more
       than ``limit`` of the gold standard, or outputs are too many for its kernel.
@@ -38,7 +39,7 @@ class Best(FollowingMethod):
     The rules are measurements: ``benchmarks/response.py``, ``benchmarks/deep.py``.
 
     Args:
-        short: epochs of SGD up to which nothing is corrected.
+        short: epochs of SGD up to which few real runs would correct nothing.
         budget: see :class:`~fimo.methods.calibrated.CalibratedResponse`.
         limit: share of the gold standard's cost that scores of deep networks may take, and the budget of
             ``sketched``.
@@ -98,6 +99,8 @@ class Best(FollowingMethod):
         epochs = problem.followed.steps[-1] / protocol.batches_per_epoch(len(problem.train))
         if fixed := protocol.update_rule.held_fixed:
             return self.corrected, f"{protocol.optimizer}'s {fixed} depends on the left-out instance"
+        if not deep and self.corrected.affords_each(problem):
+            return self.corrected, "the budget buys a real run without each left-out instance besides"
         if epochs <= self.short:
             return response, f"{epochs:.3g} epochs of SGD change a run little"
         return self.corrected, f"after {epochs:.3g} epochs a run may have left any linear response"

@@ -187,6 +187,19 @@ class CalibratedResponse(Response):
             return False
         return 1 + self.following_cost(problem) > max(1, self.budget * seeds / CHECKED_SEEDS) * (count + 1)
 
+    def affords_each(self, problem: AttributionProblem) -> bool:
+        """Return whether the budget buys a real run of each instance after enough seeds have been followed."""
+        seeds = len(problem.followed.seeds)
+        enough = seeds if self.removal == "own" else min(seeds, CHECKED_SEEDS * GROUPS)
+        following = enough * (1 + self.following_cost(problem))
+        return self._runs_bought(problem) - following >= len(problem.index)
+
+    def _runs_bought(self, problem: AttributionProblem) -> float:
+        """Return the budget in runs; 0 where it buys too few to correct by."""
+        seeds, count = len(problem.followed.seeds), len(problem.index)
+        runs = self.budget * seeds * (count + 1)
+        return runs if count >= FEWEST and runs >= 2 * FEWEST and seeds >= CHECKED_SEEDS else 0.0
+
     def _by_runs(self, problem: AttributionProblem, tally: Tally) -> Scores:
         """Return the changes in real runs along few seeds, which leave instances out of all batches."""
         asked, followed = problem.followed.protocol, self.removing(problem).followed
@@ -209,10 +222,10 @@ class CalibratedResponse(Response):
 
     def calibrated(self, problem: AttributionProblem, tally: Tally) -> Calibrated | None:
         """Return scores that real runs correct; None where the budget buys too few."""
-        given, count = problem.followed, len(problem.index)
-        units = self.budget * len(given.seeds) * (count + 1)  # in runs
-        if count < FEWEST or units < 2 * FEWEST or len(given.seeds) < CHECKED_SEEDS:
+        units = self._runs_bought(problem)
+        if not units:
             return None
+        given = problem.followed
         problem = problem.along(given.first(self._worth_following(problem, units)))
         given = problem.followed
         tally.add(len(given.seeds) * problem.run_gradients)
