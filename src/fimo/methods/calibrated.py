@@ -188,7 +188,7 @@ class CalibratedResponse(Response):
         return 1 + self.following_cost(problem) > max(1, self.budget * seeds / CHECKED_SEEDS) * (count + 1)
 
     def affords_each(self, problem: AttributionProblem) -> bool:
-        """Return whether the budget buys a real run of each instance after enough seeds have been followed."""
+        """Return whether the budget buys a real run of each instance after following enough seeds."""
         seeds = len(problem.followed.seeds)
         enough = seeds if self.removal == "own" else min(seeds, CHECKED_SEEDS * GROUPS)
         following = enough * (1 + self.following_cost(problem))
