@@ -6,7 +6,8 @@ prints, for each case, the gold standard's seconds, the share of them that `best
 and Grad-Dot take, and their agreement (cosine, mean over test instances), in brackets as a share of the noise
 ceiling, at evaluation points of two epochs. ``again`` is the gold standard made again. FOLDER
 holds ``sst2/`` (train.tsv, validation.tsv), ``cifar10/`` (train/CLASS/*, test/CLASS/*) and
-``wikitext2/train.txt``. Final models are trained first.
+``wikitext2/train.txt``. Final models are trained first; that of ``gpt2_lora`` is a model of 4 layers that was
+trained on later text, and got adapters.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
+import torch
+from torch.nn.functional import cross_entropy
+
+from fimo.data.tokens import ByteTokens
+from fimo.models.huggingface import causal_lm
 
 ROOT = Path(__file__).parents[1]
 SST2 = ["experiment=sst2_small", "dataset.path={data}/sst2", "dataset.max_length=32"]
@@ -26,13 +32,18 @@ GPT2 = ["dataset=language", "dataset.path={excerpt}", "model=causal_lm", "datase
         "model.network.width=48", "trainer.max_epochs=10"]  # fmt: skip
 LORA = "++model.network.adapters={{{{rank: 4, alpha: 8, layers: [{layers}]}}}}"  # formatted twice
 ADAPTED = 'model.trainable=["head*","*.up.*","*.down.*"]'
+ADAPTERS = 'model.trainable=["*.up.*","*.down.*"]'
 CASES = {
     "minilm_block": [*SST2, 'model.trainable=["head*","*layer.5.*"]'],
     "minilm_lora": [*SST2, ADAPTED, LORA.format(layers='"*query","*key","*value","*attention.output.dense"')],
     "resnet9": ["experiment=cifar10_small", "dataset.path={data}/cifar10", "model.network.width=8",
                 "model.trainable=[]", "further_training.batch_size=32"],
     "gpt2": GPT2,
+    "gpt2_lora": [*GPT2, "model.network.path={base}", "dataset.tokenizer=null", "further_training.lr=1e-3",
+                  ADAPTERS, LORA.format(layers='"*attn.c_attn","*attn.c_proj"')],
 }  # fmt: skip
+LENGTH = 32
+"""Bytes of a passage."""
 
 
 def main() -> None:
@@ -55,14 +66,16 @@ def main() -> None:
 
 def run(name: str, a: argparse.Namespace, folder: Path) -> Path:
     """Run a case, and return the run's folder."""
-    language = name == "gpt2"
-    batch, excerpt = 16 if language else 32, folder / "excerpt.txt"
-    if language:  # passages of 32 bytes, of which a tenth is held out
+    language = name.startswith("gpt2")
+    batch, excerpt, base = 16 if language else 32, folder / "excerpt.txt", folder / "base"
+    if language:  # passages of which a tenth is held out
         text = (Path(a.data) / "wikitext2" / "train.txt").read_bytes()
-        excerpt.write_bytes(text[: int(32 * a.train / 0.9)])
+        excerpt.write_bytes(text[: int(LENGTH * a.train / 0.9)])
+        if name == "gpt2_lora":
+            train_base(text[len(text) // 2 :], base)
     command = [
         sys.executable, "-m", "src.run",
-        *(setting.format(data=a.data, excerpt=excerpt) for setting in CASES[name]),
+        *(setting.format(data=a.data, excerpt=excerpt, base=base) for setting in CASES[name]),
         "+method=[best,graddot]", *([] if language else [f"dataset.train_size={a.train}"]),
         f"threads={a.threads}",
         "further_training.epochs=2", f"further_training.left_out={a.left_out}",
@@ -72,6 +85,22 @@ def run(name: str, a: argparse.Namespace, folder: Path) -> Path:
     ]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True)
     return folder / "run"
+
+
+def train_base(text: bytes, folder: Path, steps: int = 1500) -> None:
+    """Train a small GPT-2 on bytes of a text, and save it as Hugging Face's library does."""
+    torch.manual_seed(0)
+    network = causal_lm(ByteTokens.vocabulary, width=128, layers=4, positions=64)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    for _ in range(steps):
+        start = torch.randint(len(data) - LENGTH - 1, (32, 1))
+        passage = data[start + torch.arange(LENGTH + 1)]
+        logits = network(passage[:, :-1], torch.ones_like(passage[:, :-1]))
+        optimizer.zero_grad()
+        cross_entropy(logits.flatten(0, 1), passage[:, 1:].flatten()).backward()
+        optimizer.step()
+    network.model.save_pretrained(folder)
 
 
 def show(name: str, folder: Path) -> None:

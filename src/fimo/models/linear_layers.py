@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fimo.data.instances import Instances
 from fimo.models.activations import Activation, activation_of
 from fimo.models.final_model import FinalModel
+from fimo.models.watched_layers import watched_layers
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,23 @@ class Layer:
 def linear_layers(network: nn.Module) -> list[Layer] | None:
     """Return a network's layers if it is a sequence of linear layers and activations, or one; else None.
 
-    Nested ``nn.Sequential``, a leading ``nn.Flatten``, identities and dropout with rate 0 are seen through.
-    Layers with hooks, tied parameters or a type of the user's own are not.
+    A leading flattening, identities and dropout with rate 0 are seen through, and so is a ``forward`` of the
+    user's own that only hands one layer's outputs to the next. Layers with hooks or tied parameters are not.
     """
+    if any(m._forward_hooks or m._forward_pre_hooks for m in network.modules()):
+        return None
+    if layers := _in_sequence(network):
+        return layers
+    return [Layer(*of_layer) for of_layer in watched_layers(network) or ()] or None
+
+
+def _in_sequence(network: nn.Module) -> list[Layer] | None:
+    """Return the layers of (nested) ``nn.Sequential`` of known modules, or of one ``nn.Linear``."""
     if not _is_sequence(network) and type(network) is not nn.Linear:
         return None
     layers: list[Layer] = []
     parameters = 0
     for name, module in network.named_modules(remove_duplicate=False):
-        if module._forward_hooks or module._forward_pre_hooks:
-            return None
         if _is_sequence(module) or _passes_through(module) or (type(module) is nn.Flatten and not layers):
             continue
         if type(module) is nn.Linear:
@@ -78,7 +86,13 @@ def layers_on(final_model: FinalModel, instances: Instances) -> list[Layer] | No
     width = final_model.network.get_parameter(layers[0].weight).shape[1]
     if inputs[:1].flatten(1).shape[1] != width:
         return None
-    return layers if inputs.ndim == 2 or final_model.outputs(instances[:1]).ndim == 2 else None
+    if inputs.ndim == 2:
+        return layers
+    outputs, parameters = final_model.outputs(instances[:1]), dict(final_model.network.named_parameters())
+    if outputs.ndim != 2:
+        return None
+    found = forward(layers, parameters, inputs[:1].flatten(1), keep=False).outputs
+    return layers if torch.allclose(found, outputs, rtol=1e-3, atol=1e-5) else None
 
 
 def _is_sequence(module: nn.Module) -> bool:
