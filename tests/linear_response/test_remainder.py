@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fimo.linear_response.discrepancy import OWN, Correction, correct, correlations, earlier
+from fimo.linear_response.discrepancy import OWN, Correction, _shared, correct, correlations, earlier
 
 STEPS = list(range(1, 101))
 TESTS, LEFT_OUT = 6, 40
@@ -232,3 +232,36 @@ def test_seeds_that_share_no_instance_are_taken_to_have_nearly_the_same_offset()
     real = truth[:, :, instance].permute(2, 0, 1)
     found = unpredicted(STEPS, real, instance, seed)
     assert agreement(found.remainder, truth) > 0.9
+
+
+def test_lasting_noise_of_single_runs_is_not_taken_for_what_seeds_share() -> None:
+    truth = effects()
+    large = range(8)  # seeds after the second have runs without these only, to which their offsets are fitted
+    instance = torch.tensor([*range(LEFT_OUT), *range(0, LEFT_OUT, 2), *(i for _ in range(6) for i in large)])
+    later = [s for s in range(2, 8) for _ in large]
+    seed = torch.tensor([0] * LEFT_OUT + [1] * (LEFT_OUT // 2) + later)
+    size = ALIKE.clone()
+    size[list(large)] = 20
+    scores, kept = [], []
+    for draw in range(4):
+        own = 2 * walk(40 + draw, len(seed) * TESTS, 3.0).view(len(seed), TESTS, -1).transpose(1, 2)
+        predicted = truth[:, :, instance].permute(2, 0, 1)
+        real = runs(truth, instance, seed, noise=0.0) + own
+        found = correct(STEPS, real, predicted, truth, instance, seed, size)
+        scores.append(agreement((found.explained + found.remainder)[50:], truth[50:]))
+        kept.append(float((1 - found.unexplained[50:]).mean()))
+    assert min(scores) > 0.98
+    assert max(kept) < 0.15
+
+
+def test_what_seeds_share_is_found_by_products_of_their_common_instances() -> None:
+    instance, seed = torch.tensor([0, 1, 2, 3, 1, 2, 3, 4, 2]), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2])
+    values = torch.randn(7, 9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total, number = _shared(values, instance, seed)
+    one, other = values[:, [1, 2, 3]], values[:, [4, 5, 6]]
+    centred = torch.eye(3, dtype=torch.float64) - 1 / 3
+    expected = torch.einsum("eij,ik,ekj->e", one, centred, other) / 3
+    torch.testing.assert_close(total, expected)
+    assert number == 2  # seeds 0 and 2, and 1 and 2, have one instance in common
+    offset = torch.tensor([1.0, -4.0, 9.0], dtype=torch.float64)
+    torch.testing.assert_close(_shared(values + offset[seed][:, None], instance, seed)[0], expected)

@@ -142,7 +142,7 @@ def correct(
     to_instances, to_seeds = _two_way(row, column, weight)
     z = to_instances @ rest  # [E, L', J]
     with one_thread():  # many small solves
-        found, variance, share = _smooth(time, z, rest - (to_seeds @ rest)[:, column], row)
+        found, variance, share = _smooth(time, z, rest - (to_seeds @ rest)[:, column], row, column)
     remainder = torch.zeros_like(average)
     unknown = z.square().mean((1, 2))[:, None, None].expand_as(remainder).clone()  # of those without a run
     remainder[:, :, which] = found.transpose(1, 2)
@@ -229,22 +229,22 @@ def _products(time: Tensor, effects: Sequence[Tensor], seed: Tensor, weight: Ten
     return torch.einsum("ef,fmn->emn", near, stacked @ stacked.transpose(1, 2))
 
 
-def _smooth(time: Tensor, z: Tensor, runs: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _smooth(
+    time: Tensor, z: Tensor, runs: Tensor, row: Tensor, column: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return what is wanted of the remainders ``[E, L', J]``, its error's variance ``[E, L']`` and share.
 
     Args:
         z: ``[E, L', J]``, of instances.
         runs: ``[E, K, J]``, of their runs.
         row: ``[K]``, the runs' instances among the L'.
+        column: ``[K]``, their seeds.
     """
     found, variance = torch.zeros_like(z), torch.zeros(z.shape[:2], dtype=z.dtype)
     left = torch.ones_like(variance)
     counts = torch.bincount(row)
     groups = [(int(n), (counts == n).nonzero()[:, 0]) for n in counts.unique()]
-    # of all pairs of runs of the same instance
-    pairs = float((counts * (counts - 1)).sum()) / 2
-    together = torch.zeros_like(z).index_add_(1, row, runs).square().sum((1, 2))
-    shared = (together - runs.square().sum((1, 2))) / 2 / z.shape[2]
+    shared, pairs = _shared(runs, row, column)
     anchors = spread(time.tolist(), ANCHORS)
     chosen: dict[int, tuple[float, ...]] = {}
     squares = runs.square().mean((1, 2))
@@ -261,7 +261,7 @@ def _smooth(time: Tensor, z: Tensor, runs: Tensor, row: Tensor) -> tuple[Tensor,
         at = int((points == e).nonzero())
         size = squares[points].mean() / (1 + passing + noise)
         share = float(shared[points].mean() / size) if size > 0 else 0.0  # sum over pairs
-        share = min(max((share + PAIRS / (1 + OWN)) / (pairs + PAIRS), 0.05), 0.95)
+        share = min(max((share + PAIRS / (1 + OWN)) / (pairs + PAIRS), 0.0), 0.95)
         for (n, members), smoothing in zip(groups, weights, strict=True):
             own = n * share / (1 + (n - 1) * share) * torch.linalg.solve(wanted + other / n, wanted[at])
             smoothing[e, points] = own
@@ -270,6 +270,31 @@ def _smooth(time: Tensor, z: Tensor, runs: Tensor, row: Tensor) -> tuple[Tensor,
     for (_, members), smoothing in zip(groups, weights, strict=True):
         found[:, members] = (smoothing @ z[:, members].flatten(1)).view(len(time), len(members), -1)
     return found, variance, left
+
+
+def _shared(runs: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, int]:
+    """Return the sum ``[E]`` of products of what runs of an instance with two seeds have, and how many.
+
+    Of two seeds' common instances, less each seed's mean over these: a product is one less than they are.
+    Offsets as fitted would not do: that of a seed whose runs are all of instances that other seeds have as
+    well is fitted to what these have, so that everything seems shared.
+
+    Args:
+        runs, row, column: see :func:`_smooth`.
+    """
+    total, number = torch.zeros(len(runs), dtype=runs.dtype), 0
+    of_seed: dict[int, dict[int, int]] = {}
+    for k, (i, s) in enumerate(zip(row.tolist(), column.tolist(), strict=True)):
+        of_seed.setdefault(s, {})[i] = k
+    for one, other in itertools.combinations(of_seed.values(), 2):
+        common = sorted(one.keys() & other.keys())
+        if len(common) < 2:
+            continue
+        a, b = (runs[:, [seed[i] for i in common]] for seed in (one, other))
+        products = (a - a.mean(1, keepdim=True)) * (b - b.mean(1, keepdim=True))
+        total += products.sum((1, 2)) / runs.shape[2]
+        number += len(common) - 1
+    return total, number
 
 
 def _window(time: Tensor, e: int, most: int) -> Tensor:
