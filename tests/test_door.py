@@ -258,7 +258,7 @@ class Output(dict[str, Any]):
         (Returning(lambda y, x: y - x.mean()), mean_squared_error, "model.network", "each instance alone"),
         (Returning(lambda y, x: (y, x)), mean_squared_error, "model.network", "Adapted(network, output=0)"),
         (Returning(lambda y, x: Output(logits=y)), mean_squared_error, "model.network", "output='logits')"),
-        (Returning(lambda y, x: y[:, 0]), mean_squared_error, "model.network", "leave out the squeeze"),
+        (Returning(lambda y, x: y[:, 0]), mean_squared_error, "model.network", "column=True"),
         (network(4), mean_squared_error, "model.network", "does not fit the data (inputs (3,) float32 each)"),
     ],
 )  # fmt: skip

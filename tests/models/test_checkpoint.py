@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fimo.errors import InputError
+from fimo.models.adapted import Adapted
 from fimo.models.checkpoint import load_checkpoint
 from fimo.models.mlp import mlp
 
@@ -39,6 +40,17 @@ def test_every_format_restores_the_network(tmp_path: Path, form: str) -> None:
     load_checkpoint(fresh, save(trained, tmp_path / "m.ckpt", form))
     x = torch.randn(4, 3)
     assert torch.equal(trained(x), fresh(x))
+
+
+@pytest.mark.parametrize("form", ["lightning", "plain"])
+def test_a_wrapped_network_takes_the_checkpoint_of_what_it_wraps(tmp_path: Path, form: str) -> None:
+    trained, fresh = network(seed=1), Adapted(network(seed=2))
+    load_checkpoint(fresh, save(trained, tmp_path / "m.ckpt", form))
+    x = torch.randn(4, 3)
+    assert torch.equal(trained(x), fresh(x))
+    again = Adapted(network(seed=3))
+    load_checkpoint(again, save(fresh, tmp_path / "adapted.ckpt", "plain"))  # as fimo saves it
+    assert torch.equal(trained(x), again(x))
 
 
 def test_another_shape_is_refused_naming_the_layer(tmp_path: Path) -> None:

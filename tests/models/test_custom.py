@@ -38,6 +38,14 @@ def test_the_named_part_of_what_a_network_returns_is_its_output(kind: str, outpu
     torch.testing.assert_close(apply(renamed, {"pixels": x}), 2 * network.layer(x))
 
 
+def test_a_squeezed_output_becomes_a_column() -> None:
+    network, x = Returning("tensor"), torch.randn(4, 3)
+    squeezed = nn.Sequential(network, nn.Linear(2, 1), nn.Flatten(0))
+    assert squeezed(x).shape == (4,)
+    column = apply(Adapted(squeezed, column=True), x)
+    assert torch.equal(column, squeezed(x)[:, None])
+
+
 def test_what_is_no_tensor_or_not_there_is_named() -> None:
     x = torch.randn(1, 3)
     with pytest.raises(InputError, match=r"output: the network returns dict; name the part"):

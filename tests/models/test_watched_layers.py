@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import fimo
 from fimo.data.instances import Instances
 from fimo.models.activations import RELU, TANH
+from fimo.models.adapted import Adapted
 from fimo.models.final_model import FinalModel
 from fimo.models.linear_layers import Layer, layers_on, linear_layers
 
@@ -225,6 +226,49 @@ def test_of_images_the_layers_hold_where_they_are_only_flattened() -> None:
     assert layers_on(flat, images) is not None
     assert linear_layers(other.network) is not None  # of flat rows
     assert layers_on(other, images) is None
+
+
+class Single(nn.Module):
+    """One output for each instance, ``[n]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, 5), nn.Linear(5, 1)
+
+
+SQUEEZED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "last": lambda s, x: s.last(s.first(x).relu()).squeeze(-1),
+    "second": lambda s, x: torch.squeeze(s.last(s.first(x).relu()), 1),
+    "viewed": lambda s, x: s.last(s.first(x).relu()).view(-1),
+    "flattened": lambda s, x: s.last(s.first(x).relu()).flatten(),
+    "taken": lambda s, x: s.last(s.first(x).relu())[:, 0],
+}
+
+
+@pytest.mark.parametrize("forward", SQUEEZED.values(), ids=SQUEEZED)
+def test_a_squeezed_output_that_is_made_a_column_again_is_seen_through(
+    forward: Callable[[Any, Tensor], Tensor],
+) -> None:
+    net = network(forward, Single)
+    assert linear_layers(net) is None
+    found = linear_layers(Adapted(net, column=True))
+    assert found == [
+        Layer("network.first.weight", "network.first.bias", RELU),
+        Layer("network.last.weight", "network.last.bias"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, x: torch.sigmoid(s.last(s.first(x)).squeeze(-1)),
+        lambda s, x: s.last(s.first(x))[:1, 0],
+        lambda s, x: s.last(s.first(x)).squeeze(),  # of a batch of one a number
+        lambda s, x: s.last(s.first(x)).squeeze(-1) + 1,
+    ],
+)
+def test_what_else_happens_to_a_squeezed_output_is_not(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    assert linear_layers(Adapted(network(forward, Single), column=True)) is None
 
 
 FOLLOWING = ["exact", "cg", "lissa", "source", "response", "calibrated", "best", "unrolled", "mirrored",

@@ -13,14 +13,16 @@ from fimo.errors import InputError, shortened
 class Adapted(nn.Module):
     """A network whose one output of interest is picked from what it returns.
 
-    For networks that return an object (``outputs.logits``), a mapping or a tuple, and for arguments that are
-    always the same. A network that returns a tensor needs no wrapping.
+    For networks that return an object (``outputs.logits``), a mapping or a tuple, for those that squeeze a
+    single output to ``[n]``, and for arguments that are always the same. Another that returns a tensor needs
+    no wrapping.
 
     Args:
         network: called with an instance's inputs.
         output: name of an attribute or a key, or an index; None where a tensor is returned.
         arguments: further arguments by name, the same for every call, such as ``return_dict: true``.
         rename: names of inputs, as the data set has them, to the network's own.
+        column: whether outputs ``[n]`` are made ``[n, 1]``.
     """
 
     def __init__(
@@ -29,13 +31,14 @@ class Adapted(nn.Module):
         output: str | int | None = None,
         arguments: Mapping[str, Any] | None = None,
         rename: Mapping[str, str] | None = None,
+        column: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
             raise InputError(
                 "model.network.network", f"expected a torch.nn.Module but got {type(network).__name__}"
             )
-        self.network, self.output = network, output
+        self.network, self.output, self.column = network, output, column
         self.arguments, self.rename = dict(arguments or {}), dict(rename or {})
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
@@ -47,7 +50,7 @@ class Adapted(nn.Module):
             raise InputError(
                 "model.network.output", f"the network returns {type(found).__name__}; name the part to use"
             )
-        return found
+        return found.unsqueeze(-1) if self.column else found
 
     def _pick(self, found: Any) -> Any:
         if isinstance(self.output, str) and hasattr(found, self.output):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fimo.errors import InputError, shortened
+from fimo.models.adapted import Adapted
 from fimo.models.lora import LowRankAdapter
 from fimo.store.files import read_tensors
 
@@ -21,8 +22,9 @@ def load_checkpoint(network: nn.Module, path: str | Path) -> None:
     """Load a Lightning checkpoint, a plain state_dict or a safetensors file into a network, in place.
 
     Names may carry a prefix that all of the network's own names share in the file (``network.``,
-    ``model.``, ``module.`` and so on); other entries of the file are then ignored. Of a network with low-rank
-    adapters the file may be of the network without them: fresh adapters change no output.
+    ``model.``, ``module.`` and so on); other entries of the file are then ignored. Names are those of what an
+    :class:`~fimo.models.adapted.Adapted` wraps. Of a network with low-rank adapters the file may be of the
+    network without them: fresh adapters change no output.
 
     Raises:
         InputError: naming ``model.checkpoint``: no such file, not a checkpoint, a missing or unexpected
@@ -30,6 +32,8 @@ def load_checkpoint(network: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     tensors = read_checkpoint(path)
+    if isinstance(network, Adapted):
+        network = network.network
     wanted = network.state_dict()
     before = names_without_adapters(network)
     prefix = _prefix(list(tensors), list(before.values()))

@@ -33,6 +33,10 @@ _ACTIVATIONS: dict[Any, type[nn.Module]] = {
 
 _FLATTENING = (Tensor.view, Tensor.reshape, Tensor.flatten, torch.flatten, torch.reshape)
 
+_OF_COLUMNS = (
+    Tensor.squeeze, torch.squeeze, Tensor.__getitem__, Tensor.unsqueeze, torch.unsqueeze, *_FLATTENING,
+)  # fmt: skip
+
 _LOOKS = (Tensor.size, Tensor.dim, Tensor.shape.__get__, Tensor.ndim.__get__)  # type: ignore[attr-defined]
 """At a batch's shape, as flattening it needs."""
 
@@ -42,7 +46,8 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, list[Watched] | None] = weakref.Wea
 def watched_layers(network: nn.Module) -> list[Watched] | None:
     """Return a network's layers if it is a sequence of linear layers and activations; else None.
 
-    A leading flattening of each instance is seen through, as are identities and dropout with rate 0.
+    A leading flattening of each instance is seen through, as are identities, dropout with rate 0, and a
+    single output that is squeezed and becomes a column again.
     """
     if network not in _KNOWN:
         _KNOWN[network] = _watched(network) if _may_be(network) else None
@@ -96,7 +101,8 @@ class _Watch(TorchFunctionMode):
         except (_OtherwiseError, RuntimeError):  # the latter: of another width
             return None
         used = [name for weight, bias, _ in self.found for name in (weight, bias) if name]
-        return self.found if outputs is self.at and sorted(used) == sorted(self.names.values()) else None
+        whole = outputs is self.at and outputs.ndim == 2 and sorted(used) == sorted(self.names.values())
+        return self.found if whole else None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -109,6 +115,11 @@ class _Watch(TorchFunctionMode):
         if func in _LOOKS and not self.found:
             return after
         if not isinstance(after, Tensor) or after.dtype != self.at.dtype:
+            raise _OtherwiseError
+        if func in _OF_COLUMNS and self.found and {self.at.shape, after.shape} == _column(len(self.at)):
+            self.at = after
+            return after
+        if self.at.ndim != 2:
             raise _OtherwiseError
         options = {k: v for k, v in kwargs.items() if k not in ("input", "inplace")}
         if func is functional.linear:
@@ -132,6 +143,10 @@ class _Watch(TorchFunctionMode):
             return self.names[id(weight)], None if bias is None else self.names[id(bias)]
         except KeyError:  # computed from others
             raise _OtherwiseError from None
+
+
+def _column(n: int) -> set[torch.Size]:
+    return {torch.Size([n]), torch.Size([n, 1])}
 
 
 def _is_on(p: float = 0.5, training: bool = True, *_: object) -> bool:

@@ -274,7 +274,9 @@ def tried(model: FinalModel, probe: Instances) -> Tensor:
         )
     if outputs.ndim == 1:
         raise InputError(
-            "model.network", "returns outputs [n], expected [n, 1] or more: leave out the squeeze"
+            "model.network",
+            "returns outputs [n], expected [n, 1] or more: leave out the squeeze, or pass "
+            "fimo.models.adapted.Adapted(network, column=True)",
         )
     return outputs
 
