@@ -14,6 +14,7 @@ from fimo.linear_response.recursion import with_parameters
 from fimo.methods import sketched
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.best import Best
+from fimo.methods.calibrated import CalibratedResponse
 from fimo.methods.mirrored import Mirrored
 from fimo.methods.response import Response
 from fimo.methods.sketched import Plan, Sketched, corrected, pivots
@@ -145,6 +146,28 @@ def test_best_takes_it_where_the_response_costs_more_than_its_limit() -> None:
     share = Response().expected_share(problem)
     assert isinstance(Best(limit=1.0).choose(problem)[0], Response if share <= 1 else Sketched)
     assert share > Response(checks=0).expected_share(problem)
+
+
+def test_best_follows_few_seeds_where_all_would_cost_more_than_its_limit() -> None:
+    case = CASES["conv_net"]()
+    given = following(case, SGD, range(12))
+    problem = AttributionProblem(case.final_model, case.train, case.test, LEFT_OUT, given)
+    corrected = CalibratedResponse(budget=0.01, checks=2)
+    few, share = corrected.expected_share(problem), Response(checks=2).expected_share(problem)
+    assert 0.01 < few < 0.6 * share
+    own = CalibratedResponse(budget=0.01, checks=2, removal="own")
+    assert own.expected_share(problem) == pytest.approx(
+        Response(checks=2, removal="own").expected_share(problem)
+    )
+    assert CalibratedResponse(budget=0.99).expected_share(problem) >= 0.99
+
+    def chosen(limit: float) -> Response | Sketched:
+        return Best(limit=min(limit, 1), budget=0.01, checks=2).choose(problem)[0]
+
+    assert isinstance(chosen(1.01 * few), CalibratedResponse)
+    assert isinstance(chosen(0.99 * few), Sketched)
+    if share < 1:
+        assert type(chosen(1.01 * share)) is Response
 
 
 def test_wrong_arguments_are_refused_by_name() -> None:

@@ -33,8 +33,9 @@ class Best(FollowingMethod):
       correct it; and wherever the budget buys a real run of each left-out instance besides, as with many
       seeds;
     - real runs of few seeds, by ``calibrated``, where following one costs more than they do (linear heads);
-    - ``sketched`` for networks of other layers than linear ones, where the response is expected to cost more
-      than ``limit`` of the gold standard, or outputs are too many for its kernel.
+    - for networks of other layers than linear ones, where the response is expected to cost more than ``limit``
+      of the gold standard, ``calibrated``, which follows few seeds, if that costs less; else, and where
+      outputs are too many for the response's kernel, ``sketched``.
 
     The rules are measurements: ``benchmarks/response.py``, ``benchmarks/deep.py``.
 
@@ -90,9 +91,10 @@ class Best(FollowingMethod):
             return self._response("ekfac"), why
         response = self._response("auto")
         if deep and (share := response.expected_share(problem)) > self.limit:
-            return self._sketched(), (
-                f"the response is expected to cost {share:.2g} of the gold standard (limit: {self.limit:g})"
-            )
+            why = f"the response is expected to cost {share:.2g} of the gold standard (limit: {self.limit:g})"
+            if (few := self.corrected.expected_share(problem)) <= self.limit:
+                return self.corrected, f"{why}, and along few seeds, with real runs, {few:.2g}"
+            return self._sketched(), why
         if not deep and self.corrected.dearer_than_runs(problem):
             return self.corrected, "following a seed costs more than running it without each instance"
         protocol = problem.followed.protocol

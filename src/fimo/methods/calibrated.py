@@ -187,6 +187,13 @@ class CalibratedResponse(Response):
             return False
         return 1 + self.following_cost(problem) > max(1, self.budget * seeds / CHECKED_SEEDS) * (count + 1)
 
+    def expected_share(self, problem: AttributionProblem) -> float:
+        """Return about what it costs as a share of the gold standard, with as few seeds as it follows."""
+        given = problem.followed
+        few = given if self.removal == "own" else given.first(CHECKED_SEEDS)
+        share = super().expected_share(problem.along(few)) * len(few.seeds) / len(given.seeds)
+        return max(self.budget, share)
+
     def affords_each(self, problem: AttributionProblem) -> bool:
         """Return whether the budget buys a real run of each instance after following enough seeds."""
         seeds = len(problem.followed.seeds)
