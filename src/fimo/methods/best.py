@@ -33,9 +33,9 @@ class Best(FollowingMethod):
       correct it; and wherever the budget buys a real run of each left-out instance besides, as with many
       seeds;
     - real runs of few seeds, by ``calibrated``, where following one costs more than they do (linear heads);
-    - for networks of other layers than linear ones, where the response is expected to cost more than ``limit``
-      of the gold standard, ``calibrated``, which follows few seeds, if that costs less; else, and where
-      outputs are too many for the response's kernel, ``sketched``.
+    - for networks of other layers than linear ones, where the response is expected to cost more than
+      ``limit`` of the gold standard, ``calibrated``, which follows few seeds, if that costs less; else, and
+      where outputs are too many for the response's kernel, ``sketched``.
 
     The rules are measurements: ``benchmarks/response.py``, ``benchmarks/deep.py``.
 
