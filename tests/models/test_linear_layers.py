@@ -9,7 +9,10 @@ from torch import nn
 from fimo.models.activations import activation_of
 from fimo.models.linear_layers import Linearised, backward, forward, linear_layers, slopes_of
 
-ACTIVATIONS = [nn.ReLU(), nn.Tanh(), nn.Sigmoid(), nn.SiLU(), nn.GELU(), nn.GELU("tanh")]
+ACTIVATIONS = [
+    nn.ReLU(), nn.Tanh(), nn.Sigmoid(), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.LeakyReLU(0.2), nn.ELU(),
+    nn.ELU(0.7),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", ACTIVATIONS, ids=repr)

@@ -17,7 +17,7 @@ from fimo.data.instances import Instances
 from fimo.models.activations import RELU, TANH
 from fimo.models.adapted import Adapted
 from fimo.models.final_model import FinalModel
-from fimo.models.linear_layers import Layer, layers_on, linear_layers
+from fimo.models.linear_layers import Layer, forward, layers_on, linear_layers
 
 WIDTH = 4
 
@@ -66,6 +66,25 @@ def test_layers_are_found_in_the_order_of_their_calls(forward: Callable[[Any, Te
     assert torch.equal(torch.get_rng_state(), before)
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh, "sigmoid": Tensor.sigmoid, "silu": functional.silu, "gelu": functional.gelu,
+    "gelu by tanh": lambda z: functional.gelu(z, approximate="tanh"), "leaky relu": functional.leaky_relu,
+    "leaky relu by position": lambda z: functional.leaky_relu(z, 0.3),
+    "leaky relu by name": lambda z: functional.leaky_relu(z, negative_slope=0.3, inplace=True),
+    "elu": lambda z: functional.elu(z, 0.7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_functions_are_the_activations_that_they_are(activation: Callable[[Tensor], Tensor]) -> None:
+    net = network(lambda s, x: s.second(activation(s.first(x)))).double()
+    layers = linear_layers(net)
+    assert layers is not None
+    rows = torch.randn(7, WIDTH, dtype=torch.float64)
+    found = forward(layers, dict(net.named_parameters()), rows)
+    torch.testing.assert_close(found.outputs, net(rows).detach(), rtol=1e-12, atol=1e-12)
+
+
 def _grad_reversed(s: Any, x: Tensor) -> Tensor:
     class Reversed(torch.autograd.Function):
         @staticmethod
@@ -103,7 +122,8 @@ OTHERWISE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "residual": lambda s, x: s.second(s.first(x) + x[:, :1]),
     "scaled": lambda s, x: s.second(2 * s.first(x)),
     "scaled inputs": lambda s, x: s.second(s.first(x / 255)),
-    "another activation": lambda s, x: s.second(functional.leaky_relu(s.first(x))),
+    "another activation": lambda s, x: s.second(functional.softplus(s.first(x))),
+    "an activation whose side is lost": lambda s, x: s.second(functional.leaky_relu(s.first(x), -0.1)),
     "two activations": lambda s, x: s.second(s.first(x).relu().tanh()),
     "first an activation": lambda s, x: s.second(s.first(x.relu())),
     "softmax": lambda s, x: s.second(s.first(x)).log_softmax(-1),

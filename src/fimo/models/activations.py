@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ def _gelu_tanh_curvature(z: Tensor) -> Tensor:
     return (1 - t * t) * (du + z * (ddu - 2 * t * du * du) / 2)
 
 
+@functools.cache  # the same for the same argument
 def _gelu(approximate: str) -> Activation:
     exact = approximate == "none"
     return Activation(
@@ -102,8 +104,32 @@ def _gelu(approximate: str) -> Activation:
     )
 
 
+@functools.cache
+def _leaky(slope: float) -> Activation:
+    return Activation(
+        lambda before, after: aten.leaky_relu.out(before, slope, out=after),
+        lambda g, after: aten.leaky_relu_backward.grad_input(g, after, slope, True, grad_input=g),
+        lambda after: torch.where(after > 0, 1.0, slope).to(after.dtype),
+        None,
+    )
+
+
+@functools.cache
+def _elu(alpha: float) -> Activation:
+    return Activation(
+        lambda before, after: aten.elu.out(before, alpha, 1, 1, out=after),
+        lambda g, after: aten.elu_backward.grad_input(g, alpha, 1, 1, True, after, grad_input=g),
+        lambda after: torch.where(after > 0, 1, after + alpha),
+        lambda after: torch.where(after > 0, 0, after + alpha),
+    )
+
+
 def activation_of(module: nn.Module) -> Activation | None:
     """Return the activation that a module is; None for another module."""
     if type(module) is nn.GELU:
         return _gelu(module.approximate)
+    if type(module) is nn.LeakyReLU and module.negative_slope > 0:  # else its output doesn't tell the side
+        return _leaky(module.negative_slope)
+    if type(module) is nn.ELU and module.alpha > 0:
+        return _elu(module.alpha)
     return {nn.ReLU: RELU, nn.Tanh: TANH, nn.Sigmoid: SIGMOID, nn.SiLU: SILU}.get(type(module))

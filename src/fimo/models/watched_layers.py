@@ -29,6 +29,7 @@ _ACTIVATIONS: dict[Any, type[nn.Module]] = {
     functional.tanh: nn.Tanh, torch.tanh: nn.Tanh, Tensor.tanh: nn.Tanh,
     functional.sigmoid: nn.Sigmoid, torch.sigmoid: nn.Sigmoid, Tensor.sigmoid: nn.Sigmoid,
     functional.silu: nn.SiLU, functional.gelu: nn.GELU,
+    functional.leaky_relu: nn.LeakyReLU, functional.elu: nn.ELU,
 }  # fmt: skip
 
 _FLATTENING = (Tensor.view, Tensor.reshape, Tensor.flatten, torch.flatten, torch.reshape)
@@ -129,7 +130,9 @@ class _Watch(TorchFunctionMode):
         ):
             pass
         elif func in _ACTIVATIONS and self.found and self.found[-1][2] is None:
-            activation = activation_of(_ACTIVATIONS[func](**options))
+            activation = activation_of(_ACTIVATIONS[func](*args[1:], **options))
+            if activation is None:
+                raise _OtherwiseError
             self.found[-1] = (*self.found[-1][:2], activation)
         else:
             raise _OtherwiseError
