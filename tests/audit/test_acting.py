@@ -143,6 +143,15 @@ def test_cleaning_is_worth_it_where_other_test_rows_would_say_so_too(
     assert said in proof_in_words(pd.DataFrame([best, random]))[-1]
 
 
+@pytest.mark.parametrize(("change", "said"), [(-2.9e-19, "(0 ±"), (-0.02, "(-0.02 ±"), (0.02, "(+0.02 ±")])
+def test_a_change_that_is_rounding_s_alone_is_none(change: float, said: str) -> None:
+    line = {"rows": 3, "metric": "accuracy", "mean": 0.68 + change, "change": change, "change_sem": 0.01}
+    best = {**line, "removed": "harmful and suspect rows", "metric": "test loss", "change_sem_tests": 0.02,
+            "beyond_random": change, "beyond_random_sem": 0.01}  # fmt: skip
+    random = {**line, "removed": "as many random rows", "metric": "test loss", "change": 0.0}
+    assert said in proof_in_words(pd.DataFrame([best, random]))[0]
+
+
 def test_answers_say_what_becomes_of_named_predictions(found: Audit) -> None:
     answers = found.summary["answers"]
     assert [a["test_row"] for a in answers] == [3, 8]

@@ -173,9 +173,9 @@ def proof_in_words(table: pd.DataFrame) -> list[str]:
         found.append(
             f"without the harmful and suspect rows that one half of the test rows chooses "
             f"({round(best['rows'])} on average), {metric} on the other half goes from {figures(before)} "
-            f"to {figures(best['mean'])} ({_signed(best['change'])} ± {over_seeds} over seeds, ± "
+            f"to {figures(best['mean'])} ({_change(best, before)} ± {over_seeds} over seeds, ± "
             f"{over_tests} over test rows); without as many random rows it changes by "
-            f"{_signed(random['change'])} ± {figures(random['change_sem'], 1)}"
+            f"{_change(random, before)} ± {figures(random['change_sem'], 1)}"
         )
     return [*found, _worth(table)]
 
@@ -192,8 +192,11 @@ def _worth(table: pd.DataFrame) -> str:
     return "so it is not shown that leaving them out is worth it: look at them one by one"
 
 
-def _signed(value: float) -> str:
-    return ("+" if value >= 0 else "") + figures(value, 2)
+def _change(line: dict[str, Any], before: float) -> str:
+    change = float(line["change"])
+    if abs(change) < 1e-9 * abs(before):  # a mean of changes that cancel, but for rounding
+        return "0"
+    return ("+" if change > 0 else "") + figures(change, 2)
 
 
 def judged(tests: int) -> bool:
