@@ -319,7 +319,7 @@ class AsNumbers(nn.Module):
         self.layer = nn.Linear(3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.layer.weight, self.layer.bias)
+        return F.linear(2 * x, self.layer.weight, self.layer.bias)
 
 
 def test_a_module_that_is_never_called_has_no_factors() -> None:

@@ -79,7 +79,7 @@ class Hidden(nn.Module):
         self.network = network
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network(x)
+        return self.network(x.clone())
 
 
 @pytest.mark.parametrize("rule", RULES)

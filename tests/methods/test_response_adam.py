@@ -49,7 +49,7 @@ class Hidden(nn.Module):
         self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.first(x)))
+        return self.last(torch.tanh(self.first(x.clone())))
 
 
 def full_run(case: Case, protocol: Protocol, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:

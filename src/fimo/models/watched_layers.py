@@ -64,8 +64,10 @@ def _may_be(network: nn.Module) -> bool:
 
 def _watched(network: nn.Module) -> list[Watched] | None:
     widths = dict.fromkeys(m.in_features for m in network.modules() if isinstance(m, nn.Linear))
+    devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        # dropout and noise draw: the caller's random state is left alone
+        with torch.random.fork_rng(list(devices)), torch.inference_mode(False), torch.enable_grad():
             network = duplicate(network).requires_grad_(True)
             for width in widths:  # which layer is first is not known
                 found = [
