@@ -182,13 +182,16 @@ def test_where_runs_are_cheaper_than_the_response_the_scores_are_runs_changes(ru
     assert scores.notes == ("real runs of 2 seeds, which cost less than following their response",)
     truth = further_train(*run[:3], replace(protocol, leave_out=even), seeds=[50, 51], left_out=left_out)
     torch.testing.assert_close(scores.values, truth.raw.double().mean(0), rtol=0, atol=1e-7)
-    assert scores.gradient_evaluations == 2 * (40 + 1) * protocol.run_gradients(200)
-    if rule == even:
-        assert scores.sem is not None
-        assert (scores.sem > 0).all()
-    else:
-        assert scores.sem is None
-        assert f"misses of {rule} isn't measured" in scores.withheld
+    checked = 0 if rule == even else 32 + 2  # by the protocol's own rule, and their full runs
+    assert scores.gradient_evaluations == (2 * (40 + 1) + checked) * protocol.run_gradients(200)
+    assert scores.sem_adjusted is not None
+    known = scores.sem_adjusted.isfinite()
+    assert known.double().mean() > 0.5
+    assert (scores.sem_adjusted[known] > 0).all()
+    if rule != even:
+        unchecked = CalibratedResponse(budget=0.5, checks=0).attribute(*run)
+        assert unchecked.sem is None
+        assert "not measured (checks: 0)" in unchecked.withheld
     chosen = Best().attribute(*run)
     assert "following a seed costs more than running it without each instance" in chosen.notes[0]
     assert not CalibratedResponse(budget=0).dearer_than_runs(AttributionProblem(*run))
@@ -205,3 +208,8 @@ def test_few_seeds_runs_agree_with_many_of_the_protocol_s_rule(optimizer: str) -
     adjusted = scores.values - scores.values.mean(-1, keepdim=True)
     found = agreement(adjusted, truth.sensitivity.double(), "cosine").mean(1)
     assert (found > (0.99 if optimizer == "sgd" else 0.85)).all()
+    raw = truth.raw.double() - truth.raw.double().mean(-1, keepdim=True)
+    assert scores.sem_adjusted is not None
+    error = (scores.sem_adjusted.square() + raw.var(0) / len(raw)).sqrt()
+    within = ((adjusted - raw.mean(0)).abs() <= 2 * error)[scores.sem_adjusted.isfinite()]
+    assert within.double().mean() > 0.85

@@ -208,24 +208,32 @@ class CalibratedResponse(Response):
         return runs if count >= FEWEST and runs >= 2 * FEWEST and seeds >= CHECKED_SEEDS else 0.0
 
     def _by_runs(self, problem: AttributionProblem, tally: Tally) -> Scores:
-        """Return the changes in real runs along few seeds, which leave instances out of all batches."""
-        asked, followed = problem.followed.protocol, self.removing(problem).followed
-        seeds = followed.seeds[: max(CHECKED_SEEDS, int(self.budget * len(followed.seeds)))]
-        problem, spread = problem.along(followed), SeedSpread()
+        """Return the changes in real runs along few seeds, which leave instances out of all batches.
+
+        What that misses of the rule that is asked for is measured by ``checks`` runs by that rule.
+        """
+        asked = problem.along(
+            problem.followed.first(max(CHECKED_SEEDS, int(self.budget * len(problem.followed.seeds))))
+        )
+        even = asked.along(self.removing(asked).followed)
         instances = [int(i) for i in problem.index]
-        for seed in seeds:
-            losses = real_losses(problem, [(i, seed) for i in (None, *instances)], tally)
-            spread.add((losses[1:] - losses[0]).permute(1, 2, 0))
-        if followed.protocol == asked:
+
+        def changes() -> Iterator[Tensor]:
+            for seed in even.followed.seeds:
+                losses = real_losses(even, [(i, seed) for i in (None, *instances)], tally)
+                yield (losses[1:] - losses[0]).permute(1, 2, 0)
+
+        if even.followed.protocol == asked.followed.protocol:
+            spread = SeedSpread()
+            for change in changes():
+                spread.add(change)
             raw, adjusted = (variance.sqrt().to(problem.dtype) for variance in spread.variances())
-            bars = ErrorBars(raw, adjusted)
+            values, bars = spread.mean, ErrorBars(raw, adjusted)
         else:
-            bars = ErrorBars(
-                withheld=f"what taking from all batches misses of {asked.leave_out} isn't measured"
-            )
-        note = f"real runs of {len(seeds)} seeds, which cost less than following their response"
-        values = spread.mean.to(problem.train.targets.device)
-        return self.with_bars(problem, values, bars, tally, note)
+            values, bars = self.average(asked, changes(), tally)
+        seeds = len(even.followed.seeds)
+        note = f"real runs of {seeds} seeds, which cost less than following their response"
+        return self.with_bars(problem, values.to(problem.train.targets.device), bars, tally, note)
 
     def calibrated(self, problem: AttributionProblem, tally: Tally) -> Calibrated | None:
         """Return scores that real runs correct; None where the budget buys too few."""
