@@ -152,7 +152,10 @@ OTHERWISE: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("forward", OTHERWISE.values(), ids=OTHERWISE)
 def test_whatever_else_a_network_does_is_no_sequence(forward: Callable[[Any, Tensor], Tensor]) -> None:
-    assert linear_layers(network(forward)) is None
+    net = network(forward)
+    before = torch.get_rng_state()
+    assert linear_layers(net) is None
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def _plain(s: Any, x: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ _OF_COLUMNS = (
 _LOOKS = (Tensor.size, Tensor.dim, Tensor.shape.__get__, Tensor.ndim.__get__)  # type: ignore[attr-defined]
 """At a batch's shape, as flattening it needs."""
 
+_KNOWN_CALLS = {functional.linear, functional.dropout, *_ACTIVATIONS, *_FLATTENING, *_OF_COLUMNS, *_LOOKS}
+
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, list[Watched] | None] = weakref.WeakKeyDictionary()
 
 
@@ -64,10 +66,8 @@ def _may_be(network: nn.Module) -> bool:
 
 def _watched(network: nn.Module) -> list[Watched] | None:
     widths = dict.fromkeys(m.in_features for m in network.modules() if isinstance(m, nn.Linear))
-    devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
     try:
-        # dropout and noise draw: the caller's random state is left alone
-        with torch.random.fork_rng(list(devices)), torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             network = duplicate(network).requires_grad_(True)
             for width in widths:  # which layer is first is not known
                 found = [
@@ -111,10 +111,12 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        after = func(*args, **kwargs)
+        options = {k: v for k, v in kwargs.items() if k not in ("input", "inplace")}
         taken = args[0] if args else kwargs.get("input")
-        if taken is not self.at:
+        drawing = func is functional.dropout and _is_on(*args[1:], **options)
+        if taken is not self.at or func not in _KNOWN_CALLS or drawing:  # before it draws random numbers
             raise _OtherwiseError
+        after = func(*args, **kwargs)
         if func in _LOOKS and not self.found:
             return after
         if not isinstance(after, Tensor) or after.dtype != self.at.dtype:
@@ -124,11 +126,10 @@ class _Watch(TorchFunctionMode):
             return after
         if self.at.ndim != 2:
             raise _OtherwiseError
-        options = {k: v for k, v in kwargs.items() if k not in ("input", "inplace")}
         if func is functional.linear:
             self.found.append((*self._names(*args[1:], **options), None))
-        elif (func in _FLATTENING and not self.found and after.shape == self.at.shape) or (
-            func is functional.dropout and not _is_on(*args[1:], **options)
+        elif func is functional.dropout or (
+            func in _FLATTENING and not self.found and after.shape == self.at.shape
         ):
             pass
         elif func in _ACTIVATIONS and self.found and self.found[-1][2] is None:
