@@ -20,10 +20,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch.nn.functional import cross_entropy
 
 from fimo.data.tokens import ByteTokens
 from fimo.models.huggingface import causal_lm
+from fimo.models.losses import language_modelling
 
 ROOT = Path(__file__).parents[1]
 SST2 = ["experiment=sst2_small", "dataset.path={data}/sst2", "dataset.max_length=32"]
@@ -32,7 +32,6 @@ GPT2 = ["dataset=language", "dataset.path={excerpt}", "model=causal_lm", "datase
         "model.network.width=48", "trainer.max_epochs=10"]  # fmt: skip
 LORA = "++model.network.adapters={{{{rank: 4, alpha: 8, layers: [{layers}]}}}}"  # formatted twice
 ADAPTED = 'model.trainable=["head*","*.up.*","*.down.*"]'
-ADAPTERS = 'model.trainable=["*.up.*","*.down.*"]'
 CASES = {
     "minilm_block": [*SST2, 'model.trainable=["head*","*layer.5.*"]'],
     "minilm_lora": [*SST2, ADAPTED, LORA.format(layers='"*query","*key","*value","*attention.output.dense"')],
@@ -40,7 +39,8 @@ CASES = {
                 "model.trainable=[]", "further_training.batch_size=32"],
     "gpt2": GPT2,
     "gpt2_lora": [*GPT2, "model.network.path={base}", "dataset.tokenizer=null", "further_training.lr=1e-3",
-                  ADAPTERS, LORA.format(layers='"*attn.c_attn","*attn.c_proj"')],
+                  'model.trainable=["*.up.*","*.down.*"]',
+                  LORA.format(layers='"*attn.c_attn","*attn.c_proj"')],
 }  # fmt: skip
 LENGTH = 32
 """Bytes of a passage."""
@@ -98,7 +98,7 @@ def train_base(text: bytes, folder: Path, steps: int = 1500) -> None:
         passage = data[start + torch.arange(LENGTH + 1)]
         logits = network(passage[:, :-1], torch.ones_like(passage[:, :-1]))
         optimizer.zero_grad()
-        cross_entropy(logits.flatten(0, 1), passage[:, 1:].flatten()).backward()
+        language_modelling(logits, passage[:, 1:]).mean().backward()
         optimizer.step()
     network.model.save_pretrained(folder)
 

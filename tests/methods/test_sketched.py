@@ -150,9 +150,10 @@ def test_best_takes_it_where_the_response_costs_more_than_its_limit() -> None:
 
 def test_best_follows_few_seeds_where_all_would_cost_more_than_its_limit() -> None:
     case = CASES["conv_net"]()
-    given = following(case, SGD, range(12))
-    problem = AttributionProblem(case.final_model, case.train, case.test, LEFT_OUT, given)
-    corrected = CalibratedResponse(budget=0.01, checks=2)
+    given = following(case, SGD, range(24))
+    every = torch.arange(len(case.train))
+    problem = AttributionProblem(case.final_model, case.train, case.test, every, given)
+    corrected = CalibratedResponse(budget=0.05, checks=2)
     few, share = corrected.expected_share(problem), Response(checks=2).expected_share(problem)
     assert 0.01 < few < 0.6 * share
     own = CalibratedResponse(budget=0.01, checks=2, removal="own")
@@ -162,12 +163,15 @@ def test_best_follows_few_seeds_where_all_would_cost_more_than_its_limit() -> No
     assert CalibratedResponse(budget=0.99).expected_share(problem) >= 0.99
 
     def chosen(limit: float) -> Response | Sketched:
-        return Best(limit=min(limit, 1), budget=0.01, checks=2).choose(problem)[0]
+        return Best(limit=min(limit, 1), budget=0.05, checks=2).choose(problem)[0]
 
     assert isinstance(chosen(1.01 * few), CalibratedResponse)
     assert isinstance(chosen(0.99 * few), Sketched)
     if share < 1:
         assert type(chosen(1.01 * share)) is Response
+    # where the budget buys no real runs, all seeds are followed after all
+    assert CalibratedResponse(budget=0.01, checks=2).expected_share(problem) == pytest.approx(share)
+    assert isinstance(Best(limit=0.9 * share, budget=0.01, checks=2).choose(problem)[0], Sketched)
 
 
 def test_wrong_arguments_are_refused_by_name() -> None:

@@ -45,6 +45,14 @@ def test_a_squeezed_output_becomes_a_column() -> None:
     column = apply(Adapted(squeezed, column=True), x)
     assert torch.equal(column, squeezed(x)[:, None])
 
+    class Squeezing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.squeeze()  # of a batch of one a number
+
+    assert apply(Adapted(Squeezing(), column=True), torch.ones(1, 1)).shape == (1, 1)
+    with pytest.raises(InputError, match=r"column: expected outputs \[n\] but got \(4, 2\)"):
+        Adapted(network, column=True)(x)
+
 
 def test_what_is_no_tensor_or_not_there_is_named() -> None:
     x = torch.randn(1, 3)

@@ -190,7 +190,8 @@ class CalibratedResponse(Response):
     def expected_share(self, problem: AttributionProblem) -> float:
         """Return about what it costs as a share of the gold standard, with as few seeds as it follows."""
         given = problem.followed
-        few = given if self.removal == "own" else given.first(CHECKED_SEEDS)
+        every = self.removal == "own" or not self._runs_bought(problem)
+        few = given if every else given.first(CHECKED_SEEDS)
         share = super().expected_share(problem.along(few)) * len(few.seeds) / len(given.seeds)
         return max(self.budget, share)
 

@@ -22,7 +22,7 @@ class Adapted(nn.Module):
         output: name of an attribute or a key, or an index; None where a tensor is returned.
         arguments: further arguments by name, the same for every call, such as ``return_dict: true``.
         rename: names of inputs, as the data set has them, to the network's own.
-        column: whether outputs ``[n]`` are made ``[n, 1]``.
+        column: whether outputs ``[n]`` are made ``[n, 1]``, also where those of a batch of one are a number.
     """
 
     def __init__(
@@ -50,7 +50,13 @@ class Adapted(nn.Module):
             raise InputError(
                 "model.network.output", f"the network returns {type(found).__name__}; name the part to use"
             )
-        return found.unsqueeze(-1) if self.column else found
+        if not self.column:
+            return found
+        if found.ndim > 1:
+            raise InputError(
+                "model.network.column", f"expected outputs [n] but got {tuple(found.shape)}; leave column out"
+            )
+        return found.reshape(-1, 1)
 
     def _pick(self, found: Any) -> Any:
         if isinstance(self.output, str) and hasattr(found, self.output):

@@ -88,10 +88,13 @@ def layers_on(final_model: FinalModel, instances: Instances) -> list[Layer] | No
         return None
     if inputs.ndim == 2:
         return layers
-    outputs, parameters = final_model.outputs(instances[:1]), dict(final_model.network.named_parameters())
-    if outputs.ndim != 2 or _in_sequence(final_model.network) is not None:
-        return layers if outputs.ndim == 2 else None
+    outputs, network = final_model.outputs(instances[:1]), final_model.network
+    if outputs.ndim != 2:
+        return None
+    if _in_sequence(network) is not None:
+        return layers
     # a forward of the user's own was watched with flat rows
+    parameters = dict(network.named_parameters())
     found = forward(layers, parameters, inputs[:1].flatten(1), keep=False).outputs
     return layers if torch.allclose(found, outputs, rtol=1e-3, atol=1e-5) else None
 

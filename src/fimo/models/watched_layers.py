@@ -43,6 +43,8 @@ _LOOKS = (Tensor.size, Tensor.dim, Tensor.shape.__get__, Tensor.ndim.__get__)  #
 
 _KNOWN_CALLS = {functional.linear, functional.dropout, *_ACTIVATIONS, *_FLATTENING, *_OF_COLUMNS, *_LOOKS}
 
+_NOTHING = torch.empty(0)
+
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, list[Watched] | None] = weakref.WeakKeyDictionary()
 
 
@@ -92,15 +94,15 @@ class _Watch(TorchFunctionMode):
         self.network = network
         self.names = {id(p): name for name, p in network.named_parameters()}
         self.found: list[Watched] = []
-        self.at = torch.empty(0)  # what the next layer is expected to take
+        self.at = _NOTHING  # what the next layer is expected to take
 
     def layers(self, n: int, width: int) -> list[Watched] | None:
         """Return the layers that a batch of n instances goes through; None where something else happens."""
         p = next(self.network.parameters())
-        self.at = torch.linspace(-1, 1, n * width, dtype=p.dtype, device=p.device).view(n, width)
+        batch = self.at = torch.linspace(-1, 1, n * width, dtype=p.dtype, device=p.device).view(n, width)
         try:
             with self:
-                outputs = self.network(self.at)
+                outputs = self.network(batch)
         except (_OtherwiseError, RuntimeError):  # the latter: of another width
             return None
         used = [name for weight, bias, _ in self.found for name in (weight, bias) if name]
@@ -112,24 +114,26 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         options = {k: v for k, v in kwargs.items() if k not in ("input", "inplace")}
-        taken = args[0] if args else kwargs.get("input")
         drawing = func is functional.dropout and _is_on(*args[1:], **options)
-        if taken is not self.at or func not in _KNOWN_CALLS or drawing:  # before it draws random numbers
+        taken = args[0] if args else kwargs.get("input")
+        at, self.at = self.at, _NOTHING  # until it is known: a network may catch what is raised here
+        if taken is not at or func not in _KNOWN_CALLS or drawing:  # before it draws random numbers
             raise _OtherwiseError
         after = func(*args, **kwargs)
-        if func in _LOOKS and not self.found:
+        if func in _LOOKS:
+            self.at = at
             return after
-        if not isinstance(after, Tensor) or after.dtype != self.at.dtype:
+        if not isinstance(after, Tensor) or after.dtype != at.dtype:
             raise _OtherwiseError
-        if func in _OF_COLUMNS and self.found and {self.at.shape, after.shape} == _column(len(self.at)):
+        if func in _OF_COLUMNS and self.found and {at.shape, after.shape} == _column(len(at)):
             self.at = after
             return after
-        if self.at.ndim != 2:
+        if at.ndim != 2:
             raise _OtherwiseError
         if func is functional.linear:
             self.found.append((*self._names(*args[1:], **options), None))
         elif func is functional.dropout or (
-            func in _FLATTENING and not self.found and after.shape == self.at.shape
+            func in _FLATTENING and not self.found and after.shape == at.shape
         ):
             pass
         elif func in _ACTIVATIONS and self.found and self.found[-1][2] is None:
