@@ -2,7 +2,7 @@
 
     pip install --target FOLDER --no-deps bergson simple-parsing docstring-parser jaxtyping wadler-lindig \\
         natsort petname ml_dtypes accelerate peft psutil
-    PYTHONPATH=FOLDER python benchmarks/gradient_store.py [--n 32] [--length 128] [--dimension 16]
+    PYTHONPATH=FOLDER python benchmarks/gradient_store.py [--n 256] [--length 128] [--dimension 16]
         [--batch 16] [--times 2]
 
 A GPT-2 of about 14 million parameters (vocabulary 50,257, width 208, 6 layers) with random weights, random
@@ -68,7 +68,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--n", type=int, default=32)
+    add("--n", type=int, default=256)
     add("--length", type=int, default=128)
     add("--dimension", type=int, default=16)
     add("--batch", type=int, default=16)

@@ -9,6 +9,7 @@ another kind) are left to automatic differentiation.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ from fimo.curvature.module_rows import (
     norm_calls,
     normalised,
 )
-from fimo.data.instances import IGNORED, Instances
+from fimo.data.instances import IGNORED, Inputs, Instances
 from fimo.models.attention import plain_attention
+from fimo.models.class_losses import LanguageModelling
 from fimo.models.final_model import FinalModel, apply, functional_apply
 from fimo.models.loss_function import Loss
 
@@ -53,6 +55,7 @@ class Recorder:
         modules: with (attribute, parameter) of those of their parameters that are recorded.
         axes: of what leaves each.
         bytes_each: of an instance's calls with one row.
+        vocabulary: the frozen layer whose outputs are the logits of a language model; None: unknown or none.
         summed: calls that don't keep instances apart are recorded as one instance's, not refused: only sums
             over all instances are then right.
     """
@@ -61,6 +64,7 @@ class Recorder:
     modules: dict[nn.Module, tuple[tuple[str, str], ...]]
     axes: dict[nn.Module, Axis]
     bytes_each: float = 1.0
+    vocabulary: nn.Linear | None = None
     summed: bool = False
 
     @property
@@ -68,18 +72,36 @@ class Recorder:
         """The parameters that are recorded."""
         return {name for named in self.modules.values() for _, name in named}
 
-    def rows(self, instances: Instances, cotangents: Callable[[Tensor], Tensor]) -> ModuleRows:
+    def losses(self, instances: Instances, loss: Loss) -> ModuleRows | None:
+        """Return the rows of a loss without the logits of all tokens; None: by :meth:`rows` only."""
+        layer = self.vocabulary
+        if layer is None or not isinstance(loss, LanguageModelling):
+            return None
+        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+
+        def cotangents(entering: Tensor) -> Tensor:
+            return loss.gradient_before(weight, bias, entering, instances.targets)[:, None]
+
+        return self.rows(instances, cotangents, layer)
+
+    def rows(
+        self,
+        instances: Instances,
+        cotangents: Callable[[Tensor], Tensor],
+        before: nn.Module | None = None,
+    ) -> ModuleRows:
         """Return the recorded parameters' rows, by one forward pass and a backward one for each of R.
 
         Args:
             cotangents: of the outputs, ``[n, R, ...]``.
+            before: a module: the cotangents are those of what enters it, and nothing after it is computed.
 
         Raises:
             UnseenError: see there.
         """
         n = len(instances)
         with self._recorded(n) as calls, plain_attention(), torch.enable_grad():
-            outputs = apply(self.final_model.network, instances.inputs)
+            outputs = _passed(self.final_model.network, instances.inputs, before)
         vectors = cotangents(outputs.detach())
         r = vectors.shape[1]
         leaving = [y for _, _, y in calls]
@@ -166,7 +188,13 @@ def recorder_for(final_model: FinalModel, instances: Instances) -> Recorder | No
         return None
     kept = {m: tuple((a, n) for a, n in own if n not in differing) for m, own in called.items()}
     kept = {m: own for m, own in kept.items() if own}
-    return Recorder(final_model, kept, axes, found.bytes / len(probe)) if kept else None
+    if not kept:
+        return None
+    vocabulary = _vocabulary(final_model, probe)
+    recorder = Recorder(final_model, kept, axes, found.bytes / len(probe), vocabulary)
+    if vocabulary is not None and not _same_losses(recorder, probe):
+        return dataclasses.replace(recorder, vocabulary=None)
+    return recorder
 
 
 def recorder_of_sums(final_model: FinalModel, instances: Instances) -> Recorder | None:
@@ -267,7 +295,7 @@ def _compared(recorder: Recorder, probe: Instances) -> tuple[ModuleRows, set[str
     cotangents: list[Tensor] = []
 
     def draw(outputs: Tensor) -> Tensor:
-        drawn = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+        drawn = torch.randn(outputs.shape, generator=generator).to(outputs)
         cotangents.append(drawn)
         return drawn[:, None]
 
@@ -288,6 +316,76 @@ def _compared(recorder: Recorder, probe: Instances) -> tuple[ModuleRows, set[str
         if not (mine - other.flatten()).norm() <= bound:
             differing.add(name)
     return rows, differing
+
+
+class _Reached(Exception):  # noqa: N818 (nothing is wrong)
+    """Ends a forward pass with what enters a module."""
+
+    def __init__(self, entering: Tensor) -> None:
+        super().__init__()
+        self.entering = entering
+
+
+def _passed(network: nn.Module, inputs: Inputs, before: nn.Module | None) -> Tensor:
+    """Return a network's outputs, or what enters one of its modules."""
+    if before is None:
+        return apply(network, inputs)
+    thread = threading.get_ident()
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if threading.get_ident() == thread:
+            raise _Reached(args[0])
+
+    handle = before.register_forward_pre_hook(hook)
+    try:
+        apply(network, inputs)
+    except _Reached as reached:
+        return reached.entering
+    finally:
+        handle.remove()
+    raise UnseenError(f"{type(before).__name__} is not called")
+
+
+def _vocabulary(final_model: FinalModel, probe: Instances) -> nn.Linear | None:
+    """Return the frozen linear layer whose outputs are a language model's; None where there is none."""
+    if not isinstance(final_model.loss, LanguageModelling):
+        return None
+    trained = final_model.parameters().keys()
+    moved = {id(p) for name, p in final_model.network.named_parameters() if name in trained}
+    linear = [m for m in final_model.network.modules() if type(m) is nn.Linear and not m._forward_hooks]
+    calls: list[tuple[nn.Module, bool, Tensor, int]] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        tokens = len(args) == 1 and isinstance(args[0], Tensor) and args[0].ndim == 3
+        calls.append((module, tokens, output, output._version))
+
+    handles = [module.register_forward_hook(hook) for module in linear]
+    try:
+        with torch.no_grad():
+            outputs = apply(final_model.network, probe.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # the very tensor, unchanged: what clamps logits may leave those of some instances as they are
+    made = [(m, tokens) for m, tokens, y, version in calls if y is outputs and y._version == version]
+    if len(made) != 1 or not made[0][1] or sum(m is made[0][0] for m, *_ in calls) != 1:
+        return None
+    (layer,) = (m for m in linear if m is made[0][0])
+    return None if any(id(p) in moved for p in layer.parameters()) else layer
+
+
+def _same_losses(recorder: Recorder, probe: Instances) -> bool:
+    """Return whether a loss's rows without logits are those by way of them."""
+    loss = recorder.final_model.loss
+    plain = recorder.rows(probe, lambda outputs: loss.gradient(outputs, probe.targets)[:, None])
+    try:
+        short = recorder.losses(probe, loss)
+    except (UnseenError, RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    assert short is not None
+    weights = torch.tensor([1.0, -2.0, 3.0][: len(probe)], dtype=plain.dtype, device=plain.device)
+    mine, theirs = (rows.transposed_times(weights[:, None, None]) for rows in (short, plain))
+    return bool((mine - theirs).norm() <= torch.finfo(plain.dtype).eps ** 0.5 * theirs.norm())
 
 
 def _calls_of(

@@ -12,6 +12,12 @@ from torch import Tensor
 from fimo.data.instances import IGNORED
 from fimo.models.loss_function import Loss, LossFunction
 
+LOGITS = 2**26
+"""Bytes of tokens' logits that are in memory at once where only what they make of what entered is needed."""
+
+ALIGNED = 64
+"""Each token's logits begin at a multiple of so many numbers: products are written half as fast otherwise."""
+
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
@@ -118,6 +124,41 @@ class LanguageModelling(Loss):
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         residual = _softmax_residual(outputs.detach(), targets.clamp(min=0), 2)
         return residual.mul_(self._shares(targets, outputs.dtype)[:, :, None])
+
+    def gradient_before(
+        self, weight: Tensor, bias: Tensor | None, entering: Tensor, targets: Tensor
+    ) -> Tensor:
+        """Return the gradients in what enters a linear layer whose outputs are the logits, ``[n, T, d]``.
+
+        Logits of some tokens at a time are turned into their gradients in place: those of a batch, of a
+        vocabulary each, are by far the largest tensors of a language model. Positions that predict nothing
+        are left out.
+
+        Args:
+            weight: ``[V, d]``.
+            bias: ``[V]``.
+            entering: ``[n, T, d]``.
+        """
+        found = torch.zeros_like(entering)
+        kept = targets != IGNORED
+        x, tokens, shares = entering[kept], targets[kept], self._shares(targets, entering.dtype)[kept]
+        v, gradients = len(weight), torch.empty_like(x)
+        width = -(-v // ALIGNED) * ALIGNED
+        parts = max(1, math.ceil(len(x) * width * entering.element_size() / LOGITS))
+        most = max(1, math.ceil(len(x) / parts))
+        buffer = entering.new_empty(most, width)
+        for part, token, share, into in zip(
+            x.split(most), tokens.split(most), shares.split(most), gradients.split(most), strict=True
+        ):
+            rows = buffer[: len(part)]
+            torch.mm(part, weight.T, out=rows[:, :v])
+            if bias is not None:
+                rows[:, :v] += bias
+            rows[:, v:] = -torch.inf
+            _softmax_residual(rows, token, 1, out=rows)
+            torch.mm(rows[:, :v], weight, out=into).mul_(share[:, None])
+        found[kept] = gradients
+        return found
 
     def _flat_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         by_token = outputs.view(*outputs.shape[:2], targets.shape[1], -1)  # [n, C, T, V]
