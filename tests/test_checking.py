@@ -27,6 +27,7 @@ from fimo.engine.pace import Pace
 from fimo.errors import CheckFailedError
 from fimo.evaluation.ceiling import seeds_for
 from fimo.further_training import Protocol
+from fimo.further_training.resolution import remedy
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.exact import ExactInfluence
 from fimo.methods.graddot import GradDot
@@ -232,6 +233,21 @@ def test_a_saturated_model_whose_effects_float32_does_not_resolve_fails() -> Non
         run_checks.rounding(problem(saturated, tiny.in_float64()), PACE, Clock.of(SOON)).verdict
         == Verdict.PASS
     )
+
+
+def test_passes_in_lower_precision_are_named_with_how_far_off_they_are() -> None:
+    case = CASES["mlp_classification"]().to(torch.float32)
+    lines = [
+        run_checks.rounding(
+            problem(case, Protocol(lr=0.1, epochs=2, autocast=autocast)), PACE, Clock.of(SOON)
+        )
+        for autocast in ("bfloat16", None)
+    ]
+    assert lines[0].value > 50 * lines[1].value
+    assert "; bfloat16 is off by" in lines[0].text
+    assert "(foretold of float32: " in lines[0].text
+    assert remedy(Protocol(autocast="bfloat16")) == "further_training.autocast=null"
+    assert "; float32 is off by" in lines[1].text
 
 
 def test_effects_that_are_exactly_zero_are_said_to_be_and_pass_nowhere() -> None:

@@ -149,7 +149,8 @@ def rounding(problem: Problem, pace: Pace, clock: Clock) -> Line:
     foretold = float(noise[0] / wide.square().mean().sqrt())
     text = (
         f"after {step} step(s) effects are {float(wide.square().mean().sqrt()):.0e}; "
-        f"{protocol.dtype} is off by {measured:.1g} of them (foretold: {foretold:.1g})"
+        f"{protocol.autocast or protocol.dtype} is off by {measured:.1g} of them "
+        f"(foretold{protocol.autocast and ' of ' + protocol.dtype or ''}: {foretold:.1g})"
     )
     if not math.isfinite(measured):
         return fails(name, f"{text}: not finite, or nothing changes", measured)

@@ -154,6 +154,8 @@ def rounding_text(share: float, step: int, protocol: Protocol, measured: bool) -
 
 def remedy(protocol: Protocol) -> str:
     """Return the setting that makes rounding smaller, or nothing."""
+    if protocol.autocast is not None:
+        return "further_training.autocast=null"
     if protocol.dtype != "float64":
         return "further_training.dtype=float64"
     return "further_training.evaluation_dtype=float64" if protocol.evaluation_dtype != "float64" else ""
