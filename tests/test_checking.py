@@ -246,7 +246,7 @@ def test_passes_in_lower_precision_are_named_with_how_far_off_they_are() -> None
     assert lines[0].value > 50 * lines[1].value
     assert "; bfloat16 is off by" in lines[0].text
     assert "(foretold of float32: " in lines[0].text
-    assert remedy(Protocol(autocast="bfloat16")) == "further_training.autocast=null"
+    assert remedy(Protocol(epochs=2, autocast="bfloat16")) == "further_training.autocast=null"
     assert "; float32 is off by" in lines[1].text
 
 

@@ -147,10 +147,11 @@ def rounding(problem: Problem, pace: Pace, clock: Clock) -> Line:
         return fails(name, f"nothing changes in {step} step(s), not even in float64: are all gradients zero?")
     noise = rounding_noise(problem.final_model, problem.test, protocol, [step])
     foretold = float(noise[0] / wide.square().mean().sqrt())
+    numbers = protocol.autocast or protocol.dtype
+    foretold_of = f" of {protocol.dtype}" if protocol.autocast else ""
     text = (
         f"after {step} step(s) effects are {float(wide.square().mean().sqrt()):.0e}; "
-        f"{protocol.autocast or protocol.dtype} is off by {measured:.1g} of them "
-        f"(foretold{protocol.autocast and ' of ' + protocol.dtype or ''}: {foretold:.1g})"
+        f"{numbers} is off by {measured:.1g} of them (foretold{foretold_of}: {foretold:.1g})"
     )
     if not math.isfinite(measured):
         return fails(name, f"{text}: not finite, or nothing changes", measured)
