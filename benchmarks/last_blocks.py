@@ -1,12 +1,13 @@
 """Further training of the last blocks of deep networks: milliseconds of a replica-step, beside plain loops.
 
-    python benchmarks/last_blocks.py --data FOLDER [--only minilm adapters gpt2 resnet9] [--dropout 0.1]
-        [--replicas 4] [--seconds 40]
+    python benchmarks/last_blocks.py --data FOLDER [--only minilm adapters gpt2 gpt2_words resnet9]
+        [--dropout 0.1] [--replicas 4] [--seconds 40]
 
 ``minilm``: last block and head of MiniLM-L6 on SST-2 phrases of at most 48 tokens (FOLDER/sst2);
 ``adapters``: its head and adapters of rank 4 on all attention layers; ``gpt2``: adapters of rank 4 on all
-attention layers of a GPT-2 of 4 layers and width 128, random passages of 64 bytes; ``resnet9``: last
-convolutions and head of width 16, random images of 32 x 32. Batches of 32, AdamW, rule ``mask``. The plain
+attention layers of a GPT-2 of 4 layers and width 128, random passages of 64 bytes; ``gpt2_words``: of 6
+layers, width 208 and GPT-2's vocabulary of 50,257; ``resnet9``: last convolutions and head of width 16,
+random images of 32 x 32. Batches of 32, AdamW, rule ``mask``. The plain
 loop runs the whole network, or (``on activations``) the trained part on activations that were computed
 before. Replicas are of one seed; nothing is evaluated. CPU time of one thread, by turns, the least of each.
 """
@@ -64,10 +65,14 @@ def minilm(
     return network, cross_entropy, trainable, texts.train
 
 
-def gpt2(data: str, dropout: float) -> Case:
+def gpt2_words(data: str, dropout: float) -> Case:
+    return gpt2(data, dropout, 50_257, 208, 6)
+
+
+def gpt2(data: str, dropout: float, vocabulary: int = 256, width: int = 128, layers: int = 4) -> Case:
     added = {"rank": 4, "alpha": 8.0, "layers": ["*attn.c_attn", "*attn.c_proj"]}
-    network = causal_lm(256, width=128, layers=4, positions=64, dropout=dropout, adapters=added)
-    tokens = torch.randint(256, (N, 65))
+    network = causal_lm(vocabulary, width=width, layers=layers, positions=64, dropout=dropout, adapters=added)
+    tokens = torch.randint(vocabulary, (N, 65))
     train = Instances({"input_ids": tokens[:, :-1]}, tokens[:, 1:])
     return network, language_modelling, ("*.up.*", "*.down.*"), train
 
@@ -77,7 +82,7 @@ def resnet(data: str, dropout: float) -> Case:
     return resnet9(10, width=16), cross_entropy, ("head*", "layer3*"), Instances(x, y)
 
 
-NETWORKS = {"minilm": minilm, "adapters": adapters, "gpt2": gpt2, "resnet9": resnet}
+NETWORKS = {"minilm": minilm, "adapters": adapters, "gpt2": gpt2, "gpt2_words": gpt2_words, "resnet9": resnet}
 
 
 def plain(network: nn.Module, model: FinalModel, train: Instances) -> Callable[[], None]:

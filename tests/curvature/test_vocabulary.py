@@ -18,13 +18,17 @@ from fimo.models.final_model import FinalModel
 class Network(nn.Module):
     """A block between a table and a vocabulary of eleven tokens; ``last`` makes its outputs."""
 
-    def __init__(self, last: Callable[[Network, Tensor], Tensor], bias: bool = True) -> None:
+    def __init__(
+        self, last: Callable[[Network, Tensor], Tensor], bias: bool = True, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.token, self.mix = nn.Embedding(11, 4), nn.Linear(4, 4)
-        self.head, self.last = nn.Linear(4, 11, bias=bias), last
+        self.token, self.mix, self.drop = nn.Embedding(11, 4), nn.Linear(4, 4), nn.Dropout(dropout)
+        self.head, self.last, self.vectorisable = nn.Linear(4, 11, bias=bias), last, True
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.mix(self.token(x).cumsum(1)))
+        h = torch.tanh(self.mix(self.drop(self.token(x).cumsum(1))))
+        if not self.vectorisable:
+            assert float(h.detach().abs().max()) < 2
         return self.last(self, h)
 
 
@@ -142,6 +146,20 @@ def test_gradients_of_instances_without_tokens_are_zero() -> None:
     none = Instances(data.inputs, torch.full_like(data.targets, IGNORED))
     layer = model.network.head
     entering = torch.randn(6, 5, 4, dtype=torch.float64)
-    found = LanguageModelling().gradient_before(layer.weight, layer.bias, entering, none.targets)
+    found = LanguageModelling().gradient_before(layer, entering, none.targets)
     assert found.shape == entering.shape
     assert not found.any()
+    assert LanguageModelling().losses_before(layer, entering, none.targets).tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("total", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_losses_without_logits_are_the_plain_ones(
+    total: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fimo.models.class_losses.LOGITS", 64 * 8 * 7)
+    model, data = problem(head, total, bias=bias)
+    entering = 50 * torch.randn(6, 5, 4, dtype=torch.float64)  # whose exponentials alone would overflow
+    layer = model.network.head
+    found = LanguageModelling(total).losses_before(layer, entering, data.targets)
+    torch.testing.assert_close(found, model.loss(layer(entering), data.targets), rtol=1e-12, atol=0)

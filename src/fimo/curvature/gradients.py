@@ -28,6 +28,7 @@ from fimo.curvature.shared_rows import T, shared_at
 from fimo.data.instances import Instances
 from fimo.models.final_model import FinalModel
 from fimo.models.linear_layers import Layer, backward, forward, layers_on, slopes_of
+from fimo.models.vocabulary import NotReachedError
 from fimo.store.files import Store, read_tensors, write_tensors
 from fimo.store.fingerprint import folder_of, gradients_key
 
@@ -306,7 +307,7 @@ class InstanceGradients:
                     self.evaluations += len(batch)
                     return short
             rows = recorder.rows(batch, drawn)
-        except UnseenError as error:  # a network whose calls depend on its inputs
+        except (UnseenError, NotReachedError) as error:  # a network whose calls depend on its inputs
             log.info("gradients of some instances are not taken by layers: %s", error)
             found = vectors[0] if vectors else cotangents(self.final_model.outputs(batch), batch.targets)
             return DenseRows(self.automatic.rows(batch, found, self.parameters), self.shapes)

@@ -29,11 +29,12 @@ from fimo.curvature.module_rows import (
     norm_calls,
     normalised,
 )
-from fimo.data.instances import IGNORED, Inputs, Instances
+from fimo.data.instances import IGNORED, Instances
 from fimo.models.attention import plain_attention
 from fimo.models.class_losses import LanguageModelling
 from fimo.models.final_model import FinalModel, apply, functional_apply
 from fimo.models.loss_function import Loss
+from fimo.models.vocabulary import NotReachedError, entering, vocabulary_of
 
 TRIED = 3
 """Instances of the comparison."""
@@ -77,10 +78,9 @@ class Recorder:
         layer = self.vocabulary
         if layer is None or not isinstance(loss, LanguageModelling):
             return None
-        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
 
-        def cotangents(entering: Tensor) -> Tensor:
-            return loss.gradient_before(weight, bias, entering, instances.targets)[:, None]
+        def cotangents(x: Tensor) -> Tensor:
+            return loss.gradient_before(layer, x, instances.targets)[:, None]
 
         return self.rows(instances, cotangents, layer)
 
@@ -98,10 +98,16 @@ class Recorder:
 
         Raises:
             UnseenError: see there.
+            NotReachedError: the module ``before`` is not called.
         """
         n = len(instances)
         with self._recorded(n) as calls, plain_attention(), torch.enable_grad():
-            outputs = _passed(self.final_model.network, instances.inputs, before)
+            network = self.final_model.network
+            outputs = (
+                apply(network, instances.inputs)
+                if before is None
+                else entering(before, lambda: apply(network, instances.inputs))
+            )
         vectors = cotangents(outputs.detach())
         r = vectors.shape[1]
         leaving = [y for _, _, y in calls]
@@ -190,7 +196,9 @@ def recorder_for(final_model: FinalModel, instances: Instances) -> Recorder | No
     kept = {m: own for m, own in kept.items() if own}
     if not kept:
         return None
-    vocabulary = _vocabulary(final_model, probe)
+    name = vocabulary_of(final_model, probe)
+    vocabulary = None if name is None else final_model.network.get_submodule(name)
+    assert vocabulary is None or isinstance(vocabulary, nn.Linear)
     recorder = Recorder(final_model, kept, axes, found.bytes / len(probe), vocabulary)
     if vocabulary is not None and not _same_losses(recorder, probe):
         return dataclasses.replace(recorder, vocabulary=None)
@@ -318,69 +326,13 @@ def _compared(recorder: Recorder, probe: Instances) -> tuple[ModuleRows, set[str
     return rows, differing
 
 
-class _Reached(Exception):  # noqa: N818 (nothing is wrong)
-    """Ends a forward pass with what enters a module."""
-
-    def __init__(self, entering: Tensor) -> None:
-        super().__init__()
-        self.entering = entering
-
-
-def _passed(network: nn.Module, inputs: Inputs, before: nn.Module | None) -> Tensor:
-    """Return a network's outputs, or what enters one of its modules."""
-    if before is None:
-        return apply(network, inputs)
-    thread = threading.get_ident()
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if threading.get_ident() == thread:
-            raise _Reached(args[0])
-
-    handle = before.register_forward_pre_hook(hook)
-    try:
-        apply(network, inputs)
-    except _Reached as reached:
-        return reached.entering
-    finally:
-        handle.remove()
-    raise UnseenError(f"{type(before).__name__} is not called")
-
-
-def _vocabulary(final_model: FinalModel, probe: Instances) -> nn.Linear | None:
-    """Return the frozen linear layer whose outputs are a language model's; None where there is none."""
-    if not isinstance(final_model.loss, LanguageModelling):
-        return None
-    trained = final_model.parameters().keys()
-    moved = {id(p) for name, p in final_model.network.named_parameters() if name in trained}
-    linear = [m for m in final_model.network.modules() if type(m) is nn.Linear and not m._forward_hooks]
-    calls: list[tuple[nn.Module, bool, Tensor, int]] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        tokens = len(args) == 1 and isinstance(args[0], Tensor) and args[0].ndim == 3
-        calls.append((module, tokens, output, output._version))
-
-    handles = [module.register_forward_hook(hook) for module in linear]
-    try:
-        with torch.no_grad():
-            outputs = apply(final_model.network, probe.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    # the very tensor, unchanged: what clamps logits may leave those of some instances as they are
-    made = [(m, tokens) for m, tokens, y, version in calls if y is outputs and y._version == version]
-    if len(made) != 1 or not made[0][1] or sum(m is made[0][0] for m, *_ in calls) != 1:
-        return None
-    (layer,) = (m for m in linear if m is made[0][0])
-    return None if any(id(p) in moved for p in layer.parameters()) else layer
-
-
 def _same_losses(recorder: Recorder, probe: Instances) -> bool:
     """Return whether a loss's rows without logits are those by way of them."""
     loss = recorder.final_model.loss
     plain = recorder.rows(probe, lambda outputs: loss.gradient(outputs, probe.targets)[:, None])
     try:
         short = recorder.losses(probe, loss)
-    except (UnseenError, RuntimeError, ValueError, TypeError, IndexError):
+    except (UnseenError, NotReachedError, RuntimeError, ValueError, TypeError, IndexError):
         return False
     assert short is not None
     weights = torch.tensor([1.0, -2.0, 3.0][: len(probe)], dtype=plain.dtype, device=plain.device)

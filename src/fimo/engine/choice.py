@@ -21,6 +21,7 @@ from fimo.models.linear_layers import layers_on
 from fimo.models.returned import CalledOnce, frozen_modules
 from fimo.models.rounding import alike, tolerance_of
 from fimo.models.train_mode import TrainMode
+from fimo.models.vocabulary import NotReachedError, vocabulary_of
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +37,14 @@ def stack_network(
     autocast: torch.dtype | None = None,
     once: Collection[str] = (),
     micro_batch_size: int | None = None,
+    vocabulary: str | None = None,
 ) -> StackedNetwork:
     """Return the stacked network of an engine."""
     if engine == "linear":
         return LinearNetwork(final_model, replicas, evaluation_model)
     vectorise = engine == "functional"
     return FunctionalNetwork(
-        final_model, replicas, evaluation_model, mode, vectorise, autocast, once, micro_batch_size
+        final_model, replicas, evaluation_model, mode, vectorise, autocast, once, micro_batch_size, vocabulary
     )
 
 
@@ -113,6 +115,30 @@ def called_once(final_model: FinalModel, train: Instances, mode: TrainMode) -> t
         log.info("replicas don't share the frozen part (%s)", type(error).__name__)
         return ()
     return modules if torch.equal(whole, parts) and torch.equal(*states) else ()
+
+
+def frozen_vocabulary(final_model: FinalModel, train: Instances, mode: TrainMode) -> str | None:
+    """Return the name of a language model's frozen last layer, before which gradients and losses are made.
+
+    None where there is none, or where a trial on two instances shows a difference.
+    """
+    name = vocabulary_of(final_model, train[:2])
+    if name is None:
+        return None
+    dtype, device = next(iter(final_model.parameters().values())).dtype, train.targets.device
+    index = torch.arange(2, device=device).clamp(max=len(train) - 1)[None]
+    batch = Batch(index, torch.tensor([[1.0, 0.5]], dtype=dtype, device=device))
+    found: list[list[Tensor]] = []
+    for vocabulary in (None, name):
+        probe = FunctionalNetwork(final_model, 1, final_model, mode, False, vocabulary=vocabulary)
+        try:
+            probe.differentiate(train, batch, 0)
+            with torch.no_grad():
+                found.append([*probe.gradients.values(), probe.test_losses(train[:2], loss=final_model.loss)])
+        except NotReachedError:
+            return None
+    plain, parts = found
+    return name if alike(parts, plain, tolerance_of(dtype, device)) else None
 
 
 def is_linear(final_model: FinalModel, train: Instances) -> bool:

@@ -79,6 +79,7 @@ class Chunk:
             setting.protocol.autocast_dtype,
             setting.once,
             setting.protocol.micro_batch_size,
+            setting.vocabulary,
         )
         self.optimizer = StackedOptimizer(self.network, setting.protocol)
         self.stream = BatchStream(rows, setting.rule, setting.protocol, self.network.dtype, setting.device)

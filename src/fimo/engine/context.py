@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fimo.data.instances import Instances
-from fimo.engine.choice import Engine, called_once, choose_engine, is_linear
+from fimo.engine.choice import Engine, called_once, choose_engine, frozen_vocabulary, is_linear
 from fimo.engine.graphs import Record, cuda_graph
 from fimo.engine.leave_out import RULES, LeaveOut, make_rule
 from fimo.engine.protocol import DTYPES, Protocol
@@ -47,6 +47,8 @@ class Setting:
             that is faster.
         once: frozen modules that are called once for all replicas of a chunk in a step; see
             :func:`~fimo.engine.choice.called_once`.
+        vocabulary: a language model's frozen last layer, of whose outputs a few at a time are made; see
+            :func:`~fimo.engine.choice.frozen_vocabulary`.
     """
 
     final_model: FinalModel
@@ -60,6 +62,7 @@ class Setting:
     mode: TrainMode = field(default_factory=TrainMode)
     vectorisable: bool = True
     once: tuple[str, ...] = ()
+    vocabulary: str | None = None
 
     @classmethod
     def build(
@@ -98,6 +101,9 @@ class Setting:
                     one / 2**20,
                 )
         once = called_once(model, train, mode) if engine == "loop" and rule.shares_batches else ()
+        # with lower precision, the layer's own products would have it
+        apart = engine == "loop" and protocol.autocast is None
+        vocabulary = frozen_vocabulary(model, train, mode) if apart else None
         if once:
             log.info("in each step, runs of a seed share the frozen part with its dropout masks")
         return cls(
@@ -112,6 +118,7 @@ class Setting:
             mode,
             vectorisable,
             once,
+            vocabulary,
         )
 
     def __post_init__(self) -> None:
@@ -228,7 +235,8 @@ def evaluation_batch(setting: Setting) -> int:
     It does not depend on the number of replicas: the last digits of a loss may depend on the batch.
     """
     elements = 2**17 if setting.device.type == "cuda" else 2**15
-    return max(16, min(4096, elements // setting.activations // 16 * 16))
+    least = max(1, min(16, 2**26 // setting.activations))  # of 4 million each, as a vocabulary's logits are
+    return max(least, min(4096, elements // setting.activations // 16 * 16))
 
 
 def _require_runs(model: FinalModel, instances: Instances, key: str) -> None:

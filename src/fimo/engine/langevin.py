@@ -82,7 +82,12 @@ class Langevin:
         # with batches, as many copies that stay at the final model
         replicas = max(2, count if self._whole(setting) else 2 * count)
         network = stack_network(
-            setting.final_model, replicas, setting.evaluation_model, setting.engine, setting.mode
+            setting.final_model,
+            replicas,
+            setting.evaluation_model,
+            setting.engine,
+            setting.mode,
+            vocabulary=setting.vocabulary,
         )
         known = None if self._whole(setting) else self._mean_gradient(network, setting)
         generators = [torch.Generator().manual_seed(1_000_003 * self.seed + c) for c in chains]

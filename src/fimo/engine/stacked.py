@@ -15,11 +15,13 @@ from torch.func import vmap
 from fimo.data.instances import Inputs, Instances
 from fimo.engine.leave_out import Batch
 from fimo.models.attention import plain_attention
+from fimo.models.class_losses import LanguageModelling
 from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.loss_function import Loss
 from fimo.models.padding import by_length
 from fimo.models.returned import CalledOnce
 from fimo.models.train_mode import TrainMode
+from fimo.models.vocabulary import entering
 
 log = logging.getLogger(__name__)
 
@@ -122,12 +124,14 @@ class StackedNetwork(ABC):
         parameters = self.parameters
         if self.evaluation_dtype != self.dtype:
             parameters = self.views(self._wide.to(self.evaluation_dtype).copy_(self.flat))
-        losses = []
-        for batch in test.batches(batch_size):
-            outputs = self.outputs(parameters, batch.inputs)
-            targets = batch.targets.expand(self.replicas, *batch.targets.shape).flatten(0, 1)
-            losses.append(loss(outputs.flatten(0, 1), targets).view(self.replicas, -1))
+        losses = [self._losses(parameters, batch, loss) for batch in test.batches(batch_size)]
         return torch.cat(losses, 1)
+
+    def _losses(self, parameters: dict[str, Tensor], batch: Instances, loss: Loss) -> Tensor:
+        """Return the losses ``[R, n]`` of some test instances; see :meth:`outputs`."""
+        outputs = self.outputs(parameters, batch.inputs)
+        targets = batch.targets.expand(self.replicas, *batch.targets.shape).flatten(0, 1)
+        return loss(outputs.flatten(0, 1), targets).view(self.replicas, -1)
 
     def distance(self) -> Tensor:
         """Return the Euclidean distance ``[R]`` (float64) of the parameters from the final model's."""
@@ -146,6 +150,8 @@ class FunctionalNetwork(StackedNetwork):
         once: names of modules that are called once for all replicas that see the same batch, one by one.
         micro_batch_size: the most instances of a forward and backward pass; None for whole batches. For
             networks that draw no random numbers.
+        vocabulary: name of a layer whose outputs are not computed for all tokens at once, where replicas run
+            one after another (:mod:`fimo.models.vocabulary`).
     """
 
     def __init__(
@@ -158,11 +164,13 @@ class FunctionalNetwork(StackedNetwork):
         autocast: torch.dtype | None = None,
         once: Collection[str] = (),
         micro_batch_size: int | None = None,
+        vocabulary: str | None = None,
     ) -> None:
         # copies: the final model's own network stays in eval mode, and chunks may run in threads
         super().__init__(final_model, replicas, evaluation_model.to())
         self.vectorise, self.autocast = vectorise, autocast
         self.mode, self.once, self.micro_batch_size = mode, tuple(once), micro_batch_size
+        self.vocabulary = None if vectorise else vocabulary
         self._called: CalledOnce | None = None
         self.network = mode.set(FinalModel(final_model.network, final_model.loss).network)
         self.buffers = final_model.buffers()
@@ -256,12 +264,52 @@ class FunctionalNetwork(StackedNetwork):
             for k, (part, w) in enumerate(reversed(self._parts(own, weight[r]))):
                 with self._training_step(seed, after), torch.enable_grad():
                     tensors = {**buffers, **parameters}
-                    value = self._weighted_loss(tensors, part.inputs, part.targets, w, network)
-                gradients = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
+                    value, weights = self._to_differentiate(tensors, part, w, network)
+                gradients = torch.autograd.grad(
+                    value, list(parameters.values()), weights, materialize_grads=True
+                )
                 for name, g in zip(parameters, gradients, strict=True):
                     row = found[name][r]
                     _ = row.add_(g) if k else row.copy_(g)
         return found
+
+    def _to_differentiate(
+        self, tensors: dict[str, Tensor], part: Instances, weight: Tensor, network: nn.Module
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return values and weights such that the weighted loss has the gradient of their products' sum."""
+        if self.vocabulary is None or network is not self.network:
+            return self._weighted_loss(tensors, part.inputs, part.targets, weight, network), None
+        assert isinstance(self.loss, LanguageModelling)
+        layer, x = self._before_vocabulary(network, tensors, part.inputs)
+        gradient = self.loss.gradient_before(layer, x.detach(), part.targets)
+        return x, gradient.mul_(weight[:, None, None])
+
+    def _before_vocabulary(
+        self, network: nn.Module, tensors: dict[str, Tensor], inputs: Inputs
+    ) -> tuple[nn.Linear, Tensor]:
+        """Return the vocabulary's layer, and what enters it."""
+        layer = network.get_submodule(self.vocabulary or "")
+        assert isinstance(layer, nn.Linear)
+        return layer, entering(layer, lambda: functional_apply(network, tensors, inputs))
+
+    def _losses(self, parameters: dict[str, Tensor], batch: Instances, loss: Loss) -> Tensor:
+        if self.vectorise:
+            return super()._losses(parameters, batch, loss)
+        network = self.evaluation_model.network
+        parts = by_length(network, batch.inputs)
+        back = torch.cat(parts).argsort()
+        found = []
+        for r in range(self.replicas):  # outputs of one at a time are in memory
+            tensors = {**self.evaluation_buffers, **{n: p[r] for n, p in parameters.items()}}
+            each = []
+            for part in (batch[p] for p in parts) if len(parts) > 1 else [batch]:
+                if self.vocabulary is None or not isinstance(loss, LanguageModelling):
+                    each.append(loss(functional_apply(network, tensors, part.inputs), part.targets))
+                    continue
+                layer, x = self._before_vocabulary(network, tensors, part.inputs)
+                each.append(loss.losses_before(layer, x, part.targets))
+            found.append(torch.cat(each)[back])
+        return torch.stack(found)
 
     def _parts(self, instances: Instances, weight: Tensor) -> list[tuple[Instances, Tensor]]:
         """Return a batch and its weights in parts of like length, whose losses add up.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fimo.data.instances import IGNORED
 from fimo.models.loss_function import Loss, LossFunction
@@ -125,40 +126,38 @@ class LanguageModelling(Loss):
         residual = _softmax_residual(outputs.detach(), targets.clamp(min=0), 2)
         return residual.mul_(self._shares(targets, outputs.dtype)[:, :, None])
 
-    def gradient_before(
-        self, weight: Tensor, bias: Tensor | None, entering: Tensor, targets: Tensor
-    ) -> Tensor:
-        """Return the gradients in what enters a linear layer whose outputs are the logits, ``[n, T, d]``.
+    def gradient_before(self, layer: nn.Linear, entering: Tensor, targets: Tensor) -> Tensor:
+        """Return the gradients ``[n, T, d]`` in what enters a layer whose outputs are the logits.
 
-        Logits of some tokens at a time are turned into their gradients in place: those of a batch, of a
-        vocabulary each, are by far the largest tensors of a language model. Positions that predict nothing
-        are left out.
+        Logits of some tokens at a time are turned into their gradients in place. Positions that predict
+        nothing are left out.
 
         Args:
-            weight: ``[V, d]``.
-            bias: ``[V]``.
+            layer: whose weights are constants.
             entering: ``[n, T, d]``.
         """
-        found = torch.zeros_like(entering)
         kept = targets != IGNORED
-        x, tokens, shares = entering[kept], targets[kept], self._shares(targets, entering.dtype)[kept]
-        v, gradients = len(weight), torch.empty_like(x)
-        width = -(-v // ALIGNED) * ALIGNED
-        parts = max(1, math.ceil(len(x) * width * entering.element_size() / LOGITS))
-        most = max(1, math.ceil(len(x) / parts))
-        buffer = entering.new_empty(most, width)
-        for part, token, share, into in zip(
-            x.split(most), tokens.split(most), shares.split(most), gradients.split(most), strict=True
-        ):
-            rows = buffer[: len(part)]
-            torch.mm(part, weight.T, out=rows[:, :v])
-            if bias is not None:
-                rows[:, :v] += bias
-            rows[:, v:] = -torch.inf
-            _softmax_residual(rows, token, 1, out=rows)
-            torch.mm(rows[:, :v], weight, out=into).mul_(share[:, None])
-        found[kept] = gradients
+        found, into = torch.zeros_like(entering), torch.empty_like(entering[kept])
+        weight = layer.weight.detach()
+        for at, logits in _logits(layer, entering[kept]):
+            logits[:, len(weight) :] = -torch.inf
+            _softmax_residual(logits, targets[kept][at], 1, out=logits)
+            torch.mm(logits[:, : len(weight)], weight, out=into[at])
+        found[kept] = into.mul_(self._shares(targets, entering.dtype)[kept][:, None])
         return found
+
+    def losses_before(self, layer: nn.Linear, entering: Tensor, targets: Tensor) -> Tensor:
+        """Return the losses ``[n]`` by what enters a layer whose outputs are the logits, a few at a time."""
+        kept = targets != IGNORED
+        tokens, found = targets[kept], entering.new_zeros(targets.shape)
+        losses = entering.new_empty(len(tokens))
+        for at, logits in _logits(layer, entering[kept]):
+            logits = logits[:, : layer.out_features]
+            own = logits.gather(1, tokens[at, None])[:, 0]
+            most = logits.amax(1)
+            losses[at] = logits.sub_(most[:, None]).exp_().sum(1).log_().add_(most).sub_(own)
+        found[kept] = losses
+        return (found * self._shares(targets, entering.dtype)).sum(1)
 
     def _flat_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         by_token = outputs.view(*outputs.shape[:2], targets.shape[1], -1)  # [n, C, T, V]
@@ -232,6 +231,26 @@ class CorrectProbability(Loss):
 
 
 logit_margin = LogitMargin()
+
+
+@torch.no_grad()
+def _logits(layer: nn.Linear, entering: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield rows of a layer's outputs, to be written over, in a buffer of more columns.
+
+    Args:
+        entering: ``[N, d]``.
+    """
+    width = -(-layer.out_features // ALIGNED) * ALIGNED
+    parts = max(1, math.ceil(len(entering) * width * entering.element_size() / LOGITS))
+    most = max(1, math.ceil(len(entering) / parts))
+    buffer = entering.new_empty(most, width)
+    for start in range(0, len(entering), most):
+        at = slice(start, min(start + most, len(entering)))
+        rows = buffer[: at.stop - start]
+        made = torch.mm(entering[at], layer.weight.T, out=rows[:, : layer.out_features])
+        if layer.bias is not None:
+            made += layer.bias
+        yield at, rows
 
 
 def _softmax_residual(logits: Tensor, classes: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
