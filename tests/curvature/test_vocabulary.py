@@ -13,6 +13,7 @@ from fimo.curvature.recording import recorder_for
 from fimo.data.instances import IGNORED, Instances
 from fimo.models.class_losses import LanguageModelling
 from fimo.models.final_model import FinalModel
+from fimo.models.vocabulary import vocabulary_of
 
 
 class Network(nn.Module):
@@ -139,6 +140,24 @@ def test_a_hook_behind_the_vocabulary_is_seen() -> None:
     assert recorder.vocabulary is None
     rows = InstanceGradients(model).losses(data).dense()[:, 0]
     torch.testing.assert_close(rows, by_autograd(model, data), rtol=1e-10, atol=1e-14)
+
+
+def test_only_a_plain_frozen_layer_before_token_losses_is_a_vocabulary() -> None:
+    def clamped(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        return output.clamp(-9, 9)  # none of the logits that are tried
+
+    model, data = problem(head)
+    assert vocabulary_of(model, data) == "head"
+    handle = model.network.head.register_forward_hook(clamped)
+    assert vocabulary_of(model, data) is None
+    handle.remove()
+    model.network.head.forward = lambda x: nn.Linear.forward(model.network.head, x).clamp(-9, 9)  # type: ignore[method-assign]
+    assert vocabulary_of(model, data) is None
+    for trainable in ("*", "head.bias"):
+        assert vocabulary_of(*problem(head, trainable=trainable)) is None
+    model, data = problem(head)
+    squares = FinalModel(model.network, lambda outputs, _: outputs.square().sum((1, 2)), accept_poor=True)
+    assert vocabulary_of(squares, data) is None
 
 
 def test_gradients_of_instances_without_tokens_are_zero() -> None:

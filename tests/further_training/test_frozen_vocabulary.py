@@ -19,6 +19,8 @@ from fimo.models.final_model import FinalModel
 from tests.curvature.test_vocabulary import LASTS, Network, head
 from tests.reference.further_training import plain_run
 
+UNITS: list[tuple[int, ...]] = [(4,), (7,)]
+
 
 def problem(last: Any = head, total: bool = False, **settings: Any) -> tuple[FinalModel, Instances]:
     torch.manual_seed(0)
@@ -44,6 +46,21 @@ def losses(setting: Setting, units: list[tuple[int, ...]]) -> Tensor:
     return torch.stack(found)
 
 
+def without_logits(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Return the losses of runs, in which the vocabulary's layer is not called."""
+    linear, called = nn.Linear.forward, []
+
+    def counted(layer: nn.Linear, x: Tensor) -> Tensor:
+        called.append(layer.out_features)
+        return linear(layer, x)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.Linear, "forward", counted)
+        found = losses(setting, UNITS)
+    assert set(called) == {4}  # and not the vocabulary's eleven
+    return found
+
+
 @pytest.mark.parametrize("total", [False, True])
 @pytest.mark.parametrize("rule", ["mask", "shift", "every_batch", "reweighted"])
 @pytest.mark.parametrize("size", [None, 2])
@@ -55,18 +72,8 @@ def test_runs_are_those_of_a_plain_loop(
     setting = Setting.build(model, data, data, protocol(leave_out=rule, micro_batch_size=size))
     assert setting.engine == "loop"
     assert setting.vocabulary == "head"
-    linear, called = nn.Linear.forward, []
-
-    def counted(layer: nn.Linear, x: Tensor) -> Tensor:
-        called.append(layer.out_features)
-        return linear(layer, x)
-
-    units: list[tuple[int, ...]] = [(4,), (7,)]
-    with monkeypatch.context() as patched:
-        patched.setattr(nn.Linear, "forward", counted)
-        found = losses(setting, units)
-    assert set(called) == {4}  # and not the vocabulary's eleven
-    for k, unit in enumerate(units):
+    found = without_logits(setting, monkeypatch)
+    for k, unit in enumerate(UNITS):
         given = dataclasses.replace(setting.protocol, micro_batch_size=None)
         expected, _, _ = plain_run(model, data, data, given, 3, unit)
         torch.testing.assert_close(found[:, k], expected, rtol=1e-10, atol=1e-13)
@@ -76,11 +83,22 @@ def test_masks_are_those_of_runs_with_all_logits() -> None:
     model, data = problem(dropout=0.4)
     setting = Setting.build(model, data, data, protocol())
     assert setting.vocabulary == "head"
-    plain = losses(dataclasses.replace(setting, vocabulary=None), [(4,), (7,)])
-    torch.testing.assert_close(losses(setting, [(4,), (7,)]), plain, rtol=1e-10, atol=1e-13)
+    plain = losses(dataclasses.replace(setting, vocabulary=None), UNITS)
+    torch.testing.assert_close(losses(setting, UNITS), plain, rtol=1e-10, atol=1e-13)
     assert not torch.allclose(
-        plain[0], losses(dataclasses.replace(setting, mode=type(setting.mode)()), [(4,), (7,)])[0]
+        plain[0], losses(dataclasses.replace(setting, mode=type(setting.mode)()), UNITS)[0]
     )
+
+
+def test_layers_called_once_for_all_replicas_come_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = problem(dropout=0.4)
+    model = dataclasses.replace(model, trainable=("mix.*",))
+    setting = Setting.build(model, data, data, protocol())
+    assert setting.once
+    assert setting.vocabulary == "head"
+    plain = dataclasses.replace(setting, once=(), vocabulary=None)
+    found = without_logits(setting, monkeypatch)
+    torch.testing.assert_close(found, losses(plain, UNITS), rtol=1e-10, atol=1e-13)
 
 
 def test_another_measurement_is_read_from_the_logits() -> None:

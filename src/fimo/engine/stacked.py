@@ -277,7 +277,7 @@ class FunctionalNetwork(StackedNetwork):
         self, tensors: dict[str, Tensor], part: Instances, weight: Tensor, network: nn.Module
     ) -> tuple[Tensor, Tensor | None]:
         """Return values and weights such that the weighted loss has the gradient of their products' sum."""
-        if self.vocabulary is None or network is not self.network:
+        if self.vocabulary is None:
             return self._weighted_loss(tensors, part.inputs, part.targets, weight, network), None
         assert isinstance(self.loss, LanguageModelling)
         layer, x = self._before_vocabulary(network, tensors, part.inputs)
