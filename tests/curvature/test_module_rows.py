@@ -350,3 +350,43 @@ def test_patches_of_a_convolution_are_those_of_unfold(
     )  # fmt: skip
     wide = F.unfold(x[:, :, :1], (1, kernel[1]), (1, dilation[1]), 0, (1, stride[1])).mT
     assert torch.equal(row.positions(), wide)
+
+
+class Unpadded(nn.Module):
+    """A layer is given the tokens of all instances alone, without padding."""
+
+    def __init__(self, sort: bool) -> None:
+        super().__init__()
+        self.token, self.mix, self.head, self.sort = (
+            nn.Embedding(9, 6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 3),
+            sort,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = (x != 0).sum(1).argsort(descending=True, stable=True)
+        x = x[order] if self.sort else x
+        there, h = x != 0, self.token(x)
+        mixed = torch.zeros_like(h)
+        mixed[there] = h[there].tanh() if self.sort else self.mix(h[there]).tanh()
+        mean = mixed.sum(1) / there.sum(1, keepdim=True)
+        outputs = self.head(self.mix(mean).tanh() if self.sort else mean)
+        return outputs[order.argsort()] if self.sort else outputs
+
+
+@pytest.mark.parametrize("sort", [False, True])
+@pytest.mark.parametrize("last", [5, 6])
+def test_rows_that_a_network_selects_or_sorts_are_no_parts_in_turn(sort: bool, last: int) -> None:
+    torch.manual_seed(0)
+    data = Instances(torch.zeros(8, 6, dtype=torch.long), torch.randint(0, 3, (8,)))
+    for k, length in enumerate([4, 4, 4, 2, 4, 4, 4, last]):  # with 6: eight times four in all
+        data.inputs[k, :length] = torch.randint(1, 9, (length,))
+    model = FinalModel(Unpadded(sort).double(), cross_entropy, accept_poor=True)
+    rows = InstanceGradients(model).losses(data).dense()[:, 0]
+    parameters = {n: p.clone().requires_grad_() for n, p in model.parameters().items()}
+    for k in range(8):
+        outputs = torch.func.functional_call(model.network, parameters, (data.inputs[[k]],))
+        loss = model.loss(outputs, data.targets[[k]]).sum()
+        found = torch.autograd.grad(loss, list(parameters.values()))
+        torch.testing.assert_close(rows[k], torch.cat([g.flatten() for g in found]), rtol=1e-9, atol=1e-13)

@@ -27,6 +27,7 @@ class Network(nn.Module):
         self.head, self.last, self.vectorisable = nn.Linear(4, 11, bias=bias), last, True
 
     def forward(self, x: Tensor) -> Tensor:
+        self.seen = x
         h = torch.tanh(self.mix(self.drop(self.token(x).cumsum(1))))
         if not self.vectorisable:
             assert float(h.detach().abs().max()) < 2
@@ -35,6 +36,12 @@ class Network(nn.Module):
 
 def head(network: Network, h: Tensor) -> Tensor:
     return network.head(h)
+
+
+def rarely(network: Network, h: Tensor) -> Tensor:
+    """Return logits, a tenth of them for instances with the token 7: few of them look at the logits."""
+    outputs, seven = network.head(h), (network.seen == 7).any(1)
+    return torch.where(seven[:, None, None], outputs / 10, outputs) if bool(seven.any()) else outputs
 
 
 LASTS: dict[str, Callable[[Network, Tensor], Tensor]] = {
@@ -114,6 +121,23 @@ def test_outputs_that_a_layer_does_not_make_alone_are_computed(name: str) -> Non
     model, data = problem(LASTS[name])
     recorder = recorder_for(model, data)
     assert recorder is None or recorder.vocabulary is None
+    rows = InstanceGradients(model).losses(data).dense()[:, 0]
+    torch.testing.assert_close(rows, by_autograd(model, data), rtol=1e-10, atol=1e-14)
+
+
+def without_sevens(data: Instances, rows: slice) -> None:
+    """Leave the token 7 to the other rows, of which the last has one; no token is padding."""
+    data.inputs.clamp_(min=1)
+    data.inputs[rows] = torch.where(data.inputs[rows] == 7, 3, data.inputs[rows])
+    data.inputs[-1, 2] = 7
+
+
+def test_what_some_instances_alone_do_with_logits_is_seen() -> None:
+    model, data = problem(rarely)
+    without_sevens(data, slice(3))
+    recorder = recorder_for(model, data)
+    assert recorder is not None
+    assert recorder.vocabulary is model.network.head  # as the first instances have it
     rows = InstanceGradients(model).losses(data).dense()[:, 0]
     torch.testing.assert_close(rows, by_autograd(model, data), rtol=1e-10, atol=1e-14)
 

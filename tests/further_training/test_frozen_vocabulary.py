@@ -16,7 +16,7 @@ from fimo.engine.replicas import Replica
 from fimo.further_training import Protocol
 from fimo.models.class_losses import CorrectProbability, LanguageModelling
 from fimo.models.final_model import FinalModel
-from tests.curvature.test_vocabulary import LASTS, Network, head
+from tests.curvature.test_vocabulary import LASTS, Network, head, rarely, without_sevens
 from tests.reference.further_training import plain_run
 
 UNITS: list[tuple[int, ...]] = [(4,), (7,)]
@@ -108,6 +108,17 @@ def test_another_measurement_is_read_from_the_logits() -> None:
     assert setting.vocabulary == "head"
     expected, _, _ = plain_run(model, data, data, setting.protocol, 3, (4,))
     torch.testing.assert_close(losses(setting, [(4,)])[:, 0], expected, rtol=1e-10, atol=1e-13)
+
+
+def test_what_some_instances_alone_do_with_logits_is_seen() -> None:
+    model, data = problem(rarely)
+    without_sevens(data, slice(6))
+    setting = Setting.build(model, data, data, protocol())
+    assert setting.vocabulary == "head"
+    found = losses(setting, UNITS)
+    for k, unit in enumerate(UNITS):
+        expected, _, _ = plain_run(model, data, data, setting.protocol, 3, unit)
+        torch.testing.assert_close(found[:, k], expected, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", LASTS)

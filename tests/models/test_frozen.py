@@ -240,6 +240,34 @@ def test_a_frozen_part_with_dropout_as_a_function_is_left_whole() -> None:
     assert without_frozen_part(model, images())[0] is model
 
 
+class Clipping(nn.Module):
+    """Outputs are cut where some are large: in the row 18 alone, and in what training makes of others."""
+
+    def __init__(self, looks: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.head, self.looks = nn.Linear(4, 6), nn.Linear(6, 3), looks
+        self.head.weight.data *= 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.head(self.a(x).tanh())
+        if self.looks == "at outputs":
+            return outputs.clamp(-2, 2) if outputs.detach().abs().max() > 2 else outputs
+        return outputs.clamp(-2, 2) if x.detach().abs().max() > 9 else outputs
+
+
+@pytest.mark.parametrize("looks", ["at outputs", "at inputs"])
+def test_what_some_instances_alone_do_with_a_trained_heads_outputs_is_done(looks: str) -> None:
+    torch.manual_seed(1)
+    data = Instances(torch.randn(40, 4).double(), torch.randint(0, 3, (40,)))
+    data.inputs[18] *= 12
+    whole = FinalModel(Clipping(looks).double(), cross_entropy, trainable=("head*",), accept_poor=True)
+    protocol = Protocol(lr=0.1, batch_size=8, epochs=2, dtype="float64", leave_out="mask")
+    found = further_train(whole, data, data[:4], protocol, [0], [18, 1])
+    plain = plain_sensitivity(whole, data, data[:4], protocol, [0], [[18], [1]])
+    torch.testing.assert_close(found.raw.double(), plain["raw"], rtol=1e-5, atol=1e-7)
+
+
 def test_what_is_in_the_store_is_read_without_evaluating_the_frozen_part(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -245,6 +245,21 @@ def test_inference_mode_and_autocast_of_the_caller_change_nothing() -> None:
     assert linear_layers(net) is not None
 
 
+LOOKING: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "turned": lambda s, x: s.second(s.first(x.transpose(1, 2).flatten(1) if x.dim() == 3 else x).relu()),
+    "clamped": lambda s, x: s.second(s.first(x.flatten(1).clamp(-1, 1) if x.dim() == 3 else x).relu()),
+}
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_a_network_that_does_otherwise_with_instances_of_more_axes_is_no_sequence(name: str) -> None:
+    model = FinalModel(network(LOOKING[name]), "cross_entropy", accept_poor=True)
+    inputs = 3 * torch.randn(6, 2, 2)
+    inputs[0] = 0  # an instance with which both ways agree
+    assert layers_on(model, Instances(inputs, torch.arange(6) % 3)) is None
+    assert layers_on(model, Instances(inputs.flatten(1), torch.arange(6) % 3)) is not None
+
+
 def test_of_images_the_layers_hold_where_they_are_only_flattened() -> None:
     images = Instances(torch.randn(6, 1, 2, 2), torch.zeros(6, dtype=torch.long))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -88,17 +88,19 @@ class Recorder:
         self,
         instances: Instances,
         cotangents: Callable[[Tensor], Tensor],
-        before: nn.Module | None = None,
+        before: nn.Linear | None = None,
+        trial: bool = False,
     ) -> ModuleRows:
         """Return the recorded parameters' rows, by one forward pass and a backward one for each of R.
 
         Args:
             cotangents: of the outputs, ``[n, R, ...]``.
-            before: a module: the cotangents are those of what enters it, and nothing after it is computed.
+            before: a layer whose outputs are the network's: the cotangents are those of what enters it.
+            trial: the rows are compared with others, so that they may be wrong.
 
         Raises:
             UnseenError: see there.
-            NotReachedError: the module ``before`` is not called.
+            NotReachedError: the outputs of ``before`` are not the network's.
         """
         n = len(instances)
         with self._recorded(n) as calls, plain_attention(), torch.enable_grad():
@@ -113,6 +115,9 @@ class Recorder:
         leaving = [y for _, _, y in calls]
         counts = [n if _apart(module, x, y, n) else 1 for module, x, y in calls]
         shapes = [(m, r, *_instance_shape(y, m)) for y, m in zip(leaving, counts, strict=True)]
+        # parts of instances, maybe: all in turn, or some that the network selected
+        several = zip(calls, counts, strict=True) if n > 1 and not (self.summed or trial) else ()
+        parted = [k for k, ((_, x, _), m) in enumerate(several) if m == n != len(x)]
         # one row's derivatives are taken as they are, more are put in place
         deltas = [y.new_zeros(s) for y, s in zip(leaving, shapes, strict=True)] if r > 1 else []
         for k in range(r if calls and outputs.requires_grad else 0):
@@ -120,7 +125,7 @@ class Recorder:
                 outputs,
                 leaving,
                 vectors[:, k],
-                retain_graph=k + 1 < r,
+                retain_graph=k + 1 < r or bool(parted),
                 materialize_grads=True,
                 allow_unused=True,
             )
@@ -129,6 +134,9 @@ class Recorder:
             for into, d in zip(deltas, found if r > 1 else (), strict=False):
                 into[:, k] = d.reshape(into[:, k].shape)
         deltas = deltas or [y.new_zeros(s) for y, s in zip(leaving, shapes, strict=True)]
+        if parted and outputs.requires_grad:
+            of_parts = [deltas[k][:, 0] for k in parted]
+            _check_in_turn(outputs, vectors[:, 0], [leaving[k] for k in parted], of_parts)
         made: list[Call] = []
         owners = {module: k for k, module in enumerate(self.modules)}
         for (module, x, _), delta, m in zip(calls, deltas, counts, strict=True):
@@ -174,12 +182,38 @@ class Recorder:
                 handle.remove()
 
 
+def _check_in_turn(
+    outputs: Tensor, vectors: Tensor, leaving: Sequence[Tensor], deltas: Sequence[Tensor]
+) -> None:
+    """Refuse parts that are not each instance's in turn: rows that a network selected of some instances.
+
+    Each instance's derivatives are multiplied by another number once its cotangents are.
+
+    Args:
+        vectors: ``[n, ...]``, cotangents.
+        leaving: what left modules.
+        deltas: ``[n, ...]`` derivatives in these, as parts of n instances.
+
+    Raises:
+        UnseenError: they aren't.
+    """
+    n = len(vectors)
+    each = torch.linspace(1, 2, n, dtype=vectors.dtype, device=vectors.device)
+    scaled = vectors * each.view(n, *[1] * (vectors.ndim - 1))
+    found = torch.autograd.grad(outputs, leaving, scaled, materialize_grads=True, allow_unused=True)
+    for again, delta in zip(found, deltas, strict=True):
+        expected = delta * each.view(n, *[1] * (delta.ndim - 1))
+        difference = again.reshape(expected.shape) - expected
+        if not difference.norm() <= torch.finfo(delta.dtype).eps ** 0.5 * expected.norm():
+            raise UnseenError("rows are not parts of each instance in turn")
+
+
 def recorder_for(final_model: FinalModel, instances: Instances) -> Recorder | None:
     """Return the recorder of a final model's modules, as tried on some instances; None for none."""
     modules = _modules(final_model)
     if not modules or not len(instances):
         return None
-    probe = instances[[k % len(instances) for k in range(TRIED)]]
+    probe = _unlike(instances)
     together, alone = (final_model.outputs(probe, size) for size in (len(probe), 1))
     if not (together - alone).norm() <= torch.finfo(together.dtype).eps ** 0.5 * alone.norm():
         return None  # what an instance's outputs are depends on others, or on which branch a batch takes
@@ -203,6 +237,20 @@ def recorder_for(final_model: FinalModel, instances: Instances) -> Recorder | No
     if vocabulary is not None and not _same_losses(recorder, probe):
         return dataclasses.replace(recorder, vocabulary=None)
     return recorder
+
+
+def _unlike(instances: Instances) -> Instances:
+    """Return few instances to try, a long, a short and a middle one where they differ in that.
+
+    A network that sorts instances by length then has them in another order.
+    """
+    some = instances[: 64 * TRIED]
+    tensors = some.inputs.values() if isinstance(some.inputs, dict) else [some.inputs]
+    filled = torch.stack([(t != 0).flatten(1).sum(1) for t in tensors]).sum(0)
+    order = filled.argsort(stable=True)
+    if filled[order[0]] == filled[order[-1]]:
+        return instances[[k % len(instances) for k in range(TRIED)]]
+    return some[torch.stack([order[-1], order[0], order[len(order) // 2]])]
 
 
 def recorder_of_sums(final_model: FinalModel, instances: Instances) -> Recorder | None:
@@ -307,7 +355,7 @@ def _compared(recorder: Recorder, probe: Instances) -> tuple[ModuleRows, set[str
         cotangents.append(drawn)
         return drawn[:, None]
 
-    rows = recorder.rows(probe, draw)
+    rows = recorder.rows(probe, draw, trial=True)
     weights = torch.randn(len(probe), generator=generator, dtype=torch.float64).to(rows.dtype).to(rows.device)
     ours = split(rows.transposed_times(weights[:, None, None])[:, 0], rows.shapes)
     parameters = {n: p.clone().requires_grad_() for n, p in final_model.parameters().items()}

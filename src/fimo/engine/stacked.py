@@ -21,7 +21,7 @@ from fimo.models.loss_function import Loss
 from fimo.models.padding import by_length
 from fimo.models.returned import CalledOnce
 from fimo.models.train_mode import TrainMode
-from fimo.models.vocabulary import entering
+from fimo.models.vocabulary import NotReachedError, entering
 
 log = logging.getLogger(__name__)
 
@@ -277,20 +277,24 @@ class FunctionalNetwork(StackedNetwork):
         self, tensors: dict[str, Tensor], part: Instances, weight: Tensor, network: nn.Module
     ) -> tuple[Tensor, Tensor | None]:
         """Return values and weights such that the weighted loss has the gradient of their products' sum."""
-        if self.vocabulary is None:
+        found = self._before_vocabulary(network, tensors, part.inputs, self.loss)
+        if found is None:
             return self._weighted_loss(tensors, part.inputs, part.targets, weight, network), None
-        assert isinstance(self.loss, LanguageModelling)
-        layer, x = self._before_vocabulary(network, tensors, part.inputs)
-        gradient = self.loss.gradient_before(layer, x.detach(), part.targets)
-        return x, gradient.mul_(weight[:, None, None])
+        loss, layer, x = found
+        return x, loss.gradient_before(layer, x.detach(), part.targets).mul_(weight[:, None, None])
 
     def _before_vocabulary(
-        self, network: nn.Module, tensors: dict[str, Tensor], inputs: Inputs
-    ) -> tuple[nn.Linear, Tensor]:
-        """Return the vocabulary's layer, and what enters it."""
-        layer = network.get_submodule(self.vocabulary or "")
+        self, network: nn.Module, tensors: dict[str, Tensor], inputs: Inputs, loss: Loss
+    ) -> tuple[LanguageModelling, nn.Linear, Tensor] | None:
+        """Return the loss, the vocabulary's layer, and what enters it; None where outputs are computed."""
+        if self.vocabulary is None or not isinstance(loss, LanguageModelling):
+            return None
+        layer = network.get_submodule(self.vocabulary)
         assert isinstance(layer, nn.Linear)
-        return layer, entering(layer, lambda: functional_apply(network, tensors, inputs))
+        try:
+            return loss, layer, entering(layer, lambda: functional_apply(network, tensors, inputs))
+        except NotReachedError:  # with these instances something is done with the logits
+            return None
 
     def _losses(self, parameters: dict[str, Tensor], batch: Instances, loss: Loss) -> Tensor:
         if self.vectorise:
@@ -303,11 +307,11 @@ class FunctionalNetwork(StackedNetwork):
             tensors = {**self.evaluation_buffers, **{n: p[r] for n, p in parameters.items()}}
             each = []
             for part in (batch[p] for p in parts) if len(parts) > 1 else [batch]:
-                if self.vocabulary is None or not isinstance(loss, LanguageModelling):
+                before = self._before_vocabulary(network, tensors, part.inputs, loss)
+                if before is None:
                     each.append(loss(functional_apply(network, tensors, part.inputs), part.targets))
-                    continue
-                layer, x = self._before_vocabulary(network, tensors, part.inputs)
-                each.append(loss.losses_before(layer, x, part.targets))
+                else:
+                    each.append(before[0].losses_before(*before[1:], part.targets))
             found.append(torch.cat(each)[back])
         return torch.stack(found)
 

@@ -25,6 +25,7 @@ from fimo.models.copied import duplicate
 from fimo.models.final_model import FinalModel, apply, fitting_batch, functional_apply
 from fimo.models.returned import cut_at_calls
 from fimo.models.train_mode import draws
+from fimo.models.vocabulary import NotReachedError, entering
 
 if TYPE_CHECKING:  # Lightning is not needed for attribution
     from fimo.data.datamodule import InstancesModule
@@ -73,7 +74,12 @@ def trained_part(final_model: FinalModel, *instances: Instances) -> tuple[FinalM
     if parts is None:
         return final_model, instances
     before, after = parts
-    return _remaining_model(final_model, after), tuple(computed(before, part) for part in instances)
+    try:
+        entered = tuple(computed(before, part) for part in instances)
+    except NotReachedError as error:
+        _left_whole(error)
+        return final_model, instances
+    return _remaining_model(final_model, after), entered
 
 
 def for_runs(
@@ -93,11 +99,19 @@ def for_runs(
     if parts is None:
         return final_model, train, test
     before, after = parts
-    entering = [
-        computed(duplicate(before).to(device=device, dtype=dtype), part.to(device, dtype))
-        for dtype, part in zip(dtypes, (train, test), strict=True)
-    ]
-    return _remaining_model(final_model, after), entering[0], entering[1]
+    try:
+        entered = [
+            computed(duplicate(before).to(device=device, dtype=dtype), part.to(device, dtype))
+            for dtype, part in zip(dtypes, (train, test), strict=True)
+        ]
+    except NotReachedError as error:
+        _left_whole(error)
+        return final_model, train, test
+    return _remaining_model(final_model, after), entered[0], entered[1]
+
+
+def _left_whole(error: NotReachedError) -> None:
+    log.info("the frozen part is not cut off: with some instances %s", error)
 
 
 def _remaining_model(final_model: FinalModel, after: nn.Module) -> FinalModel:
@@ -166,7 +180,9 @@ def remaining(children: OrderedDict[str, nn.Module]) -> nn.Sequential:
 
 
 class Entering(nn.Module):
-    """What enters a layer of a network, whatever the network does around it.
+    """What enters a layer of a network, whose outputs are the network's.
+
+    Calls raise :class:`~fimo.models.vocabulary.NotReachedError` with a batch where they aren't.
 
     Args:
         layer: its name.
@@ -177,16 +193,9 @@ class Entering(nn.Module):
         self.network, self.layer = network, layer
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        seen: list[Tensor] = []
         layer = self.network.get_submodule(self.layer)
-        handle = layer.register_forward_pre_hook(lambda _, entering: seen.append(entering[0]))
-        try:
-            self.network(*inputs, **named)
-        finally:
-            handle.remove()
-        if len(seen) != 1:  # outputs could agree, gradients would not
-            raise ValueError(f"{self.layer} is used {len(seen)} times")
-        return seen[0]
+        assert isinstance(layer, nn.Linear)
+        return entering(layer, lambda: self.network(*inputs, **named))
 
 
 def _before_last_layer(network: nn.Module, trainable: Collection[str]) -> Parts | None:
@@ -196,7 +205,7 @@ def _before_last_layer(network: nn.Module, trainable: Collection[str]) -> Parts 
         return None
     path = names.pop()
     layer = network.get_submodule(path)
-    if not path or not isinstance(layer, nn.Linear):
+    if not path or type(layer) is not nn.Linear or "forward" in vars(layer):
         return None
     after: nn.Module = layer
     for name in reversed(path.split(".")):  # nested, so that its parameters keep their names
@@ -225,10 +234,10 @@ def _agree(final_model: FinalModel, before: nn.Module, after: nn.Module, train: 
     try:
         for probe in _probes(train):
             whole = functional_apply(final_model.network, other, probe.inputs)
-            entering = computed(before, probe)
-            if len(entering) != len(probe):
+            entered = computed(before, probe)
+            if len(entered) != len(probe):
                 return False
-            parts = functional_apply(after, other, entering.inputs)
+            parts = functional_apply(after, other, entered.inputs)
             if parts.shape != whole.shape or not torch.allclose(parts, whole, rtol=1e-3, atol=1e-4):
                 return False
     except Exception as error:  # a model of another structure than expected

@@ -6,50 +6,82 @@ Where it isn't trained, what is needed of them is made a few tokens at a time fr
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from fimo.data.instances import Instances
 from fimo.models.class_losses import LanguageModelling
 from fimo.models.final_model import FinalModel, apply
+from fimo.models.watched_layers import LOOKS
 
 
 class NotReachedError(Exception):
-    """A layer was not called."""
+    """A layer was not called, or its outputs are not the network's as they are."""
 
 
-class _Reached(Exception):  # noqa: N818, as nothing is wrong
-    """Ends a forward pass with what enters a layer."""
+class _Untouched(TorchFunctionMode):
+    """Watches that nothing is done with a tensor.
 
-    def __init__(self, entering: Tensor) -> None:
+    Args:
+        tensor: that stands for a layer's outputs.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
         super().__init__()
-        self.entering = entering
+        self.tensor = tensor
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in LOOKS:
+            tree_map_only(Tensor, self._refuse, (args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+    def _refuse(self, tensor: Tensor) -> None:
+        if tensor is self.tensor:
+            raise NotReachedError("something is done with the layer's outputs")
 
 
-def entering(layer: nn.Module, call: Callable[[], object]) -> Tensor:
-    """Return what enters a layer in a call of its network, which ends there.
+def entering(layer: nn.Linear, call: Callable[[], object]) -> Tensor:
+    """Return what enters a layer in a call of its network, whose outputs are the layer's.
+
+    The layer is not computed. Something without memory stands for its outputs, and the network has to return
+    that as it is: what clamps logits, or looks at them, may leave those of other instances as they are.
 
     Raises:
-        NotReachedError: the layer was not called.
+        NotReachedError: the layer was not called once, or something else is returned.
     """
+    seen: list[Tensor] = []
     thread = threading.get_ident()
+    stack = contextlib.ExitStack()
+    given: list[Tensor] = []
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if threading.get_ident() == thread:
-            raise _Reached(args[0])
+    def stand_in(x: Tensor) -> Tensor:
+        if threading.get_ident() != thread:
+            return type(layer).forward(layer, x)
+        if seen:
+            raise NotReachedError("the layer is called twice")
+        seen.append(x)
+        given.append(x.new_zeros(()).expand(*x.shape[:-1], layer.out_features))
+        stack.enter_context(_Untouched(given[0]))
+        return given[0]
 
-    handle = layer.register_forward_pre_hook(hook)
+    layer.forward = stand_in  # type: ignore[method-assign,assignment]
     try:
-        call()
-    except _Reached as reached:
-        return reached.entering
+        with stack:
+            outputs = call()
     finally:
-        handle.remove()
-    raise NotReachedError(type(layer).__name__)
+        del layer.forward
+    if not seen or outputs is not given[0]:
+        raise NotReachedError(f"{type(layer).__name__}'s outputs are not the network's")
+    return seen[0]
 
 
 def vocabulary_of(final_model: FinalModel, probe: Instances) -> str | None:
@@ -80,10 +112,17 @@ def vocabulary_of(final_model: FinalModel, probe: Instances) -> str | None:
     finally:
         for handle in handles:
             handle.remove()
-    # the very tensor, unchanged: what clamps logits may leave those of some instances as they are
     made = [(m, tokens) for m, tokens, y, version in calls if y is outputs and y._version == version]
     if len(made) != 1 or not made[0][1] or sum(m is made[0][0] for m, *_ in calls) != 1:
         return None
     layer = made[0][0]
     assert isinstance(layer, nn.Linear)
-    return None if any(id(p) in moved for p in layer.parameters()) else linear[layer]
+    if any(id(p) in moved for p in layer.parameters()):
+        return None
+    try:
+        with torch.no_grad():
+            entering(layer, lambda: apply(network, probe.inputs))
+    except NotReachedError:
+        return None
+    found: str = linear[layer]
+    return found

@@ -6,6 +6,7 @@ train and in eval mode, the network is the sequence of these.
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -19,6 +20,8 @@ from fimo.models.copied import duplicate
 
 Watched = tuple[str, str | None, Activation | None]
 """Names of a linear layer's weight and bias, and the activation after it."""
+
+Shape = tuple[int, ...]
 
 SIZES = (1, 3)
 """Instances in the batches that are watched."""
@@ -38,25 +41,29 @@ _OF_COLUMNS = (
     Tensor.squeeze, torch.squeeze, Tensor.__getitem__, Tensor.unsqueeze, torch.unsqueeze, *_FLATTENING,
 )  # fmt: skip
 
-_LOOKS = (Tensor.size, Tensor.dim, Tensor.shape.__get__, Tensor.ndim.__get__)  # type: ignore[attr-defined]
+LOOKS = (Tensor.size, Tensor.dim, Tensor.shape.__get__, Tensor.ndim.__get__)  # type: ignore[attr-defined]
 """At a batch's shape, as flattening it needs."""
 
-_KNOWN_CALLS = {functional.linear, functional.dropout, *_ACTIVATIONS, *_FLATTENING, *_OF_COLUMNS, *_LOOKS}
+_KNOWN_CALLS = {functional.linear, functional.dropout, *_ACTIVATIONS, *_FLATTENING, *_OF_COLUMNS, *LOOKS}
 
 _NOTHING = torch.empty(0)
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, list[Watched] | None] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[Shape, list[Watched] | None]] = weakref.WeakKeyDictionary()
 
 
-def watched_layers(network: nn.Module) -> list[Watched] | None:
+def watched_layers(network: nn.Module, shape: Shape = ()) -> list[Watched] | None:
     """Return a network's layers if it is a sequence of linear layers and activations; else None.
 
     A leading flattening of each instance is seen through, as are identities, dropout with rate 0, and a
     single output that is squeezed and becomes a column again.
+
+    Args:
+        shape: of an instance, which a network may look at; () for one of one axis.
     """
-    if network not in _KNOWN:
-        _KNOWN[network] = _watched(network) if _may_be(network) else None
-    return _KNOWN[network]
+    known = _KNOWN.setdefault(network, {})
+    if shape not in known:
+        known[shape] = _watched(network, shape) if _may_be(network) else None
+    return known[shape]
 
 
 def _may_be(network: nn.Module) -> bool:
@@ -66,14 +73,15 @@ def _may_be(network: nn.Module) -> bool:
     return bool(held) and linear and next(network.buffers(), None) is None
 
 
-def _watched(network: nn.Module) -> list[Watched] | None:
+def _watched(network: nn.Module, shape: Shape) -> list[Watched] | None:
     widths = dict.fromkeys(m.in_features for m in network.modules() if isinstance(m, nn.Linear))
+    shapes = [shape] if shape else [(width,) for width in widths]  # which layer is first is not known
     try:
         with torch.inference_mode(False), torch.enable_grad():
             network = duplicate(network).requires_grad_(True)
-            for width in widths:  # which layer is first is not known
+            for each in shapes:
                 found = [
-                    _Watch(network.train(train)).layers(n, width) for train in (True, False) for n in SIZES
+                    _Watch(network.train(train)).layers(n, each) for train in (True, False) for n in SIZES
                 ]
                 if found[0] and all(f == found[0] for f in found):
                     return found[0]
@@ -96,10 +104,10 @@ class _Watch(TorchFunctionMode):
         self.found: list[Watched] = []
         self.at = _NOTHING  # what the next layer is expected to take
 
-    def layers(self, n: int, width: int) -> list[Watched] | None:
+    def layers(self, n: int, shape: Shape) -> list[Watched] | None:
         """Return the layers that a batch of n instances goes through; None where something else happens."""
-        p = next(self.network.parameters())
-        batch = self.at = torch.linspace(-1, 1, n * width, dtype=p.dtype, device=p.device).view(n, width)
+        p, size = next(self.network.parameters()), n * math.prod(shape)
+        batch = self.at = torch.linspace(-1, 1, size, dtype=p.dtype, device=p.device).view(n, *shape)
         try:
             with self:
                 outputs = self.network(batch)
@@ -120,7 +128,7 @@ class _Watch(TorchFunctionMode):
         if taken is not at or func not in _KNOWN_CALLS or drawing:  # before it draws random numbers
             raise _OtherwiseError
         after = func(*args, **kwargs)
-        if func in _LOOKS:
+        if func in LOOKS:
             self.at = at
             return after
         if not isinstance(after, Tensor) or after.dtype != at.dtype:
@@ -128,13 +136,15 @@ class _Watch(TorchFunctionMode):
         if func in _OF_COLUMNS and self.found and {at.shape, after.shape} == _column(len(at)):
             self.at = after
             return after
+        flat = (len(at), at[0].numel())
+        if func in _FLATTENING and not self.found and after.shape == flat:
+            self.at = after
+            return after
         if at.ndim != 2:
             raise _OtherwiseError
         if func is functional.linear:
             self.found.append((*self._names(*args[1:], **options), None))
-        elif func is functional.dropout or (
-            func in _FLATTENING and not self.found and after.shape == at.shape
-        ):
+        elif func is functional.dropout:
             pass
         elif func in _ACTIVATIONS and self.found and self.found[-1][2] is None:
             activation = activation_of(_ACTIVATIONS[func](*args[1:], **options))
