@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 from tests.cases import CASES
 from tests.reference.further_training import plain_run
+from torch import nn
 
 from fimo.audit import duplicates as duplicates_module
 from fimo.audit.clusters import clusters, cosines, inner_products
@@ -24,6 +25,7 @@ from fimo.data.display import Display
 from fimo.data.instances import Instances
 from fimo.data.origin import Origin
 from fimo.engine.protocol import Protocol
+from fimo.models.final_model import FinalModel
 
 
 def planted() -> Instances:
@@ -171,23 +173,52 @@ def test_a_groups_effect_is_that_of_leaving_it_out_by_hand() -> None:
     protocol = Protocol(lr=0.1, batch_size=5, epochs=3, dtype="float64", leave_out="mask")
     groups, seeds = [Group("cluster", (1, 4, 7)), Group("duplicates", (0, 9))], [0, 2, 3]
     effects = measure_groups(groups, case.final_model, case.test, Removal(case.train, protocol, seeds))
-    p = []
-    for k, group in enumerate(groups):
-        changes = []
+
+    def changes(rows: tuple[int, ...]) -> np.ndarray:
+        found = []
         for seed in seeds:
             runs = [
                 plain_run(case.final_model, case.train, case.test, protocol, seed, unit)[0][-1]
-                for unit in ((), group.rows)
+                for unit in ((), rows)
             ]
-            changes.append(float((runs[1] - runs[0]).mean()))
-        assert float(effects.mean[k]) == pytest.approx(np.mean(changes), rel=1e-5)
-        assert float(effects.sem[k]) == pytest.approx(stats.sem(changes), rel=1e-4)
-        p.append(stats.ttest_1samp(changes, 0).pvalue)
+            found.append(float((runs[1] - runs[0]).mean()))
+        return np.array(found)
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = np.array([2, 2, 2, 2, 3, 3, 3, 3])
+    drawn = [torch.randperm(len(case.train), generator=generator)[:k].tolist() for k in sizes]
+    random = np.stack([changes(tuple(rows)) for rows in drawn], 1)  # [S, R]
+    slope = random @ sizes / (sizes @ sizes)
+    scatter = ((random.mean(0) - slope.mean() * sizes) ** 2).sum() / 7 / (sizes @ sizes)
+    p = []
+    for k, group in enumerate(groups):
+        measured, size = changes(group.rows), len(group.rows)
+        assert float(effects.mean[k]) == pytest.approx(measured.mean(), rel=1e-5)
+        assert float(effects.sem[k]) == pytest.approx(stats.sem(measured), rel=1e-4)
+        beyond = measured - slope * size
+        error = np.sqrt(stats.sem(beyond) ** 2 + scatter * size**2)
+        assert float(effects.beyond[k]) == pytest.approx(beyond.mean(), rel=1e-4)
+        assert float(effects.beyond_sem[k]) == pytest.approx(error, rel=1e-4)
+        p.append(2 * stats.t.sf(abs(beyond.mean()) / error, 2))
     expected = [min(2 * min(p), max(p)) if v == min(p) else max(p) for v in p]
     assert effects.q.tolist() == pytest.approx(expected, rel=1e-3)
-    three = Effects(torch.tensor([0.2, -0.1, 0.3]), torch.ones(3), torch.full((3,), 0.05))
+    ones, beyond = torch.ones(3), torch.tensor([0.2, -0.1, 0.3])
+    three = Effects(-ones, ones, beyond, ones, torch.full((3,), 0.05))
     assert three.verdicts(0.1) == ["helpful", "harmful", "helpful"]
-    assert Effects(torch.tensor([0.2]), torch.ones(1), torch.tensor([0.2])).verdicts(0.1) == ["unclear"]
+    assert Effects(ones, ones, beyond, ones, torch.full((3,), 0.2)).verdicts(0.1) == ["unclear"] * 3
+
+
+def test_groups_of_a_model_that_still_improves_are_not_helpful_for_their_number() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(120, 4, dtype=torch.float64)
+    data = Instances(x, x @ torch.randn(4, 1, dtype=torch.float64))
+    model = FinalModel(nn.Linear(4, 1).double(), "mse", accept_poor=True)
+    protocol = Protocol(lr=0.01, batch_size=10, epochs=2, dtype="float64", leave_out="mask")
+    chosen = [Group("cluster", tuple(range(k, 120, 6))) for k in range(5)]  # as random as any
+    effects = measure_groups(chosen, model, data[:20], Removal(data, protocol, [0, 1, 2]))
+    assert bool((effects.mean > 5 * effects.sem).all())  # shorter steps
+    assert abs(float(effects.beyond.mean())) < 0.1 * float(effects.mean.mean())
+    assert effects.verdicts(0.05) == ["unclear"] * 5
 
 
 def test_what_members_share_is_said_and_what_all_have_is_not() -> None:
@@ -219,7 +250,8 @@ def test_words_that_members_share_are_said() -> None:
 
 def test_the_table_names_members_by_the_users_rows_and_ids() -> None:
     origin = Origin(np.arange(100, 106), tuple("abcdef"))
-    effects = Effects(torch.tensor([0.2]), torch.tensor([0.01]), torch.tensor([0.03]))
+    numbers = (torch.tensor([v]) for v in (0.2, 0.01, 0.15, 0.02, 0.03))
+    effects = Effects(*numbers)
     table = group_table(
         [Group("cluster", (1, 3))],
         effects,
@@ -232,8 +264,9 @@ def test_the_table_names_members_by_the_users_rows_and_ids() -> None:
     line = table.iloc[0]
     assert (line["rows"], line["ids"], line["size"], line["score"]) == ("101 103", "b d", 2, 4.0)
     assert line["verdict"] == "helpful"
+    assert (line["beyond_random"], line["beyond_random_sem"]) == pytest.approx((0.15, 0.02))
     nothing = torch.empty(0)
-    empty = group_table([], Effects(nothing, nothing, nothing), nothing, origin, lambda k: Display("x"), 0.1)
+    empty = group_table([], Effects(*[nothing] * 5), nothing, origin, lambda k: Display("x"), 0.1)
     assert list(empty) == list(GROUPS)
     assert isinstance(empty, pd.DataFrame)
     assert len(empty) == 0

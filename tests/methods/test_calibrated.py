@@ -213,3 +213,19 @@ def test_few_seeds_runs_agree_with_many_of_the_protocol_s_rule(optimizer: str) -
     error = (scores.sem_adjusted.square() + raw.var(0) / len(raw)).sqrt()
     within = ((adjusted - raw.mean(0)).abs() <= 2 * error)[scores.sem_adjusted.isfinite()]
     assert within.double().mean() > 0.85
+
+
+@pytest.mark.parametrize(
+    ("rule", "size", "known"), [("shift", 7, False), ("shift", 8, True), ("mask", 7, True)]
+)
+def test_raw_bars_are_withheld_where_epochs_without_an_instance_are_shorter(
+    rule: Any, size: int, known: bool
+) -> None:
+    case = CASES["mlp_regression"]()
+    train = case.train[list(range(22))]  # three batches of seven, and a last one of a single instance
+    protocol = Protocol(lr=0.05, batch_size=size, epochs=3, leave_out=rule, dtype="float64")
+    given = following(replace(case, train=train), protocol, list(range(8)))
+    found = CalibratedResponse().attribute(case.final_model, train, case.test, torch.arange(22), given)
+    assert (found.sem is not None) == known
+    assert found.sem_adjusted is not None
+    assert ("epochs without an instance have a step less" in found.withheld) != known

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import random
+from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fimo
+from fimo.data.instances import Instances
 from fimo.engine.choice import choose_engine
 from fimo.engine.stacked import FunctionalNetwork
 from fimo.errors import InputError
@@ -374,3 +378,29 @@ def test_networks_in_half_precision_are_computed_with_in_float32(dtype: torch.dt
     assert found.isfinite().all()
     table = fimo.audit(model, *data, protocol, top=2).rows
     pd.testing.assert_frame_equal(table, fimo.audit(same, *data, protocol, top=2).rows)
+
+
+class Elsewhere(nn.Module):
+    """Layers that are left out now and then, by numbers that are not torch's."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.a, self.b, self.draw = nn.Linear(4, 5), nn.Linear(5, 1), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        return self.b(0.5 * h if self.training and self.draw() < 0.1 else h)
+
+
+@pytest.mark.parametrize(
+    ("draw", "whose"), [(random.random, "Python's random"), (lambda: np.random.rand(), "NumPy's random")]
+)
+def test_random_numbers_that_no_seed_sets_are_refused(draw: Callable[[], float], whose: str) -> None:
+    data = Instances(torch.randn(12, 4), torch.randn(12, 1))
+    model = FinalModel(Elsewhere(draw), "mse", accept_poor=True)
+    random.seed(0)
+    np.random.seed(0)
+    with pytest.raises(InputError, match=f"draws random numbers from {whose}"):
+        TrainMode.of(model, data)
+    expected = random.Random(0).random(), np.random.RandomState(0).rand()
+    assert (random.random(), np.random.rand()) == expected  # generators are put back

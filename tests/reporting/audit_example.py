@@ -63,8 +63,8 @@ def example_audit(kind: Kind = "table", n: int = 300, verified: int = 60, seed: 
     five, two = ([" ".join(rows[c].head(k).astype(str)) for c in ("row", "id")] for k in (5, 2))
     groups = pd.DataFrame(
         [
-            ("g1", "together", 5, *five, 4e-3, 5e-3, 6e-4, 0.01, "helpful", "district=Harbour"),
-            ("g2", "duplicates", 2, *two, -1e-3, -8e-4, 6e-4, 0.4, "unclear", "the same values"),
+            ("g1", "together", 5, *five, 4e-3, 5e-3, 6e-4, 4e-3, 7e-4, 0.01, "helpful", "district=Harbour"),
+            ("g2", "duplicates", 2, *two, -1e-3, -8e-4, 6e-4, -9e-4, 7e-4, 0.4, "unclear", "the same values"),
         ],
         columns=list(GROUPS),
     )

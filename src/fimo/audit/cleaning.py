@@ -44,7 +44,9 @@ def cleaned(frame: pd.DataFrame | None, origin: Origin, removed: Sequence[int]) 
     keep = np.ones(len(frame), dtype=bool)
     keep[origin.row[out]] = False
     kept = frame[keep]
-    return kept.reset_index(drop=True) if isinstance(frame.index, pd.RangeIndex) else kept
+    kept = kept.reset_index(drop=True) if isinstance(frame.index, pd.RangeIndex) else kept
+    kept.attrs |= frame.attrs  # which say whether the file names its columns
+    return kept
 
 
 def halves(tests: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,9 @@ MOST = 10
 LEADERS = 300
 """Rows around which near duplicates are looked for."""
 
+RANDOM = 8
+"""Sets of random rows, of the groups' sizes, by which is known what leaving out so many rows does."""
+
 SAMPLE = 500
 """Rows outside a group with which its members are compared in words, and members that are read."""
 
@@ -79,37 +82,62 @@ class Effects:
 
     Args:
         mean, sem: ``[G]``; NaN where S is 1, for ``sem``.
-        q: ``[G]``, smallest false discovery rate at which the effect's sign is known (Benjamini and Hochberg,
-            of t-tests over seeds; groups of other sizes are as noisy as they are, so none borrows another's
-            variance).
+        beyond, beyond_sem: ``[G]``, the same beyond the effect of as many random rows.
+        q: ``[G]``, smallest false discovery rate at which the sign of ``beyond`` is known (Benjamini and
+            Hochberg, of t-tests over seeds; groups of other sizes are as noisy as they are, so none borrows
+            another's variance).
     """
 
     mean: Tensor
     sem: Tensor
+    beyond: Tensor
+    beyond_sem: Tensor
     q: Tensor
 
     def verdicts(self, rate: float) -> list[str]:
         """Return ``helpful``, ``harmful`` or ``unclear`` for each group."""
-        signs = torch.where(self.q <= rate, self.mean.sign(), 0.0).tolist()
+        signs = torch.where(self.q <= rate, self.beyond.sign(), 0.0).tolist()
         return [{1.0: "helpful", -1.0: "harmful"}.get(sign, "unclear") for sign in signs]
 
 
 def measure_groups(
     groups: Sequence[Group], final_model: FinalModel, test: Instances, removal: Removal
 ) -> Effects:
-    """Leave each group out as a whole, all in one job.
+    """Leave each group out as a whole, and as many random rows, all in one job.
+
+    Without any rows a run is another: under ``mask`` its steps are shorter, so that where a model still
+    improves all groups would seem helpful, the more the larger they are. That is a line through 0 in the
+    number of rows, fitted to random sets of each seed; its error for other sets is part of every bar.
 
     Args:
         removal: whose seeds should be others than those that chose clusters by measured effects.
     """
     if not groups:
         empty = torch.empty(0, dtype=torch.float64)
-        return Effects(empty, empty, empty)
-    changes = removal(final_model, test, [group.rows for group in groups]).change.mean(1)  # [S, G]
-    mean, sem = mean_and_error(changes)
-    statistic = torch.where(mean == 0, 0.0, mean.abs() / sem).numpy()
+        return Effects(empty, empty, empty, empty, empty)
+    random = _random_sets([len(group.rows) for group in groups], len(removal.train))
+    asked = [*(group.rows for group in groups), *random]
+    changes = removal(final_model, test, asked).change.mean(1)  # [S, G + R]
+    size = torch.tensor([len(set(rows)) for rows in asked], dtype=changes.dtype)
+    own, of_size = (x.split([len(groups), len(random)], -1) for x in (changes, size))
+    squares = of_size[1].square().sum()
+    slope = own[1] @ of_size[1] / squares  # [S]
+    missed = own[1].mean(0) - slope.mean() * of_size[1]
+    of_sets = missed.square().sum() / (len(random) - 1) / squares
+    mean, sem = mean_and_error(own[0])
+    beyond, error = mean_and_error(own[0] - slope[:, None] * of_size[0])
+    error = (error.square() + of_sets * of_size[0].square()).sqrt()
+    statistic = torch.where(beyond == 0, 0.0, beyond.abs() / error).numpy()
     p = np.nan_to_num(2 * stats.t.sf(statistic, max(1, len(changes) - 1)), nan=1.0)
-    return Effects(mean, sem, torch.from_numpy(stats.false_discovery_control(p)))
+    return Effects(mean, sem, beyond, error, torch.from_numpy(stats.false_discovery_control(p)))
+
+
+def _random_sets(sizes: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    """Return sets of random ones of n rows, whose sizes are spread over those given."""
+    generator = torch.Generator().manual_seed(0)
+    ascending = sorted(sizes)
+    chosen = [ascending[round(k * (len(ascending) - 1) / (RANDOM - 1))] for k in range(RANDOM)]
+    return [tuple(torch.randperm(n, generator=generator)[:size].tolist()) for size in chosen]
 
 
 def group_table(
@@ -142,6 +170,8 @@ def group_table(
                 "score": float(score[list(members)].sum()),
                 "effect": float(effects.mean[number]),
                 "effect_sem": float(effects.sem[number]),
+                "beyond_random": float(effects.beyond[number]),
+                "beyond_random_sem": float(effects.beyond_sem[number]),
                 "q": float(effects.q[number]),
                 "verdict": verdict,
                 "shared": shared(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from fimo.data.reading import EXACT
+from fimo.data.reading import EXACT, NAMELESS
 from fimo.errors import InputError
 from fimo.store.csv_tables import write_csv
 from fimo.store.files import written_aside
@@ -29,11 +29,18 @@ PAIRS = (
 )  # fmt: skip
 """Of ``pairs.csv``: the same for named test instances; the last two in the target's units, or probability."""
 
-GROUPS = ("group", "kind", "size", "rows", "ids", "score", "effect", "effect_sem", "q", "verdict", "shared")
-"""Of ``groups.csv``: rows that act together or are duplicates; ``rows`` and ``ids`` separated by spaces."""
+GROUPS = (
+    "group", "kind", "size", "rows", "ids", "score", "effect", "effect_sem",
+    "beyond_random", "beyond_random_sem", "q", "verdict", "shared",
+)  # fmt: skip
+"""Of ``groups.csv``: rows that act together or are duplicates; ``rows`` and ``ids`` separated by spaces.
+Verdicts are of what is beyond the effect of as many random rows."""
 
 PROOF = ("removed", "rows", "metric", "mean", "sem", "seeds")
 """Of ``proof.csv``: further training without some rows, on test rows that did not choose them."""
+
+NAMELESS_CLEANED = "cleaned_without_names"
+"""Of ``audit.json``: ``cleaned.csv`` has no line of names, as the user's file has none."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +77,25 @@ class Audit:
                 raise InputError(name, f"lacks the columns {', '.join(missing)}")
 
     def save(self, folder: Path | str) -> None:
-        """Write a CSV file of each table, ``cleaned.csv`` where there is one, and ``audit.json``."""
+        """Write a CSV file of each table, ``cleaned.csv`` where there is one, and ``audit.json``.
+
+        ``cleaned.csv`` has a line of names if the user's file has one.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tables = {name: getattr(self, name) for name in ("rows", "pairs", "groups", "proof", "cleaned")}
         for name, table in tables.items():
             if table is not None:
                 with written_aside(folder / f"{name}.csv") as path:
-                    write_csv(table, path)
+                    if table.attrs.get(NAMELESS):
+                        table.to_csv(path, index=False, header=False, lineterminator="\n")
+                    else:
+                        write_csv(table, path)
+        summary = dict(self.summary)
+        if self.cleaned is not None and self.cleaned.attrs.get(NAMELESS):
+            summary[NAMELESS_CLEANED] = True
         with written_aside(folder / "audit.json") as path:
-            path.write_text(json.dumps(dict(self.summary), ensure_ascii=False, indent=1, allow_nan=False))
+            path.write_text(json.dumps(summary, ensure_ascii=False, indent=1, allow_nan=False))
 
     @classmethod
     def load(cls, folder: Path | str) -> Audit:
@@ -92,13 +108,19 @@ class Audit:
         if not (folder / "audit.json").exists():
             raise InputError(str(folder), "audit.json is missing: this is no folder of a finished audit")
         names = {"id": str, "ids": str, "rows": str, "test_id": str, "verdict": str, "suggested": str}
+        summary = json.loads((folder / "audit.json").read_text())
+        nameless = summary.pop(NAMELESS_CLEANED, False)
         tables = {}
         for name in ("rows", "pairs", "groups", "proof", "cleaned"):
             path = folder / f"{name}.csv"
             if path.exists():
                 text = {} if name in ("cleaned", "proof") else names
-                table = pd.read_csv(path, dtype=text, **EXACT)
+                header = None if nameless and name == "cleaned" else 0
+                table = pd.read_csv(path, dtype=text, header=header, **EXACT)
+                if header is None:
+                    table = table.rename(columns=str)
+                    table.attrs[NAMELESS] = True
                 for column in set(table) & {"verdict", "suggested"}:
                     table[column] = table[column].fillna("")
                 tables[name] = table
-        return cls(**tables, summary=json.loads((folder / "audit.json").read_text()))
+        return cls(**tables, summary=summary)

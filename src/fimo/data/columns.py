@@ -89,7 +89,11 @@ def decide(frame: pd.DataFrame, choices: Choices, where: Callable[[int], str]) -
     )
     if whole.day_first is None:
         told = [
-            d for t in text.values() if (f := cells.looks_like_dates(t)) and (d := _told(t, f)) is not None
+            d
+            for n, t in text.items()
+            if n not in choices.one_hot
+            and (f := cells.looks_like_dates(t))
+            and (d := _told(t, f)) is not None
         ]
         whole.day_first = told[0] if told and len(set(told)) == 1 else None
     found = [_decide(str(c), frame[c], text.get(str(c)), choices, whole, where) for c in frame]
@@ -161,7 +165,7 @@ def _text(name: str, text: pd.Series, choices: Choices, whole: _Open, where: Cal
     if (truth := cells.truths(levels)) is not None:
         return Column(name, "truth", cells.by_level(text, lambda _: truth))
     if (form := cells.looks_like_dates(levels)) is not None:
-        first = cells.day_first(levels, form)
+        first = cells.day_first(levels.rename(name), form, choices.day_first)
         first = whole.day_first if first is None else first
         if first is None:
             whole.problems.append(
@@ -170,7 +174,8 @@ def _text(name: str, text: pd.Series, choices: Choices, whole: _Open, where: Cal
             )
             return Column(name, "aside", text)
         if (times := cells.dates(levels, first)) is not None:
-            return Column(name, "date", cells.by_level(text, lambda _: times))
+            said = "two-digit years are 1969 to 2068" if cells.has_short_years(levels) else ""
+            return Column(name, "date", cells.by_level(text, lambda _: times), said)
     styles = {comma: cells.numbers(levels, comma) for comma in (False, True)}
     if (number := _number(name, text, styles, whole)) is not None:
         return number
@@ -212,7 +217,7 @@ def _number(name: str, text: pd.Series, styles: dict[bool, pd.Series], whole: _O
             )
             return Column(name, "aside", text)
         comma = whole.decimal_comma
-    return Column(name, "number", cells.by_level(text, lambda _: styles[comma]))
+    return Column(name, "number", cells.by_level(text, lambda _: styles[comma]), cells.mixes_percent(text))
 
 
 def _has_decimal_comma(text: pd.Series) -> bool:
@@ -245,7 +250,11 @@ def filled(frame: pd.DataFrame, choices: Choices) -> pd.DataFrame:
 
 def has_decimal_commas(frame: pd.DataFrame) -> bool:
     """Return whether a column of a table holds numbers that can only be read with decimal commas."""
-    return any(_has_decimal_comma(cells.filled(frame[c])) for c in frame if _is_text(frame[c]))
+    return any(_has_decimal_comma(cells.filled(frame[c])) for c in frame if _may_be_numbers(frame[c]))
+
+
+def _may_be_numbers(column: pd.Series) -> bool:
+    return _is_text(column) and not cells.is_nested(column)
 
 
 def noticed(frame: pd.DataFrame, keep: Sequence[str]) -> list[str]:

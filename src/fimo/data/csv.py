@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fimo.data.cells import mixes_percent
 from fimo.data.columns import (
     Choices,
     Column,
@@ -46,7 +47,7 @@ class CsvData(TabularModule):
         path: text in any form, maybe compressed, an Excel sheet, parquet, JSON (lines).
         test_path: a second file, whose rows are the test part.
         split: name of a column that says which rows are the test part.
-        target: the target's column: its name, or its index (-1 the last).
+        target: the target's column: its name, or else its index (-1 the last). A name comes before an index.
         id: name of the column that says what a row is called; it is no feature.
         task: ``regression``, ``classification``, or ``auto`` to see from the target.
         header: whether the first line names the columns.
@@ -54,7 +55,8 @@ class CsvData(TabularModule):
         encoding: of text, such as ``latin-1``; ``auto``: UTF-8, else as Windows writes.
         sheet: of Excel: its name, or its number from 0.
         decimal: ``.`` or ``,``; ``auto`` to see from the columns.
-        day_first: of dates such as 03/04/2021; None to see from the columns.
+        day_first: of dates such as 03/04/2021; None to see from the columns. Dates with points have the day
+            first, unless their cells tell otherwise.
         empty: words that mean an empty cell, besides the usual ones.
         drop: names of columns that are no features, such as a row's number or date.
         keep: names of columns that are features, though they name rows or are constant.
@@ -106,7 +108,7 @@ class CsvData(TabularModule):
             raise InputError("dataset.split", "expected either dataset.test_path or dataset.split")
         self.path, self.test_path, self.target = Path(path), test_path, target
         self.id, self.split = (None if column is None else str(column) for column in (id, split))
-        self.form = Form(header, separator, encoding, sheet, "," if decimal == "," else ".")
+        self.form = Form(header, separator, encoding, sheet, "," if decimal == "," else ".", self.id)
         self.decimal, self.missing, self.max_levels = decimal, missing, max_levels
         self.drop, self.one_hot, self.keep = (list(map(str, names)) for names in (drop, one_hot, keep))
         self.choices = Choices(
@@ -118,7 +120,9 @@ class CsvData(TabularModule):
         frame, sources, said = self._read_files()
         rest, target = pick_target(frame, self.target)
         self._check_names(list(map(str, frame)), str(target.name))
-        target = target_values(target, self.choices.decimal)
+        said_of_target, target = mixes_percent(target), target_values(target, self.choices.decimal)
+        if said_of_target and pd.api.types.is_numeric_dtype(target):
+            said = (*said, f"{target.name} {said_of_target}")
         rest = rest.drop(columns=[c for c in (*self.drop, self.id, self.split) if c is not None])
         own, said_of_parts = self._own_parts(frame, sources)
         if self.missing == "drop":

@@ -121,7 +121,7 @@ def _said(columns: Sequence[Column], transformer: ColumnTransformer, frame: pd.D
 
     lines = [f"{c.name} {c.said}" for c in named("number") if c.said]
     if found := named("date"):
-        names = ", ".join(c.name for c in found)
+        names = ", ".join(c.name + (f" ({c.said})" if c.said else "") for c in found)
         lines.append(f"dates, as days since 1970-01-01 with month and weekday: {names}")
     if found := named("truth"):
         lines.append(f"truth values, as 0 and 1: {', '.join(c.name for c in found)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -25,6 +27,10 @@ TEST = (
     "evaluation",
 )
 VALIDATION = ("validation", "valid", "val", "dev", "cv")
+TRUE_OF_TEST = ("test", "testing", "holdout", "heldout", "valid", "validation")
+TRUE_OF_TRAIN = ("train", "training")
+NEGATIONS = ("not", "non", "no")
+"""Words in the name of a column of truth values; with a negation it may say either."""
 KEY = "dataset.split"
 
 
@@ -43,7 +49,7 @@ def parts(column: pd.Series, where: Callable[[int], str]) -> tuple[np.ndarray, n
         raise InputError(KEY, f"column {column.name!r} is empty in {where(row)}")
     words = column.map(_word)
     found = list(words.unique())
-    called = _by_name(found) or _by_truth(found, str(column.name).casefold())
+    called = _by_name(found) or _by_truth(found, str(column.name))
     if called is None:
         raise InputError(
             KEY,
@@ -75,8 +81,21 @@ def _by_name(found: list[str]) -> tuple[list[str], list[str]] | None:
 
 def _by_truth(found: list[str], name: str) -> tuple[list[str], list[str]] | None:
     pair = next((p for p in (("0", "1"), *TRUTHS) if set(found) == set(p)), None)
-    of_test = any(word in name for word in ("test", "holdout", "hold_out", "valid"))
-    if pair is None or of_test == ("train" in name):
+    words = _words(name)
+    of_test, of_train = (not words.isdisjoint(called) for called in (TRUE_OF_TEST, TRUE_OF_TRAIN))
+    if pair is None or of_test == of_train or not words.isdisjoint(NEGATIONS):
         return None
     no, yes = pair
     return ([no], [yes]) if of_test else ([yes], [no])
+
+
+def _words(name: str) -> set[str]:
+    """Return the words of a column's name, and two that follow each other as one (``hold_out``).
+
+    Words end where no letter follows, and where a capital letter follows a small one. ``is`` before a word,
+    and ``set`` after it, are no part of it (``istest``, ``testset``).
+    """
+    apart = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
+    words = [word.casefold() for word in re.findall(r"[^\W\d_]+", apart)]
+    words += [f"{one}{other}" for one, other in itertools.pairwise(words)]
+    return {*words, *(re.sub(r"^is|sets?$", "", word) for word in words)}

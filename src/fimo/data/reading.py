@@ -11,8 +11,8 @@ import lzma
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     ".zip": lambda content: _only_member(content),
 }
 SHEETS, PARQUET, JSON = (".xlsx", ".xlsm", ".xls"), (".parquet", ".pq"), (".jsonl", ".json")
+NAMELESS = "columns without names"
+"""Key of ``DataFrame.attrs``: the file has no line of names, so that a copy of it has none either."""
 GUESSED = "cp1252"
 """What a text that is not UTF-8 is read as where nothing is said: a superset of printable latin-1."""
 
@@ -48,6 +50,7 @@ class Form:
         header, separator, encoding: of text; see :func:`read_frame`.
         sheet: of Excel: name or number from 0.
         decimal: the point of text's numbers; those in another form stay text.
+        id: column of text or Excel whose cells stay as they are written, without spaces around them.
     """
 
     header: bool = True
@@ -55,6 +58,7 @@ class Form:
     encoding: str = "auto"
     sheet: str | int = 0
     decimal: str = "."
+    id: str | None = None
 
 
 def read_file(path: Path, form: Form, key: str = KEY) -> tuple[pd.DataFrame, int | None, str]:
@@ -75,9 +79,7 @@ def read_file(path: Path, form: Form, key: str = KEY) -> tuple[pd.DataFrame, int
     suffix = path.suffix.lower()
     if suffix in SHEETS:
         require(key, XLS if suffix == ".xls" else XLSX, "or give a text table")
-        header = 0 if form.header else None
-        frame = _read(path, key, lambda: pd.read_excel(path, sheet_name=form.sheet, header=header))
-        return _named(frame.dropna(how="all", axis=1), form.header), None, ""
+        return _sheet(path, form, key), None, ""
     if suffix in PARQUET:
         return _named(_read(path, key, lambda: pd.read_parquet(path).reset_index(drop=True)), True), None, ""
     if suffix in JSON:
@@ -86,16 +88,21 @@ def read_file(path: Path, form: Form, key: str = KEY) -> tuple[pd.DataFrame, int
         frame = _read(path, key, lambda: pd.DataFrame(_records(text) if lines else json.loads(text)))
         return _named(frame, True), first_line(text, len(frame), False) if lines else None, ""
     text, guessed = decoded(path, form.encoding, key)
-    frame = parse(path, text, form.header, form.separator, form.decimal, key)
+    frame = parse(path, text, form.header, form.separator, form.decimal, key, identifiers=form.id)
     return frame, first_line(text, len(frame), form.header), guessed
 
 
 def as_written(path: Path, form: Form) -> pd.DataFrame:
     """Return a file's table with every cell of text as it is written."""
-    if path.suffix.lower() in (*SHEETS, *PARQUET, *JSON):
-        return read_file(path, form)[0]
-    text, _ = decoded(path, form.encoding, KEY)
-    return parse(path, text, form.header, form.separator, form.decimal, KEY, as_text=True)
+    suffix = path.suffix.lower()
+    if suffix in (*SHEETS, *PARQUET, *JSON):
+        frame = read_file(path, replace(form, id=None))[0]
+    else:
+        text, _ = decoded(path, form.encoding, KEY)
+        frame = parse(path, text, form.header, form.separator, form.decimal, KEY, as_text=True)
+    if not form.header and suffix not in (*PARQUET, *JSON):
+        frame.attrs[NAMELESS] = True
+    return frame
 
 
 def read_frame(path: Path, header: bool | None, separator: str, encoding: str = "utf-8") -> pd.DataFrame:
@@ -158,6 +165,7 @@ def parse(
     decimal: str,
     key: str,
     as_text: bool = False,
+    identifiers: str | None = None,
 ) -> pd.DataFrame:
     """Return the table that a text is.
 
@@ -165,6 +173,7 @@ def parse(
         path: for errors.
         decimal: the point of numbers; cells in another form stay text.
         as_text: every cell as it is written, empty ones too.
+        identifiers: a column whose cells stay as they are written.
     """
     if separator not in SEPARATORS and len(separator) != 1:
         allowed = ", ".join(SEPARATORS)
@@ -183,21 +192,34 @@ def parse(
         names = [name.strip() for name in next(csv.reader([first], delimiter=found))]
         if twice := sorted({name for name in names if name and names.count(name) > 1}):
             raise InputError(key, f"{path} has several columns named {twice[0]!r}; rename them")
-    try:
+    written = {"dtype": str, "keep_default_na": False}
+    # of the faster engine, which knows these choices; in parts, a column could be read as numbers and as text
+    exact = {**EXACT, "low_memory": False} if found.isascii() else {"engine": "python"}
+
+    def read(**choices: Any) -> pd.DataFrame:
         frame: pd.DataFrame = pd.read_csv(
             io.StringIO(text),
             sep=found,
             header=0 if header else None,
             skipinitialspace=True,
             decimal=decimal,
-            **({"dtype": str, "keep_default_na": False} if as_text else EXACT),
+            **exact,
+            **choices,
         )
+        return frame
+
+    try:
+        frame = read(**(written if as_text else {}))
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(key, f"{path} is not a table separated by {found!r} ({reason})") from None
     if frame.shape[1] < 2:
         raise InputError("dataset.separator", f"{path} has one column only when separated by {found!r}")
-    return frame if header else frame.rename(columns=str)
+    frame = frame if header else frame.rename(columns=str)
+    if identifiers is not None and identifiers in frame and not as_text:
+        column = read(usecols=[list(frame).index(identifiers)], **written).iloc[:, 0]
+        frame = frame.assign(**{identifiers: column.str.strip()})
+    return frame
 
 
 def guess_separator(text: str) -> str:
@@ -221,14 +243,35 @@ def _check_lines(path: Path, text: str, separator: str, key: str) -> None:
     Raises:
         InputError: naming the line.
     """
-    if len(separator) > 1 or '"' in text:  # quoted cells may go over several lines
+    if len(separator) > 1:
         return
-    lines = [(k, line) for k, line in enumerate(text.splitlines(), 1) if line.strip()]
-    width = lines[0][1].count(separator)
-    for number, line in lines:
-        if (count := line.count(separator)) > width:
-            cells = f"line {number} has {count + 1} cells where the first has {width + 1}"
-            raise InputError(key, f"{path} is not a table separated by {separator!r}: {cells}")
+    limit = csv.field_size_limit(len(text) + 1)  # else a cell of more than 131072 characters is an error
+    try:
+        widths = _quoted_widths(text, separator) if '"' in text else _widths(text, separator)
+        _, first = next(widths, (0, 0))
+        wider = next(((number, width) for number, width in widths if width > first), None)
+    finally:
+        csv.field_size_limit(limit)
+    if wider is not None:
+        cells = f"line {wider[0]} has {wider[1]} cells where the first has {first}"
+        raise InputError(key, f"{path} is not a table separated by {separator!r}: {cells}")
+
+
+def _widths(text: str, separator: str) -> Iterator[tuple[int, int]]:
+    """Yield the number of each line that is not blank, and how many cells it has."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield number, line.count(separator) + 1
+
+
+def _quoted_widths(text: str, separator: str) -> Iterator[tuple[int, int]]:
+    """Yield the same of rows with quoted cells, which may go over several lines; the first is named."""
+    reader = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
+    number = 1
+    for row in reader:
+        if len(row) > 1 or any(map(str.strip, row)):
+            yield number, len(row)
+        number = reader.line_num + 1
 
 
 def _is_number(text: object) -> bool:
@@ -249,6 +292,19 @@ def _only_member(content: bytes) -> bytes:
     if len(names) != 1:
         raise zipfile.BadZipFile(f"expected one file in it but there are {len(names)}")
     return archive.read(names[0])
+
+
+def _sheet(path: Path, form: Form, key: str) -> pd.DataFrame:
+    """Return an Excel sheet's table without its empty columns."""
+    choices: dict[str, Any] = {"sheet_name": form.sheet, "header": 0 if form.header else None}
+    frame = _read(path, key, lambda: pd.read_excel(path, **choices))
+    names = [str(c).strip() for c in frame]
+    found = _named(frame.dropna(how="all", axis=1), form.header)
+    if form.id is None or form.id not in found:
+        return found
+    choices |= {"usecols": [names.index(form.id)], "dtype": object, "keep_default_na": False}
+    column = _read(path, key, lambda: pd.read_excel(path, **choices)).iloc[:, 0]
+    return found.assign(**{form.id: column.map(lambda v: v.strip() if isinstance(v, str) else v)})
 
 
 def _read(path: Path, key: str, reader: Callable[[], Any]) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from fimo.data.datamodule import InstancesModule, Split, held_out, plain
 from fimo.data.display import Display, figures
 from fimo.data.instances import Instances
 from fimo.data.origin import Origin, Sources, cells_of
-from fimo.data.target import check_numeric, class_target, regression_target, seen_task
+from fimo.data.target import as_classes, check_numeric, class_target, regression_target, seen_task
 from fimo.errors import InputError, shortened
 
 log = logging.getLogger(__name__)
@@ -146,6 +146,7 @@ class TabularModule(InstancesModule):
             self.outputs = 1
         else:
             self.class_names, classes = class_target(table.target, train, test, sources.where)
+            self._shown_target = as_classes(table.target)
             targets = torch.tensor(classes, dtype=torch.int64)
             self.outputs = len(self.class_names)
         self.train, self.test = (
@@ -176,7 +177,8 @@ class TabularModule(InstancesModule):
         return [self._target_text(target) for target in self._shown_target.iloc[self._rows[split]]]
 
     def _target_text(self, target: object) -> str:
-        text = f"{target:.6g}" if isinstance(target, (float, np.floating)) else str(target)
+        is_value = self.task == "regression" and isinstance(target, (float, np.floating))
+        text = f"{target:.6g}" if is_value else str(target)
         return f"{text} {self.unit}".strip()
 
 
@@ -220,12 +222,14 @@ def standardise(values: np.ndarray, train: np.ndarray) -> np.ndarray:
 def pick_target(frame: pd.DataFrame, target: str | int) -> tuple[pd.DataFrame, pd.Series]:
     """Split a frame into features and the target column, given by name or by index (-1 the last).
 
+    A name comes before an index: 1 is the column called ``1``, if there is one.
+
     Raises:
         InputError: there is no such column.
     """
     columns = list(frame.columns)
-    if target in columns:
-        name = target
+    if target in columns or str(target) in columns:
+        name = target if target in columns else str(target)
     elif isinstance(target, int) or str(target).lstrip("-").isdigit():
         index = int(target)
         if not -len(columns) <= index < len(columns):

@@ -46,15 +46,19 @@ def seen_task(target: pd.Series) -> tuple[Task, str]:
 def target_values(target: pd.Series, decimal: str) -> pd.Series:
     """Return a target as read: numbers that are written as text as numbers, other text stripped.
 
+    A cell that is ``?`` alone is empty; other words for that (``none``, ``-``) may be classes.
+
     Args:
         decimal: ``,``, ``.`` or ``auto``.
 
     Raises:
-        InputError: ``dataset.decimal``: numbers that may be read in two ways.
+        InputError: ``dataset.decimal``: numbers that may be read in two ways; ``dataset.target``: lists.
     """
     if pd.api.types.is_numeric_dtype(target):
         return target
-    text = target.where(target.isna(), target.astype(str).str.strip()).replace("", np.nan)
+    if cells.is_nested(target):
+        raise InputError(KEY, f"column {str(target.name)!r} holds lists or records, not single values")
+    text = target.where(target.isna(), target.astype(str).str.strip()).replace(["", "?"], np.nan)
     known = cells.filled(text).dropna()
     styles = [n for comma in (False, True) if (n := cells.numbers(known, comma)).notna().all()]
     if not len(known) or not styles:
@@ -97,12 +101,13 @@ def class_target(
             class in the test part only, which no training row can explain.
     """
     _check_filled(target, where)
+    numbers = pd.api.types.is_numeric_dtype(target)
+    target = as_classes(target)
     name, values = str(target.name), target.tolist()
     classes = sorted(target.unique().tolist())
     if len(classes) < 2:
         raise InputError(KEY, f"column {name!r} has one class only ({classes[0]!r})")
     if len(classes) > max(2, len(target) // 2):
-        numbers = pd.api.types.is_numeric_dtype(target)
         doubt = "is this regression?" if numbers else "does it name rows, and another column is the target?"
         raise InputError(KEY, f"column {name!r} has {len(classes)} classes in {len(target)} rows; {doubt}")
     counts = target.value_counts()
@@ -123,6 +128,19 @@ def class_target(
             )
     indices = {c: k for k, c in enumerate(classes)}
     return tuple(map(str, classes)), target.map(indices).to_numpy(dtype=np.int64)
+
+
+def as_classes(target: pd.Series) -> pd.Series:
+    """Return a target whose floating-point numbers are called as classes are: whole ones without ``.0``."""
+    if not pd.api.types.is_float_dtype(target):
+        return target
+    codes, levels = pd.factorize(target)
+    called = [_class_of(float(str(level))) for level in levels.to_numpy()]  # of float32, its own digits
+    return pd.Series(np.array(called, dtype=object)[codes], target.index, name=target.name)
+
+
+def _class_of(value: float) -> float | int:
+    return int(value) if value.is_integer() else value
 
 
 def _check_filled(target: pd.Series, where: Place) -> None:

@@ -393,6 +393,13 @@ class CalibratedResponse(Response):
         known = explained[:, :, instance[runs]].permute(2, 0, 1) + correction.own_scale[:, None] * own
         residual = real[runs] - known
         bars = self._bars(problem, pilot, response.spread, residual, explained, correction)
+        protocol, n = problem.followed.protocol, len(problem.train)
+        if protocol.leave_out == "shift" and protocol.batches_per_epoch(n - 1) < protocol.batches_per_epoch(
+            n
+        ):
+            # differences between real runs, by which responses are scaled, say nothing about that
+            why = "of raw scores: epochs without an instance have a step less, by which all scores are moved"
+            bars = ErrorBars(None, bars.adjusted, "; ".join(filter(None, (why, bars.withheld))))
         values = (explained + correction.remainder).to(response.spread.mean.device, problem.dtype)
         return Calibrated(values, bars, trusted, correction, len(real), steps)
 

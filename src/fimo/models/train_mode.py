@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,11 +53,13 @@ class TrainMode:
         """Find out by trying, on two instances.
 
         Raises:
-            InputError: buffers change whatever the mode, so that outputs depend on what was evaluated before.
+            InputError: buffers change whatever the mode, so that outputs depend on what was evaluated before;
+                or random numbers are drawn that are not torch's.
         """
         two = train[:2].inputs
         kept = _kept_in_eval(final_model, two)
         network = cls(kept).set(duplicate(final_model.network))
+        _refuse_others_numbers(network, two)
         stochastic = draws(network, two)
         return cls(kept, stochastic, stochastic and _draws_only_masks(network, two))
 
@@ -89,6 +93,35 @@ def draws(network: nn.Module, inputs: Inputs) -> bool:
         before = state()
         apply(network, inputs)
         return not torch.equal(before, state())
+
+
+def _refuse_others_numbers(network: nn.Module, inputs: Inputs) -> None:
+    """Refuse a network that draws random numbers from Python or NumPy, which steps don't seed.
+
+    The generators are put back.
+    """
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    kept = random.getstate(), np.random.get_state(legacy=False)
+    before = _others_states()
+    try:
+        with seeded(0, device), torch.no_grad():
+            apply(network, inputs)
+        drawn = [name for name, state in _others_states().items() if state != before[name]]
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+    if drawn:
+        raise InputError(
+            "model.network",
+            f"in train mode it draws random numbers from {' and '.join(drawn)}, which no seed of further "
+            "training sets, so that runs could not be compared; expected torch's (torch.rand, dropout)",
+        )
+
+
+def _others_states() -> dict[str, object]:
+    """Return the states of Python's and NumPy's generators by name."""
+    numpy = np.random.get_state(legacy=False)["state"]
+    return {"Python's random": random.getstate(), "NumPy's random": (numpy["key"].tobytes(), numpy["pos"])}
 
 
 def _draws_only_masks(network: nn.Module, inputs: Inputs) -> bool:

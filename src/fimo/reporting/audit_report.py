@@ -139,6 +139,12 @@ def groups_table(groups: pd.DataFrame) -> dict[str, Any]:
         Column(
             "predicted", "effect", effects(groups["score"], missing), "the sum of their predicted effects"
         ),
+        Column(
+            "beyond random rows",
+            "effect",
+            effects(groups["beyond_random"], groups["beyond_random_sem"]),
+            "the measured effect minus that of as many random rows, by which verdicts are made",
+        ),
         Column("verdict", "verdict", list(groups["verdict"])),
         Column("what they share", "text", list(groups["shared"])),
         Column("members", "text", [listed(str(ids).split(), MOST_MEMBERS) for ids in groups["ids"]]),
