@@ -292,6 +292,15 @@ def test_what_is_a_little_wrong_is_said_in_one_line(
     if not torch.cuda.is_available():
         with pytest.raises(fimo.InputError, match=r"device: cuda is not here .*there are cpu"):
             fimo.attribute(model, data, data, "graddot", device="cuda")
+    for device in ("gpu", None, 1.5):
+        for call in (
+            lambda device: fimo.attribute(model, data, data, "graddot", device=device),
+            lambda device: fimo.further_train(model, data, data, FT, 2, [0], device=device),
+            lambda device: fimo.audit(model, data, data, FT, device=device),
+            lambda device: fimo.check(model, data, data, FT, device=device),
+        ):
+            with pytest.raises(fimo.InputError, match=rf"^device: expected one of cpu.* but got {device!r}$"):
+                call(device)
     found = fimo.attribute(model, data, (X[:4], Y[:4]), "graddot")
     with pytest.raises(fimo.InputError, match=r"scores: expected scores by name"):
         fimo.evaluate(found, truth)  # type: ignore[arg-type]

@@ -125,6 +125,15 @@ def test_a_loss_averaged_over_the_batch_fails_and_the_rest_is_not_tried() -> Non
     assert [line.name for line in found] == ["loss", "the rest"]
 
 
+def test_probabilities_where_cross_entropy_takes_logits_are_warned_of() -> None:
+    logits = mlp(4, (6,), 3, nn.ReLU)
+    for last, verdict in ((nn.Softmax(1), Verdict.WARN), (nn.LogSoftmax(1), Verdict.PASS)):
+        case = with_network("mlp_classification", nn.Sequential(logits, last))
+        line, *_ = losses(case.final_model, case.train, case.test)
+        assert line.verdict == verdict
+        assert line.text.startswith("outputs look like probabilities") == (verdict == Verdict.WARN)
+
+
 def test_a_network_that_couples_the_rows_of_a_batch_fails() -> None:
     coupled = nn.Sequential(
         nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Tanh(), nn.Linear(6, 1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +70,9 @@ def table(folder: Path, rows: str) -> str:
         ("model.optimizer=lbfgs", "model.optimizer: expected one of sgd, adam, adamw"),
         ("model.loss=hinge", "model.loss: expected one of mse"),
         ("model.network.hidden=[0]", "model.network.hidden: expected widths of at least 1"),
+        ("model.network.hidden=[a]", "model.network.hidden: expected widths of at least 1, a list of"),
+        ("model.network.hidden=[1.5]", "model.network.hidden: expected widths of at least 1"),
+        ("further_training.left_out=all", "further_training.left_out: expected a number of rows, a list of"),
         ("+model.network.widht=3", "model.network.widht: unknown argument"),
         ("model.trainable=[head.*]", "model.trainable: no parameter matches 'head.*'"),
         ("dataset.test_size=1.5", "dataset.test_size: expected a share between 0 and 1"),
@@ -244,6 +249,26 @@ def test_a_full_disk_is_one_line_with_the_file(refused, monkeypatch: pytest.Monk
     assert re.search(r"^error: \S+model\.safetensors: No space left on device$", printed, re.MULTILINE)
     assert "Traceback" not in printed
     assert "Error executing job" not in printed
+
+
+def test_a_disk_that_is_full_when_the_report_is_written_is_one_line_with_the_file(
+    refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_text
+
+    def full(path: Path, text: str, *more: Any, **options: Any) -> int:
+        if path.name.startswith(".report.html"):
+            raise OSError(errno.ENOSPC, "No space left on device")  # as writing says it: of no file
+        return write(path, text, *more, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    short = "further_training.epochs=1 further_training.seeds=2 further_training.left_out=3"
+    printed = refused(
+        f"trainer.max_epochs=1 model.network.hidden=[] model.accept_poor=true +method=graddot {short}",
+        training=True,
+    )
+    assert re.search(r"^error: \S+/report\.html: No space left on device$", printed, re.MULTILINE)
+    assert "Traceback" not in printed
 
 
 def test_help_explains_the_groups_without_importing_torch() -> None:

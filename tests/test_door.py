@@ -81,6 +81,7 @@ def test_left_out_instances_are_a_number_or_any_list_of_them(left_out: Any) -> N
         (np.ones(16, bool), "expected whole numbers but got True"),
         ([], "expected at least one index but got none"),
         (1.5, "a list"),
+        ("all", "expected a number of rows, a list of their indices, or None for all, but got 'all'"),
     ],
 )
 def test_indices_that_are_not_there_are_refused(left_out: Any, said: str) -> None:
@@ -503,6 +504,49 @@ def test_parameters_that_the_user_froze_stay_frozen(caplog: pytest.LogCaptureFix
 def test_a_final_model_of_other_things_is_refused(arguments: Any, said: str) -> None:
     with pytest.raises(InputError, match=re.escape(said)):
         FinalModel(*arguments)
+
+
+# --- a network that ends in softmax, under a loss that takes logits
+
+
+class Probabilities(nn.Module):
+    """Ends in softmax, or in its logarithm."""
+
+    def __init__(self, width: int = 3, logarithm: bool = False) -> None:
+        super().__init__()
+        self.logits, self.logarithm = network(outputs=width), logarithm
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.logits(x)
+        return logits.log_softmax(1) if self.logarithm else logits.softmax(1)
+
+
+CLASSES = Instances(DATA.inputs, torch.arange(20) % 3)
+
+
+def test_probabilities_where_cross_entropy_takes_logits_are_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = FinalModel(Probabilities(), "cross_entropy", accept_poor=True)
+    for end in (20, 19):  # of which the second is admitted anew
+        GradDot().attribute(model, CLASSES[:16], CLASSES[16:end])
+    assert caplog.text.count("outputs look like probabilities (each row adds up to 1)") == 1
+    assert "cross_entropy takes logits: leave out the last softmax, or take its logarithm" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("network", "loss"),
+    [
+        (Probabilities(logarithm=True), "cross_entropy"),
+        (network(outputs=3), "cross_entropy"),
+        (Probabilities(), lambda outputs, targets: F.nll_loss(outputs.log(), targets, reduction="none")),
+    ],
+)
+def test_logits_log_probabilities_and_a_loss_of_probabilities_are_not_warned_of(
+    network: nn.Module, loss: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    GradDot().attribute(FinalModel(network, loss, accept_poor=True), CLASSES[:16], CLASSES[16:])
+    assert "probabilities" not in caplog.text
 
 
 # --- a final model worse than a constant

@@ -186,8 +186,7 @@ def attribute(
         torch.Size([5, 40])
     """
     chosen = _methods(method, settings)
-    where = torch.device(device)
-    choices.device(where)
+    where = choices.device(device)
     if not isinstance(further_training, Protocol | FurtherTraining | None):
         raise InputError("further_training", _no_protocol(further_training))
     given = train_and_test(train, test, inputs, target, ("train", "test"))

@@ -78,6 +78,20 @@ def test_mappings_are_passed_by_name_and_loaders_of_mappings_too() -> None:
         ((np.array(["a", "b"]), np.array([0, 1])), {}, "not numbers"),
         ((X / 0, Y), {}, "element 0 has NaN or infinite inputs"),
         (object(), {}, "expected Instances, arrays (X, y), a DataFrame, a DataLoader, or a data set"),
+        ((X.to(torch.complex64), Y), {}, "inputs is of complex64; expected real numbers"),
+        ((X, Y.numpy() * 1j), {}, "targets is of complex128; expected real numbers"),
+        ([(x.to(torch.complex64), 0) for x in X], {}, "inputs is of complex64; expected real numbers"),
+        (FRAME.assign(b=1j), {"inputs": ["b"], "target": "y"}, "column 'b' is of complex128; expected real"),
+        ((X.to_sparse(), Y), {}, "inputs is sparse; pass .to_dense()"),
+        (({"x": X.to_sparse()}, Y), {}, "x is sparse; pass .to_dense()"),
+        ([(x.to_sparse(), 0) for x in X], {}, "inputs is sparse; pass .to_dense()"),
+        (
+            (X, Y.tolist()),
+            {},
+            "expected (X, y), a tuple whose targets y are an array or a tensor, but got a tuple",
+        ),
+        ([X, Y], {}, "a tuple whose targets y are an array or a tensor, but got a list of Tensor and Tensor"),
+        (({"x": X}, Y.tolist()), {}, "but got a tuple of dict and list"),
     ],
 )
 def test_what_does_not_say_which_instance_is_which_is_refused(
@@ -87,6 +101,12 @@ def test_what_does_not_say_which_instance_is_which_is_refused(
         to_instances(source, key="dataset.train", **arguments)
     assert caught.value.key == "dataset.train"
     assert said in caught.value.problem
+
+
+def test_two_elements_in_a_list_are_no_pair_of_inputs_and_targets() -> None:
+    first, second = {"x": X[0], "label": Y[0]}, {"x": X[1], "label": Y[1]}
+    for source in ([first, second], (first, second), [(X[0], Y[0]), (X[1], Y[1])]):
+        assert to_instances(source).targets.tolist() == [0, 1]
 
 
 def test_instances_are_tensors_of_one_length() -> None:

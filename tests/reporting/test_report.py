@@ -329,6 +329,19 @@ def test_a_method_that_followed_the_measurement_s_own_seeds_is_marked_in_page_le
     assert "own seeds" not in page_text(write_report(example(), tmp_path / "other.html"))
 
 
+def test_seconds_are_labelled_in_full_on_their_logarithmic_axis() -> None:
+    def axis(seconds: float) -> dict:
+        run = example()
+        cost = run.cost.assign(seconds=run.cost["seconds"].where(run.cost["stage"] != "follows", seconds))
+        cost["seconds"] = cost["seconds"].where(cost["stage"] != "random", 0.04)
+        figure = cost_figure([dataclasses.replace(run, cost=cost)], "cosine")
+        return figure.to_dict()["layout"]["xaxis"]
+
+    assert axis(2.0)["ticktext"] == ["0.02", "0.05", "0.1", "0.2", "0.5", "1", "2", "5"]
+    wide = axis(400.0)
+    assert (wide["dtick"], wide.get("ticktext")) == (1, None)
+
+
 def test_the_agreement_is_drawn_above_a_band_from_the_lower_to_the_upper_ceiling() -> None:
     run = example()
     rows = run.evaluation.query("metric == 'cosine' and method == 'follows' and seeds == 6")

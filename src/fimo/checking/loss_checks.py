@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from fimo.checking.verdict import Line, fails, passes
+from fimo.checking.verdict import Line, fails, passes, warns
 from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.models.final_model import FinalModel, apply
-from fimo.validation.admission import PROBE, admit, as_instances
+from fimo.validation.admission import PROBE, admit, as_instances, tried
+from fimo.validation.probabilities import unlike_logits
 
 NAME = "loss"
 
@@ -29,6 +30,9 @@ def losses(final_model: FinalModel, train: Any, test: Any) -> tuple[Line, Instan
     text = "one value for each instance, which depends on it alone, in evaluation and in training steps"
     if not torch.isfinite(final_model.losses(tested[: min(PROBE, len(tested))])).all():
         return fails(NAME, "losses are not finite"), found, tested
+    outputs = tried(final_model, found[: min(PROBE, len(found))])
+    if (said := unlike_logits(final_model.loss, outputs)) is not None:
+        return warns(NAME, said), found, tested
     return passes(NAME, f"{text} ({min(PROBE, len(train))} instances)"), found, tested
 
 

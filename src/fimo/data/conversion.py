@@ -24,6 +24,9 @@ Columns = str | Sequence[str] | None
 BLOCK = 4096
 """Rows that are read together from data sets that may be larger than the memory."""
 
+REAL = "expected real numbers, as of .real, .imag or .abs()"
+"""Instead of complex ones."""
+
 TARGETS = ("label", "labels", "target")
 """Columns that are taken for the target where none is named."""
 
@@ -59,8 +62,8 @@ def to_instances(
         and truth values as int64 (a DataFrame's inputs in the default dtype).
 
     Raises:
-        InputError: with ``key``: no instances, elements of another form, inputs that differ in shape, NaN, a
-            loader that shuffles or drops instances.
+        InputError: with ``key``: no instances, elements of another form, inputs that differ in shape, NaN,
+            complex numbers, a sparse tensor, a loader that shuffles or drops instances.
     """
     if isinstance(source, Instances):
         return source.detached()
@@ -297,16 +300,29 @@ def _of_pair(source: tuple[Any, Any], key: str) -> Instances:
 
 
 def _is_pair(source: Any, key: str) -> bool:
-    if not isinstance(source, tuple) or len(source) != 2:
+    if not isinstance(source, tuple | list) or len(source) != 2:
         return False
     x, y = source
+    if _holds_arrays(x) and not isinstance(y, Mapping) and not (isinstance(source, tuple) and is_array(y)):
+        # no two elements of a data set, whose first would be a tuple, or a mapping as the second is
+        found = f"a {type(source).__name__} of {type(x).__name__} and {type(y).__name__}"
+        raise InputError(
+            key, f"expected (X, y), a tuple whose targets y are an array or a tensor, but got {found}"
+        )
+    if isinstance(source, list):
+        return False
     if is_array(y) and isinstance(x, tuple | list) and x and all(map(is_array, x)):
         raise InputError(
             key,
             f"expected (X, y) but X is a {type(x).__name__} of {len(x)} arrays: torch.stack those of single "
             "instances; several inputs of the network take a mapping by their names, {'ids': …, 'mask': …}",
         )
-    return is_array(y) and (is_array(x) or (isinstance(x, Mapping) and all(map(is_array, x.values()))))
+    return is_array(y) and _holds_arrays(x)
+
+
+def _holds_arrays(x: Any) -> bool:
+    """Return whether something is an array, or a mapping of arrays."""
+    return is_array(x) or (isinstance(x, Mapping) and all(map(is_array, x.values())))
 
 
 def _is_table(value: Any) -> bool:
@@ -355,7 +371,7 @@ def _columns(
 def _array(value: Any, key: str, name: str) -> Tensor:
     """Return an array, Series or DataFrame as a tensor."""
     if isinstance(value, Tensor):
-        return _typed(value, from_tensor=True)
+        return _typed(value, key, name, from_tensor=True)
     if _is_frame(value) or _is_series(value):
         frame = value.to_frame() if _is_series(value) else value
         if not frame.columns.is_unique:
@@ -366,6 +382,8 @@ def _array(value: Any, key: str, name: str) -> Tensor:
                 raise InputError(
                     key, f"column {column!r} is of {frame[column].dtype}, not numbers; encode it first"
                 )
+            if frame[column].dtype.kind == "c":
+                raise InputError(key, f"column {column!r} is of {frame[column].dtype}; {REAL}")
             if missing := frame[column].isna().to_numpy().nonzero()[0].tolist():
                 raise InputError(key, f"column {column!r} has no value in row {missing[0]}")
         if _is_frame(value) and name == "inputs":
@@ -383,7 +401,7 @@ def _array(value: Any, key: str, name: str) -> Tensor:
     except TypeError:
         hint = "; class names become numbers in the order of the network's outputs" * (name == "targets")
         raise InputError(key, f"{name} are an array of {value.dtype}, not numbers{hint}") from None
-    return _typed(tensor)
+    return _typed(tensor, key, name)
 
 
 def _numeric(column: Any) -> bool:
@@ -392,7 +410,11 @@ def _numeric(column: Any) -> bool:
     return bool(is_numeric_dtype(column) or is_bool_dtype(column))
 
 
-def _typed(tensor: Tensor, from_tensor: bool = False) -> Tensor:
+def _typed(tensor: Tensor, key: str, name: str, from_tensor: bool = False) -> Tensor:
+    if tensor.layout != torch.strided:
+        raise InputError(key, f"{name} is sparse; pass .to_dense()")
+    if tensor.is_complex():
+        raise InputError(key, f"{name} is of {str(tensor.dtype).removeprefix('torch.')}; {REAL}")
     if tensor.is_floating_point():
         return tensor if from_tensor else tensor.to(torch.get_default_dtype())
     return tensor.to(torch.int64)
@@ -405,7 +427,9 @@ def _stack(items: list[Any], key: str, name: str) -> Tensor:
     except TypeError:
         raise InputError(key, f"{name} of an element is {type(items[0]).__name__}, not numbers") from None
     _same_shapes([tuple(t.shape) for t in tensors], key, name)
-    return _typed(torch.stack(tensors), isinstance(items[0], Tensor))
+    if any(sparse := [t.layout != torch.strided for t in tensors]):
+        _typed(tensors[sparse.index(True)], key, name)  # refuses; some layouts can't be stacked
+    return _typed(torch.stack(tensors), key, name, isinstance(items[0], Tensor))
 
 
 def _joined(items: list[Any], key: str, name: str) -> Tensor:

@@ -108,5 +108,9 @@ def error_bars(
         share = float(torch.stack(withheld).double().mean())
         reasons.append((share, "what all seeds miss there can't be told from the noise of single ones"))
     raw, adjusted = (x.sqrt().to(dtype) for x in variances)
-    reason = "; ".join(f"{100 * share:.0f} % of them: {why}" for share, why in reasons if share)
+    reason = "; ".join(f"{_per_cent(share)} of them: {why}" for share, why in reasons if share)
     return ErrorBars(raw, adjusted, reason)
+
+
+def _per_cent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.005 else "less than 1 %"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 from torch import nn
 
@@ -30,19 +31,27 @@ def mlp(
     Inputs of more than one dimension are flattened.
 
     Raises:
-        InputError: an unknown activation, or a width below 1.
+        InputError: an unknown activation, or a width that is no whole number of at least 1.
     """
     if activation not in ACTIVATIONS:
         raise InputError(
             "model.network.activation", f"expected one of {', '.join(ACTIVATIONS)} but got {activation!r}"
         )
-    if any(width < 1 for width in hidden):
-        raise InputError("model.network.hidden", f"expected widths of at least 1 but got {list(hidden)}")
+    widths = list(hidden) if isinstance(hidden, Iterable) and not isinstance(hidden, str) else hidden
+    if not isinstance(widths, list) or not all(_is_width(width) for width in widths):
+        raise InputError(
+            "model.network.hidden",
+            f"expected widths of at least 1, a list of whole numbers, but got {widths!r}",
+        )
     if not 0 <= dropout < 1:
         raise InputError("model.network.dropout", f"expected a rate in [0, 1) but got {dropout}")
     layers: list[nn.Module] = [nn.Flatten()]
-    for before, after in itertools.pairwise((inputs, *hidden)):
+    for before, after in itertools.pairwise((inputs, *widths)):
         layers += [nn.Linear(before, after), ACTIVATIONS[activation]()]
         if dropout:
             layers.append(nn.Dropout(dropout))
-    return nn.Sequential(*layers, nn.Linear((inputs, *hidden)[-1], outputs))
+    return nn.Sequential(*layers, nn.Linear((inputs, *widths)[-1], outputs))
+
+
+def _is_width(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1

@@ -69,8 +69,11 @@ class Answer:
 
     def save(self, folder: Path) -> None:
         """Write ``answer.json``."""
+        from fimo.store.files import written_aside  # torch, which reading does without
+
         text = json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)
-        (folder / FILE).write_text(text, encoding="utf-8")
+        with written_aside(folder / FILE) as path:
+            path.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Answer:

@@ -13,6 +13,7 @@ import pandas as pd
 from fimo.audit.result import Audit
 from fimo.errors import InputError
 from fimo.reporting.instance_table import InstanceDisplay, Shown, Split, noun
+from fimo.store.files import written_aside
 
 FILE = "audit_report.json"
 JSON_FIELDS = ("name", "dataset", "final_model", "config", "versions")
@@ -77,7 +78,8 @@ class AuditRun:
             split: {str(row): display.as_dict() for row, display in instances.items()}
             for split, instances in self.shown.items()
         }
-        (folder / FILE).write_text(json.dumps(_plain(content), ensure_ascii=False), encoding="utf-8")
+        with written_aside(folder / FILE) as path:
+            path.write_text(json.dumps(_plain(content), ensure_ascii=False), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path | str) -> AuditRun:

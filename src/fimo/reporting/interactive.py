@@ -25,7 +25,7 @@ from fimo.reporting.curves import (
 from fimo.reporting.findings import all_methods, compared, highlighted, label
 from fimo.reporting.panels import EPOCHS, Palette, axes, band, grid, lines, panels, thinned
 from fimo.reporting.results import Results
-from fimo.reporting.style import CEILING, DASHES, OTHER, PALETTE
+from fimo.reporting.style import CEILING, DASHES, OTHER, PALETTE, log_ticks
 from fimo.reporting.task_curves import Curve
 from fimo.reporting.trust import share_of_ceiling_table, trusted_methods
 
@@ -173,9 +173,13 @@ def cost_figure(runs: Sequence[Results], metric: str) -> go.Figure:
             )
     axes(figure, "seconds", metric)
     seconds = [float(trace.x[0]) for trace in figure.data] or [1.0]
-    few = math.log10(max(seconds) / min(seconds)) < 2
     ends = [math.log10(min(seconds)) - 0.4, math.log10(max(seconds)) + 0.4]
-    figure.update_xaxes(type="log", dtick="D2" if few else 1, range=ends)
+    figure.update_xaxes(type="log", range=ends)
+    if max(seconds) / min(seconds) < 100:  # plotly's own labels lack their decades: 0.1, 2, 5, 1
+        ticks = log_ticks(10 ** ends[0], 10 ** ends[1])
+        figure.update_xaxes(tickvals=ticks, ticktext=[f"{t:g}" for t in ticks])
+    else:
+        figure.update_xaxes(dtick=1)
     figure.update_layout(showlegend=False)
     return figure
 

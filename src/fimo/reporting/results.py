@@ -199,7 +199,8 @@ class Results:
         if self.retraining is not None:
             self.retraining.save(folder / "retraining.safetensors")
         for task, table in self.tasks.items():
-            table.to_csv(task_file(folder, task), index=False)
+            with written_aside(task_file(folder, task)) as path:
+                table.to_csv(path, index=False)
         if everything:
             self._save_shared(folder)
 

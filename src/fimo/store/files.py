@@ -66,7 +66,11 @@ class Store:
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success flush it to disk and rename it to ``path``."""
+    """Yield a temporary path beside ``path``; on success flush it to disk and rename it to ``path``.
+
+    Raises:
+        OSError: of ``path``: the disk is full or not writable; nothing is left behind.
+    """
     # not by tempfile, whose files only their owner may read
     aside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
@@ -77,6 +81,10 @@ def written_aside(path: Path) -> Iterator[Path]:
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
         aside.replace(path)
+    except OSError as error:  # writing names no file, or the temporary one
+        if error.errno is None or (error.filename is not None and str(error.filename) != str(aside)):
+            raise
+        raise could_not_write(path, error) from error
     finally:
         aside.unlink(missing_ok=True)
 

@@ -20,6 +20,7 @@ from fimo.models.train_mode import TrainMode, seeded
 from fimo.store.description import content_of
 from fimo.validation.independence import MIXING_NETWORK, UNSTEADY, Evaluate, WithoutDropout, couples, problem
 from fimo.validation.poor import Comparison, compared, untold
+from fimo.validation.probabilities import unlike_logits
 from fimo.validation.recomputation import PROBLEM, recomputes
 from fimo.validation.targets import Conversion, candidates, known_targets
 
@@ -184,6 +185,8 @@ def _checked(model: FinalModel, train: Instances, test: Instances | None) -> tup
     for key, loss in (("model.loss", model.loss), ("model.measurement", model.measurement)):
         if loss is not None:
             _check_differentiable(loss, tried(model, _probe(last)), _probe(last).targets, key)
+    if not model.admitted and (said := unlike_logits(model.loss, outputs["dataset.train"])) is not None:
+        log.warning("model.network: %s", said)  # once for each model, whatever its instances
     if not model.accept_poor and last is not train:
         _judge(model, train, last)
     return train, last
@@ -194,6 +197,7 @@ def _with_quantities(
 ) -> tuple[Instances, Instances]:
     """Check test instances whose targets say what is measured of them: no targets of the loss."""
     bare = FinalModel(model.network, model.loss, None, model.trainable, accept_poor=True)
+    bare.admitted.extend(model.admitted)
     train, _ = _checked(bare, train, None)
     if test is None:
         return train, train

@@ -127,6 +127,7 @@ def indices(value: Any, total: int, key: str) -> Tensor:
         return torch.arange(total)
     if _is_number(value):
         return torch.tensor([u[0] for u in units(value, total, key)])
+    _refuse_text(value, key)
     found = whole_numbers(value, key, "instances")
     if not found:
         raise InputError(key, "expected at least one index but got none")
@@ -142,17 +143,26 @@ def _is_number(value: Any) -> bool:
 
 
 def _listed(value: Any, key: str) -> list[Any]:
+    _refuse_text(value, key)
     try:
         return list(value)
     except TypeError:
         raise InputError(key, f"expected a number or a list of indices but got {value!r}") from None
 
 
+def _refuse_text(value: Any, key: str) -> None:
+    """Refuse a word as a choice of rows, which is no list of letters."""
+    if isinstance(value, str):
+        raise InputError(
+            key, f"expected a number of rows, a list of their indices, or None for all, but got {value!r}"
+        )
+
+
 def device(given: str | torch.device) -> torch.device:
     """Return a device.
 
     Raises:
-        InputError: it is not there; or another one is the process's default for new tensors.
+        InputError: it is none, or not there; or another one is the process's default for new tensors.
     """
     if (default := torch.empty(0).device).type != "cpu":
         # a setting of the thread that made it, of which fimo's own threads know nothing
@@ -161,11 +171,13 @@ def device(given: str | torch.device) -> torch.device:
             f"torch.set_default_device has made {default} the place of all new tensors, unknown to threads; "
             "expected torch.set_default_device(None), and the device as the argument of this name",
         )
+    there = ", ".join(["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))])
     try:
-        torch.empty(0, device=given)
+        found = torch.device(given)
+    except (RuntimeError, TypeError):  # whose message lists every kind of device that torch knows of
+        raise InputError("device", f"expected one of {there} but got {given!r}") from None
+    try:
+        torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        there = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
-        raise InputError(
-            "device", f"{given} is not here ({reason(error)}); there are {', '.join(there)}"
-        ) from error
-    return torch.device(given)
+        raise InputError("device", f"{given} is not here ({reason(error)}); there are {there}") from error
+    return found
