@@ -185,7 +185,7 @@ def test_a_groups_effect_is_that_of_leaving_it_out_by_hand() -> None:
         return np.array(found)
 
     generator = torch.Generator().manual_seed(0)
-    sizes = np.array([2, 2, 2, 2, 3, 3, 3, 3])
+    sizes = np.full(8, 3)
     drawn = [torch.randperm(len(case.train), generator=generator)[:k].tolist() for k in sizes]
     random = np.stack([changes(tuple(rows)) for rows in drawn], 1)  # [S, R]
     slope = random @ sizes / (sizes @ sizes)
