@@ -126,6 +126,15 @@ def test_texts_keep_their_rows_through_the_draw_and_their_ids(tmp_path: Path) ->
         loaded(TextData(str(tmp_path / "t.jsonl"), tokenizer="bytes", id="nr"))
 
 
+@pytest.mark.parametrize("suffix", ["tsv", "csv"])
+def test_ids_of_texts_stay_as_they_are_written(tmp_path: Path, suffix: str) -> None:
+    numbers = ["007", "7", "1.50", "NA", *(f"{k:04}" for k in range(16))]
+    frame = pd.DataFrame({"nr": numbers, "text": [f"film {k}" for k in range(20)], "label": [0, 1] * 10})
+    frame.to_csv(tmp_path / f"all.{suffix}", sep="\t" if suffix == "tsv" else ",", index=False)
+    data = loaded(TextData(str(tmp_path / f"all.{suffix}"), tokenizer="bytes", id="nr"))
+    assert sorted(i for split in SPLITS for i in data.origin(split).ids) == sorted(numbers)
+
+
 def test_images_are_called_by_their_files(tmp_path: Path) -> None:
     for split in SPLITS:
         for name in ("cat", "dog"):

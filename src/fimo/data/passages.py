@@ -175,7 +175,7 @@ def read_passages(given: str | None, key: str, columns: Columns, prompts: bool =
         raise InputError(key, "must be given: a folder of .txt files, a text file, or a table")
     path = Path(given)
     if path.is_file() and (prompts or path.suffix.lower() in SUFFIXES):
-        return from_table(read_table(path, key), path, key, columns, prompts)
+        return from_table(read_table(path, key, columns.id), path, key, columns, prompts)
     files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
     if not files:
         raise InputError(key, f"no .txt file in {path}" if path.is_dir() else f"no such file: {path}")

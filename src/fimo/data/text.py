@@ -6,6 +6,7 @@ import csv
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -137,11 +138,11 @@ class TextData(InstancesModule):
         path = Path(self.path)
         if not path.is_dir() and self.test_path is not None:
             test_path = Path(self.test_path)
-            test = self._with_origin(read_table(test_path, "dataset.test_path"), test_path)
-            self._table = read_table(path)
+            test = self._with_origin(read_table(test_path, "dataset.test_path", self.id), test_path)
+            self._table = read_table(path, identifiers=self.id)
             return self._with_origin(self._table, path), test
         if not path.is_dir():
-            whole = self._table = read_table(path)
+            whole = self._table = read_table(path, identifiers=self.id)
             if self.split is not None:
                 return self._divided(whole, path)
             share = 0.1 if self.test_size is None else self.test_size
@@ -160,7 +161,7 @@ class TextData(InstancesModule):
                     f"dataset.{key}", f"dataset.path={path} is a folder, which has its own parts"
                 )
         files = _member(path, ("train",)), _member(path, TEST_NAMES)
-        train, test = (self._with_origin(read_table(file), file) for file in files)
+        train, test = (self._with_origin(read_table(file, identifiers=self.id), file) for file in files)
         self._table = train[0]
         return train, test
 
@@ -264,22 +265,27 @@ def padded(indices: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def read_table(path: Path, key: str = "dataset.path") -> pd.DataFrame:
+def read_table(path: Path, key: str = "dataset.path", identifiers: str | None = None) -> pd.DataFrame:
     """Read a tsv, csv, parquet or jsonl file; every text stays as it stands (``null`` is a word).
 
     Args:
         key: that errors name.
+        identifiers: a column that names rows: what looks like numbers stays as it is written (``007``).
 
     Raises:
         InputError: no such file, or not a table.
     """
     check_file(path, key)
     suffix = path.suffix.lower()
+    # not in parts: a column of a large file could be read as numbers and as text
+    choices: dict[str, Any] = {"keep_default_na": False, "low_memory": False}
+    choices |= {} if identifiers is None else {"dtype": {identifiers: str}}
+    if suffix == ".tsv":  # unquoted by convention: quotation marks are text
+        choices |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
     try:
-        if suffix == ".tsv":  # unquoted by convention: quotation marks are text
-            return pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False)
-        if suffix == ".csv":
-            return pd.read_csv(path, keep_default_na=False)
+        if suffix in (".tsv", ".csv"):
+            frame: pd.DataFrame = pd.read_csv(path, **choices)
+            return frame
         if suffix == ".parquet":
             return pd.read_parquet(path)
         if suffix in (".jsonl", ".json"):
