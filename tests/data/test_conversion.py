@@ -129,3 +129,13 @@ def test_a_test_frame_s_columns_are_those_of_the_training_frame_by_name() -> Non
             train_and_test(*lacking, target="y")
     with pytest.raises(InputError, match="several columns named 'a'"):
         to_instances(pd.concat([frame, frame[["a"]]], axis=1), target="y")
+
+
+def test_tables_whose_rows_are_in_another_order_are_refused() -> None:
+    x, y = pd.DataFrame({"a": [1.0, 2.0, 3.0]}), pd.Series([0, 1, 0])
+    with pytest.raises(InputError, match="same index in another order"):
+        to_instances((x, y[::-1]), "train")
+    with pytest.raises(InputError, match="same index in another order"):
+        to_instances(({"a": x}, y.to_frame()[::-1]), "train")
+    assert to_instances((x, y), "train").targets.tolist() == [0, 1, 0]
+    assert to_instances((x, y.set_axis([7, 8, 9])), "train").targets.tolist() == [0, 1, 0]

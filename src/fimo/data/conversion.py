@@ -296,7 +296,22 @@ def _of_pair(source: tuple[Any, Any], key: str) -> Instances:
             raise InputError(
                 key, f"{name} of shape {tuple(part.shape)} for {len(targets)} targets; expected one each"
             )
+    for part in x.values() if isinstance(x, Mapping) else [x]:
+        _check_order(part, y, key)
     return Instances(found, targets)
+
+
+def _check_order(inputs: Any, targets: Any, key: str) -> None:
+    """Refuse tables with the same labels of rows in another order, of which positions or labels may count."""
+    tables = [_is_frame(part) or _is_series(part) for part in (inputs, targets)]
+    if not all(tables) or not (inputs.index.is_unique and targets.index.is_unique):
+        return
+    if not inputs.index.equals(targets.index) and inputs.index.isin(targets.index).all():
+        raise InputError(
+            key,
+            "inputs and targets have the same index in another order; pass y.loc[X.index], or arrays "
+            "(X.to_numpy(), y.to_numpy()) if they go together by position",
+        )
 
 
 def _is_pair(source: Any, key: str) -> bool:
