@@ -762,3 +762,13 @@ def test_what_a_network_leaves_for_its_backward_pass_is_tried_without_a_trace() 
     assert not any(p.requires_grad for p in model.network.parameters())
     assert not model.network.training
     assert not recomputes(model, torch.randn(2, 7))  # it fails on them, which is not for this check to say
+
+
+def test_a_network_with_a_parameter_that_is_not_finite_is_refused_by_its_name() -> None:
+    network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    with torch.no_grad():
+        network[2].weight[0, 1] = torch.nan
+    model = fimo.FinalModel(network, "mse", accept_poor=True)
+    pair = (torch.randn(8, 3), torch.randn(8, 1))
+    with pytest.raises(InputError, match=r"model\.network: its parameter 2\.weight holds NaN"):
+        fimo.attribute(model, pair, pair, "graddot")

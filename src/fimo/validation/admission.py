@@ -156,6 +156,9 @@ def _checked(model: FinalModel, train: Instances, test: Instances | None) -> tup
     sets = {"dataset.train": train} | ({} if test is None else {"dataset.test": test})
     for key, instances in sets.items():
         _check_numbers(instances, key)
+    for name, parameter in model.network.named_parameters():
+        if not parameter.isfinite().all():
+            raise InputError("model.network", f"its parameter {name} holds NaN or infinite values")
     sets = {key: _in_dtype_of(model, instances) for key, instances in sets.items()}
     outputs = {key: tried(model, _probe(instances)) for key, instances in sets.items()}
     if recomputes(model, sets["dataset.train"][:2].inputs):
