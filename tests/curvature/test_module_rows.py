@@ -390,3 +390,25 @@ def test_rows_that_a_network_selects_or_sorts_are_no_parts_in_turn(sort: bool, l
         loss = model.loss(outputs, data.targets[[k]]).sum()
         found = torch.autograd.grad(loss, list(parameters.values()))
         torch.testing.assert_close(rows[k], torch.cat([g.flatten() for g in found]), rtol=1e-9, atol=1e-13)
+
+
+class OneEach(nn.Module):
+    """A word and a number of each instance, of no axis of their own, beside a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.mix, self.head = nn.Embedding(9, 4), nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, word: Tensor, row: Tensor, age: Tensor) -> Tensor:
+        return self.head((self.token(word) + self.mix(torch.cat([row, age[:, None]], 1))).tanh())
+
+
+def test_inputs_of_one_number_each_are_taken() -> None:
+    torch.manual_seed(0)
+    inputs: Inputs = {
+        "word": torch.randint(9, (7,)), "row": torch.randn(7, 4).double(), "age": torch.rand(7).double(),
+    }  # fmt: skip
+    data = Instances(inputs, torch.randint(3, (7,)))
+    model = FinalModel(OneEach().double(), cross_entropy, accept_poor=True)
+    rows = InstanceGradients(model).losses(data).dense()[:, 0]
+    torch.testing.assert_close(rows, dense.instance_gradients(model, data), rtol=1e-9, atol=1e-13)

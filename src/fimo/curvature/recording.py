@@ -246,7 +246,7 @@ def _unlike(instances: Instances) -> Instances:
     """
     some = instances[: 64 * TRIED]
     tensors = some.inputs.values() if isinstance(some.inputs, dict) else [some.inputs]
-    filled = torch.stack([(t != 0).flatten(1).sum(1) for t in tensors]).sum(0)
+    filled = torch.stack([(t != 0).reshape(len(some), -1).sum(1) for t in tensors]).sum(0)
     order = filled.argsort(stable=True)
     if filled[order[0]] == filled[order[-1]]:
         return instances[[k % len(instances) for k in range(TRIED)]]
