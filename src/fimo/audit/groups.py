@@ -120,14 +120,16 @@ def measure_groups(
     asked = [*(group.rows for group in groups), *random]
     changes = removal(final_model, test, asked).change.mean(1)  # [S, G + R]
     size = torch.tensor([len(set(rows)) for rows in asked], dtype=changes.dtype)
-    own, of_size = (x.split([len(groups), len(random)], -1) for x in (changes, size))
-    squares = of_size[1].square().sum()
-    slope = own[1] @ of_size[1] / squares  # [S]
-    missed = own[1].mean(0) - slope.mean() * of_size[1]
+    (of_groups, of_random), (sizes, drawn) = (
+        x.split([len(groups), len(random)], -1) for x in (changes, size)
+    )
+    squares = drawn.square().sum()
+    slope = of_random @ drawn / squares  # [S]
+    missed = of_random.mean(0) - slope.mean() * drawn
     of_sets = missed.square().sum() / (len(random) - 1) / squares
-    mean, sem = mean_and_error(own[0])
-    beyond, error = mean_and_error(own[0] - slope[:, None] * of_size[0])
-    error = (error.square() + of_sets * of_size[0].square()).sqrt()
+    mean, sem = mean_and_error(of_groups)
+    beyond, error = mean_and_error(of_groups - slope[:, None] * sizes)
+    error = (error.square() + of_sets * sizes.square()).sqrt()
     statistic = torch.where(beyond == 0, 0.0, beyond.abs() / error).numpy()
     p = np.nan_to_num(2 * stats.t.sf(statistic, max(1, len(changes) - 1)), nan=1.0)
     return Effects(mean, sem, beyond, error, torch.from_numpy(stats.false_discovery_control(p)))

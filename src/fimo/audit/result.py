@@ -87,12 +87,9 @@ class Audit:
         for name, table in tables.items():
             if table is not None:
                 with written_aside(folder / f"{name}.csv") as path:
-                    if table.attrs.get(NAMELESS):
-                        table.to_csv(path, index=False, header=False, lineterminator="\n")
-                    else:
-                        write_csv(table, path)
+                    write_csv(table, path, header=NAMELESS not in table.attrs)
         summary = dict(self.summary)
-        if self.cleaned is not None and self.cleaned.attrs.get(NAMELESS):
+        if self.cleaned is not None and NAMELESS in self.cleaned.attrs:
             summary[NAMELESS_CLEANED] = True
         with written_aside(folder / "audit.json") as path:
             path.write_text(json.dumps(summary, ensure_ascii=False, indent=1, allow_nan=False))

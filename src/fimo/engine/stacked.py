@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -300,19 +300,33 @@ class FunctionalNetwork(StackedNetwork):
         if self.vectorise:
             return super()._losses(parameters, batch, loss)
         network = self.evaluation_model.network
-        parts = by_length(network, batch.inputs)
+
+        def of_part(tensors: dict[str, Tensor], at: Tensor) -> Tensor:
+            part = batch[at]
+            before = self._before_vocabulary(network, tensors, part.inputs, loss)
+            if before is None:
+                return loss(functional_apply(network, tensors, part.inputs), part.targets)
+            return before[0].losses_before(*before[1:], part.targets)
+
+        return self._each(parameters, batch.inputs, of_part)
+
+    def _each(
+        self,
+        parameters: dict[str, Tensor],
+        inputs: Inputs,
+        of_part: Callable[[dict[str, Tensor], Tensor], Tensor],
+    ) -> Tensor:
+        """Return what a function makes of instances, one replica after another, in order ``[R, n, ...]``.
+
+        Args:
+            of_part: of a replica's tensors, and the numbers of some instances of about the same length.
+        """
+        parts = by_length(self.evaluation_model.network, inputs)
         back = torch.cat(parts).argsort()
         found = []
-        for r in range(self.replicas):  # outputs of one at a time are in memory
+        for r in range(self.replicas):  # what one replica makes on the way is in memory
             tensors = {**self.evaluation_buffers, **{n: p[r] for n, p in parameters.items()}}
-            each = []
-            for part in (batch[p] for p in parts) if len(parts) > 1 else [batch]:
-                before = self._before_vocabulary(network, tensors, part.inputs, loss)
-                if before is None:
-                    each.append(loss(functional_apply(network, tensors, part.inputs), part.targets))
-                else:
-                    each.append(before[0].losses_before(*before[1:], part.targets))
-            found.append(torch.cat(each)[back])
+            found.append(torch.cat([of_part(tensors, part) for part in parts])[back])
         return torch.stack(found)
 
     def _parts(self, instances: Instances, weight: Tensor) -> list[tuple[Instances, Tensor]]:
@@ -341,21 +355,12 @@ class FunctionalNetwork(StackedNetwork):
             yield drawing
 
     def outputs(self, parameters: dict[str, Tensor], inputs: Inputs) -> Tensor:
-        network, buffers = self.evaluation_model.network, self.evaluation_buffers
+        network = self.evaluation_model.network
         if self.vectorise:
-            tensors = {**buffers, **parameters}
+            tensors = {**self.evaluation_buffers, **parameters}
             mapped = vmap(lambda t: functional_apply(network, t, inputs), in_dims=(self._axes(tensors),))
             return mapped(tensors)
-        each = [{n: p[r] for n, p in parameters.items()} for r in range(self.replicas)]
-        parts = by_length(network, inputs)
-        if len(parts) < 2:
-            return torch.stack([functional_apply(network, {**buffers, **own}, inputs) for own in each])
-        back = torch.cat(parts).argsort()
-        found = [
-            torch.cat([functional_apply(network, {**buffers, **own}, _row(inputs, part)) for part in parts])
-            for own in each
-        ]
-        return torch.stack(found)[:, back]
+        return self._each(parameters, inputs, lambda t, at: functional_apply(network, t, _row(inputs, at)))
 
 
 def without_gradient(final_model: FinalModel, train: Instances) -> list[str]:

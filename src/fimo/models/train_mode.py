@@ -28,6 +28,8 @@ from fimo.models.final_model import FinalModel, apply
 
 log = logging.getLogger(__name__)
 
+TORCH = "torch"
+
 _GENERATOR = threading.RLock()
 """Held by whoever seeds the process's one generator, so that threads do not draw from each other's stream."""
 
@@ -59,8 +61,15 @@ class TrainMode:
         two = train[:2].inputs
         kept = _kept_in_eval(final_model, two)
         network = cls(kept).set(duplicate(final_model.network))
-        _refuse_others_numbers(network, two)
-        stochastic = draws(network, two)
+        drawn = drawn_from(network, two)
+        if others := drawn - {TORCH}:
+            raise InputError(
+                "model.network",
+                f"in train mode it draws random numbers from {' and '.join(sorted(others))}, which no seed "
+                "of further training sets, so that runs could not be compared; expected torch's (torch.rand, "
+                "dropout)",
+            )
+        stochastic = TORCH in drawn
         return cls(kept, stochastic, stochastic and _draws_only_masks(network, two))
 
     def drawing(
@@ -86,42 +95,36 @@ class TrainMode:
 
 
 def draws(network: nn.Module, inputs: Inputs) -> bool:
-    """Return whether a forward pass, in the network's present mode, draws random numbers."""
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    state = torch.cuda.get_rng_state if device.type == "cuda" else torch.get_rng_state
-    with seeded(0, device), torch.no_grad():
-        before = state()
-        apply(network, inputs)
-        return not torch.equal(before, state())
+    """Return whether a forward pass, in the network's present mode, draws torch's random numbers."""
+    return TORCH in drawn_from(network, inputs)
 
 
-def _refuse_others_numbers(network: nn.Module, inputs: Inputs) -> None:
-    """Refuse a network that draws random numbers from Python or NumPy, which steps don't seed.
+def drawn_from(network: nn.Module, inputs: Inputs) -> set[str]:
+    """Return whose random numbers a forward pass, in the network's present mode, draws.
 
-    The generators are put back.
+    All generators are put back.
     """
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     kept = random.getstate(), np.random.get_state(legacy=False)
-    before = _others_states()
     try:
         with seeded(0, device), torch.no_grad():
+            before = _states(device)
             apply(network, inputs)
-        drawn = [name for name, state in _others_states().items() if state != before[name]]
+            return {name for name, state in _states(device).items() if state != before[name]}
     finally:
         random.setstate(kept[0])
         np.random.set_state(kept[1])
-    if drawn:
-        raise InputError(
-            "model.network",
-            f"in train mode it draws random numbers from {' and '.join(drawn)}, which no seed of further "
-            "training sets, so that runs could not be compared; expected torch's (torch.rand, dropout)",
-        )
 
 
-def _others_states() -> dict[str, object]:
-    """Return the states of Python's and NumPy's generators by name."""
-    numpy = np.random.get_state(legacy=False)["state"]
-    return {"Python's random": random.getstate(), "NumPy's random": (numpy["key"].tobytes(), numpy["pos"])}
+def _states(device: torch.device) -> dict[str, object]:
+    """Return the states of generators by whose they are."""
+    of_torch = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    of_numpy = np.random.get_state(legacy=False)["state"]
+    return {
+        TORCH: of_torch.numpy().tobytes(),
+        "Python's random": random.getstate(),
+        "NumPy's random": (of_numpy["key"].tobytes(), of_numpy["pos"]),
+    }
 
 
 def _draws_only_masks(network: nn.Module, inputs: Inputs) -> bool:

@@ -58,20 +58,17 @@ def entering(layer: nn.Linear, call: Callable[[], object]) -> Tensor:
     Raises:
         NotReachedError: the layer was not called once, or something else is returned.
     """
-    seen: list[Tensor] = []
-    thread = threading.get_ident()
-    stack = contextlib.ExitStack()
-    given: list[Tensor] = []
+    thread, stack = threading.get_ident(), contextlib.ExitStack()
+    passed: list[tuple[Tensor, Tensor]] = []  # what enters, and what stands for the outputs
 
     def stand_in(x: Tensor) -> Tensor:
         if threading.get_ident() != thread:
             return type(layer).forward(layer, x)
-        if seen:
+        if passed:
             raise NotReachedError("the layer is called twice")
-        seen.append(x)
-        given.append(x.new_zeros(()).expand(*x.shape[:-1], layer.out_features))
-        stack.enter_context(_Untouched(given[0]))
-        return given[0]
+        passed.append((x, x.new_zeros(()).expand(*x.shape[:-1], layer.out_features)))
+        stack.enter_context(_Untouched(passed[0][1]))
+        return passed[0][1]
 
     layer.forward = stand_in  # type: ignore[method-assign,assignment]
     try:
@@ -79,9 +76,9 @@ def entering(layer: nn.Linear, call: Callable[[], object]) -> Tensor:
             outputs = call()
     finally:
         del layer.forward
-    if not seen or outputs is not given[0]:
+    if not passed or outputs is not passed[0][1]:
         raise NotReachedError(f"{type(layer).__name__}'s outputs are not the network's")
-    return seen[0]
+    return passed[0][0]
 
 
 def vocabulary_of(final_model: FinalModel, probe: Instances) -> str | None:
@@ -99,30 +96,20 @@ def vocabulary_of(final_model: FinalModel, probe: Instances) -> str | None:
         for name, module in network.named_modules()
         if type(module) is nn.Linear and not module._forward_hooks and "forward" not in vars(module)
     }
-    calls: list[tuple[nn.Module, bool, Tensor, int]] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        tokens = len(args) == 1 and isinstance(args[0], Tensor) and args[0].ndim == 3
-        calls.append((module, tokens, output, output._version))
-
-    handles = [module.register_forward_hook(hook) for module in linear]
+    called: list[nn.Module] = []
+    handles = [m.register_forward_hook(lambda module, *_: called.append(module)) for m in linear]
     try:
         with torch.no_grad():
-            outputs = apply(network, probe.inputs)
+            apply(network, probe.inputs)
     finally:
         for handle in handles:
             handle.remove()
-    made = [(m, tokens) for m, tokens, y, version in calls if y is outputs and y._version == version]
-    if len(made) != 1 or not made[0][1] or sum(m is made[0][0] for m, *_ in calls) != 1:
-        return None
-    layer = made[0][0]
-    assert isinstance(layer, nn.Linear)
-    if any(id(p) in moved for p in layer.parameters()):
+    last = called[-1] if called else None
+    if not isinstance(last, nn.Linear) or any(id(p) in moved for p in last.parameters()):
         return None
     try:
         with torch.no_grad():
-            entering(layer, lambda: apply(network, probe.inputs))
+            x = entering(last, lambda: apply(network, probe.inputs))
     except NotReachedError:
         return None
-    found: str = linear[layer]
-    return found
+    return linear[last] if x.ndim == 3 else None

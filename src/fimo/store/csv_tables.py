@@ -21,8 +21,11 @@ PLAIN = (1e-3, 1e6)
 """Sizes of numbers that are not whole within which the text is digits and a point."""
 
 
-def write_csv(table: pd.DataFrame, path: Path) -> None:
+def write_csv(table: pd.DataFrame, path: Path, header: bool = True) -> None:
     """Write a table, without its index, byte for byte as ``DataFrame.to_csv`` does.
+
+    Args:
+        header: whether the first line names the columns.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -32,7 +35,7 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
     fast = len(numbers) > 1 and 2 * sum(numbers) > len(numbers)
     rows = max(1, CELLS // max(1, len(numbers)))
     with path.open("wb") as file:
-        file.write(_by_pandas(table[:0], header=True))
+        file.write(_by_pandas(table[:0], header))
         for start in range(0, len(table), rows):
             part = table.iloc[start : start + rows]
             file.write((_joined(part, numbers) if fast else None) or _by_pandas(part))
