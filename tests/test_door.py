@@ -356,6 +356,16 @@ def test_outputs_that_change_from_call_to_call_are_refused_as_such(kind: str, wh
         both(FinalModel(Changing(kind), mean_squared_error), DATA)
 
 
+def test_a_network_that_computes_otherwise_where_gradients_are_taken_is_refused() -> None:
+    class Branching(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) * (1.0 if torch.is_grad_enabled() else 0.9)
+
+    said = "^model.network: its outputs in eval mode are others under torch.no_grad"
+    with pytest.raises(InputError, match=said):
+        both(FinalModel(Branching(), mean_squared_error), DATA)
+
+
 def test_random_numbers_that_go_by_an_instance_s_place_are_no_coupling_and_the_batch_s_mean_is() -> None:
     class Noisy(Plain):
         coupled = False

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fimo.engine.leave_out import evenly
 from fimo.engine.protocol import Protocol
 from fimo.further_training import further_train
 from fimo.methods.attribution_problem import AttributionProblem
-from fimo.methods.response import Response
+from fimo.methods.response import Response, ignored_parts
 from fimo.models.final_model import FinalModel
 from tests.methods.test_response import following, linear_regression, real_changes, scores
 
@@ -122,9 +123,20 @@ def test_real_runs_of_adam_leave_an_instance_out_where_it_occurs() -> None:
     assert rules["sgd", "with_duplicates"] == rules["adam", "with_duplicates"] == "with_duplicates"
 
 
-def test_dropout_keeps_the_protocols_rule_since_another_instance_would_draw_other_masks() -> None:
+class DropsOut(nn.Sequential):
+    """Drops out without a module that says so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(functional.dropout(x, 0.5, self.training))
+
+
+@pytest.mark.parametrize("by_module", [True, False])
+def test_dropout_keeps_the_protocols_rule_since_another_instance_would_draw_other_masks(
+    by_module: bool,
+) -> None:
     case = linear_regression(14)
-    network = nn.Sequential(nn.Dropout(0.5), *case.final_model.network)
+    layers = tuple(case.final_model.network)
+    network = nn.Sequential(nn.Dropout(0.5), *layers) if by_module else DropsOut(*layers)
     problem = AttributionProblem(
         FinalModel(network, case.final_model.loss),
         case.train,
@@ -132,6 +144,8 @@ def test_dropout_keeps_the_protocols_rule_since_another_instance_would_draw_othe
         further_training=following(case, SGD),
     )
     assert Response().removing(problem) is problem
+    assert ignored_parts(problem, SGD) == ["dropout during further training"]
     plain = replace(problem, final_model=case.final_model)
     assert Response().removing(plain).followed.protocol.leave_out == "every_batch"
     assert Response(removal="own").removing(plain) is plain
+    assert ignored_parts(plain, SGD) == []

@@ -32,6 +32,7 @@ from fimo.methods.following import CHECKED_SEEDS, FollowingMethod, Tally
 from fimo.models.final_model import FinalModel
 from fimo.models.linear_layers import linear_layers
 from fimo.models.loss_changes import loss_changes_by
+from fimo.models.train_mode import TrainMode
 from fimo.scores import Scores
 
 log = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ class Response(FollowingMethod):
 
     def removing(self, problem: AttributionProblem) -> AttributionProblem:
         """Return the problem with the further training that is followed; see ``removal``."""
-        if self.removal == "own" or has_dropout(problem.final_model):
+        if self.removal == "own" or drops_out(problem):
             return problem
         given = problem.followed
         return problem.along(replace(given, protocol=evenly(given.protocol, len(problem.train))))
@@ -206,7 +207,7 @@ class Response(FollowingMethod):
             of_seeds: how many there are, where the problem has a part of them: as many kernels are planned.
         """
         given = self.removing(problem).followed
-        for ignored in ignored_parts(problem.final_model, given.protocol):
+        for ignored in ignored_parts(problem, given.protocol):
             log.warning("the response ignores %s", ignored)
         rule = make_rule(given.protocol, problem.train)
         dtype = DTYPES[given.protocol.dtype]
@@ -377,19 +378,18 @@ def turns(instances: int, batch_size: int, first: int) -> int:
     return max(1, min(-(-instances // (OUTSIDE * batch_size)), first // OUTSIDE))
 
 
-def ignored_parts(final_model: FinalModel, protocol: Protocol) -> list[str]:
+def ignored_parts(problem: AttributionProblem, protocol: Protocol) -> list[str]:
     """Return what of further training the response along the path leaves out, in words."""
     found = []
     if protocol.clip_norm is not None:
         found.append("the clipping of gradients")
     if unanswered := protocol.update_rule.unanswered:
         found.append(unanswered)
-    if has_dropout(final_model):
+    if drops_out(problem):
         found.append("dropout during further training")
     return found
 
 
-def has_dropout(final_model: FinalModel) -> bool:
-    """Return whether any module drops out in train mode."""
-    modules = final_model.network.modules()
-    return any(isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p for m in modules)
+def drops_out(problem: AttributionProblem) -> bool:
+    """Return whether steps of further training draw random numbers, in modules or in functions."""
+    return TrainMode.of(problem.final_model, problem.train).stochastic

@@ -18,7 +18,15 @@ from fimo.models.final_model import FinalModel, apply, functional_apply
 from fimo.models.loss_function import Loss
 from fimo.models.train_mode import TrainMode, seeded
 from fimo.store.description import content_of
-from fimo.validation.independence import MIXING_NETWORK, UNSTEADY, Evaluate, WithoutDropout, couples, problem
+from fimo.validation.independence import (
+    MIXING_NETWORK,
+    UNSTEADY,
+    Evaluate,
+    WithoutDropout,
+    couples,
+    problem,
+    same,
+)
 from fimo.validation.poor import Comparison, compared, untold
 from fimo.validation.probabilities import unlike_logits
 from fimo.validation.recomputation import PROBLEM, recomputes
@@ -387,17 +395,27 @@ def _explained(
 
 
 def _check_trained(model: FinalModel, probe: Instances) -> None:
-    """Refuse a network whose outputs have no derivative in any trainable parameter."""
+    """Refuse outputs that have no derivative in any trainable parameter, or are others where it is taken."""
+    # a copy, since hooks of pruning or weight normalisation leave what they computed in the modules
+    network = copied(model.network)
     with torch.enable_grad():
         moved = {name: p for name, p in model.parameters().items() if p.is_floating_point()}
         free = {name: p.clone().requires_grad_() for name, p in moved.items()}
-        # a copy, since hooks of pruning or weight normalisation leave what they computed in the modules
-        outputs = functional_apply(copied(model.network), free, probe.inputs)
+        outputs = functional_apply(network, free, probe.inputs)
     if not outputs.requires_grad:
         raise InputError(
             "model.network",
             f"its outputs have no derivative in the trainable parameters ({shortened(list(free))}): they are "
             "not used, or under torch.no_grad or detach",
+        )
+    with torch.no_grad():
+        first, second = (functional_apply(network, moved, probe.inputs) for _ in range(2))
+    steady = same(second, first)  # what changes by itself is told of later
+    if steady and not same(outputs, first):
+        raise InputError(
+            "model.network",
+            "its outputs in eval mode are others under torch.no_grad than where gradients are taken, so that "
+            "these would be of another function; expected no branch on torch.is_grad_enabled()",
         )
 
 

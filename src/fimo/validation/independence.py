@@ -59,7 +59,7 @@ def problem(evaluate: Evaluate, probe: Instances, in_place: bool = False) -> str
     if wrong := _shape_problem(values, n):
         return wrong
     same_outputs, same_values = evaluate(probe)
-    if not (_same(same_values, values) and _same(same_outputs, outputs)):
+    if not (same(same_values, values) and same(same_outputs, outputs)):
         return UNSTEADY
     half = max(1, n // 2)
     first, last = list(range(half)), list(range(half, n))
@@ -75,8 +75,8 @@ def problem(evaluate: Evaluate, probe: Instances, in_place: bool = False) -> str
         their_outputs, theirs = evaluate(probe[rows])
         if wrong := _shape_problem(theirs, len(rows)):
             return wrong
-        if not _same(theirs[at], values[expected]):
-            inside = len(their_outputs) == len(rows) and _same(
+        if not same(theirs[at], values[expected]):
+            inside = len(their_outputs) == len(rows) and same(
                 _padded(their_outputs[at], outputs), _padded(outputs[expected], their_outputs)
             )
             return MIXING_LOSS if inside else MIXING_NETWORK
@@ -124,7 +124,8 @@ def _padded(ours: Tensor, theirs: Tensor) -> Tensor:
     return ours
 
 
-def _same(ours: Tensor, theirs: Tensor) -> bool:
+def same(ours: Tensor, theirs: Tensor) -> bool:
+    """Return whether values are the same but for rounding."""
     if ours.shape != theirs.shape:
         return False
     share = TOLERANCE.get(ours.dtype, 3e-2)
