@@ -350,6 +350,12 @@ def test_the_leader_board_orders_methods_and_its_page_says_what_they_did(copy: P
     for image in ("board_agreement.png", "board_cost.png"):
         assert f"]({image})" in text
         assert (page.parent / image).stat().st_size > 1000
+    assert "](board_results.csv)" in text
+    beside = pd.read_csv(page.parent / "board_results.csv")
+    order = ["setting", "method", "step"]
+    pd.testing.assert_frame_equal(
+        beside, results.drop(columns="share").sort_values(order, ignore_index=True), rtol=1e-3
+    )
 
 
 def test_loggers_get_what_they_get_of_a_study(copy: Path, capsys) -> None:

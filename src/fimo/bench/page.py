@@ -36,7 +36,7 @@ test instances; then mean ± standard error over final models. Methods that foll
 training follow others than the gold standard's.
 
 This page is written by `fimo bench table --page`; {{doc}}`how_to/benchmark` says how to add a method or
-a setting."""
+a setting, and what the columns of [the same results at all evaluation points]({results}) are."""
 
 OVERALL = """\
 As a share of the upper noise ceiling, which a perfect prediction reaches: the mean over evaluation
@@ -51,17 +51,18 @@ higher than that of the method below it, paired over final models; seconds are t
 
 
 def write_page(board: Board, path: Path) -> list[Path]:
-    """Write a page in Markdown and its figures beside it; return the files.
+    """Write a page in Markdown, and its figures and results beside it; return the files.
 
     Raises:
         InputError: the extra for figures is not installed.
     """
     agreement, cost = (path.with_name(f"{path.stem}_{name}.png") for name in ("agreement", "cost"))
+    results = path.with_name(f"{path.stem}_results.csv")
     draw(board, agreement, cost)
     header = ["method", "settings", "of the ceiling", "first", "last", "cost", "MB"]
     parts = [
         "# Leader board",
-        INTRODUCTION.format(metric=board.metric.capitalize()),
+        INTRODUCTION.format(metric=board.metric.capitalize(), results=results.name),
         "## Over all settings\n" + OVERALL,
         markdown(header, [[f"`{row[0]}`", *row[1:]] for row in ranking_rows(board)]),
         f"![Agreement as a share of the ceiling, against cost]({cost.name})",
@@ -81,7 +82,11 @@ def write_page(board: Board, path: Path) -> list[Path]:
         ]
     with written_aside(path) as aside:
         aside.write_text("\n\n".join(parts) + "\n")
-    return [path, agreement, cost]
+    with written_aside(results) as aside:
+        board.results.sort_values(["setting", "method", "step"]).to_csv(
+            aside, index=False, float_format="%.4g"
+        )
+    return [path, agreement, cost, results]
 
 
 def draw(board: Board, agreement: Path, cost: Path) -> None:
