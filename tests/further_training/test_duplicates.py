@@ -10,8 +10,9 @@ import torch
 
 from fimo.app.plan import Plan
 from fimo.app.scoring import summed
+from fimo.data.duplicates import duplicate_groups
 from fimo.data.instances import Instances
-from fimo.engine.leave_out import RULES, duplicate_groups, make_rule
+from fimo.engine.leave_out import RULES, make_rule
 from fimo.engine.settings import LEAVE_OUT_RULES
 from fimo.further_training import Protocol, further_train, tangent_outputs
 from fimo.further_training.adjoint import adjoint

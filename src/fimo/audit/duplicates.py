@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fimo.data.duplicates import duplicate_groups
 from fimo.data.instances import Instances
-from fimo.engine.leave_out import duplicate_groups
 
 NEAR = 0.05
 """Nearly the same: as many standard deviations apart, as root mean square over features."""

@@ -34,6 +34,7 @@ from fimo.models.attention import plain_attention
 from fimo.models.class_losses import LanguageModelling
 from fimo.models.final_model import FinalModel, apply, functional_apply
 from fimo.models.loss_function import Loss
+from fimo.models.row_order import RowMoves
 from fimo.models.vocabulary import NotReachedError, entering, vocabulary_of
 
 TRIED = 3
@@ -103,8 +104,9 @@ class Recorder:
             NotReachedError: the outputs of ``before`` are not the network's.
         """
         n = len(instances)
-        with self._recorded(n) as calls, plain_attention(), torch.enable_grad():
-            network = self.final_model.network
+        network = self.final_model.network
+        moves = RowMoves(network, instances.inputs)
+        with self._recorded(n) as calls, moves, plain_attention(), torch.enable_grad():
             outputs = (
                 apply(network, instances.inputs)
                 if before is None
@@ -115,9 +117,9 @@ class Recorder:
         leaving = [y for _, _, y in calls]
         counts = [n if _apart(module, x, y, n) else 1 for module, x, y in calls]
         shapes = [(m, r, *_instance_shape(y, m)) for y, m in zip(leaving, counts, strict=True)]
-        # parts of instances, maybe: all in turn, or some that the network selected
+        # maybe each instance's in turn, or those that the network selected, or in its own order
         several = zip(calls, counts, strict=True) if n > 1 and not (self.summed or trial) else ()
-        parted = [k for k, ((_, x, _), m) in enumerate(several) if m == n != len(x)]
+        parted = [k for k, ((_, x, _), m) in enumerate(several) if m == n and (moves.noted or len(x) != n)]
         # one row's derivatives are taken as they are, more are put in place
         deltas = [y.new_zeros(s) for y, s in zip(leaving, shapes, strict=True)] if r > 1 else []
         for k in range(r if calls and outputs.requires_grad else 0):
@@ -185,14 +187,14 @@ class Recorder:
 def _check_in_turn(
     outputs: Tensor, vectors: Tensor, leaving: Sequence[Tensor], deltas: Sequence[Tensor]
 ) -> None:
-    """Refuse parts that are not each instance's in turn: rows that a network selected of some instances.
+    """Refuse rows that are not each instance's in turn: selected by a network of some, or in another order.
 
     Each instance's derivatives are multiplied by another number once its cotangents are.
 
     Args:
         vectors: ``[n, ...]``, cotangents.
         leaving: what left modules.
-        deltas: ``[n, ...]`` derivatives in these, as parts of n instances.
+        deltas: ``[n, ...]`` derivatives in these, as those of n instances.
 
     Raises:
         UnseenError: they aren't.
@@ -205,7 +207,7 @@ def _check_in_turn(
         expected = delta * each.view(n, *[1] * (delta.ndim - 1))
         difference = again.reshape(expected.shape) - expected
         if not difference.norm() <= torch.finfo(delta.dtype).eps ** 0.5 * expected.norm():
-            raise UnseenError("rows are not parts of each instance in turn")
+            raise UnseenError("rows are not those of each instance in turn")
 
 
 def recorder_for(final_model: FinalModel, instances: Instances) -> Recorder | None:

@@ -12,6 +12,7 @@ from fimo.errors import InputError
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel, apply
+from fimo.models.row_order import RowMoves
 
 
 class EmbeddingSimilarity(AttributionMethod):
@@ -101,14 +102,23 @@ def representations(
         module = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
     found: list[Tensor] = []
     seen: list[Tensor] = []
+
+    def entering(batch: Instances) -> tuple[Tensor, bool]:
+        seen.clear()
+        with RowMoves(network, batch.inputs) as moves:
+            apply(network, batch.inputs)
+        if not seen:
+            raise InputError("layer", "the network does not use its last linear layer; name another")
+        return seen[-1], moves.noted  # the last use, where there are several
+
     handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         for batch in instances.batches(batch_size):
-            seen.clear()
-            apply(network, batch.inputs)
-            if not seen:
-                raise InputError("layer", "the network does not use its last linear layer; name another")
-            found.append(_pooled(seen[-1], batch))  # the last use, where there are several
+            hidden, moved = entering(batch)
+            if moved:  # rows may be in an order of the network's own
+                found += [_pooled(entering(one)[0], one) for one in batch.batches(1)]
+            else:
+                found.append(_pooled(hidden, batch))
     finally:
         handle.remove()
     return torch.cat(found)
@@ -116,6 +126,9 @@ def representations(
 
 def _pooled(hidden: Tensor, batch: Instances) -> Tensor:
     """Return the mean ``[n, d]`` of ``hidden`` ``[n, ..., d]`` over positions that count."""
+    if len(hidden) != len(batch):
+        rows = f"{len(hidden)} rows of {len(batch)} instances enter it"
+        raise InputError("layer", f"{rows}; expected one each: name another layer")
     if hidden.dim() == 2:
         return hidden
     counts = torch.ones(hidden.shape[:-1], dtype=hidden.dtype, device=hidden.device)

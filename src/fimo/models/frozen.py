@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from fimo.data.duplicates import duplicate_groups
 from fimo.data.instances import Inputs, Instances
 from fimo.models.copied import duplicate
 from fimo.models.final_model import FinalModel, apply, fitting_batch, functional_apply
 from fimo.models.returned import cut_at_calls
+from fimo.models.row_order import RowMoves
 from fimo.models.train_mode import draws
 from fimo.models.vocabulary import NotReachedError, entering
 
@@ -73,13 +75,14 @@ def trained_part(final_model: FinalModel, *instances: Instances) -> tuple[FinalM
     parts = _cut(final_model, instances[0], sum(map(len, instances)))
     if parts is None:
         return final_model, instances
-    before, after = parts
+    networks = (final_model.network, *parts)
     try:
-        entered = tuple(computed(before, part) for part in instances)
+        train = _entering(networks, instances[0], alike=True)
+        others = [_entering(networks, part) for part in instances[1:]]
     except NotReachedError as error:
         _left_whole(error)
         return final_model, instances
-    return _remaining_model(final_model, after), entered
+    return _remaining_model(final_model, parts[1]), (train, *others)
 
 
 def for_runs(
@@ -98,16 +101,15 @@ def for_runs(
     parts = _cut(final_model, train, len(train) + len(test))
     if parts is None:
         return final_model, train, test
-    before, after = parts
+    networks = (final_model.network, *parts)
+    entered: list[Instances] = []
     try:
-        entered = [
-            computed(duplicate(before).to(device=device, dtype=dtype), part.to(device, dtype))
-            for dtype, part in zip(dtypes, (train, test), strict=True)
-        ]
+        for dtype, part in zip(dtypes, (train, test), strict=True):
+            entered.append(_entering(networks, part.to(device, dtype), dtype, alike=not entered))
     except NotReachedError as error:
         _left_whole(error)
         return final_model, train, test
-    return _remaining_model(final_model, after), entered[0], entered[1]
+    return _remaining_model(final_model, parts[1]), entered[0], entered[1]
 
 
 def _left_whole(error: NotReachedError) -> None:
@@ -213,15 +215,76 @@ def _before_last_layer(network: nn.Module, trainable: Collection[str]) -> Parts 
     return Entering(network, path), remaining(OrderedDict(after.named_children()))
 
 
+def _entering(
+    networks: tuple[nn.Module, nn.Module, nn.Module],
+    instances: Instances,
+    dtype: torch.dtype | None = None,
+    alike: bool = False,
+) -> Instances:
+    """Return what enters the trained part of instances: of each its own, whatever its batch was.
+
+    Args:
+        networks: the whole one, what comes before and what remains.
+        dtype: of copies of them that compute it, on the instances' device; they themselves do when None.
+        alike: instances are exactly the same where they were before, as what is left out with duplicates is.
+
+    Raises:
+        NotReachedError: it isn't so.
+    """
+
+    def there(network: nn.Module) -> nn.Module:
+        if dtype is None:
+            return network
+        return duplicate(network).to(device=instances.targets.device, dtype=dtype)
+
+    whole, before, after = networks
+    entered, moved = computed(there(before), instances)
+    if moved and not _same_in_other_batches(there(whole), there(after), instances, entered):
+        raise NotReachedError("rows are taken in another order, or some of them")
+    if not alike:
+        return entered
+    group = duplicate_groups(instances)
+    count = int(group.max()) + 1
+    if count < len(group):  # in another batch rounding may be another
+        place = torch.arange(len(group))
+        first = torch.full((count,), len(group)).scatter_reduce(0, group, place, "amin")
+        entered = entered[first[group].to(entered.targets.device)]
+    if int(duplicate_groups(entered).max()) + 1 < count:
+        raise NotReachedError("it gives the same as with others")
+    return entered
+
+
 @torch.no_grad()
-def computed(before: nn.Module, instances: Instances) -> Instances:
-    """Return instances with a network's outputs in the place of their inputs."""
-    found: list[Inputs] = [apply(before, b.inputs) for b in instances.batches(fitting_batch(instances))]
+def computed(before: nn.Module, instances: Instances) -> tuple[Instances, bool]:
+    """Return instances with a network's outputs in the place of their inputs.
+
+    Returns:
+        The instances, and whether rows of a batch may be in another order.
+    """
+    found: list[Inputs] = []
+    moved = False
+    for batch in instances.batches(fitting_batch(instances)):
+        with RowMoves(before, batch.inputs) as moves:
+            found.append(apply(before, batch.inputs))
+        moved |= moves.noted
     first = found[0]
     if isinstance(first, Tensor):
-        return Instances(torch.cat([f for f in found if isinstance(f, Tensor)]), instances.targets)
+        return Instances(torch.cat([f for f in found if isinstance(f, Tensor)]), instances.targets), moved
     together = {name: torch.cat([f[name] for f in found if isinstance(f, dict)]) for name in first}
-    return Instances(together, instances.targets)
+    return Instances(together, instances.targets), moved
+
+
+@torch.no_grad()
+def _same_in_other_batches(
+    whole: nn.Module, after: nn.Module, instances: Instances, entered: Instances
+) -> bool:
+    """Return whether what entered with other instances gives each instance's outputs, in a random order."""
+    order = torch.randperm(len(instances), generator=torch.Generator().manual_seed(0))
+    for rows in order.to(instances.targets.device).split(fitting_batch(instances)):
+        ours, theirs = apply(after, entered[rows].inputs), apply(whole, instances[rows].inputs)
+        if not _alike(ours, theirs):
+            return False
+    return True
 
 
 @torch.no_grad()
@@ -234,16 +297,19 @@ def _agree(final_model: FinalModel, before: nn.Module, after: nn.Module, train: 
     try:
         for probe in _probes(train):
             whole = functional_apply(final_model.network, other, probe.inputs)
-            entered = computed(before, probe)
+            entered, _ = computed(before, probe)
             if len(entered) != len(probe):
                 return False
-            parts = functional_apply(after, other, entered.inputs)
-            if parts.shape != whole.shape or not torch.allclose(parts, whole, rtol=1e-3, atol=1e-4):
+            if not _alike(functional_apply(after, other, entered.inputs), whole):
                 return False
     except Exception as error:  # a model of another structure than expected
         log.info("the frozen part can't be cut off (%s)", type(error).__name__)
         return False
     return True
+
+
+def _alike(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def _probes(train: Instances) -> Iterator[Instances]:
@@ -261,7 +327,7 @@ def moved(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _bytes(before: nn.Module, probe: Instances, count: int) -> int:
-    tensors = computed(before, probe).tensors()
+    tensors = computed(before, probe)[0].tensors()
     each = sum(t[0].numel() * t.element_size() for name, t in tensors.items() if name != "targets")
     return each * count
 
