@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fimo.curvature.gradients import InstanceGradients
+from fimo.curvature.recording import recorder_of_sums
 from fimo.data.instances import Instances
 from fimo.engine.protocol import Protocol
 from fimo.further_training import further_train
@@ -74,6 +75,26 @@ def test_what_may_move_rows_is_noted_and_gradients_are_each_instance_s(how: str)
     assert moves.noted == (how != "plain")
     rows = InstanceGradients(model).losses(data).dense()[:, 0]
     torch.testing.assert_close(rows, dense.instance_gradients(model, data), rtol=1e-9, atol=1e-13)
+
+
+class Masked(Words):
+    """The same, given a tokenizer's output."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize("how", ["plain", "sorted"])
+def test_a_mask_says_which_positions_count_only_where_rows_are_in_its_order(how: str) -> None:
+    data = texts()
+    assert isinstance(data.inputs, Tensor)
+    masked = {"input_ids": data.inputs, "attention_mask": (data.inputs != PADDING).long()}
+    recorder = recorder_of_sums(
+        FinalModel(Masked(how).double(), cross_entropy), Instances(masked, data.targets)
+    )
+    assert recorder is not None
+    rows = recorder.rows(Instances(masked, data.targets), lambda outputs: torch.ones_like(outputs)[:, None])
+    assert (rows.mask is None) == (how == "sorted")
 
 
 @pytest.mark.parametrize("how", SORTING[:3])

@@ -118,8 +118,12 @@ class Recorder:
         counts = [n if _apart(module, x, y, n) else 1 for module, x, y in calls]
         shapes = [(m, r, *_instance_shape(y, m)) for y, m in zip(leaving, counts, strict=True)]
         # maybe each instance's in turn, or those that the network selected, or in its own order
-        several = zip(calls, counts, strict=True) if n > 1 and not (self.summed or trial) else ()
-        parted = [k for k, ((_, x, _), m) in enumerate(several) if m == n and (moves.noted or len(x) != n)]
+        several = zip(calls, counts, strict=True) if n > 1 and not trial else ()
+        tried = [
+            k
+            for k, ((_, x, _), m) in enumerate(several)
+            if m == n and (moves.noted or (len(x) != n and not self.summed))
+        ]
         # one row's derivatives are taken as they are, more are put in place
         deltas = [y.new_zeros(s) for y, s in zip(leaving, shapes, strict=True)] if r > 1 else []
         for k in range(r if calls and outputs.requires_grad else 0):
@@ -127,7 +131,7 @@ class Recorder:
                 outputs,
                 leaving,
                 vectors[:, k],
-                retain_graph=k + 1 < r or bool(parted),
+                retain_graph=k + 1 < r or bool(tried),
                 materialize_grads=True,
                 allow_unused=True,
             )
@@ -136,16 +140,19 @@ class Recorder:
             for into, d in zip(deltas, found if r > 1 else (), strict=False):
                 into[:, k] = d.reshape(into[:, k].shape)
         deltas = deltas or [y.new_zeros(s) for y, s in zip(leaving, shapes, strict=True)]
-        if parted and outputs.requires_grad:
-            of_parts = [deltas[k][:, 0] for k in parted]
-            _check_in_turn(outputs, vectors[:, 0], [leaving[k] for k in parted], of_parts)
+        in_turn = True
+        if tried and outputs.requires_grad:
+            of_tried = [deltas[k][:, 0] for k in tried]
+            in_turn = _in_turn(outputs, vectors[:, 0], [leaving[k] for k in tried], of_tried)
+            if not (in_turn or self.summed):
+                raise UnseenError("rows are not those of each instance in turn")
         made: list[Call] = []
         owners = {module: k for k, module in enumerate(self.modules)}
         for (module, x, _), delta, m in zip(calls, deltas, counts, strict=True):
             made += _calls_of(module, self.modules[module], owners[module], x, delta, m)
         if not made:
             raise UnseenError("no module was called")
-        mask = tokens_of(instances, self.final_model.loss)
+        mask = tokens_of(instances, self.final_model.loss) if in_turn else None
         return ModuleRows(tuple(made), _shapes(self.final_model), None if mask is None else mask.bool())
 
     @contextlib.contextmanager
@@ -184,10 +191,8 @@ class Recorder:
                 handle.remove()
 
 
-def _check_in_turn(
-    outputs: Tensor, vectors: Tensor, leaving: Sequence[Tensor], deltas: Sequence[Tensor]
-) -> None:
-    """Refuse rows that are not each instance's in turn: selected by a network of some, or in another order.
+def _in_turn(outputs: Tensor, vectors: Tensor, leaving: Sequence[Tensor], deltas: Sequence[Tensor]) -> bool:
+    """Return whether rows are each instance's in turn, not some that a network selected, or in another order.
 
     Each instance's derivatives are multiplied by another number once its cotangents are.
 
@@ -195,9 +200,6 @@ def _check_in_turn(
         vectors: ``[n, ...]``, cotangents.
         leaving: what left modules.
         deltas: ``[n, ...]`` derivatives in these, as those of n instances.
-
-    Raises:
-        UnseenError: they aren't.
     """
     n = len(vectors)
     each = torch.linspace(1, 2, n, dtype=vectors.dtype, device=vectors.device)
@@ -207,7 +209,8 @@ def _check_in_turn(
         expected = delta * each.view(n, *[1] * (delta.ndim - 1))
         difference = again.reshape(expected.shape) - expected
         if not difference.norm() <= torch.finfo(delta.dtype).eps ** 0.5 * expected.norm():
-            raise UnseenError("rows are not those of each instance in turn")
+            return False
+    return True
 
 
 def recorder_for(final_model: FinalModel, instances: Instances) -> Recorder | None:
