@@ -18,11 +18,11 @@ from fimo.curvature.jacobian import DenseRows, Rows, split
 from fimo.curvature.kronecker import fit_factors
 from fimo.curvature.layer_projection import LayerProjection
 from fimo.curvature.module_rows import ConvolutionCall
-from fimo.curvature.recording import recorder_for
-from fimo.data.instances import Inputs, Instances
+from fimo.curvature.recording import recorder_for, tokens_of
+from fimo.data.instances import IGNORED, Inputs, Instances
 from fimo.models.final_model import FinalModel
 from fimo.models.huggingface import pooled, trimmed
-from fimo.models.losses import cross_entropy
+from fimo.models.losses import cross_entropy, language_modelling
 from tests.cases import CASES
 from tests.reference import attribution as dense
 
@@ -275,6 +275,17 @@ def test_padding_is_no_position_of_a_factor() -> None:
     tokens = train.inputs["input_ids"][train.inputs["attention_mask"].bool()]
     a = F.pad(model.network.token(tokens), (0, 1), value=1)
     torch.testing.assert_close(mix.entering, a.T @ a / len(a))
+
+
+def test_tokens_without_a_mask_go_to_the_last_that_is_predicted() -> None:
+    skip = IGNORED
+    targets = torch.tensor([[4, skip, 5, skip, skip], [skip, 3, 2, 1, 6], [skip, skip, skip, skip, skip]])
+    batch = Instances(torch.zeros(3, 5, dtype=torch.int64), targets)
+    expected = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()
+    found = tokens_of(batch, language_modelling)
+    assert found is not None
+    assert torch.equal(found, expected)
+    assert tokens_of(batch, cross_entropy) is None
 
 
 @pytest.mark.parametrize("name", KNOWN)
