@@ -248,7 +248,8 @@ def audit(
     Args:
         model, train, test, further_training, inputs, target, store, device, progress: as for
             :func:`fimo.further_train`.
-        tests: test instances that are explained one by one, by name or position; not of several outputs.
+        tests: test instances that are explained one by one, by name or position (``"row 3"`` where names are
+            numbers); not of several outputs.
         top: rows of interest on each side of each target; half as many more are verified.
         q: false discovery rate at which verdicts shall hold.
         verify: make real runs; else only predictions.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fimo.data.image import ImageData
+from fimo.data.image import ImageData, decode
 from fimo.errors import InputError
 
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
@@ -83,7 +83,9 @@ def test_parquet_files_hold_the_same_images(tmp_path: Path) -> None:
     assert isinstance(theirs.train.inputs, torch.Tensor)
     assert torch.equal(ours.train.inputs, theirs.train.inputs)
     assert torch.equal(ours.test.targets, theirs.test.targets)
-    with pytest.raises(InputError, match=r"dataset.target: label 1 is not among the 1 classes"):
+    with pytest.raises(
+        InputError, match=r"dataset.target: label '1' in training image row 3 is not among the classes cat"
+    ):
         image_data(tmp_path / "tables", image="img", class_names=["cat"])
 
 
@@ -111,7 +113,9 @@ def test_bad_images_are_answered_by_file_and_key(tmp_path: Path) -> None:
     assert len(image_data(path, size=8).test) == 6
     broken.write_bytes(whole)
     (path / "test" / "dog").rename(path / "test" / "wolf")
-    with pytest.raises(InputError, match=r"class 'wolf' of a test image is not among cat, dog"):
+    with pytest.raises(
+        InputError, match=r"label 'wolf' in test image wolf/0.png is not among the classes cat, dog"
+    ):
         image_data(path)
 
 
@@ -134,3 +138,89 @@ def test_cifar10_is_read_from_its_folder() -> None:
     assert data.outputs == 10
     assert isinstance(data.train.inputs, torch.Tensor)
     assert data.train.inputs.shape == (200, 3, 32, 32)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_the_upper_bits_of_images_of_16_bits_are_taken(tmp_path: Path, suffix: str) -> None:
+    values = np.array([[0, 255, 256], [4660, 32768, 65535]], dtype=np.uint16)
+    path = tmp_path / f"deep.{suffix}"
+    Image.fromarray(values).save(path)
+    for channels in (1, 3):
+        assert decode(path, channels, None)[..., 0].tolist() == [[0, 0, 1], [18, 128, 255]]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_images_of_32_bits_are_refused(tmp_path: Path, kind: type) -> None:
+    Image.fromarray(np.ones((2, 2), dtype=kind)).save(tmp_path / "deep.tif")
+    with pytest.raises(InputError, match=r"dataset\.path: .*deep\.tif has pixels of 32 bits"):
+        decode(tmp_path / "deep.tif", 1, None)
+
+
+def test_images_are_turned_as_their_camera_was(tmp_path: Path) -> None:
+    lying = np.zeros((2, 3), dtype=np.uint8)
+    lying[0] = (50, 100, 200)
+    picture = Image.fromarray(lying)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # the first row is the right column
+    picture.save(tmp_path / "lying.png", exif=exif)
+    assert decode(tmp_path / "lying.png", 1, None)[..., 0].tolist() == [[0, 50], [0, 100], [0, 200]]
+
+
+def test_hidden_folders_and_files_are_no_images(tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    (path / "train" / ".ipynb_checkpoints").mkdir()
+    (path / "train" / ".ipynb_checkpoints" / "0-checkpoint.png").write_bytes(png(1))
+    (path / "train" / "cat" / "._0.png").write_bytes(b"of macOS")
+    data = image_data(path)
+    assert (data.class_names, len(data.train)) == (("cat", "dog"), 6)
+
+
+def tables(path: Path, labels: list, cells: list | None = None) -> Path:
+    import pandas as pd
+
+    cells = cells or [{"bytes": png(k), "path": None} for k in range(len(labels))]
+    for split in ("train", "test"):
+        pd.DataFrame({"image": cells, "label": labels}).to_parquet(path / f"{split}.parquet")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "classes", "targets"),
+    [
+        ([11, 2, 0, 10, 1], None, ("0", "1", "2", "10", "11"), [4, 2, 0, 3, 1]),
+        (["b ", "a", "b"], None, ("a", "b"), [1, 0, 1]),
+        (["08", "007", "08"], ["007", "08"], ("007", "08"), [1, 0, 1]),
+        (np.array([0.5, 0.25], np.float32), None, ("0.25", "0.5"), [1, 0]),
+        ([0, 1, 0], [1, 0], ("1", "0"), [1, 0, 1]),
+        ([0, 1, 0], ["cat", "dog"], ("cat", "dog"), [0, 1, 0]),
+        ([1, 2, 1], [1, 2], ("1", "2"), [0, 1, 0]),
+    ],
+)
+def test_labels_of_tables_are_ordered_as_numbers_or_given(
+    tmp_path: Path, labels: list, names: list | None, classes: tuple, targets: list
+) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow, which reads parquet, is not installed")
+    data = image_data(tables(tmp_path, labels), class_names=names)
+    assert data.class_names == classes
+    assert data.train.targets.tolist() == data.test.targets.tolist() == targets
+
+
+def test_cells_of_paths_are_read_and_those_of_nothing_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow, which reads parquet, is not installed")
+    for k in range(2):
+        (tmp_path / f"{k}.png").write_bytes(png(k))
+    cells = [{"bytes": None, "path": str(tmp_path / f"{k}.png")} for k in range(2)]
+    data = image_data(tables(tmp_path, [0, 1], cells), class_names=["a", "b"])
+    np.testing.assert_array_equal(data._pixels["train"][1].permute(1, 2, 0), pixels(1))
+    with pytest.raises(
+        InputError, match=r"dataset\.target: the label in data row 1 of the training table of"
+    ):
+        image_data(tables(tmp_path, ["a", None], cells))
+    with pytest.raises(InputError, match=r"dataset\.image: no column 'img' in the training table of"):
+        image_data(tmp_path, image="img")
+    for cell, said in (
+        ({"bytes": None, "path": "gone.png"}, "data row 1 holds a path, .* there is no gone.png"),
+        ({"bytes": None, "path": None}, "data row 1 holds neither an image's bytes nor its path"),
+    ):
+        with pytest.raises(InputError, match=rf"dataset\.image: {said}"):
+            image_data(tables(tmp_path, [0, 1], [cells[0], cell]))

@@ -10,7 +10,7 @@ import torch
 
 from fimo.data.instances import IGNORED
 from fimo.data.language import LanguageData
-from fimo.data.passages import pieces
+from fimo.data.passages import Columns, pieces, read_passages
 from fimo.data.tokens import ByteTokens, WordTokens
 from fimo.errors import InputError
 
@@ -217,3 +217,27 @@ def test_bad_tables_are_refused(
 def test_text_files_have_no_identifiers(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="text files have no columns"):
         language_data(corpus(tmp_path), id="name")
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl"])
+def test_completions_that_are_numbers_are_as_they_are_written(tmp_path: Path, name: str) -> None:
+    rows = [("1+2=", 3), ("1+1.5=", 2.5)] if name == "t.jsonl" else [("code", "0228"), ("1.50", "06")]
+    if name == "t.jsonl":
+        lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in rows]
+    else:
+        separator = "," if name == "t.csv" else "\t"
+        lines = [separator.join(row) for row in [("prompt", "completion"), *rows]]
+    (tmp_path / name).write_text("\n".join(lines))
+    found = read_passages(str(tmp_path / name), "dataset.prompts", Columns(), prompts=True)
+    assert found.prompts == tuple(prompt for prompt, _ in rows)
+    assert found.texts == tuple(str(completion) for _, completion in rows)
+
+
+def test_passages_that_are_lists_or_go_over_the_columns_are_refused(tmp_path: Path) -> None:
+    for name, content, said in (
+        ("t.jsonl", '{"text": ["a", "b"]}', r"column 'text' of .*t\.jsonl holds lists"),
+        ("t.csv", "text\nhello, world\n", r"line 2 has 2 cells where the first has 1"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=said):
+            read_passages(str(tmp_path / name), "dataset.path", Columns())

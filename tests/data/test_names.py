@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ from fimo.data.csv import CsvData
 from fimo.data.custom import CustomData
 from fimo.data.datamodule import InstancesModule
 from fimo.data.fico import FEATURES, TARGET, FicoData
+from fimo.data.idx import IdxData
 from fimo.data.image import ImageData
 from fimo.data.language import LanguageData
 from fimo.data.text import TextData
 from fimo.errors import InputError
+from tests.data.test_idx import write
 
 SPLITS = ("train", "test")
 
@@ -193,3 +196,44 @@ def test_passages_are_counted_through_the_files(tmp_path: Path) -> None:
     for split in SPLITS:
         for k, row in enumerate(data.origin(split).row):
             assert str(data.named(split, k).text).endswith(f" {row}")
+
+
+def texts_of(folder: Path) -> InstancesModule:
+    rows = [f"film {k},{'no' if k % 3 else 'yes'}" for k in range(12)]
+    for name in ("train", "test"):
+        (folder / f"{name}.csv").write_text("\n".join(["text,label", *rows]))
+    return TextData(str(folder), tokenizer="bytes")
+
+
+def images_of(folder: Path) -> InstancesModule:
+    for k in range(12):
+        for split in SPLITS:
+            path = folder / split / ("cat" if k % 3 else "dog") / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (4, 4), 20 * k).save(path)
+    return ImageData(str(folder), channels=1)
+
+
+def digits_of(folder: Path) -> InstancesModule:
+    write(folder, "train", 12)
+    write(folder, "t10k", 4)
+    return IdxData(str(folder))
+
+
+def elements_of(folder: Path) -> InstancesModule:
+    elements = [{"x": [k / 10, 1.0], "z": k, "label": k % 3} for k in range(12)]
+    return CustomData(elements, elements[:3])
+
+
+@pytest.mark.parametrize("source", [texts_of, images_of, digits_of, elements_of])
+def test_what_is_shown_is_the_instance_itself_where_others_are_held_out(
+    tmp_path: Path, source: Callable[[Path], InstancesModule]
+) -> None:
+    data = loaded(source(tmp_path))
+    whole = [data.display("train", k) for k in range(12)]
+    data.hold_out(0.3)
+    rows = data.origin("train").row
+    assert len(rows) == 8
+    assert [data.shown("train", k) for k in range(8)] == [whole[row] for row in rows]
+    assert data.shown_targets("train") == [whole[row].target for row in rows]
+    assert [data.display("train", k) for k in range(12)] == whole

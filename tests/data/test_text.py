@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -200,3 +201,126 @@ def test_the_classes_column_may_still_be_called_label(tmp_path: Path) -> None:
     for name in ("target", "label"):
         data = text_data(str(tmp_path / "t.csv"), text="text", class_names=None, **{name: "kind"})
         assert data.class_names == ("no", "yes")
+
+
+def written(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["all.csv", "all.tsv"])
+def test_texts_that_look_like_numbers_and_the_cleaned_table_are_as_they_are_written(
+    tmp_path: Path, name: str
+) -> None:
+    texts = [f"{37 * k % 1000:06}" for k in range(18)] + ["0.00", "12345678901234567890"]
+    separator = "\t" if name.endswith("tsv") else ","
+    rows = [(text, str(k % 2), f"0{k}.50", "TRUE") for k, text in enumerate(texts)]
+    lines = [separator.join(row) for row in [("text", "label", "price", "new"), *rows]]
+    path = written(tmp_path / name, *lines)
+    data = text_data(path, text="text", class_names=None)  # type: ignore[arg-type]
+    assert isinstance(data.train.inputs, dict)
+    for k, row in enumerate(data.origin("train").row):
+        assert data.display("train", k).text == texts[row]
+        assert bytes(i for i in data.train.inputs["input_ids"][k] if i < 256).decode() == texts[row]
+    assert data.class_names == ("0", "1")
+    assert data.table().to_csv(index=False, sep=separator) == Path(path).read_text()
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["10", "2", "1", "02"], ("1", "2", "10")),
+        (["1.0", "0.0", "1", "0"], ("0", "1")),
+        (["TRUE", "false", "True", "FALSE"], ("False", "True")),
+        (["pos ", "neg", "pos", "neg"], ("neg", "pos")),
+        (["b", "01", "1", "b"], ("01", "1", "b")),
+        ([1, "1", 0, "0"], ("0", "1")),
+        ([1.0, 0.0, 1.0, 0.0], ("0", "1")),
+        ([True, False, "true", "False"], ("False", "True")),
+        (
+            ["12345678901234567890", "12345678901234567891"] * 2,
+            ("12345678901234567890", "12345678901234567891"),
+        ),
+    ],
+)
+def test_labels_are_called_as_a_tables_classes_are(tmp_path: Path, labels: list, names: tuple) -> None:
+    rows = [{"text": f"film {k}", "label": label} for k, label in enumerate(labels * 5)]
+    lines = [json.dumps(row) for row in rows]
+    found = [TextData(written(tmp_path / "t.jsonl", *lines), tokenizer="bytes")]
+    if all(isinstance(label, str) for label in labels):
+        lines = ["text,label", *(f"{row['text']},{row['label']}" for row in rows)]
+        found.append(TextData(written(tmp_path / "t.csv", *lines), tokenizer="bytes"))
+    for data in found:
+        data.setup()
+        assert data.class_names == names
+
+
+@pytest.mark.parametrize(
+    ("given", "labels", "targets"),
+    [
+        ([1, 0], [0, 1], [1, 0]),
+        (["1", "0"], [0, 1], [1, 0]),
+        ([1, 2], [1, 2], [0, 1]),
+        ([1, 2], [0, 1], [0, 1]),
+        (["no", "yes"], ["yes", "00"], None),
+        (["no", "yes"], ["01", "00"], [1, 0]),
+        (["007", "08"], ["007", "08"], [0, 1]),
+    ],
+)
+def test_given_classes_are_names_or_else_those_of_the_numbers(
+    tmp_path: Path, given: list, labels: list, targets: list | None
+) -> None:
+    lines = ["text,label", *(f"film {k},{labels[k % 2]}" for k in range(8))]
+    path = written(tmp_path / "t.csv", *lines)
+    data = TextData(path, test_path=path.replace("t.csv", "u.csv"), tokenizer="bytes", class_names=given)
+    written(tmp_path / "u.csv", *lines)
+    if targets is None:
+        with pytest.raises(
+            InputError, match=r"dataset\.target: label '00' in data row 1 \(line 3\) of the train"
+        ):
+            data.setup()
+        return
+    data.setup()
+    assert data.train.targets.tolist() == data.test.targets.tolist() == targets * 4
+
+
+def test_a_line_with_more_cells_than_the_header_is_refused(tmp_path: Path) -> None:
+    lines = ["text,label", *(f"a film {k},{k % 2}," for k in range(8))]
+    for name, given in (("t.csv", lines), ("t.tsv", [line.replace(",", "\t") for line in lines])):
+        with pytest.raises(
+            InputError, match=rf"{name} is not a table .*: line 2 has 3 cells where the first has 2"
+        ):
+            text_data(written(tmp_path / name, *given), text="text")  # type: ignore[arg-type]
+    lines = ["text,label", *(f'"a film, {k}",{k % 2}' for k in range(8))]
+    assert len(text_data(written(tmp_path / "t.csv", *lines), text="text").train) == 7  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "said"),
+    [
+        ({"text": ["a", "b"], "label": 1}, {}, r"dataset\.text: column 'text' of the whole data holds lists"),
+        ({"text": "a", "label": [1]}, {}, r"dataset\.target: column 'label' holds lists"),
+        (
+            {"text": "a", "label": 1},
+            {"split": "part", "test_size": 0.2},
+            r"dataset\.test_size: the data have a test",
+        ),
+        (
+            {"text": "a", "label": 1},
+            {"test_path": "t", "test_size": 0.2},
+            r"dataset\.test_size: the data have a test",
+        ),
+    ],
+)
+def test_lists_and_a_share_of_data_with_a_test_part_are_refused(
+    tmp_path: Path, row: dict, settings: dict, said: str
+) -> None:
+    path = written(tmp_path / "t.jsonl", *[json.dumps(row)] * 8)
+    with pytest.raises(InputError, match=said):
+        TextData(path, tokenizer="bytes", **settings).setup()
+
+
+def test_a_column_of_parts_may_be_written_as_decimals(tmp_path: Path) -> None:
+    lines = ["text,label,test", *(f"film {k},{k % 2},{'1.0' if k > 5 else '0.0'}" for k in range(8))]
+    data = text_data(written(tmp_path / "t.csv", *lines), text="text", split="test")  # type: ignore[arg-type]
+    assert data.origin("test").row.tolist() == [6, 7]

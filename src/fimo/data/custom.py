@@ -113,19 +113,19 @@ class CustomData(InstancesModule):
                 )
 
     def display(self, split: Split, index: int) -> Display:
-        instances: Instances = getattr(self, split)
-        target = instances.targets[index]
+        instance = self._instance(split, index)
+        target = instance.targets[0]
         if self.task == "classification":
             shown = self.class_names[int(target)] if self.class_names else str(int(target))
         else:
             shown = ", ".join(f"{v:.4g}" for v in target.flatten()[:3].tolist())
         if self.text is not None:
             return Display(shown, text=str(self._element(split, index, self.text, "text")))
-        parts = instances.inputs if isinstance(instances.inputs, dict) else {"x": instances.inputs}
+        parts = instance.inputs if isinstance(instance.inputs, dict) else {"x": instance.inputs}
         numbers = {
-            f"{name}[{k}]" if part[index].numel() > 1 else name: round(float(v), 6)
+            f"{name}[{k}]" if part.numel() > 1 else name: round(float(v), 6)
             for name, part in parts.items()
-            for k, v in enumerate(part[index].flatten()[:12])
+            for k, v in enumerate(part.flatten()[:12])
         }
         return Display(shown, numbers)
 

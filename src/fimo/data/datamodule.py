@@ -69,7 +69,10 @@ class InstancesModule(pl.LightningDataModule):
 
     @abstractmethod
     def display(self, split: Split, index: int) -> Display:
-        """Return an instance as a person reads it, in original units."""
+        """Return one of the instances that were loaded as a person reads it, in original units.
+
+        :meth:`_instance` has its tensors; ``train`` may be shorter (:meth:`hold_out`).
+        """
 
     def origin(self, split: Split) -> Origin:
         """Return where the instances of a part came from: their rows in the user's file, and their names."""
@@ -97,6 +100,17 @@ class InstancesModule(pl.LightningDataModule):
         """Return the index of an instance of a part among those that were loaded."""
         held = self._trained if split == "train" else None
         return index if held is None else int(held[index])
+
+    def _instance(self, split: Split, index: int) -> Instances:
+        """Return one of the instances that were loaded ``[1, ...]``, trained on or held out."""
+        part: Instances = getattr(self, split)
+        if split == "train" and self._trained is not None and self.validation is not None:
+            before = int(np.searchsorted(self._trained, index))  # trained ones; the others before it are held
+            if before == len(self._trained) or self._trained[before] != index:
+                part, index = self.validation, index - before
+            else:
+                index = before
+        return part[index : index + 1]
 
     def named(self, split: Split, index: int) -> Display:
         """Return an instance as a person reads it, under its own name, with what its source says beside."""

@@ -98,7 +98,7 @@ class IdxData(InstancesModule):
 
     def display(self, split: Split, index: int) -> Display:
         require("dataset", IMAGES)
-        target = self.class_names[int(getattr(self, split).targets[index])]
+        target = self.class_names[int(self._instance(split, index).targets)]
         return Display(target, image=data_address(self._pixels[split][index]))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +12,8 @@ import numpy as np
 import pandas as pd
 
 from fimo.errors import InputError, nearest, shortened
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,9 @@ class Origin:
         )
 
     def position(self, name: int | str, key: str) -> int:
-        """Return the position of the instance with an identifier, or else with a row.
+        """Return the position of the instance with an identifier, or else with a row: ``row 11``, or ``11``.
+
+        Where some identifiers are numbers, a number is one of them: no row of it is looked for.
 
         Args:
             key: that errors name.
@@ -123,11 +129,17 @@ class Origin:
         """
         if self.id is not None and str(name) in self.id:
             return self.id.index(str(name))
-        rows: list[int] = self.row.tolist()
-        if (isinstance(name, int) or str(name).isdigit()) and int(name) in rows:
-            return rows.index(int(name))
-        kind = "row" if self.id is None else "id or row"
-        raise InputError(key, f"there is no {kind} {name!r}; there are {shortened(self.ids)}")
+        row, rows = re.fullmatch(r"(row )?(\d+)", str(name)), self.row.tolist()
+        there = row is not None and int(row[2]) in rows
+        numbered = self.id is not None and any(identifier.isdigit() for identifier in self.id)
+        if row is not None and there and (row[1] or not numbered):
+            position: int = rows.index(int(row[2]))
+            if self.id is not None:
+                log.info("%s: %s is called %s", key, self.where(position), self.id[position])
+            return position
+        kind = "row" if self.id is None else "id" if there else "id or row"
+        hint = f"; data row {name} is called 'row {name}'" if there else ""
+        raise InputError(key, f"there is no {kind} {name!r}; there are {shortened(self.ids)}{hint}")
 
 
 @dataclass(frozen=True)

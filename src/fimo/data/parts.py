@@ -66,9 +66,7 @@ def parts(column: pd.Series, where: Callable[[int], str]) -> tuple[np.ndarray, n
 
 
 def _word(value: object) -> str:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip().casefold()
+    return re.sub(r"^(\d+)\.0+$", r"\1", str(value).strip().casefold())
 
 
 def _by_name(found: list[str]) -> tuple[list[str], list[str]] | None:

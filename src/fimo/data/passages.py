@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from fimo.data.cells import is_nested
 from fimo.data.origin import Origin, first_line
 from fimo.data.text import LINES, SUFFIXES, read_table
 from fimo.data.tokens import Tokens
@@ -175,7 +176,7 @@ def read_passages(given: str | None, key: str, columns: Columns, prompts: bool =
         raise InputError(key, "must be given: a folder of .txt files, a text file, or a table")
     path = Path(given)
     if path.is_file() and (prompts or path.suffix.lower() in SUFFIXES):
-        return from_table(read_table(path, key, columns.id), path, key, columns, prompts)
+        return from_table(read_table(path, key), path, key, columns, prompts)
     files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
     if not files:
         raise InputError(key, f"no .txt file in {path}" if path.is_dir() else f"no such file: {path}")
@@ -200,6 +201,8 @@ def from_table(
             instead = "" if prompts or asked else f", nor {columns.prompt!r} and {columns.completion!r}"
             there = shortened(list(map(str, frame)))
             raise InputError(key, f"{path} has no column {name!r}{instead}; it has {there}")
+        if is_nested(frame[name]):
+            raise InputError(key, f"column {name!r} of {path} holds lists or records, not texts")
     facts = _facts(frame, path, columns)
     lines = LINES.get(path.suffix.lower())
     first = None if lines is None else first_line(path.read_text("utf-8-sig"), len(frame), lines)

@@ -84,22 +84,23 @@ def read_file(path: Path, form: Form, key: str = KEY) -> tuple[pd.DataFrame, int
         return _named(_read(path, key, lambda: pd.read_parquet(path).reset_index(drop=True)), True), None, ""
     if suffix in JSON:
         text = path.read_text("utf-8-sig")
-        lines = suffix == ".jsonl"
-        frame = _read(path, key, lambda: pd.DataFrame(_records(text) if lines else json.loads(text)))
-        return _named(frame, True), first_line(text, len(frame), False) if lines else None, ""
+        frame = _json(path, text, key)
+        return frame, first_line(text, len(frame), False) if suffix == ".jsonl" else None, ""
     text, guessed = decoded(path, form.encoding, key)
     frame = parse(path, text, form.header, form.separator, form.decimal, key, identifiers=form.id)
     return frame, first_line(text, len(frame), form.header), guessed
 
 
-def as_written(path: Path, form: Form) -> pd.DataFrame:
-    """Return a file's table with every cell of text as it is written."""
+def as_written(path: Path, form: Form, key: str = KEY) -> pd.DataFrame:
+    """Return a file's table with every cell of text, or value of JSON, as it is written."""
     suffix = path.suffix.lower()
-    if suffix in (*SHEETS, *PARQUET, *JSON):
-        frame = read_file(path, replace(form, id=None))[0]
+    if suffix in JSON:
+        frame = _json(path, path.read_text("utf-8-sig"), key, object)  # of numbers, 3 would be 3.0 beside 2.5
+    elif suffix in (*SHEETS, *PARQUET):
+        frame = read_file(path, replace(form, id=None), key)[0]
     else:
-        text, _ = decoded(path, form.encoding, KEY)
-        frame = parse(path, text, form.header, form.separator, form.decimal, KEY, as_text=True)
+        text, _ = decoded(path, form.encoding, key)
+        frame = parse(path, text, form.header, form.separator, form.decimal, key, as_text=True)
     if not form.header and suffix not in (*PARQUET, *JSON):
         frame.attrs[NAMELESS] = True
     return frame
@@ -179,7 +180,7 @@ def parse(
         allowed = ", ".join(SEPARATORS)
         raise InputError("dataset.separator", f"expected {allowed} or one character but got {separator!r}")
     found = SEPARATORS.get(separator, separator) or guess_separator(text)
-    _check_lines(path, text, found, key)
+    check_lines(path, text, found, key, skipinitialspace=True)
     first = next(line for line in text.splitlines() if line.strip())
     pattern = found if found == r"\s+" else re.escape(found)
     numbers_only = all(_is_number(cell) for cell in re.split(pattern, first.strip()))
@@ -237,8 +238,12 @@ def guess_separator(text: str) -> str:
     return r"\s+"
 
 
-def _check_lines(path: Path, text: str, separator: str, key: str) -> None:
+def check_lines(path: Path, text: str, separator: str, key: str, **quoting: Any) -> None:
     """Refuse a line that has more cells than the first; pandas might take some for an index.
+
+    Args:
+        path: for errors.
+        quoting: choices of ``csv.reader``, by which cells are read.
 
     Raises:
         InputError: naming the line.
@@ -247,7 +252,7 @@ def _check_lines(path: Path, text: str, separator: str, key: str) -> None:
         return
     limit = csv.field_size_limit(len(text) + 1)  # else a cell of more than 131072 characters is an error
     try:
-        widths = _quoted_widths(text, separator) if '"' in text else _widths(text, separator)
+        widths = _quoted_widths(text, separator, **quoting) if '"' in text else _widths(text, separator)
         _, first = next(widths, (0, 0))
         wider = next(((number, width) for number, width in widths if width > first), None)
     finally:
@@ -259,14 +264,14 @@ def _check_lines(path: Path, text: str, separator: str, key: str) -> None:
 
 def _widths(text: str, separator: str) -> Iterator[tuple[int, int]]:
     """Yield the number of each line that is not blank, and how many cells it has."""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, line.count(separator) + 1
 
 
-def _quoted_widths(text: str, separator: str) -> Iterator[tuple[int, int]]:
+def _quoted_widths(text: str, separator: str, **quoting: Any) -> Iterator[tuple[int, int]]:
     """Yield the same of rows with quoted cells, which may go over several lines; the first is named."""
-    reader = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text), delimiter=separator, **quoting)
     number = 1
     for row in reader:
         if len(row) > 1 or any(map(str.strip, row)):
@@ -314,6 +319,13 @@ def _read(path: Path, key: str, reader: Callable[[], Any]) -> pd.DataFrame:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(key, f"{path} can't be read ({line})") from None
     return frame
+
+
+def _json(path: Path, text: str, key: str, dtype: type | None = None) -> pd.DataFrame:
+    """Return the table of a JSON file, or of lines of JSON."""
+    lines = path.suffix.lower() == ".jsonl"
+    frame = _read(path, key, lambda: pd.DataFrame(_records(text) if lines else json.loads(text), dtype=dtype))
+    return _named(frame, True)
 
 
 def _records(text: str) -> list[Any]:

@@ -13,13 +13,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from fimo.data.cells import is_nested
 from fimo.data.datamodule import InstancesModule, Split, held_out
 from fimo.data.display import Display
 from fimo.data.hub import require_hub
 from fimo.data.instances import Instances
+from fimo.data.labels import class_indices, read_labels
 from fimo.data.origin import Origin, first_line
 from fimo.data.parts import parts
-from fimo.data.reading import Form, check_file, read_file
+from fimo.data.reading import Form, as_written, check_file, check_lines
 from fimo.data.tokens import Tokens, make_tokens
 from fimo.errors import InputError, nearest, shortened
 
@@ -48,11 +50,12 @@ class TextData(InstancesModule):
         tokenizer: ``bytes``, or a model's folder, package or hub name.
         text, target: columns; ``label`` is an earlier name of ``target``.
         id: column of identifiers; all others are shown beside.
-        class_names: in the order of the labels 0, 1, ...; None takes the labels found in the training set.
+        class_names: the labels, or what labels 0, 1, ... are called; None takes the labels found in the
+            training set, in order. Labels that are all numbers are numbers (``01`` is 1, as in a table).
         max_length: most tokens of a text, special ones included; longer texts are cut. None: the model's.
         train_size: training instances, drawn at random; None for all.
-        test_size: test instances: a number (the first ones, as in the paper), or of one file the share held
-            out; None for all.
+        test_size: test instances: a number (the first ones, as in the paper), or the share held out of one
+            file that has no test part; None for all.
         split_seed: of the draw and the split.
     """
 
@@ -63,7 +66,7 @@ class TextData(InstancesModule):
         tokenizer: str | None = None,
         text: str = "text",
         target: str = "label",
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str | int] | None = None,
         max_length: int | None = None,
         train_size: int | None = None,
         test_size: int | float | None = None,
@@ -87,7 +90,7 @@ class TextData(InstancesModule):
             raise InputError("dataset.split", "expected either dataset.test_path or dataset.split")
         self.max_length, self.train_size, self.test_size = max_length, train_size, test_size
         self.split_seed = split_seed
-        self._given_names = tuple(class_names) if class_names is not None else None
+        self._given_names = tuple(map(str, class_names)) if class_names is not None else None
 
     def load(self) -> None:
         tokens = make_tokens(self.tokenizer)
@@ -102,17 +105,19 @@ class TextData(InstancesModule):
         if isinstance(self.test_size, int):
             test, known_test = test.iloc[: self.test_size], known_test[: self.test_size]
         self.origins = {"train": known, "test": known_test}
-        self._set_classes(train[self.target])
+        labels = pd.concat([train[self.target], test[self.target]], ignore_index=True)
+        self._set_classes(read_labels(labels)[: len(train)])
         self._frames = {"train": train, "test": test}
         texts = [str(t) for frame in (train, test) for t in frame[self.text]]
         inputs = padded(self._cut(tokens, texts), tokens.padding)
-        targets = torch.tensor(
-            [
-                *self._indices(train[self.target], "train", known),
-                *self._indices(test[self.target], "test", known_test),
-            ]
-        )
-        everything = Instances(inputs, targets)
+
+        def where(row: int) -> str:
+            if row < len(train):
+                return f"{known.where(row)} of the train data"
+            return f"{known_test.where(row - len(train))} of the test data"
+
+        targets = class_indices(labels, self.class_names, where, numbered=self._given_names is not None)
+        everything = Instances(inputs, torch.tensor(targets))
         self.train, self.test = everything[: len(train)], everything[len(train) :]
         self.outputs = len(self.class_names)
 
@@ -126,11 +131,15 @@ class TextData(InstancesModule):
 
     def display(self, split: Split, index: int) -> Display:
         row = self._frames[split].iloc[index]
-        target = int(getattr(self, split).targets[index])
+        target = int(self._instance(split, index).targets)
         return Display(self.class_names[target], text=str(row[self.text]).strip())
 
     def _read(self) -> tuple[Part, Part]:
         """Return the training and the test part, each with its origin."""
+        divided = self.test_path is not None or self.split is not None
+        if isinstance(self.test_size, float) and (divided or self.path is None or Path(self.path).is_dir()):
+            problem = f"the data have a test part, of which no share is held out ({self.test_size})"
+            raise InputError("dataset.test_size", f"{problem}; expected a number of its texts or null")
         if self.path is None:
             frames = self._from_hub()
             self._table = frames[0]
@@ -138,11 +147,11 @@ class TextData(InstancesModule):
         path = Path(self.path)
         if not path.is_dir() and self.test_path is not None:
             test_path = Path(self.test_path)
-            test = self._with_origin(read_table(test_path, "dataset.test_path", self.id), test_path)
-            self._table = read_table(path, identifiers=self.id)
+            test = self._with_origin(read_table(test_path, "dataset.test_path"), test_path)
+            self._table = read_table(path)
             return self._with_origin(self._table, path), test
         if not path.is_dir():
-            whole = self._table = read_table(path, identifiers=self.id)
+            whole = self._table = read_table(path)
             if self.split is not None:
                 return self._divided(whole, path)
             share = 0.1 if self.test_size is None else self.test_size
@@ -161,7 +170,7 @@ class TextData(InstancesModule):
                     f"dataset.{key}", f"dataset.path={path} is a folder, which has its own parts"
                 )
         files = _member(path, ("train",)), _member(path, TEST_NAMES)
-        train, test = (self._with_origin(read_table(file, identifiers=self.id), file) for file in files)
+        train, test = (self._with_origin(read_table(file), file) for file in files)
         self._table = train[0]
         return train, test
 
@@ -210,6 +219,9 @@ class TextData(InstancesModule):
                 )
         if frame.empty:
             raise InputError("dataset.path", f"the {split} data have no rows")
+        if is_nested(frame[self.text]):
+            problem = f"column {self.text!r} of the {split} data holds lists or records, not texts"
+            raise InputError("dataset.text", problem)
         for key, column in (("path", self.text), ("target", self.target)):
             blank = frame[column].isna() | (frame[column].astype(str).str.strip() == "")
             if blank.any():
@@ -220,8 +232,6 @@ class TextData(InstancesModule):
     def _set_classes(self, labels: pd.Series) -> None:
         if self._given_names is not None:
             self.class_names = self._given_names
-            self._classes = {str(k): k for k in range(len(self._given_names))}
-            self._classes |= {name: k for k, name in enumerate(self._given_names)}
             return
         found = sorted(labels.unique().tolist())
         if not 2 <= len(found) <= max(2, len(labels) // 2):
@@ -230,17 +240,6 @@ class TextData(InstancesModule):
         if single := [c for c in found if counts[c] == 1]:
             log.warning("dataset.target: labels that one training text has: %s", shortened(single))
         self.class_names = tuple(map(str, found))
-        self._classes = {name: k for k, name in enumerate(self.class_names)}
-
-    def _indices(self, labels: pd.Series, split: str, origin: Origin) -> list[int]:
-        for row, label in enumerate(labels.astype(str)):
-            if label not in self._classes:
-                raise InputError(
-                    "dataset.target",
-                    f"label {label!r} in {origin.where(row)} of the {split} data is not among the classes "
-                    f"{shortened(self.class_names)}",
-                )
-        return [self._classes[label] for label in labels.astype(str)]
 
     def _cut(self, tokens: Tokens, texts: list[str]) -> list[list[int]]:
         most = min((n for n in (self.max_length, tokens.longest) if n is not None), default=None)
@@ -265,34 +264,39 @@ def padded(indices: Sequence[Sequence[int]], padding: int) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def read_table(path: Path, key: str = "dataset.path", identifiers: str | None = None) -> pd.DataFrame:
-    """Read a tsv, csv, parquet or jsonl file; every text stays as it stands (``null`` is a word).
+def read_table(path: Path, key: str = "dataset.path") -> pd.DataFrame:
+    """Read a tsv, csv, parquet or jsonl file; text stays as it is written (``null``, ``007``, ``0.50``).
 
     Args:
         key: that errors name.
-        identifiers: a column that names rows: what looks like numbers stays as it is written (``007``).
 
     Raises:
         InputError: no such file, or not a table.
     """
     check_file(path, key)
     suffix = path.suffix.lower()
-    # not in parts: a column of a large file could be read as numbers and as text
-    choices: dict[str, Any] = {"keep_default_na": False, "low_memory": False}
-    choices |= {} if identifiers is None else {"dtype": {identifiers: str}}
-    if suffix == ".tsv":  # unquoted by convention: quotation marks are text
-        choices |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
     try:
-        if suffix in (".tsv", ".csv"):
-            frame: pd.DataFrame = pd.read_csv(path, **choices)
-            return frame
+        if suffix == ".tsv":  # unquoted by convention: quotation marks are text
+            return _lines(path, "\t", key, csv.QUOTE_NONE)
+        if suffix == ".csv":
+            return _lines(path, ",", key, csv.QUOTE_MINIMAL)
         if suffix == ".parquet":
             return pd.read_parquet(path)
         if suffix in (".jsonl", ".json"):
-            return read_file(path, Form(), key)[0]
+            return as_written(path, Form(), key)
+    except InputError:
+        raise
     except Exception as error:  # each reader has its own errors
         raise InputError(key, f"{path} can't be read ({error})".splitlines()[0]) from None
     raise InputError(key, f"expected one of {', '.join(SUFFIXES)} but got {path}")
+
+
+def _lines(path: Path, separator: str, key: str, quoting: Any) -> pd.DataFrame:
+    check_lines(path, path.read_text("utf-8-sig"), separator, key, quoting=quoting)
+    frame: pd.DataFrame = pd.read_csv(
+        path, sep=separator, quoting=quoting, dtype=str, keep_default_na=False, index_col=False
+    )
+    return frame
 
 
 def _member(folder: Path, names: Sequence[str]) -> Path:
