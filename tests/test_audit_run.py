@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
 
+from fimo.app.audited import audited
 from fimo.app.show import shown
+from fimo.audit.acting import Acting
+from fimo.audit.question import Question
+from fimo.data.instances import Instances
+from fimo.data.origin import Origin
+from fimo.engine.protocol import Protocol
+from fimo.models.final_model import FinalModel
 from fimo.reporting.audit_run import AuditRun
 from tests.reporting.test_report import page_data
 from tests.test_experiment import run
@@ -54,3 +66,39 @@ def test_an_audit_ends_with_its_answer_and_a_page_where_one_is_asked_for(
     if report:
         names = {cells[0] for cells in page_data(folder / "report.html")["tables"]["rows"]["rows"]}
         assert names == set(again.audit.rows["id"])
+
+
+def test_rows_are_the_same_by_what_the_whole_network_takes_not_by_what_enters_its_trained_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Question] = []
+    found = SimpleNamespace(summary={"stages": {}})
+    monkeypatch.setattr("fimo.app.audited.audit", lambda question, *_: asked.append(question) or found)
+    inputs = torch.linspace(-2, 2, 12)[:, None]
+    whole = Instances(inputs, torch.arange(12) % 2)
+    parts: dict[str, Any] = {
+        "class_names": (), "original": None, "unit": "", "named": lambda *_: None, "table": None,
+        "origin": lambda split: Origin.counted(12), "shown_targets": lambda split: whole.targets.tolist(),
+    }  # fmt: skip
+    data = SimpleNamespace(train=whole, test=whole, **parts)
+    entered = Instances(inputs.relu(), whole.targets)
+    run = SimpleNamespace(
+        data=SimpleNamespace(train=entered, test=entered), plan=SimpleNamespace(protocol=Protocol(epochs=1)),
+        final_model=FinalModel(nn.Linear(1, 2), "cross_entropy", accept_poor=True), store=None,
+        device=torch.device("cpu"), trainer={}, problem=None,
+    )  # fmt: skip
+    settings = {"top": 2, "q": 0.1, "verify": True, "minutes": None, "seeds": 2, "controls": None, "test": []}
+    config = OmegaConf.create({"audit": {**settings, "certain_labels": False, "act": True}})
+    stages = SimpleNamespace(begin=lambda *_: None, ended=lambda *_: None)
+    log = SimpleNamespace(stage=lambda *_: None)
+    audited(run, data, config, SimpleNamespace(log=log, ahead=stages, costs=[]))  # type: ignore[arg-type]
+    (question,) = asked
+    assert question.train is entered
+    compared: list[Instances] = []
+    monkeypatch.setattr("fimo.audit.acting.find_groups", lambda train, *_: compared.append(train) or [])
+    monkeypatch.setattr(Acting, "_of_tests", lambda self: ([], None))
+    monkeypatch.setattr(Acting, "removal", None)
+    screened = SimpleNamespace(score=torch.zeros(1, 12))
+    findings = SimpleNamespace(question=question, screened=screened, settings=SimpleNamespace(q=0.1))
+    assert not len(Acting(findings, None, None).groups())  # type: ignore[arg-type]
+    assert compared == [whole]

@@ -267,6 +267,32 @@ def test_the_same_command_goes_on_in_its_folder_and_a_changed_one_gets_another(
     capsys.readouterr()
 
 
+def test_a_folder_with_jobs_of_a_larger_sweep_is_refused_and_other_settings_are_not_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    conf, folder = tmp_path / "conf", tmp_path / "sweep"
+    conf.mkdir()
+    (conf / "config.yaml").write_text("hydra: {sweep: {dir: sweeps}}")
+
+    def sweep_of(values: str) -> Sweep:
+        return Sweep(["-m", f"a={values}", f"hydra.sweep.dir={folder}"], SearchPath((conf,)))
+
+    first = sweep_of("1,2,3")
+    for number, overrides in enumerate(first.jobs):
+        (folder / str(number)).mkdir()
+        JobRecord(number, overrides, status="finished", done=True).write(folder / str(number))
+    assert first.conclude()
+    with pytest.raises(InputError, match=r"jobs of another sweep, and this one has only 2 \(job 2: a=3\)"):
+        sweep_of("1,2")
+    capsys.readouterr()
+    other = sweep_of("1,2,4")  # the refused one holds the folder no longer
+    assert "2 of 3 jobs are done" in capsys.readouterr().out
+    JobRecord(0, ["a=1"], status="skipped", done=True).write(folder / "0")
+    JobRecord(1, ["a=2"], status="finished", done=True).write(folder / "1")
+    assert not other.conclude()
+    assert "1 done before, skipped, 1 finished, 1 not started" in capsys.readouterr().out
+
+
 def test_a_finished_job_is_skipped_unless_its_settings_files_or_code_changed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -25,6 +26,7 @@ from fimo.data.instances import Instances
 from fimo.data.origin import Origin
 from fimo.errors import InputError
 from fimo.further_training.stacked_adjoint import adjoints
+from fimo.models.measured import Measured
 from fimo.store.files import Store, write_tensors
 
 
@@ -85,6 +87,49 @@ def test_a_positive_effect_is_a_loss_that_rises_without_the_row() -> None:
     diagonal = own.raw[:, -1].double().mean(0).diagonal()
     np.testing.assert_allclose(measured["self_effect"], diagonal, rtol=1e-3, atol=1e-7)
     assert np.corrcoef(measured["effect"], measured["score"])[0, 1] > 0.9
+
+
+def test_a_row_that_helps_lowers_what_rises_with_better_predictions_when_it_is_removed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fimo.audit.audit.inapplicable", lambda *_: "it takes long")
+    question, settings = asked((4,), epochs=2), Settings(top=4, seeds=2)
+    loss = audit(question, replace(settings, verify=False), Resources()).rows
+    network, trained = question.final_model.network, question.final_model.loss
+    model = FinalModel(network, trained, "correct_probability", accept_poor=True)
+    found = audit(replace(question, final_model=model), settings, Resources())
+    for rows in (found.rows, found.pairs):
+        assert (rows.loc[rows["verdict"] == "helpful", "effect"] < 0).all()
+        assert (rows.loc[rows["verdict"] == "harmful", "effect"] > 0).all()
+    by_loss = loss["score"].groupby(found.rows["verdict"]).mean()
+    assert by_loss["helpful"] > 0
+    assert np.corrcoef(loss["score"], found.rows["score"])[0, 1] < -0.5
+    assert found.rows["own_loss"].tolist() == loss["own_loss"].tolist()
+    harmful = set(found.rows.loc[found.rows["verdict"] == "harmful", "id"])
+    assert found.cleaned is not None
+    assert set(found.rows["id"]) - set(found.cleaned["id"]) == harmful
+    assert found.summary["targets"][0]["name"] == "mean test correct probability"
+    assert found.measured.better == -1
+
+
+def test_what_the_users_own_function_measures_is_refused_until_it_says_what_is_better() -> None:
+    question = asked()
+
+    def certainty(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.softmax(1).amax(1)
+
+    def measured(function: object) -> Question:
+        network, loss = question.final_model.network, question.final_model.loss
+        return replace(question, final_model=FinalModel(network, loss, function, accept_poor=True))  # type: ignore[arg-type]
+
+    with pytest.raises(InputError, match=r"model.measurement: expected certainty.better to be 1 \(a smaller"):
+        measured(certainty)
+    certainty.better = -1  # type: ignore[attr-defined]
+    assert measured(partial(certainty)).quantity == Measured("certainty", -1)
+    certainty.better = 0  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="to be 1 or -1 but got 0"):
+        measured(certainty)
+    assert measured(nn.CrossEntropyLoss(reduction="none")).quantity.better == 1
 
 
 def test_a_common_change_is_taken_from_random_rows_by_their_scores() -> None:

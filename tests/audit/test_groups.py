@@ -291,7 +291,7 @@ def test_near_duplicates_of_many_rows_are_those_of_all_distances(monkeypatch: py
 
 
 def test_duplicates_of_many_rows_are_found_without_a_copy_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fimo.engine.leave_out.HASHED", 64)
+    monkeypatch.setattr("fimo.data.duplicates.HASHED", 64)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(700, 300, generator=generator)[torch.randint(700, (1000,), generator=generator)]
     x[5], x[900] = 0.0, -0.0  # the same number

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from fimo.audit.result import GROUPS, PAIRS, PROOF, ROWS, Audit
-from fimo.reporting.audit_run import AuditRun, suspects, test_rows, train_rows
+from fimo.reporting.audit_run import AuditRun, test_rows, train_rows
 from fimo.reporting.instance_table import InstanceDisplay
 
 Kind = Literal["table", "classes", "text"]
@@ -173,4 +173,4 @@ def example_run(kind: Kind = "table", n: int = 300, **changes: object) -> AuditR
     return AuditRun(audit, **(content | changes))  # type: ignore[arg-type]
 
 
-__all__ = ["example_audit", "example_run", "suspects"]
+__all__ = ["example_audit", "example_run"]

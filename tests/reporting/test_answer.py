@@ -9,9 +9,11 @@ import pytest
 from scipy import stats
 
 from fimo.data.display import Display
+from fimo.models.measured import Measured
 from fimo.reporting.answer import Answer, NamedRow, listed
 from fimo.reporting.audit_answer import audit_answer
 from fimo.reporting.class_effects import class_effects
+from fimo.reporting.findings import influences
 from fimo.reporting.instance_lines import folded, line
 from fimo.reporting.measured_rows import measured_rows
 from fimo.reporting.plain_text import as_text
@@ -44,6 +46,44 @@ def test_a_study_s_answer_counts_what_is_clear_and_names_the_method_that_predict
     effects = [row.effect for row in answer.helpful]
     assert effects == sorted(effects, reverse=True)
     assert all(row.effect < 0 for row in answer.harmful)
+
+
+def test_where_a_larger_value_is_better_rows_that_lower_it_when_removed_help() -> None:
+    run = example(measured=Measured("correct probability", -1))
+    answer, rows = study_answer(run), measured_rows(run)
+    assert set(rows.loc[rows["effect"] < 0, "verdict"]) == {"helpful", "unclear"}
+    assert all(row.effect < 0 for row in answer.helpful)
+    assert all(row.effect > 0 for row in answer.harmful)
+    assert (answer.effects, answer.helps) == (
+        "mean test correct probability",
+        "the correct probability falls",
+    )
+    assert any("the test correct probability ends higher" in said for said in answer.do)
+    helpful, harmful = influences(run)
+    assert {row.effect < 0 for row in helpful} == {row.effect > 0 for row in harmful} == {True}
+    plain = study_answer(example())
+    assert [row.name for row in answer.helpful] == [row.name for row in plain.harmful]
+
+
+def test_an_audit_of_a_probability_names_it_and_the_rows_that_it_falls_without() -> None:
+    run = example_run("classes")
+    rows = run.audit.rows.replace({"verdict": {"helpful": "harmful", "harmful": "helpful"}})
+    about = {**run.audit.summary, "measured": {"name": "correct probability", "better": -1}}
+    turned = dataclasses.replace(run, audit=dataclasses.replace(run.audit, rows=rows, summary=about))
+    answer, plain = audit_answer(turned), audit_answer(run)
+    assert [row.name for row in answer.helpful] == [row.name for row in plain.harmful]
+    assert "Change of the mean test correct probability" in as_text(answer)
+    assert any("the test correct probability rises without" in said for said in answer.do)
+
+
+def test_pictures_that_are_left_are_not_called_a_table() -> None:
+    audit = example_audit("classes")
+    for cleaned, said in (
+        (audit.rows[["row", "id"]], "row and id of each row that is left without what was found"),
+        (audit.rows[["row", "id", "target"]], "your table without what was found"),
+    ):
+        run = dataclasses.replace(example_run("classes"), audit=dataclasses.replace(audit, cleaned=cleaned))
+        assert audit_answer(run).files["cleaned.csv"] == said
 
 
 def test_with_one_seed_no_row_is_called_clear() -> None:

@@ -13,7 +13,7 @@ import fimo
 from fimo.errors import InputError
 from fimo.reporting.audit_answer import audit_answer
 from fimo.reporting.audit_report import listed_rows, write_audit_report
-from fimo.reporting.audit_run import EVERY_ROW, AuditRun, suspects, train_rows
+from fimo.reporting.audit_run import EVERY_ROW, AuditRun, train_rows
 from tests.reporting.audit_example import example_audit, example_run
 from tests.reporting.test_report import Balance, page_data, page_text
 
@@ -56,7 +56,7 @@ def test_each_named_test_instance_comes_with_its_rows_and_what_moves_its_predict
 def test_suspects_come_surest_first_with_what_was_given_and_suggested(report: Path) -> None:
     audit, table = example_audit(), page_data(report)["tables"]["suspects"]
     wanted = audit.rows[audit.rows["suspect_q"] <= 0.1].sort_values("suspect_q")
-    assert [row[0] for row in table["rows"]] == wanted["id"].tolist() == suspects(audit)["id"].tolist()
+    assert [row[0] for row in table["rows"]] == wanted["id"].tolist() == audit.suspects["id"].tolist()
     assert [float(row[2]) for row in table["rows"]] == wanted["suggested"].astype(float).tolist()
 
 
@@ -108,7 +108,7 @@ def test_of_a_large_training_set_the_rows_that_matter_are_listed() -> None:
     listed = set(listed_rows(AuditRun(audit))["row"])
     assert len(listed) < 500
     assert set(audit.rows.loc[audit.rows["verdict"] != "", "row"]) <= listed
-    assert set(suspects(audit)["row"]) <= listed
+    assert set(audit.suspects["row"]) <= listed
     assert audit.rows.loc[audit.rows["score"].idxmin(), "row"] in listed
 
 

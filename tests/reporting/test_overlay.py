@@ -59,6 +59,15 @@ def test_a_sweep_over_optimizers_ends_in_one_report_that_names_them(tmp_path: Pa
     assert "<code>further_training.optimizer</code> (sgd, adam)" in text
 
 
+def test_runs_that_differ_in_lists_and_empty_settings_are_drawn_side_by_side(tmp_path: Path) -> None:
+    lists = [
+        dataclasses.replace(run, config={**run.config, "evaluation": {"tasks": tasks}})
+        for run, tasks in ((with_optimizer("sgd"), ["removal"]), (with_optimizer("sgd"), {}))
+    ]
+    text = sweep_report(sweep(tmp_path / "sweep", *lists)).read_text()  # type: ignore[union-attr]
+    assert "<code>evaluation.tasks</code> ([&#39;removal&#39;], {})" in text
+
+
 def test_a_sweep_over_methods_is_one_run_with_all_of_them(tmp_path: Path) -> None:
     whole = example("diabetes: 4 methods", tasks={})
     parts = [only(whole, "follows"), only(whole, "datainf", "random"), only(whole, "graddot")]

@@ -269,6 +269,10 @@ def test_instances_keep_their_kind() -> None:
     assert "row" not in show_text("train", 3).as_dict()
 
 
+def test_settings_that_are_no_number_are_written_as_they_are() -> None:
+    assert [number(value) for value in ([1, 2], {}, None, True)] == ["[1, 2]", "{}", ABSENT, "True"]
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -16,6 +16,7 @@ from fimo.reporting.panels import thinned
 from fimo.reporting.static import FIGURES, agreement_figure, sorted_figure, write_figures
 from fimo.reporting.style import OTHER
 from tests.evaluation.synthetic import synthetic
+from tests.reporting.audit_example import example_run
 from tests.reporting.example import example, example_tasks
 
 
@@ -159,6 +160,16 @@ def test_the_command_rebuilds_a_report_overlays_runs_and_draws_figures(
     assert command.main([both[0], "--figures", "cost", "--folder", str(tmp_path / "f")]) == 0
     assert {p.name for p in (tmp_path / "f").iterdir()} == {"cost.pdf", "cost.png"}
     assert str(tmp_path / "f" / "cost.pdf") in capsys.readouterr().out
+
+
+def test_the_command_rebuilds_an_audits_page_and_says_that_it_stands_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example_run().save(tmp_path)
+    assert command.main([str(tmp_path)]) == 0
+    assert "H00" in (tmp_path / "report.html").read_text()
+    assert command.main([str(tmp_path), "--figures"]) == 2
+    assert "holds an audit" in capsys.readouterr().err
 
 
 def test_a_folder_of_no_run_is_an_error_of_one_line(

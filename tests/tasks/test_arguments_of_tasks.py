@@ -16,7 +16,7 @@ import pytest
 import torch
 from hydra.utils import get_class
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from fimo.app.plan import Plan
 from fimo.app.run import Run, joined
@@ -26,9 +26,11 @@ from fimo.data.instances import Instances
 from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
 from fimo.further_training.sensitivity import Sensitivity
+from fimo.models.final_model import FinalModel
 from fimo.scores import Scores
 from fimo.tasks import Datamodeling, Distribution, Mislabelled, Removal, Retraining, datamodeling, mislabelled
 from fimo.tasks.base import seeds_of
+from fimo.tasks.controls import ClassDetection
 from fimo.tasks.mislabelled import GOLD_STANDARD, own
 
 CONF = Path(__file__).parents[2] / "conf" / "evaluation"
@@ -44,7 +46,7 @@ def judged(**changes: Any) -> Run:
         "following": SimpleNamespace(follows_seeds=True, access="FiMO"),
         "plain": SimpleNamespace(follows_seeds=False, access="CPA"),
     }
-    model = SimpleNamespace(to=lambda device: f"model on {device}")
+    model = SimpleNamespace(to=lambda device: f"model on {device}", measurement=None)
     given: dict[str, Any] = {
         "data": data, "final_model": model, "plan": PLAN, "methods": methods, "settings": {},
         "store": "store", "device": torch.device("cpu"), "seed": 5, "trainer": {"accelerator": "cpu"},
@@ -350,6 +352,42 @@ def test_suspicion_is_harm_to_test_instances_or_influence_on_oneself(monkeypatch
     assert run.plan.test == [0, 1, 2, 3]
     assert torch.equal(run.data.test.targets, run.data.train[candidates].targets)
     assert list(Mislabelled(seeds=0)._found(judged(), candidates)) == ["m"]
+    probable = FinalModel(nn.Linear(2, 3), "cross_entropy", "correct_probability", accept_poor=True)
+    turned = Mislabelled(order_by="test", seeds=0)._found(judged(final_model=probable), candidates)
+    assert turned["m"].tolist() == [1.0, 0.75, 0.5, 0.25]
+    assert Mislabelled(seeds=0)._found(judged(final_model=probable), candidates)["m"].tolist() == [4, 3, 2, 1]
+    assert asked[-1][0].final_model.measurement is None, "the loss on itself, whatever tests are measured by"
+
+
+def test_the_most_helpful_instances_lower_a_probability_that_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    groups: list[Any] = []
+
+    def leave_out(self: Run, asked: Any, seeds: Any) -> Sensitivity:
+        groups.extend(asked)
+        axes = {"step": torch.tensor([1]), "epoch": torch.tensor([1]), "test": torch.arange(1)}
+        raw = torch.zeros(2, 1, 1, len(asked))
+        return Sensitivity(raw, left_out=torch.arange(len(asked)), seeds=torch.arange(2), **axes)
+
+    scores = {"m": Scores(torch.arange(20.0)[None], torch.arange(20))}
+    monkeypatch.setattr(Run, "scores", lambda self: scores)
+    monkeypatch.setattr(Run, "leave_out", leave_out)
+    Removal(counts=[2], random_sets=1, seeds=2)(judged())
+    model = FinalModel(nn.Linear(2, 3), "cross_entropy", "correct_probability", accept_poor=True)
+    Removal(counts=[2], random_sets=1, seeds=2)(judged(final_model=model))
+    assert (groups[0], groups[2]) == ([18, 19], [0, 1])
+
+
+def test_tasks_that_ask_which_instances_help_refuse_a_measurement_that_does_not_say_it() -> None:
+    def own_measure(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.sum(1)
+
+    model = FinalModel(nn.Linear(2, 3), "cross_entropy", own_measure, accept_poor=True)
+    for task in (Removal(counts=[2]), Mislabelled(order_by="test"), ClassDetection()):
+        with pytest.raises(InputError, match=r"model\.measurement: expected own_measure\.better"):
+            task.check(judged(final_model=model))
+    Mislabelled().check(judged(final_model=model))
 
 
 @pytest.mark.parametrize("start", ["final_model", "random"])
@@ -378,12 +416,14 @@ def test_sets_are_left_out_by_further_training_or_from_scratch(
 
 def test_curves_and_retraining_take_the_runs_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(Run, "scores", lambda self: "scores")
+    found = Scores(torch.ones(1, 20), torch.arange(20))
+    monkeypatch.setattr(Run, "scores", lambda self: {"m": found})
     monkeypatch.setattr(Run, "leave_out", lambda self, groups, seeds: (groups, seeds))
     monkeypatch.setattr("fimo.tasks.removal.removal_curves", lambda *a: given.append(a) or "curves")
     assert Removal([2, 1], 3, 1, 5)(judged()) == "curves"
     scores, leave_out, *rest = given[0]
-    assert (scores, rest) == ("scores", [20, [1, 2], 3, 5])
+    assert scores["m"].values.tolist() == [[1.0] * 20]
+    assert rest == [20, [1, 2], 3, 5]
     assert leave_out([[4]]) == ([[4]], [7])
     monkeypatch.setattr(Run, "retrain", lambda *a: a)
     run = judged()

@@ -43,7 +43,7 @@ class Run:
             )
         self.score, self.takes_for, self.data, self.is_randomised = score, takes_for, data, randomised
         self.trained_here = True
-        self.final_model = SimpleNamespace(outputs=self.outputs)
+        self.final_model = SimpleNamespace(outputs=self.outputs, measurement=None)
 
     def outputs(self, instances: Instances) -> Tensor:
         first = torch.ones(len(instances)) if self.takes_for is None else self.takes_for(instances).float()

@@ -31,7 +31,9 @@ def facts(**arguments: Any) -> FactsData:
 def run_of(data: Any, scores: Tensor | None = None, network: nn.Module | None = None) -> Any:
     tests = torch.arange(len(data.test))
     found = {} if scores is None else {"given": Scores(scores, torch.arange(len(data.train)), test=tests)}
-    model = None if network is None else FinalModel(network, "language_modelling", accept_poor=True)
+    model: Any = SimpleNamespace(measurement=None)
+    if network is not None:
+        model = FinalModel(network, "language_modelling", accept_poor=True)
     return SimpleNamespace(
         data=data, scores=lambda: found, final_model=model, seeds=[0, 1],
         leave_out=lambda groups, seeds: SimpleNamespace(raw=(scores + 0 * len(groups))[None, None]),

@@ -49,13 +49,17 @@ def shown_by(data: InstancesModule) -> Shown:
     return Shown(data.class_names, data.original, data.unit, row, data.table)
 
 
-def audited(run: Run, config: DictConfig, journal: Journal) -> Audit:
-    """Audit a run's training rows."""
-    data = run.data
+def audited(run: Run, data: InstancesModule, config: DictConfig, journal: Journal) -> Audit:
+    """Audit a run's training rows.
+
+    Args:
+        run: of what is trained.
+        data: the whole network's, by which rows are read and compared.
+    """
     question = Question(
-        run.final_model, data.train, data.test, run.plan.protocol, named_tests(config, data),
+        run.final_model, run.data.train, run.data.test, run.plan.protocol, named_tests(config, data),
         data.origin("train"), data.origin("test"),
-        tuple(data.shown_targets("train")), shown_by(data),
+        tuple(data.shown_targets("train")), shown_by(data), original=data.train,
     )  # fmt: skip
     resources = Resources(run.store, run.device, run.trainer, run.problem)
     journal.log.stage("audit")

@@ -54,6 +54,7 @@ from fimo.live.trainers_logger import TrainersLogger
 from fimo.methods.base import AttributionMethod
 from fimo.models.final_model import FinalModel
 from fimo.models.lightning_module import FinalModelModule
+from fimo.models.measured import Measured
 from fimo.models.training import Quality, quality, save_checkpoint, train_final_model
 from fimo.reporting.results import Results
 from fimo.reporting.study_answer import study_answer
@@ -123,7 +124,7 @@ def one_model(config: DictConfig, journal: Journal, one_of_several: bool = False
         trained = dataclasses.replace(trained, final_model=known)
     trained = trained.with_description()
     if config.mode == "audit":
-        write_audit(audited(trained, config, journal), run, final_quality, config, journal)
+        write_audit(audited(trained, run.data, config, journal), run, final_quality, config, journal)
         return None
     sensitivity = gold_standard(trained, config.further_training.save_raw, journal)
     if config.until == "further_training":
@@ -181,10 +182,13 @@ def prepare(config: DictConfig, journal: Journal) -> Prepared:
     skipped: Mapping[str, str] = {}
     if config.mode == "audit":
         settings_of(config, data)
+        Measured.of(untrained)
     else:
         methods, skipped = applicable(build_methods(config), untrained, data.train, plan.protocol)
     for name, why in skipped.items():
         log.warning("%s is skipped: %s", name, why)
+    if not (measured := Measured.supposed(untrained)).known:
+        log.warning("%s", measured.unknown)
     journal.skipped.update(skipped)
     logger = TrainersLogger(journal.log)
     unseen = data.test if data.validation is None else data.validation

@@ -94,7 +94,7 @@ def run_once(
         before = JobRecord.read(folder)
         if before is not None and before.done and before.identity == record.identity:
             log.info("job %d is done already in %s: skipped", number, folder)
-            before.status = "skipped"
+            before.status, before.overrides = "skipped", record.overrides
             before.write(folder)
             return before.objective
         if before is not None and before.done:

@@ -153,6 +153,7 @@ class Run:
         undescribed = replace(self, problem=None)
         for seed in seeds:
             initial, cost = self.final_models.initial(self.data, seed), Cost("retraining")
+            initial = replace(initial, measurement=self.final_model.measurement)
             found.append(
                 undescribed._further_trained(initial, protocol, [seed], groups, cost, keep_states=False)
             )
@@ -185,6 +186,12 @@ class Run:
         data.test = test
         data.origins = {split: origin for split, origin in data.origins.items() if split != "test"}
         return replace(self, data=data, plan=replace(self.plan, test=list(range(len(test)))))
+
+    def measuring_loss(self) -> Run:
+        """Return the run in which the training loss is measured, whatever is in this one."""
+        if self.final_model.measurement is None:
+            return self
+        return replace(self, final_model=replace(self.final_model, measurement=None), problem=None)
 
     def _further_trained(
         self, final_model: FinalModel, protocol: Protocol, seeds: Sequence[int], groups: Sequence[Any],

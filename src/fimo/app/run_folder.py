@@ -20,8 +20,8 @@ LOCK = ".run.lock"
 RESULTS = (
     "final_model.ckpt", "sensitivity.safetensors", "scores", "evaluation.csv", "evaluation_*.csv",
     "effects.csv", "cost.csv", "report.json", "answer.json", "report.html", "failures",
-    "audit.json", "rows.csv", "pairs.csv", "groups.csv", "proof.csv", "cleaned.csv", "audit_report.json",
-    "final_models", "final_models.json",
+    "audit.json", "rows.csv", "pairs.csv", "groups.csv", "suspects.csv", "proof.csv", "cleaned.csv",
+    "audit_report.json", "final_models", "final_models.json",
 )  # fmt: skip
 """What the stages of a run leave behind."""
 

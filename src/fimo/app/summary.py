@@ -21,6 +21,7 @@ from fimo.further_training.sensitivity import Sensitivity
 from fimo.methods.base import AttributionMethod
 from fimo.methods.catalogue import first_sentence
 from fimo.models.final_model import FinalModel
+from fimo.models.measured import Measured
 from fimo.models.training import Quality
 from fimo.reporting.instance_table import InstanceDisplay, collect
 from fimo.reporting.results import TASKS, Results, task_file
@@ -50,6 +51,7 @@ def summarise(
     def show(split: Split, index: int) -> InstanceDisplay:
         return next(displayed(data, final_model, split, [index]))
 
+    measured = Measured.supposed(final_model)
     return Results(
         name=f"{data.name}: {', '.join(methods)}"
         if len(methods) <= 3
@@ -68,10 +70,11 @@ def summarise(
         shown=collect(sensitivity, show, config["evaluation"]["shown"]),
         descriptions={name: first_sentence(type(method)) for name, method in methods.items()},
         skipped=skipped,
-        warnings=evaluation.notes,
+        warnings=(*evaluation.notes, *([] if measured.known else [measured.unknown])),
         bootstrap=evaluation.bootstrap,
         slopes=evaluation.slopes,
         distance=distance_table(sensitivity, final_model),
+        measured=measured,
     )
 
 

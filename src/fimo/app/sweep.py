@@ -51,9 +51,18 @@ class Sweep:
                 if self._hold():
                     break
             self.arguments = [f"{SWEEP_FOLDER}'{self.folder}'"]
+        others = [record for _, record in jobs_of(self.folder) if record.number >= len(self.jobs) > 0]
+        if others:
+            self.lock.release()
+            count, first = len(self.jobs), f"job {others[0].number}: {' '.join(others[0].overrides)}"
+            raise InputError(
+                "hydra.sweep.dir",
+                f"{self.folder} holds jobs of another sweep, and this one has only {count} ({first}); choose "
+                "another folder, or delete it",
+            )
         content = {"identity": identity, "command": list(arguments)}
         (self.folder / SWEEP).write_text(json.dumps(content, indent=1))
-        records = jobs_of(self.folder)
+        records = self._records()
         for folder, record in records:
             record.status = "waiting"
             record.write(folder)
@@ -69,7 +78,7 @@ class Sweep:
         while self._alive():
             time.sleep(0.5)
         self.lock.release()
-        records = jobs_of(self.folder)
+        records = self._records()
         if not records:
             return not self.jobs
         by_status: dict[str, list[tuple[Path, JobRecord]]] = {}
@@ -99,6 +108,13 @@ class Sweep:
         if not good:
             print("the same command again repeats only what is missing")
         return good
+
+    def _records(self) -> list[tuple[Path, JobRecord]]:
+        """Return folders and records of this sweep's jobs; others are to be run again with its settings."""
+        found = jobs_of(self.folder)
+        if not self.jobs:
+            return found
+        return [(folder, record) for folder, record in found if record.overrides == self.jobs[record.number]]
 
     def _total(self, records: Sequence[Any]) -> int:
         return max(len(self.jobs), len(records))

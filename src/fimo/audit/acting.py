@@ -76,7 +76,8 @@ class Acting:
             chosen: only those that were verified for its sake.
         """
         verified = self.verified
-        sure = verified.decided(self.findings.settings.q)[target] & (verified.estimates[target].mean < 0)
+        harmful = self.findings.question.quantity.better * verified.estimates[target].mean < 0
+        sure = verified.decided(self.findings.settings.q)[target] & harmful
         return verified.rows[sure & verified.chosen.own[target] if chosen else sure].tolist()
 
     @property
@@ -88,11 +89,12 @@ class Acting:
         """Return rows that act together, see :mod:`fimo.audit.groups`."""
         question, score = self.findings.question, self.findings.screened.score[0]
         rows, effects = self._of_tests()
-        found = find_groups(question.train, score, effects, rows)
+        found = find_groups(question.original or question.train, score, effects, rows)
         measured = measure_groups(found, question.final_model, question.test, self.removal)
         return group_table(
-            found, measured, score, question.train_origin, self._display, self.findings.settings.q
-        )
+            found, measured, score, question.train_origin, self._display, self.findings.settings.q,
+            question.quantity.better,
+        )  # fmt: skip
 
     def _of_tests(self) -> tuple[list[int], Tensor]:
         """Return the rows at the top for the mean test loss, with their effects ``[S, J', R]``."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fimo.audit.explained import Shown
 from fimo.audit.removal import Removal, mean_and_error
-from fimo.audit.result import PROOF
+from fimo.audit.result import KEPT, PROOF
 from fimo.data.instances import Instances
 from fimo.data.origin import Origin
 from fimo.models.final_model import FinalModel
@@ -39,7 +39,7 @@ def cleaned(frame: pd.DataFrame | None, origin: Origin, removed: Sequence[int]) 
     out = np.zeros(len(origin), dtype=bool)
     out[list(removed)] = True
     if frame is None:
-        kept = pd.DataFrame({"row": origin.row, "id": origin.ids})[~out]
+        kept = pd.DataFrame(dict(zip(KEPT, (origin.row, origin.ids), strict=True)))[~out]
         return kept.sort_values("row", kind="stable").reset_index(drop=True)
     keep = np.ones(len(frame), dtype=bool)
     keep[origin.row[out]] = False

@@ -80,12 +80,8 @@ class Findings:
 
     @cached_property
     def own_losses(self) -> Tensor:
-        """Each row's own measured loss by the final model, ``[N]`` float64."""
-        question = self.question
-        losses = question.final_model.measurement or question.final_model.loss
-        outputs = question.final_model.outputs(question.train)
-        with torch.no_grad():
-            return losses(outputs, question.train.targets).double()
+        """Each row's own training loss by the final model, ``[N]`` float64."""
+        return self.question.final_model.losses(self.question.train).double()
 
     @cached_property
     def suspected(self) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from fimo.audit.duplicates import duplicates, near_duplicates
 from fimo.audit.removal import Removal, mean_and_error
 from fimo.audit.result import GROUPS
 from fimo.audit.shared import shared
+from fimo.audit.verdicts import verdicts
 from fimo.data.display import Display
 from fimo.data.instances import Instances
 from fimo.data.origin import Origin
@@ -54,6 +55,7 @@ def find_groups(
     Of each kind those whose summed scores are largest; none of more than half of all rows, none twice.
 
     Args:
+        train: as the whole network takes them.
         score: ``[N]``, predicted effects on the mean test loss.
         effects: ``[S, J, R]`` measured or ``[J, R]`` predicted effects over test instances, of the rows that
             are clustered; None: no clusters.
@@ -95,10 +97,9 @@ class Effects:
     beyond_sem: Tensor
     q: Tensor
 
-    def verdicts(self, rate: float) -> list[str]:
-        """Return ``helpful``, ``harmful`` or ``unclear`` for each group."""
-        signs = torch.where(self.q <= rate, self.beyond.sign(), 0.0).tolist()
-        return [{1.0: "helpful", -1.0: "harmful"}.get(sign, "unclear") for sign in signs]
+    def verdicts(self, rate: float, better: int = 1) -> list[str]:
+        """Return ``helpful``, ``harmful`` or ``unclear`` for each group, by its sign."""
+        return verdicts(self.beyond, self.q, rate, better)
 
 
 def measure_groups(
@@ -151,18 +152,20 @@ def group_table(
     origin: Origin,
     display: Callable[[int], Display],
     rate: float,
+    better: int = 1,
 ) -> pd.DataFrame:
     """Return groups with what their members share, in the columns of :data:`~fimo.audit.result.GROUPS`.
 
     Args:
         display: a training row as people read it.
         rate: false discovery rate of verdicts.
+        better: see :class:`~fimo.models.measured.Measured`.
     """
     ids, rows = origin.ids, origin.row.tolist()
     sample = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:SAMPLE].tolist()
     read = {k: display(k) for k in sample} if groups else {}
     lines = []
-    for number, (group, verdict) in enumerate(zip(groups, effects.verdicts(rate), strict=True)):
+    for number, (group, verdict) in enumerate(zip(groups, effects.verdicts(rate, better), strict=True)):
         members, inside = group.rows, set(group.rows)
         lines.append(
             {

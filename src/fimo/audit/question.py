@@ -20,13 +20,11 @@ from fimo.engine.leave_out import LeaveOut, make_rule
 from fimo.engine.protocol import Protocol
 from fimo.errors import InputError
 from fimo.models.final_model import FinalModel
+from fimo.models.measured import Measured
 from fimo.models.quantities import MEASUREMENT, measuring
 from fimo.store.description import Indescribable
 from fimo.store.files import Store
 from fimo.store.fingerprint import Problem
-
-MEAN = "mean test loss"
-"""Name of the first target."""
 
 
 class Target(NamedTuple):
@@ -34,7 +32,7 @@ class Target(NamedTuple):
 
     Args:
         of: positions among all test losses, which the explained predictions follow.
-        sides: of which the top rows are verified: 1 those that help, -1 those that harm.
+        sides: of which the top rows are verified: the signs of their effects.
     """
 
     name: str
@@ -54,6 +52,8 @@ class Question:
         shown: ``[N]``, the rows' labels or target values as their owner wrote them; None: as the loss is
             given them.
         read: how predictions and rows are read.
+        original: the training instances as the whole network takes them, where ``train`` is what enters its
+            trained part: rows are the same, or nearly, by these.
         judged: two halves of the test instances choose rows too, for the proof of cleaning.
     """
 
@@ -66,20 +66,26 @@ class Question:
     test_origin: Origin
     shown: tuple[str | float, ...] | None = None
     read: Shown = field(default_factory=Shown)
+    original: Instances | None = None
     judged: bool = False
 
     def __post_init__(self) -> None:
-        if self.tests:
-            _ = self.predictions  # refuses here, before any work
+        _ = self.quantity, self.predictions  # refuse here, before any work
+
+    @cached_property
+    def quantity(self) -> Measured:
+        """What effects are changes of; a test loss stands for it here, whichever it is."""
+        return Measured.of(self.final_model)
 
     @cached_property
     def targets(self) -> tuple[Target, ...]:
         """The M explained: the mean test loss, losses of tests, their predictions, halves' mean losses."""
         j, ids = len(self.test), self.test_origin.ids
-        mean = [Target(MEAN, tuple(range(j)))]
+        mean = [Target(self.quantity.mean, tuple(range(j)))]
         losses = [Target(ids[k], (k,)) for k in self.tests]
         shown = [Target(f"{ids[k]}: prediction", (j + m,), ()) for m, k in enumerate(self.tests)]
-        halves = [Target(f"half {h}", tuple(half.tolist()), (-1,)) for h, half in enumerate(self.halves)]
+        harms = (-self.quantity.better,)
+        halves = [Target(f"half {h}", tuple(half.tolist()), harms) for h, half in enumerate(self.halves)]
         return (*mean, *losses, *shown, *halves)
 
     @cached_property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import pandas as pd
 
 from fimo.data.reading import EXACT, NAMELESS
 from fimo.errors import InputError
+from fimo.models.measured import Measured
 from fimo.store.csv_tables import write_csv
 from fimo.store.files import written_aside
 
@@ -21,7 +22,7 @@ ROWS = (
     "row", "id", "target", "score", "score_sem", "effect", "effect_sem", "q", "verdict",
     "own_loss", "self_effect", "suspect_q", "suggested",
 )  # fmt: skip
-"""Of ``rows.csv``: every training row, its effect on the mean test loss, and its own loss."""
+"""Of ``rows.csv``: every training row, its effect on the mean test loss, and its own training loss."""
 
 PAIRS = (
     "test_row", "test_id", "row", "id", "target", "score", "score_sem", "effect", "effect_sem", "q",
@@ -36,8 +37,27 @@ GROUPS = (
 """Of ``groups.csv``: rows that act together or are duplicates; ``rows`` and ``ids`` separated by spaces.
 Verdicts are of what is beyond the effect of as many random rows."""
 
+SUSPECTS = (
+    "row", "id", "target", "suggested", "suspect_q", "own_loss", "self_effect", "effect", "effect_sem",
+)  # fmt: skip
+"""Of ``suspects.csv``: rows whose targets are probably wrong, the surest first."""
+
 PROOF = ("removed", "rows", "metric", "mean", "sem", "seeds")
 """Of ``proof.csv``: further training without some rows, on test rows that did not choose them."""
+
+KEPT = ("row", "id")
+"""Of ``cleaned.csv`` where the training instances are in no table."""
+
+TEXTS = {
+    "rows": ("id", "verdict", "suggested"),
+    "pairs": ("test_id", "id", "verdict"),
+    "groups": ("kind", "rows", "ids", "verdict", "shared"),
+    "proof": ("removed", "metric"),
+}
+"""Columns of text, by table; a ``target`` is text where it is no number, and the others are numbers."""
+
+AUDIT = "audit.json"
+"""The file that says that a folder is an audit's."""
 
 NAMELESS_CLEANED = "cleaned_without_names"
 """Of ``audit.json``: ``cleaned.csv`` has no line of names, as the user's file has none."""
@@ -47,7 +67,9 @@ NAMELESS_CLEANED = "cleaned_without_names"
 class Audit:
     """Which of all N training rows matter, surely, and what to do about them.
 
-    Effects are changes of test losses by removal: positive where the row helps.
+    Effects are changes of test losses by removal: positive where the row helps. Where the final model has
+    another measurement, they are changes of that, and positive where the row harms if a larger value is
+    better (:attr:`measured`).
 
     Args:
         rows: N lines with the columns ``ROWS``, in the order of the user's file. ``score`` is the
@@ -76,14 +98,34 @@ class Audit:
             if missing:
                 raise InputError(name, f"lacks the columns {', '.join(missing)}")
 
+    @property
+    def measured(self) -> Measured:
+        """What effects are changes of."""
+        return Measured(**self.summary.get("measured", {}))
+
+    @property
+    def looked_at(self) -> pd.DataFrame:
+        """The rows whose targets were looked at, the most suspect first, whether any is sure or not."""
+        rows = self.rows[self.rows["suspect_q"].notna()]
+        order = [True, self.measured.better < 0]
+        return rows.sort_values(["suspect_q", "self_effect"], ascending=order, kind="stable")
+
+    @property
+    def suspects(self) -> pd.DataFrame:
+        """The rows whose targets are probably wrong, the surest first: those with a suggestion."""
+        rows = self.looked_at
+        return rows[rows["suggested"].fillna("").astype(str) != ""]
+
     def save(self, folder: Path | str) -> None:
-        """Write a CSV file of each table, ``cleaned.csv`` where there is one, and ``audit.json``.
+        """Write a CSV file of each table and of :attr:`suspects`, ``cleaned.csv`` where there is one, and
+        ``audit.json``.
 
         ``cleaned.csv`` has a line of names if the user's file has one.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tables = {name: getattr(self, name) for name in ("rows", "pairs", "groups", "proof", "cleaned")}
+        tables = {name: getattr(self, name) for name in (*TEXTS, "cleaned")}
+        tables["suspects"] = self.suspects[list(SUSPECTS)]
         for name, table in tables.items():
             if table is not None:
                 with written_aside(folder / f"{name}.csv") as path:
@@ -91,7 +133,7 @@ class Audit:
         summary = dict(self.summary)
         if self.cleaned is not None and NAMELESS in self.cleaned.attrs:
             summary[NAMELESS_CLEANED] = True
-        with written_aside(folder / "audit.json") as path:
+        with written_aside(folder / AUDIT) as path:
             path.write_text(json.dumps(summary, ensure_ascii=False, indent=1, allow_nan=False))
 
     @classmethod
@@ -102,22 +144,44 @@ class Audit:
             InputError: the folder holds no audit.
         """
         folder = Path(folder)
-        if not (folder / "audit.json").exists():
+        if not (folder / AUDIT).exists():
             raise InputError(str(folder), "audit.json is missing: this is no folder of a finished audit")
-        names = {"id": str, "ids": str, "rows": str, "test_id": str, "verdict": str, "suggested": str}
-        summary = json.loads((folder / "audit.json").read_text())
+        summary = json.loads((folder / AUDIT).read_text())
         nameless = summary.pop(NAMELESS_CLEANED, False)
         tables = {}
-        for name in ("rows", "pairs", "groups", "proof", "cleaned"):
-            path = folder / f"{name}.csv"
-            if path.exists():
-                text = {} if name in ("cleaned", "proof") else names
-                header = None if nameless and name == "cleaned" else 0
-                table = pd.read_csv(path, dtype=text, header=header, **EXACT)
-                if header is None:
-                    table = table.rename(columns=str)
-                    table.attrs[NAMELESS] = True
-                for column in set(table) & {"verdict", "suggested"}:
-                    table[column] = table[column].fillna("")
-                tables[name] = table
+        for name, texts in TEXTS.items():
+            if (path := folder / f"{name}.csv").exists():
+                tables[name] = _read(path, texts)
+        if (path := folder / "cleaned.csv").exists():
+            tables["cleaned"] = _as_written(path, nameless)
         return cls(**tables, summary=summary)
+
+
+def _as_written(path: Path, nameless: bool) -> pd.DataFrame:
+    """Return a table of the user's, every cell as text."""
+    cells: pd.DataFrame = pd.read_csv(path, dtype=str, keep_default_na=False, header=None)
+    if not nameless:
+        return cells[1:].set_axis(cells.iloc[0].tolist(), axis=1).reset_index(drop=True)
+    cells = cells.rename(columns=str)
+    cells.attrs[NAMELESS] = True
+    return cells
+
+
+def _read(path: Path, texts: Sequence[str]) -> pd.DataFrame:
+    """Return a table of an audit's: texts as they are, and numbers, NaN where there is none."""
+    texts = [*texts, "target"]
+    numbers = [c for c in pd.read_csv(path, nrows=0).columns if c not in texts]
+    table: pd.DataFrame = pd.read_csv(
+        path, dtype=dict.fromkeys(texts, str), keep_default_na=False,
+        na_values={column: [""] for column in numbers}, **EXACT,
+    )  # fmt: skip
+    if "target" in table:
+        table["target"] = _numbers(table["target"])
+    return table
+
+
+def _numbers(texts: pd.Series) -> pd.Series:
+    """Return texts as numbers, if numbers were written so; else as they are, as labels such as ``007``."""
+    found: pd.Series = pd.to_numeric(texts, errors="coerce")
+    missing = texts == ""
+    return found if (missing | (found.astype(str) == texts)).all() and found.notna().any() else texts

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 from fimo.audit.calibration import Calibration
 from fimo.audit.findings import Findings
-from fimo.audit.tables import verdicts
+from fimo.audit.verdicts import verdicts
 
 FEW_FOUND = 0.9
 """Recall below which the reader is told to verify more rows."""
@@ -31,6 +32,7 @@ def summary_of(findings: Findings) -> dict[str, Any]:
         "n": len(question.train),
         "tests": len(question.test),
         "targets": targets,
+        "measured": asdict(question.quantity),
         "followed_seeds": list(findings.screened.followed),
         "q": settings.q,
         "method": findings.screened.method,
@@ -46,7 +48,7 @@ def summary_of(findings: Findings) -> dict[str, Any]:
         summary["suspects"] = {"count": count, "fdr": rate, "order": findings.suspects.order}
     if verified is None:
         return summary
-    found = verdicts(verified.estimates[0].mean, verified.q[0], settings.q)
+    found = verdicts(verified.estimates[0].mean, verified.q[0], settings.q, question.quantity.better)
     recall = findings.recall
     assert recall is not None
     summary |= {

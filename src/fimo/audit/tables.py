@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
 from fimo.audit.findings import Findings
 from fimo.audit.result import PAIRS, ROWS
+from fimo.audit.verdicts import verdicts
 
 
 def rows_of(findings: Findings) -> pd.DataFrame:
@@ -66,7 +65,9 @@ def _effects(findings: Findings, m: int) -> pd.DataFrame:
         columns["effect"][rows] = estimates.mean.numpy()
         columns["effect_sem"][rows] = estimates.sem.numpy()
         columns["q"][rows] = verified.q[m].numpy()
-        columns["verdict"][rows] = verdicts(estimates.mean, verified.q[m], findings.settings.q)
+        columns["verdict"][rows] = verdicts(
+            estimates.mean, verified.q[m], findings.settings.q, question.quantity.better
+        )
     return pd.DataFrame(columns)
 
 
@@ -82,12 +83,6 @@ def suggestions(findings: Findings) -> list[str]:
         else:
             found[row] = read.label(int(better[row]))
     return found
-
-
-def verdicts(effect: Tensor, q: Tensor, rate: float) -> list[str]:
-    """Return ``helpful``, ``harmful`` or ``unclear`` for each of V verified rows, by its sign."""
-    signs = torch.where(q <= rate, effect.sign(), 0.0).tolist()
-    return [{1.0: "helpful", -1.0: "harmful"}.get(sign, "unclear") for sign in signs]
 
 
 def shown_targets(findings: Findings) -> list[str | float | int]:

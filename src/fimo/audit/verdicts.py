@@ -152,6 +152,17 @@ def chance_of_decision(estimates: Estimates, most: int, level: Tensor) -> Tensor
     return found
 
 
+def verdicts(effect: Tensor, q: Tensor, rate: float, better: int = 1) -> list[str]:
+    """Return ``helpful``, ``harmful`` or ``unclear`` for each of V effects, by its sign.
+
+    Args:
+        effect, q: ``[V]``.
+        better: see :class:`~fimo.models.measured.Measured`.
+    """
+    signs = torch.where(q <= rate, better * effect.sign(), 0.0).tolist()
+    return [{1.0: "helpful", -1.0: "harmful"}.get(sign, "unclear") for sign in signs]
+
+
 def looks(most: int) -> list[int]:
     """Return the numbers of seeds after which rows are judged: halves of the most, down to three.
 

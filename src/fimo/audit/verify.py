@@ -72,7 +72,7 @@ def choose(
 
     Args:
         score: ``[M, N]``.
-        sides: of each target, 1 for rows that help and -1 for those that harm; both when None.
+        sides: of each target, 1 for the largest scores and -1 for the smallest; both when None.
     """
     n = score.shape[1]
     own = torch.zeros(len(score), n, dtype=torch.bool)

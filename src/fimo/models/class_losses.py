@@ -206,6 +206,7 @@ class LogitMargin(Loss):
 
     name = "logit_margin"
     targets = "labels"
+    better = -1
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         def margin(logits: Tensor, correct: Tensor) -> Tensor:
@@ -222,6 +223,7 @@ class CorrectProbability(Loss):
 
     name = "correct_probability"
     targets = "labels"
+    better = -1
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         def probability(logits: Tensor, correct: Tensor) -> Tensor:
@@ -280,9 +282,7 @@ def _log_shares(targets: Tensor, width: int) -> Tensor:
 
 
 def _over_tokens(value: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return ``value`` per instance, averaged over the tokens of sequences."""
-    if outputs.dim() == 2:
-        return value(outputs, targets)
+    """Return ``value`` per instance, averaged over the tokens of sequences; 0 without a label."""
     kept = targets != IGNORED
-    values = value(outputs, targets.clamp(min=0))
-    return torch.where(kept, values, 0).sum(1) / kept.sum(1).clamp(min=1)
+    values = torch.where(kept, value(outputs, targets.masked_fill(~kept, 0)), 0)
+    return values if outputs.dim() == 2 else values.sum(1) / kept.sum(1).clamp(min=1)

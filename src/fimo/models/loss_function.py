@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fimo.errors import InputError, reason
 from fimo.models.own_tensors import FollowingOutputs, following_outputs
 from fimo.models.own_tensors import LossFunction as LossFunction
 
@@ -35,6 +36,7 @@ class Loss(ABC):
         quadratic: its Hessian in the outputs is the same everywhere.
         saturates: its derivative at changed outputs is evaluated, not taken as linear in the change.
         draws: :meth:`sampled_gradients` are defined.
+        better: 1 where a smaller value is a better prediction, -1 where a larger one is; None: not known.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Loss(ABC):
     quadratic: ClassVar[bool] = False
     saturates: ClassVar[bool] = False
     draws: ClassVar[bool] = False
+    better: ClassVar[int | None] = 1
 
     @staticmethod
     def of(function: LossFunction) -> Loss:
@@ -63,6 +66,11 @@ class Loss(ABC):
     def definition(self) -> LossFunction:
         """What defines it: the loss, or the function of the user's own."""
         return self
+
+    @property
+    def quantity(self) -> str:
+        """What a value of it is called."""
+        return self.name.replace("_", " ")
 
     @property
     def of_classes(self) -> bool:
@@ -221,7 +229,17 @@ class Loss(ABC):
 def _derivative(values: Tensor, leaf: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the derivative of sum(values * weights) in the leaf, ``[n, D]``."""
     weights = torch.ones_like(values) if weights is None else weights
-    found = torch.autograd.grad(values, leaf, weights, retain_graph=True, materialize_grads=True)
+    try:
+        found = torch.autograd.grad(values, leaf, weights, retain_graph=True, materialize_grads=True)
+    except RuntimeError as error:
+        if "not implemented" not in str(error):  # as torch says of an operation without a derivative
+            raise
+        raise InputError(
+            "model.loss",
+            f"the loss has no second derivative ({reason(error)}), which this method needs; write it in "
+            "other operations of torch, or choose a method that takes gradients alone (mirrored, sketched, "
+            "datainf, trak, logra, tracin, less, graddot, gradcos)",
+        ) from error
     return found[0].flatten(1)
 
 
@@ -237,8 +255,31 @@ class OwnLoss(Loss):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        named = self.function.loss if isinstance(self.function, FollowingOutputs) else self.function
+        named = self._own
         return f"{getattr(named, '__module__', '')}.{getattr(named, '__qualname__', repr(named))}"
+
+    @property
+    def better(self) -> int | None:  # type: ignore[override]
+        """As the function's attribute says, or that of what a partial calls; PyTorch's are losses."""
+        called = _called(self._own)
+        of_torch = getattr(called, "__module__", "") in ("torch.nn.modules.loss", "torch.nn.functional")
+        return getattr(self._own, "better", getattr(called, "better", 1 if of_torch else None))
+
+    @property
+    def quantity(self) -> str:
+        called = _called(self._own)
+        return str(getattr(called, "__name__", type(called).__name__))
+
+    @property
+    def _own(self) -> LossFunction:
+        return self.function.loss if isinstance(self.function, FollowingOutputs) else self.function
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.function(outputs, targets)
+
+
+def _called(function: LossFunction) -> LossFunction:
+    """Return what a ``functools.partial`` calls."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function

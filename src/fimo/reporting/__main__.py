@@ -20,7 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Rebuild the report of a run from its folder, or overlay several runs in one.",
     )
     parser.add_argument(
-        "run_dir", nargs="+", type=Path, help="folder of a finished run, or of a sweep (its finished jobs)"
+        "run_dir",
+        nargs="+",
+        type=Path,
+        help="folder of a finished run, an audit, or a sweep (its finished jobs)",
     )
     parser.add_argument(
         "--output",
@@ -50,6 +53,7 @@ def write(chosen: argparse.Namespace) -> list[Path]:
     """Write what was asked for, and return the files."""
     import dataclasses
 
+    from fimo.audit.result import AUDIT
     from fimo.reporting.overlay import load_runs
     from fimo.reporting.results import SEVERAL
 
@@ -58,6 +62,12 @@ def write(chosen: argparse.Namespace) -> list[Path]:
 
         folder = chosen.run_dir[0]
         return [write_models_report(ModelsRun.load(folder), chosen.output or folder / "report.html")]
+    if len(chosen.run_dir) == 1 and chosen.figures is None and (chosen.run_dir[0] / AUDIT).exists():
+        from fimo.reporting import write_audit_report
+        from fimo.reporting.audit_run import AuditRun
+
+        folder = chosen.run_dir[0]
+        return [write_audit_report(AuditRun.load(folder), chosen.output or folder / "report.html")]
     runs = load_runs(chosen.run_dir)
     if chosen.names:
         if len(chosen.names) != len(runs):

@@ -21,7 +21,7 @@ class NamedRow:
 
     Args:
         name: the user's identifier; else ``row 407``, the data row of the user's file.
-        effect: change of the test loss by removal: positive where the row helps.
+        effect: change of the test loss (or what else is measured) by removal.
         error: standard error of the effect; None where it is unknown.
         verdict: ``helpful``, ``harmful`` or ``unclear``; ``predicted`` where it was not measured.
         target, prediction: as people read them; empty where unknown.
@@ -49,6 +49,7 @@ class Answer:
         verdict: how many rows were measured, and which clearly matter.
         helpful, harmful: rows, the largest effects first.
         effects: of what the rows' effects are, e.g. ``mean test loss``.
+        helps, harms: what is seen without a row of each side, in words.
         why: of named test instances, what becomes of their predictions.
         others: how good the ranking of rows that were not measured is.
         do, distrust: sentences.
@@ -61,6 +62,8 @@ class Answer:
     helpful: Sequence[NamedRow] = ()
     harmful: Sequence[NamedRow] = ()
     effects: str = "mean test loss"
+    helps: str = "the loss rises"
+    harms: str = "the loss falls"
     why: Sequence[str] = ()
     others: Sequence[str] = ()
     do: Sequence[str] = ()

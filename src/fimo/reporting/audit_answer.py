@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from fimo.audit.result import KEPT
 from fimo.reporting.answer import Answer, NamedRow, counted, listed, model_facts, sentence
-from fimo.reporting.audit_run import AuditRun, suspects
+from fimo.reporting.audit_run import AuditRun
 from fimo.reporting.class_effects import ClassEffects, class_effects
 from fimo.reporting.findings import poor_model
 from fimo.reporting.instance_lines import line
@@ -27,14 +29,17 @@ MOST_TESTS = 3
 
 def audit_answer(run: AuditRun) -> Answer:
     """Return the first screen of an audit."""
-    answers = run.audit.summary.get("answers", [])
+    answers, measured = run.audit.summary.get("answers", []), run.audit.measured
     return Answer(
         question=f"Which training {run.noun}s matter to this model?",
         about=_about(run),
         verdict=_verdict(run),
         why=[f"{test_name(a)}: {in_short(a)}" for a in answers[:MOST_TESTS] if a.get("text")],
-        helpful=_named(run, 1),
-        harmful=_named(run, -1),
+        helpful=_named(run, measured.better),
+        harmful=_named(run, -measured.better),
+        effects=measured.mean,
+        helps=f"the {measured.name} {measured.worsens}",
+        harms=f"the {measured.name} {measured.improves}",
         others=_others(run),
         do=_advice(run),
         distrust=_distrust(run),
@@ -42,7 +47,8 @@ def audit_answer(run: AuditRun) -> Answer:
             "rows.csv": f"every training {run.noun}, ranked, with what was measured",
             **({"pairs.csv": "the same for named test instances"} if len(run.audit.pairs) else {}),
             **({"groups.csv": f"{run.noun}s that act together"} if len(run.audit.groups) else {}),
-            **({"cleaned.csv": "your table without what was found"} if run.audit.cleaned is not None else {}),
+            **({"suspects.csv": f"{run.noun}s whose target may be wrong"} if len(run.audit.suspects) else {}),
+            **({"cleaned.csv": _cleaned(run)} if run.audit.cleaned is not None else {}),
             "report.html": "all of it, to look at",
         },
     )
@@ -92,7 +98,19 @@ def effects_by_class(run: AuditRun) -> ClassEffects | None:
         task = "classification" if numeric.isna().any() or whole else "regression"
     if task != "classification":
         return None
-    return class_effects(rows["score"].to_numpy(float), [str(t) for t in rows["target"]])
+    return class_effects(helping(run), [str(t) for t in rows["target"]])
+
+
+def helping(run: AuditRun) -> np.ndarray:
+    """Return by how much each row is predicted to help, ``[N]``."""
+    return run.audit.measured.better * run.audit.rows["score"].to_numpy(float)
+
+
+def _cleaned(run: AuditRun) -> str:
+    cleaned = run.audit.cleaned
+    if cleaned is not None and list(cleaned) == [*KEPT]:
+        return f"row and id of each {run.noun} that is left without what was found"
+    return "your table without what was found"
 
 
 def _about(run: AuditRun) -> str:
@@ -127,7 +145,7 @@ def _verdict(run: AuditRun) -> list[str]:
 
 
 def _named(run: AuditRun, sign: int) -> list[NamedRow]:
-    """Return the measured rows with the largest effects on a side, clear ones first; else predicted ones."""
+    """Return the measured rows with the largest effects of a sign, clear ones first; else predicted ones."""
     rows = run.audit.rows
     measured = rows[rows["effect"].notna()]
     predicted = not len(measured)
@@ -194,19 +212,21 @@ def _advice(run: AuditRun) -> list[str]:
     if summary.get("do"):
         return [sentence(str(s)) for s in summary["do"]]
     said = []
-    listed_suspects = suspects(audit)
+    listed_suspects = audit.suspects
     if len(listed_suspects):
         first = listed([row_name(r) for r in listed_suspects.itertuples()])
         said.append(f"Check the targets of {counted(len(listed_suspects), 'suspect')}: {first}.")
-    harmful = audit.rows[audit.rows["verdict"] == "harmful"].sort_values("effect", kind="stable")
+    harmful = audit.rows[audit.rows["verdict"] == "harmful"]
     if len(harmful):
+        measured = audit.measured
+        harmful = harmful.sort_values("effect", ascending=measured.better > 0, kind="stable")
         said.append(
-            f"Look at {listed([row_name(r) for r in harmful.itertuples()])}: the test loss falls without "
-            f"{'each of them' if len(harmful) > 1 else 'it'}."
+            f"Look at {listed([row_name(r) for r in harmful.itertuples()])}: the test {measured.name} "
+            f"{measured.improves} without {'each of them' if len(harmful) > 1 else 'it'}."
         )
     said += _proof(run)
     if audit.cleaned is not None and len(audit.proof):
-        said.append("cleaned.csv is the table without them.")
+        said.append("cleaned.csv is without them.")
     if not audit.rows["effect"].notna().any():
         said.append("Measure before you act: audit.verify=true.")
     return said
@@ -228,6 +248,6 @@ def _distrust(run: AuditRun) -> list[str]:
     found = effects_by_class(run)
     if found is not None and found.follow:
         rows = run.audit.rows
-        effects, classes = rows["score"].to_numpy(float), [str(t) for t in rows["target"]]
-        said += [str(found), found.leading(effects, classes, [row_name(r) for r in rows.itertuples()])]
+        classes, names = [str(t) for t in rows["target"]], [row_name(r) for r in rows.itertuples()]
+        said += [str(found), found.leading(helping(run), classes, names)]
     return said

@@ -11,7 +11,7 @@ import pandas as pd
 from fimo.audit.result import Audit
 from fimo.reporting.answer import counted, listed, sentence
 from fimo.reporting.audit_answer import SIDES, audit_answer, effects_by_class, row_name
-from fimo.reporting.audit_run import EVERY_ROW, LEADING_SUSPECTS, AuditRun, most_suspect, suspects, train_rows
+from fimo.reporting.audit_run import EVERY_ROW, LEADING_SUSPECTS, AuditRun, train_rows
 from fimo.reporting.flat import flat
 from fimo.reporting.html_page import write_page
 from fimo.reporting.instance_lines import folded
@@ -25,9 +25,7 @@ MOST_PAIRS = 100
 MOST_MEMBERS = 12
 """Of a group that are named."""
 
-EFFECT = "change of the mean test loss when it is removed, ± standard error; positive: it helps"
 PROVEN = ("removed", "rows", "mean", "sem", "change", "change_sem", "seeds")
-ITSELF = "change of the row's own loss when it is removed"
 SUSPECT = "false discovery rate of the suspects up to this row"
 
 
@@ -41,9 +39,9 @@ def write_audit_report(audit: Audit | AuditRun, path: str | Path) -> Path:
     answer = audit_answer(run)
     rows = listed_rows(run)
     classes = effects_by_class(run)
-    groups, found = run.audit.groups, suspects(run.audit)
+    groups, found = run.audit.groups, run.audit.suspects
     sure = len(found)
-    found = found if sure else most_suspect(run.audit).head(LEADING_SUSPECTS)
+    found = found if sure else run.audit.looked_at.head(LEADING_SUSPECTS)
     summary = run.audit.summary
     tables = {
         "rows": rows_table(run, rows),
@@ -59,6 +57,7 @@ def write_audit_report(audit: Audit | AuditRun, path: str | Path) -> Path:
         answer=answer,
         run=run,
         noun=run.noun,
+        measured=run.audit.measured,
         n=len(run.audit.rows),
         listed=len(rows),
         suspected=sure,
@@ -86,16 +85,17 @@ def rows_table(run: AuditRun, rows: pd.DataFrame) -> dict[str, Any]:
     displays = [run.show("train", int(row)) for row in order["row"]]
     classes = effects_by_class(run)
     within: Sequence[Any] = [None] * len(order)
-    values = _values(run, displays)
+    values, effect = _values(run, displays), _effect(run)
     if classes is not None and classes.follow:
         # of predictions alone: measured effects of some rows would not be on the scale of the others' scores
-        inside = classes.within(order["score"].to_numpy(float), [str(t) for t in order["target"]])
-        within = effects(inside, order["score_sem"])
+        better = run.audit.measured.better
+        inside = classes.within(better * order["score"].to_numpy(float), [str(t) for t in order["target"]])
+        within = effects(better * inside, order["score_sem"])
     columns = [
         Column(run.noun, "name", _names(order), "its identifier, or its row in the file"),
-        Column("measured effect", "effect", effects(order["effect"], order["effect_sem"]), EFFECT),
+        Column("measured effect", "effect", effects(order["effect"], order["effect_sem"]), effect),
         Column(
-            "predicted effect", "effect", effects(order["score"], order["score_sem"]), f"screen: {EFFECT}"
+            "predicted effect", "effect", effects(order["score"], order["score_sem"]), f"screen: {effect}"
         ),
         Column("within its class", "effect", within, "predicted effect minus the mean of its class"),
         Column("verdict", "verdict", list(order["verdict"])),
@@ -104,7 +104,7 @@ def rows_table(run: AuditRun, rows: pd.DataFrame) -> dict[str, Any]:
         Column("model says", "text", [d.prediction if d else None for d in displays]),
         *values[:1],
         Column("own loss", "number", list(order["own_loss"]), "of the final model on the row itself"),
-        Column("effect on itself", "number", list(order["self_effect"]), ITSELF),
+        Column("effect on itself", "number", list(order["self_effect"]), _itself(run)),
         Column("suspect", "q", list(order["suspect_q"]), SUSPECT),
         Column("suggested", "text", list(order["suggested"]), "what the model would say instead"),
         *values[1:],
@@ -121,8 +121,8 @@ def suspects_table(run: AuditRun, found: pd.DataFrame) -> dict[str, Any]:
         Column("suggested", "text", list(found["suggested"]), "what the model would say"),
         Column("false discovery rate", "q", list(found["suspect_q"]), SUSPECT),
         Column("own loss", "number", list(found["own_loss"]), "of the final model on the row itself"),
-        Column("effect on itself", "number", list(found["self_effect"]), ITSELF),
-        Column("effect on tests", "effect", effects(found["effect"], found["effect_sem"]), EFFECT),
+        Column("effect on itself", "number", list(found["self_effect"]), _itself(run)),
+        Column("effect on tests", "effect", effects(found["effect"], found["effect_sem"]), _effect(run)),
         *_values(run, displays),
     ]
     return table(columns, "suspects.csv", shown=10)
@@ -152,6 +152,16 @@ def groups_table(groups: pd.DataFrame) -> dict[str, Any]:
     return table(columns, "groups_listed.csv", shown=10)
 
 
+def _effect(run: AuditRun) -> str:
+    measured = run.audit.measured
+    positive = f"positive: it {measured.positive}"
+    return f"change of the {measured.mean} when it is removed, ± standard error; {positive}"
+
+
+def _itself(run: AuditRun) -> str:
+    return f"change of the row's own {run.audit.measured.name} when it is removed"
+
+
 def tests(run: AuditRun) -> list[dict[str, Any]]:
     """Return the named test instances, each with its rows: measured ones, then by predicted effect."""
     answers = {int(a["test_row"]): a for a in run.audit.summary.get("answers", []) if "test_row" in a}
@@ -164,7 +174,9 @@ def tests(run: AuditRun) -> list[dict[str, Any]]:
             {
                 "name": f"row {identifier}" if identifier == str(row) else identifier,
                 "text": sentence(str(answer["text"])) if answer.get("text") else "",
-                "removals": removals_table(answer) if answer.get("removals") else None,
+                "removals": removals_table(answer, run.audit.measured.name)
+                if answer.get("removals")
+                else None,
                 "facts": plain(_facts(display, answer)),
                 "instance": content(display),
                 "table": pairs_table(run, pairs, str(answer.get("unit", "")), identifier),
@@ -173,8 +185,12 @@ def tests(run: AuditRun) -> list[dict[str, Any]]:
     return found
 
 
-def removals_table(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the table of what becomes of a prediction without its foremost rows together."""
+def removals_table(answer: Mapping[str, Any], measured: str = "loss") -> dict[str, Any]:
+    """Return the table of what becomes of a prediction without its foremost rows together.
+
+    Args:
+        measured: of test instances, beside it.
+    """
     steps: list[Mapping[str, Any]] = answer["removals"]
     unit = answer.get("unit")
     missing = float("nan")
@@ -192,7 +208,7 @@ def removals_table(answer: Mapping[str, Any]) -> dict[str, Any]:
         Column("and is", "number", [step["without"] for step in steps]),
         Column("class", "text", [step.get("label") for step in steps]),
         Column("turned", "number", [step.get("turned") for step in steps], "share of seeds"),
-        Column("effect on its loss", "effect", loss),
+        Column(f"effect on its {measured}", "effect", loss),
         Column("rows", "text", [listed(step["ids"], MOST_MEMBERS) for step in steps]),
     ]
     return table(columns, f"removals_{answer['test_id']}.csv", shown=12)
@@ -220,10 +236,11 @@ def pairs_table(run: AuditRun, pairs: pd.DataFrame, unit: str, test: str) -> dic
     displays = [run.show("train", int(row)) for row in order["row"]]
     loss = effects(order["effect"], order["effect_sem"])
     moved = effects(order["prediction_effect"], order["prediction_effect_sem"])
+    name = run.audit.measured.name
     label = f"moves the prediction by{f' ({unit})' if unit else ''}"
     columns = [
         Column(run.noun, "name", _names(order)),
-        Column("effect on its loss", "effect", loss, "change of this loss when the row is removed"),
+        Column(f"effect on its {name}", "effect", loss, f"change of this {name} when the row is removed"),
         Column(label, "effect", moved, "change of the prediction when the row is removed"),
         Column("predicted effect", "effect", effects(order["score"], order["score_sem"]), "by the screen"),
         Column("verdict", "verdict", list(order["verdict"])),

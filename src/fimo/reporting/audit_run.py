@@ -138,8 +138,8 @@ def train_rows(audit: Audit, columns: int | None = None) -> list[int]:
         *rows.loc[rows["verdict"] != "", "row"].head(MOST_VERIFIED),
         *_ends(rows, "score"),
         *_ends(rows, "effect"),
-        *suspects(audit).head(MOST_SUSPECTS)["row"],
-        *most_suspect(audit).head(LEADING_SUSPECTS)["row"],
+        *audit.suspects.head(MOST_SUSPECTS)["row"],
+        *audit.looked_at.head(LEADING_SUSPECTS)["row"],
         *(row for rows_ in audit.groups["rows"].head(PER_SIDE) for row in str(rows_).split()[:PER_TEST]),
     ]
     for _, pairs in audit.pairs.groupby("test_row"):
@@ -150,18 +150,6 @@ def train_rows(audit: Audit, columns: int | None = None) -> list[int]:
 def test_rows(audit: Audit) -> list[int]:
     """Return the data rows of the named test instances."""
     return sorted({int(row) for row in audit.pairs["test_row"]})
-
-
-def suspects(audit: Audit) -> pd.DataFrame:
-    """Return the rows whose targets are probably wrong, the surest first: those with a suggestion."""
-    ranked = most_suspect(audit)
-    return ranked[ranked["suggested"].fillna("").astype(str) != ""]
-
-
-def most_suspect(audit: Audit) -> pd.DataFrame:
-    """Return the rows whose targets were looked at, the most suspect first, whether any is sure or not."""
-    looked_at = audit.rows[audit.rows["suspect_q"].notna()]
-    return looked_at.sort_values(["suspect_q", "self_effect"], ascending=[True, False], kind="stable")
 
 
 def _ends(table: pd.DataFrame, column: str, count: int = PER_SIDE) -> Sequence[Any]:

@@ -22,7 +22,7 @@ def explorer_data(run: Results, per_test: int = 5) -> dict[str, Any]:
     Keys: ``left_out [L]``; ``names [L]``; ``tests``, each with ``index``, ``name``, ``display``,
     ``sensitivity [L]``, ``scores`` by method ``[L]`` (and ``errors`` where it has them), ``agreement`` by
     method, ``helpful`` and ``harmful`` (``index, name, effect, error, seeds_agreeing``); ``train``: displays
-    by index; ``methods``, best first.
+    by index; ``methods``, best first; ``measured`` and ``better``, what sensitivities are changes of.
     """
     methods = scored_methods(run)
     measured = len(run.sensitivity.left_out)
@@ -67,6 +67,8 @@ def explorer_data(run: Results, per_test: int = 5) -> dict[str, Any]:
         "train": shown,
         "methods": methods,
         "metric": metric,
+        "measured": run.measured.name,
+        "better": run.measured.better,
     }
 
 

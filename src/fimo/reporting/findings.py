@@ -18,11 +18,11 @@ from fimo.reporting.style import BASELINES
 
 @dataclass(frozen=True)
 class Influence:
-    """How much leaving one training instance out changes the test loss.
+    """How much leaving one training instance out changes the test loss, or what else was measured.
 
     Args:
         index: into the training set.
-        effect: adjusted change of the loss, mean over seeds.
+        effect: adjusted change, mean over seeds.
         error: its standard error over seeds; NaN with one seed.
         seeds_agreeing: in how many seeds the change has the sign of the mean.
         seeds: in all.
@@ -68,9 +68,10 @@ def influences(
             for i in order.tolist()
         ]
 
-    order = effect.argsort(descending=True)
+    helping = results.measured.better * effect
+    order = helping.argsort(descending=True)
     helpful, harmful = order[:k], order.flip(0)[:k]
-    return describe(helpful[effect[helpful] > 0]), describe(harmful[effect[harmful] < 0])
+    return describe(helpful[helping[helpful] > 0]), describe(harmful[helping[harmful] < 0])
 
 
 def at_last_point(results: Results, metric: str) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
+from fimo.models.measured import Measured
 from fimo.reporting.curves import (
     agreement_table,
     cost_table,
@@ -242,12 +243,13 @@ def distance_figure(runs: Sequence[Results]) -> go.Figure:
 
 
 def loss_figure(runs: Sequence[Results]) -> go.Figure:
-    """Test loss of the full runs, beside the final model's."""
-    figure = _by_run(runs, loss_table, "mean test loss")
+    """Test loss (or what else was measured) of the full runs, beside the final model's loss."""
+    figure = _by_run(runs, loss_table, ", ".join(dict.fromkeys(run.measured.mean for run in runs)))
     for run in runs:
         whole = len(run.sensitivity.test) == run.dataset.get("test")  # or the two are of different instances
         loss = run.final_model.get("test_loss")
-        if run.sensitivity.full_losses is not None and whole and loss:
+        measured = run.sensitivity.full_losses is not None and run.measured == Measured()
+        if measured and whole and loss:
             figure.add_hline(y=loss, line={"color": CEILING, "dash": "dash", "width": 1.5})
     return figure
 

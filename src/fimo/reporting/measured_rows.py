@@ -16,11 +16,11 @@ DISCOVERY_RATE = 0.1
 def measured_rows(run: Results, level: float = DISCOVERY_RATE) -> pd.DataFrame:
     """Return a line for each left-out instance: ``index,name,effect,error,agreeing,q,verdict,target``.
 
-    ``effect`` is on the mean test loss after all further training, ``error`` its standard error over seeds,
-    ``agreeing`` the number of seeds with the effect's sign. ``q`` is the smallest false discovery rate at
-    which the effect is told from zero among all measured ones: two-sided t tests over seeds, adjusted as
-    Benjamini and Hochberg (1995) do. With one seed (or single seeds not kept) it is NaN, and every verdict
-    ``unclear``.
+    ``effect`` is on the mean test loss (or what else was measured) after all further training, ``error`` its
+    standard error over seeds, ``agreeing`` the number of seeds with the effect's sign. ``q`` is the smallest
+    false discovery rate at which the effect is told from zero among all measured ones: two-sided t tests over
+    seeds, adjusted as Benjamini and Hochberg (1995) do. With one seed (or single seeds not kept) it is NaN,
+    and every verdict ``unclear``.
     """
     last = adjust(run.sensitivity.raw[:, -1], run.sensitivity.subtract_mean).double()
     per_seed = last.mean(1).numpy()  # [S, L]
@@ -34,7 +34,7 @@ def measured_rows(run: Results, level: float = DISCOVERY_RATE) -> pd.DataFrame:
         known = np.isfinite(p)
         if known.any():
             q[known] = stats.false_discovery_control(p[known])
-    clear = np.where(effect > 0, "helpful", "harmful")
+    clear = np.where(run.measured.better * effect > 0, "helpful", "harmful")
     indices = run.sensitivity.left_out.tolist()
     displays = [run.show("train", i) for i in indices]
     return pd.DataFrame(

@@ -43,14 +43,17 @@ def models_answer(run: ModelsRun, rows: pd.DataFrame | None = None) -> Answer:
     """
     combined = run.combined
     rows = measured_rows(combined) if rows is None else rows
-    helpful, harmful = (named_rows(combined, rows, side) for side in (1, -1))
+    measured = combined.measured
+    helpful, harmful = (named_rows(combined, rows, sign * measured.better) for sign in (1, -1))
     return Answer(
         question=f"Which attribution method is best, over {len(run.models)} final models?",
         about=_about(run),
         verdict=[_best(run), _beaten(run), _rows(run, rows)],
         helpful=helpful,
         harmful=harmful,
-        effects="mean test loss, mean over final models",
+        effects=f"{measured.mean}, mean over final models",
+        helps=f"the {measured.name} {measured.worsens}",
+        harms=f"the {measured.name} {measured.improves}",
         others=_variance(run),
         do=_advice(run),
         distrust=_distrust(run),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 ABSENT = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -23,11 +24,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def number(value: float | int | str | None, digits: int = 4) -> str:
-    """Return a value for a table's cell; a true minus sign, no needless zeros."""
+def number(value: Any, digits: int = 4) -> str:
+    """Return a value for a table's cell: a number with a true minus sign and no needless zeros."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ABSENT
-    if isinstance(value, bool | str):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int) or float(value).is_integer():
         return f"{int(value)}".replace("-", MINUS)

@@ -31,7 +31,7 @@ from fimo.reporting.study_answer import best_method, follows, study_answer, with
 from fimo.reporting.tables import Column, effects, instance_columns, table
 from fimo.reporting.trust import coverage, departures, trusted_methods
 
-EFFECT = "change of the mean test loss when it is left out, ± standard error over {}; positive: it helps"
+EFFECT = "change of the {} when it is left out, ± standard error over {}; positive: it {}"
 
 
 def write_report(results: Results | Sequence[Results], path: str | Path) -> Path:
@@ -97,9 +97,10 @@ def rows_table(run: Results, rows: pd.DataFrame, over: str = "seeds") -> dict[st
     in_class: Sequence[Any] = [None] * len(rows)
     if within is not None:
         in_class = effects([within[k] for k in order], ordered["error"])
+    said = EFFECT.format(run.measured.mean, over, run.measured.positive)
     columns = [
         Column(f"training {run.noun}", "name", list(ordered["name"])),
-        Column("effect", "effect", effects(ordered["effect"], ordered["error"]), EFFECT.format(over)),
+        Column("effect", "effect", effects(ordered["effect"], ordered["error"]), said),
         Column("within its class", "effect", in_class, "effect minus the mean effect of its class"),
         Column("verdict", "verdict", list(ordered["verdict"])),
         Column("q", "q", list(ordered["q"]), "smallest false discovery rate at which the verdict holds"),

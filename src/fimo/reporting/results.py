@@ -14,12 +14,14 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
+from fimo.audit.result import AUDIT
 from fimo.data.reading import EXACT
 from fimo.errors import InputError
 from fimo.evaluation.assessment import adjusted_scores
 from fimo.further_training.sensitivity import Sensitivity, load_sensitivity
+from fimo.models.measured import Measured
 from fimo.reporting.instance_table import InstanceDisplay, Shown, Split, noun
-from fimo.reporting.task_curves import KNOWN, Curve
+from fimo.reporting.task_curves import KNOWN, REMOVAL, Curve, removal
 from fimo.scores import Access, Scores
 from fimo.store.files import written_aside
 
@@ -32,6 +34,7 @@ JSON_FIELDS = (
     "skipped",
     "warnings",
     "ids",
+    "measured",
 )
 OPTIONAL_TABLES = {"bootstrap": "evaluation_bootstrap.csv", "slopes": "evaluation_slopes.csv"}
 FILES = ("sensitivity.safetensors", "evaluation.csv", "cost.csv", "report.json")
@@ -81,6 +84,7 @@ class Results:
         ids: by split (``train``: of what was left out), the user's identifiers in the sensitivity's order;
             those of a group's members with spaces between them. Missing where there are rows only.
         folder: that it was read from.
+        measured: what effects are changes of.
         has_raw: whether the sensitivity holds every seed; else its one "seed" is the mean over all.
     """
 
@@ -106,10 +110,12 @@ class Results:
     ids: Mapping[str, list[str]] = field(default_factory=dict)
     folder: Path | None = None
     curves: Mapping[str, Curve] = field(default_factory=dict)
+    measured: Measured = field(default_factory=Measured)
 
     def curve(self, task: str) -> Curve | None:
         """Return as what a task's table is drawn; None where it has no table, or another figure."""
-        return (self.curves.get(task) or KNOWN.get(task)) if task in self.tasks else None
+        found = (self.curves.get(task) or KNOWN.get(task)) if task in self.tasks else None
+        return removal(self.measured) if found == REMOVAL else found
 
     def errors(self, method: str) -> Tensor | None:
         """Return the standard errors of a method's scores as they are judged, NaN where withheld."""
@@ -227,6 +233,8 @@ class Results:
         if (folder / SEVERAL).exists():
             several = f"holds several final models: load one, as {folder}/final_models/0, or all by ModelsRun"
             raise InputError(str(folder), several)
+        if (folder / AUDIT).exists():
+            raise InputError(str(folder), f"holds an audit: python -m fimo.reporting {folder}, alone")
         for file in FILES:
             if not (folder / file).exists():
                 raise InputError(str(folder), f"{file} is missing: this is no folder of a finished run")
@@ -250,6 +258,7 @@ class Results:
         again = folder / "retraining.safetensors"
         curves = {task: Curve(**curve) for task, curve in content.pop("curves", {}).items()}
         content["warnings"] = tuple(content["warnings"])
+        content["measured"] = Measured(**content.get("measured", {}))
         withheld = content.pop("without_bars", {})
         stored = {
             name: found if found.method else _earlier(name, found, evaluation, optional, withheld)

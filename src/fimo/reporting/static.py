@@ -105,7 +105,7 @@ def sorted_figure(runs: Runs, tests: int = 4) -> Figure | None:
             name = f"{run.name}, " if len(runs) > 1 else ""
             instance = run.called("test", int(run.sensitivity.test[j]))
             axes.set_title(f"{name}test instance {instance}", fontsize=9)
-        row[0].set_ylabel("change of the test loss")
+        row[0].set_ylabel(f"change of the test {run.measured.name}")
     for axes in panels[-1]:
         axes.set_xlabel("left-out instances, sorted")
     legend(figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fimo.evaluation.ceiling import WANTED
@@ -38,13 +39,17 @@ def study_answer(run: Results, rows: pd.DataFrame | None = None) -> Answer:
         f"({counted(run.seeds, 'seed')}).",
         _clear_sentence(rows, run),
     ]
-    helpful, harmful = (named_rows(run, rows, side) for side in (1, -1))
+    measured = run.measured
+    helpful, harmful = (named_rows(run, rows, sign * measured.better) for sign in (1, -1))
     return Answer(
         question=f"Which training {noun}s matter to this model?",
         about=_about(run),
         verdict=verdict,
         helpful=helpful,
         harmful=harmful,
+        effects=measured.mean,
+        helps=f"the {measured.name} {measured.worsens}",
+        harms=f"the {measured.name} {measured.improves}",
         others=_others(run),
         do=_advice(run, clear, total),
         distrust=_distrust(run, rows),
@@ -140,12 +145,14 @@ def _others(run: Results) -> list[str]:
 
 def _advice(run: Results, clear: pd.DataFrame, total: int | None) -> list[str]:
     said = []
-    harmful = clear[clear["verdict"] == "harmful"].sort_values("effect")
+    measured = run.measured
+    harmful = clear[clear["verdict"] == "harmful"].sort_values("effect", ascending=measured.better > 0)
     if len(harmful):
         plural, average = len(harmful) > 1, run.sensitivity.subtract_mean
+        end = "lower" if measured.better > 0 else "higher"
         said.append(
             f"Look at {listed(list(harmful['name']))}: without {'each of them' if plural else 'it'} the test "
-            f"loss ends lower{f' than without an average {run.noun}' if average else ''}. Check "
+            f"{measured.name} ends {end}{f' than without an average {run.noun}' if average else ''}. Check "
             f"{'their targets' if plural else 'its target'} and values before anything is deleted."
         )
     if total is None or len(run.sensitivity.left_out) < total:
@@ -173,8 +180,8 @@ def _distrust(run: Results, rows: pd.DataFrame) -> list[str]:
                 f"Few seeds: the noise ceiling is {ceiling:.2f}; small effects and close ranks are uncertain."
             )
     if (found := _class_effects(run, rows)) is not None:
-        effects, classes = rows["effect"].to_numpy(), [str(t) for t in rows["target"]]
-        said += [str(found), found.leading(effects, classes, list(rows["name"]))]
+        classes = [str(t) for t in rows["target"]]
+        said += [str(found), found.leading(_helping(run, rows), classes, list(rows["name"]))]
     if run.skipped:
         said.append(f"Not run, or failed: {listed(list(run.skipped))}.")
     return said
@@ -184,8 +191,13 @@ def _class_effects(run: Results, rows: pd.DataFrame) -> ClassEffects | None:
     """Return how measured effects follow classes, where they do."""
     if run.dataset.get("task") != "classification" or rows["target"].isna().any():
         return None
-    found = class_effects(rows["effect"].to_numpy(), [str(t) for t in rows["target"]])
+    found = class_effects(_helping(run, rows), [str(t) for t in rows["target"]])
     return found if found is not None and found.follow else None
+
+
+def _helping(run: Results, rows: pd.DataFrame) -> np.ndarray:
+    """Return by how much each measured row helps, ``[L]``."""
+    return run.measured.better * rows["effect"].to_numpy()
 
 
 def follows(run: Results, rows: pd.DataFrame) -> str:
@@ -199,5 +211,5 @@ def within_class(run: Results, rows: pd.DataFrame) -> list[float] | None:
     found = _class_effects(run, rows)
     if found is None:
         return None
-    effects = rows["effect"].to_numpy()
-    return [float(v) for v in found.within(effects, [str(t) for t in rows["target"]])]
+    within = found.within(_helping(run, rows), [str(t) for t in rows["target"]])
+    return [float(v) for v in run.measured.better * within]

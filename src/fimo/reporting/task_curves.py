@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from fimo.models.measured import Measured
+
 COLUMNS = ("method", "mean", "sem")
 """Besides the column that lines run over; ``ceiling`` (and ``ceiling_lower``) are drawn where there are."""
 
@@ -40,12 +42,19 @@ DATAMODELING = Curve(
     "Linear datamodeling score: do summed scores rank the effects of leaving out large random subsets? "
     "Dashed grey: the noise ceiling, shaded down to the lower one.",
 )
-REMOVAL = Curve(
-    "removed",
-    "training instances left out",
-    "change of the mean test loss",
-    "Removal: how the test loss changes when a method's most helpful training instances are left out "
-    "together. Higher is better; grey: random ones.",
-)
+
+
+def removal(measured: Measured) -> Curve:
+    """Return the curve of leaving out a method's most helpful instances."""
+    return Curve(
+        "removed",
+        "training instances left out",
+        f"change of the {measured.mean}",
+        f"Removal: how the test {measured.name} changes when a method's most helpful training instances are "
+        f"left out together. {'Higher' if measured.better > 0 else 'Lower'} is better; grey: random ones.",
+    )
+
+
+REMOVAL = removal(Measured())
 KNOWN = {"datamodeling": DATAMODELING, "removal": REMOVAL}
 """Of runs whose folder doesn't say it."""

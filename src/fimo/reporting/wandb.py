@@ -135,7 +135,7 @@ def method_rows(results: Results) -> tuple[list[str], list[list[Any]]]:
 def instance_rows(results: Results) -> tuple[list[str], list[list[Any]]]:
     """Return a table of the instances that the report shows, a column for each feature.
 
-    ``effect`` is a training instance's on the mean test loss at the last evaluation point.
+    ``effect`` is a training instance's on the mean of what was measured at the last evaluation point.
     """
     helpful, harmful = influences(results, k=len(results.sensitivity.left_out))
     effects = {row.index: row for row in [*helpful, *harmful]}

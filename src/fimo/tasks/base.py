@@ -15,6 +15,7 @@ from fimo.engine.protocol import Protocol as FurtherTraining
 from fimo.errors import InputError
 from fimo.further_training.sensitivity import Sensitivity
 from fimo.models.final_model import FinalModel
+from fimo.models.measured import Measured
 from fimo.reporting.task_curves import Curve
 from fimo.scores import Scores
 
@@ -70,6 +71,9 @@ class Judged(Protocol):
     def explaining(self, test: Instances) -> Judged:
         """Return the run of other test instances."""
 
+    def measuring_loss(self) -> Judged:
+        """Return the run in which the training loss is measured, whatever is in this one."""
+
 
 class Task(ABC):
     """One more way to judge methods.
@@ -90,6 +94,15 @@ class Task(ABC):
     @abstractmethod
     def __call__(self, run: Judged) -> pd.DataFrame | Sensitivity:
         """Judge a run's methods: a table, or another gold standard to compare with."""
+
+
+def better(run: Judged) -> int:
+    """Return 1 where a run's scores are positive of instances that help, -1 where of those that harm.
+
+    Raises:
+        InputError: ``model.measurement``: a function of the user's own that doesn't say it.
+    """
+    return Measured.of(run.final_model).better
 
 
 def seeds_of(value: int | None, run: Judged, key: str) -> list[int]:

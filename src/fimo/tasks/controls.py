@@ -25,7 +25,7 @@ from fimo.evaluation.controls import (
     with_mark,
 )
 from fimo.evaluation.metrics import agreement, mean_and_sem
-from fimo.tasks.base import Judged, Task
+from fimo.tasks.base import Judged, Task, better
 
 KEY = "evaluation.tasks"
 
@@ -62,6 +62,7 @@ class OfClasses(Control):
 
     def check(self, run: Judged) -> None:
         self.refuse(run.data.task != "classification", f"needs classes; this is {run.data.task}")
+        better(run)
 
     @abstractmethod
     def question(self, run: Judged) -> Question:
@@ -70,7 +71,8 @@ class OfClasses(Control):
     def __call__(self, run: Judged) -> pd.DataFrame:
         """Return ``method,instances,mean,sem,chance``: mean ± SEM over the test instances."""
         asked, worth, chance = self.question(run)
-        return table((n, worth(scores.last.double()), chance) for n, scores in asked.scores().items())
+        scores = {name: better(run) * found.last.double() for name, found in asked.scores().items()}
+        return table((name, worth(values), chance) for name, values in scores.items())
 
 
 class Trained(OfClasses):

@@ -20,7 +20,7 @@ from fimo.errors import InputError
 from fimo.evaluation.metrics import mean_and_sem
 from fimo.models.final_model import FinalModel
 from fimo.reporting.task_curves import Curve
-from fimo.tasks.base import Judged, Task, seeds_of
+from fimo.tasks.base import Judged, Task, better, seeds_of
 
 KEY = "evaluation.tasks.fact_tracing"
 GOLD_STANDARD = "further training"
@@ -59,6 +59,7 @@ class FactTracing(Task):
 
     def check(self, run: Judged) -> None:
         statements(run)
+        better(run)
         if self.counts[-1] > len(run.data.train):
             raise InputError(
                 f"{KEY}.counts", f"expected at most all {len(run.data.train)} but got {self.counts[-1]}"
@@ -71,12 +72,13 @@ class FactTracing(Task):
         scores = run.scores()
         tests = next(iter(scores.values())).test
         assert tests is not None
-        found = {name: last(each.values) for name, each in scores.items()}
+        sign = better(run)
+        found = {name: sign * last(each.values) for name, each in scores.items()}
         found[WORD_OVERLAP] = word_overlap(data.texts("test"), data.texts("train"))[tests]
         if self.seeds != 0:
             seeds = seeds_of(self.seeds, run, f"{KEY}.seeds")
             truth = run.leave_out(list(range(len(data.train))), seeds)
-            found[GOLD_STANDARD] = last(truth.raw.double().mean(0))
+            found[GOLD_STANDARD] = sign * last(truth.raw.double().mean(0))
         judged = stated[tests].any(1)
         if self.known:
             judged &= completed(run.final_model, data.test[tests])

@@ -11,7 +11,7 @@ from torch import Tensor
 from fimo.audit.suspects import inapplicable, suspects
 from fimo.errors import InputError
 from fimo.evaluation.label_errors import detection, flip_labels, suspicion
-from fimo.tasks.base import Judged, Task, seeds_of
+from fimo.tasks.base import Judged, Task, better, seeds_of
 
 KEY = "evaluation.tasks.mislabelled"
 GOLD_STANDARD = "further training"
@@ -75,6 +75,8 @@ class Mislabelled(Task):
                 "flips labels before the final model is trained, so it must be trained here, without "
                 "model.checkpoint; mode=audit lists the suspects of a given one",
             )
+        if self.order_by == "test":
+            better(run)
 
     def __call__(self, run: Judged) -> pd.DataFrame:
         candidates = self._candidates(len(run.data.train))
@@ -93,10 +95,15 @@ class Mislabelled(Task):
 
     def _found(self, run: Judged, candidates: Sequence[int]) -> dict[str, Tensor]:
         """Return by method the suspicion ``[L]`` of each candidate."""
-        measure: Callable[[Tensor], Tensor] = suspicion
+        measure: Callable[[Tensor], Tensor] = own
         if self.order_by == "self":
-            run = run.explaining(run.data.train[list(candidates)])
-            measure = own
+            run = run.measuring_loss().explaining(run.data.train[list(candidates)])
+        else:
+            sign = better(run)
+
+            def measure(scores: Tensor) -> Tensor:
+                return sign * suspicion(scores)
+
         found = {name: measure(scores.values) for name, scores in run.scores(candidates).items()}
         if self.seeds != 0:
             seeds = seeds_of(self.seeds, run, f"{KEY}.seeds")
@@ -113,7 +120,7 @@ def baselines(run: Judged, candidates: Sequence[int]) -> dict[str, Tensor]:
     """Return by name the suspicion ``[L]`` of each candidate without any attribution."""
     model, train = run.final_model, run.data.train
     found = {OWN_LOSS: model.losses(train[list(candidates)]).double()}
-    if run.why_not_from_scratch() is None and model.measurement is None:
+    if run.why_not_from_scratch() is None:
         found[CLEANLAB] = held_out_losses(run, candidates)
     if inapplicable(model, train) is None:
         found[SUSPECTS] = suspects(model, train, run.protocol).score[list(candidates)]
@@ -127,7 +134,7 @@ def held_out_losses(run: Judged, candidates: Sequence[int]) -> Tensor:
     fold = torch.empty(len(order), dtype=torch.int64)
     for k, members in enumerate(folds):
         fold[members] = k
-    found = run.explaining(run.data.train[list(candidates)]).retrain(folds, [0])
+    found = run.measuring_loss().explaining(run.data.train[list(candidates)]).retrain(folds, [0])
     assert found.full_losses is not None
     without = found.full_losses[0, -1, :, None] + found.raw[0, -1].double()
     return without.gather(1, fold[list(candidates)][:, None])[:, 0]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 
 from fimo.errors import InputError
 from fimo.evaluation.counterfactual import removal_curves
 from fimo.reporting.task_curves import REMOVAL
-from fimo.tasks.base import Judged, Task, seeds_of
+from fimo.tasks.base import Judged, Task, better, seeds_of
 
 KEY = "evaluation.tasks.removal"
 
@@ -46,10 +47,12 @@ class Removal(Task):
                 f"{KEY}.counts", f"expected fewer than all {len(run.data.train)} but got {self.counts[-1]}"
             )
 
+        better(run)
+
     def __call__(self, run: Judged) -> pd.DataFrame:
-        seeds = seeds_of(self.seeds, run, f"{KEY}.seeds")
+        seeds, sign = seeds_of(self.seeds, run, f"{KEY}.seeds"), better(run)
         return removal_curves(
-            run.scores(),
+            {name: replace(found, values=sign * found.values) for name, found in run.scores().items()},
             lambda groups: run.leave_out(groups, seeds),
             len(run.data.train),
             self.counts,

@@ -31,7 +31,7 @@ function showRows(box, rows, source, noun) {
   dataTable(box, {
     file: "rows.csv",
     columns: [
-      column(`training ${noun}`, "name"), column("effect on its loss", "effect", "± standard error over seeds"),
+      column(`training ${noun}`, "name"), column(`effect on its ${source.measured}`, "effect", "± standard error over seeds"),
       ...(seeds ? [column("seeds", "text", "in which the effect has this sign")] : []), column("target", "text"), column("model says", "text"),
       ...(content ? [column("instance", "instance")] : []),
       ...columns.map((c) => column(c, displays.some((d) => typeof d.row?.[c] === "string") ? "text" : "value")),
@@ -72,9 +72,9 @@ function explore(element) {
   const legend = { orientation: "h", x: 0, y: 1.12 };
   const good = css("--good"), bad = css("--bad"), accent = css("--accent");
   Plotly.react(element.querySelector(".plot-sorted"), [
-    { type: "bar", x: rank, y: sensitivity, text: ids, textposition: "none", name: "sensitivity", marker: { color: sensitivity.map((v) => (v > 0 ? good : bad)), opacity: 0.55 }, hovertemplate: "%{text}<br>%{y:.3g}<extra>sensitivity</extra>" },
+    { type: "bar", x: rank, y: sensitivity, text: ids, textposition: "none", name: "sensitivity", marker: { color: sensitivity.map((v) => (v * source.better > 0 ? good : bad)), opacity: 0.55 }, hovertemplate: "%{text}<br>%{y:.3g}<extra>sensitivity</extra>" },
     { type: "scatter", mode: "markers", x: rank, y: scores.map((v) => (v === null ? null : v * factor)), customdata: scores, text: ids, name: `${method}, scaled`, marker: { color: accent, size: 6 }, hovertemplate: "%{text}<br>score %{customdata:.3g}<extra></extra>" },
-  ], themed({ ...base, legend, bargap: 0, xaxis: { title: { text: `left-out training ${noun}s, sorted` }, zeroline: false }, yaxis: { title: { text: "change of this test loss" }, exponentformat: "power", automargin: true } }), settings);
+  ], themed({ ...base, legend, bargap: 0, xaxis: { title: { text: `left-out training ${noun}s, sorted` }, zeroline: false }, yaxis: { title: { text: `change of this test ${source.measured}` }, exponentformat: "power", automargin: true } }), settings);
   Plotly.react(element.querySelector(".plot-scatter"), [
     { type: "scatter", mode: "markers", x: scores, y: sensitivity, error_x: errors ? { type: "data", array: errors, thickness: 1, width: 0 } : undefined, text: ids, marker: { color: accent, size: 7, opacity: 0.7 }, hovertemplate: "%{text}<br>score %{x:.3g}<br>sensitivity %{y:.3g}<extra></extra>" },
   ], themed({ ...base, title: { text: `${source.metric} ${number(test.agreement[method], 3)}`, font: { size: 14 }, x: 0.5, y: 0.97 }, xaxis: { title: { text: `score by ${method}` }, exponentformat: "power", automargin: true }, yaxis: { title: { text: "sensitivity" }, exponentformat: "power", automargin: true } }), settings);
