@@ -275,6 +275,11 @@ def test_padding_is_no_position_of_a_factor() -> None:
     tokens = train.inputs["input_ids"][train.inputs["attention_mask"].bool()]
     a = F.pad(model.network.token(tokens), (0, 1), value=1)
     torch.testing.assert_close(mix.entering, a.T @ a / len(a))
+    recorder = recorder_for(model, train)
+    assert recorder is not None
+    recorded = recorder.rows(train, lambda outputs: torch.ones_like(outputs)[:, None])
+    for at in (slice(1, 3), torch.tensor([2, 0])):
+        assert torch.equal(recorded.some(at).mask, train.inputs["attention_mask"].bool()[at])
 
 
 def test_tokens_without_a_mask_go_to_the_last_that_is_predicted() -> None:
