@@ -476,6 +476,26 @@ def test_class_weights_inside_a_loss_follow_the_dtype(loss: Any) -> None:
     assert WEIGHT.dtype == torch.float32
 
 
+class Delegating:
+    """Asks the loss that it holds for all that it lacks, itself included where it holds none yet."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss, self.weight = loss, WEIGHT
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loss, name)
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.loss(outputs, targets)
+
+
+def test_a_loss_that_can_not_be_copied_is_refused_in_one_line() -> None:
+    with pytest.raises(
+        InputError, match=r"^model\.loss: Delegating holds tensors .* can't be copied: its __getattr__"
+    ):
+        FinalModel(network(outputs=3), Delegating(Weighted(WEIGHT)))
+
+
 def test_a_loss_with_weights_has_a_key_of_its_own() -> None:
     def hashed(weight: Tensor) -> Any:
         model = FinalModel(network(outputs=3), closed_over(weight))
@@ -557,6 +577,38 @@ def test_logits_log_probabilities_and_a_loss_of_probabilities_are_not_warned_of(
 ) -> None:
     GradDot().attribute(FinalModel(network, loss, accept_poor=True), CLASSES[:16], CLASSES[16:])
     assert "probabilities" not in caplog.text
+
+
+# --- data that are changed in place
+
+
+@pytest.mark.parametrize("rows", [40, 2**16])
+def test_data_changed_in_place_through_numpy_are_looked_at_again(rows: int) -> None:
+    """They are converted to the network's float32, and no version of a tensor counts what NumPy writes."""
+    x, labels = np.random.default_rng(0).normal(size=(rows, 9)), (np.arange(rows) % 3).astype(np.int32)
+    train = Instances(torch.from_numpy(x), torch.from_numpy(labels))
+    test = Instances(torch.from_numpy(x[:4].copy()), torch.from_numpy(labels[:4].copy()))
+    model = FinalModel(network(9, 3), cross_entropy, accept_poor=True)
+    admitted = [admission.admit(model, train, test)[0]]
+    x[0], labels[1] = -x[0], 0
+    admitted.append(admission.admit(model, train, test)[0])
+    test.inputs.data[0] += 1
+    changed = admission.admit(model, train, test)[1]
+    first, second = (part.inputs[0] for part in admitted)
+    torch.testing.assert_close(second, -first)
+    assert admitted[1].targets[:3].tolist() == [0, 0, 2]
+    torch.testing.assert_close(changed.inputs, test.inputs.float())
+
+
+def test_what_is_taken_as_it_is_is_never_remembered() -> None:
+    """Labels are converted, inputs are not: they are those of the call, whatever became of the first ones."""
+    x, labels = DATA.inputs.numpy().copy(), torch.arange(20, dtype=torch.int32) % 3
+    model, again = FinalModel(network(outputs=3), cross_entropy, accept_poor=True), torch.from_numpy(x.copy())
+    admission.admit(model, Instances(torch.from_numpy(x), labels))
+    x[:] = 0
+    found, _ = admission.admit(model, Instances(again, labels))
+    assert found.inputs is again
+    assert found.targets.dtype == torch.int64
 
 
 # --- a final model worse than a constant
@@ -772,6 +824,59 @@ def test_what_a_network_leaves_for_its_backward_pass_is_tried_without_a_trace() 
     assert not any(p.requires_grad for p in model.network.parameters())
     assert not model.network.training
     assert not recomputes(model, torch.randn(2, 7))  # it fails on them, which is not for this check to say
+
+
+class Constrained(nn.Module):
+    """Ends in a layer with a max-norm constraint, as EEGNet's.
+
+    Args:
+        how: the constraint is put on the weights: ``assign`` puts other data in their place.
+        only: in which mode, or on weights of which size; "" for always.
+    """
+
+    def __init__(self, how: str, only: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.how, self.only = nn.Linear(3, 5), nn.Linear(5, 3), how, only
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.second.weight
+        bound = torch.renorm(weight.data, 2, 0, 2.0 if self.only == "large" else 0.3)
+        if self.how == "in place":
+            weight.data.copy_(bound)
+        elif not (self.only == "train" and not self.training) and not torch.equal(bound, weight.data):
+            weight.data = bound
+        return self.second(self.first(x).tanh())
+
+
+@pytest.mark.parametrize("only", ["", "train", "large"])
+def test_weights_whose_data_a_forward_pass_assigns_anew_are_refused(only: str) -> None:
+    model = FinalModel(Constrained("assign", only), cross_entropy, accept_poor=True)
+    with pytest.raises(InputError, match=r"^model\.network: .* data of second\.weight, .*copy_") as found:
+        further_train(model, CLASSES[:16], CLASSES[16:], PROTOCOL, [0], [0])
+    assert "\n" not in str(found.value)
+
+
+def test_a_constraint_that_is_written_into_the_weights_is_followed() -> None:
+    model = FinalModel(Constrained("in place").double(), cross_entropy, accept_poor=True)
+    protocol = Protocol(lr=0.5, batch_size=8, epochs=2, dtype="float64", evaluate_every="end")
+    found = further_train(model, CLASSES[:16], CLASSES[16:], protocol, [0], [3]).raw
+
+    def losses(left_out: set[int]) -> Tensor:
+        network, draws = Constrained("in place").double(), torch.Generator().manual_seed(0)
+        for _ in range(2):
+            order = torch.tensor(
+                [i for i in torch.randperm(16, generator=draws).tolist() if i not in left_out]
+            )
+            for batch in order.split(8):
+                network.zero_grad()
+                F.cross_entropy(network(DATA.inputs[batch].double()), CLASSES.targets[batch]).backward()
+                with torch.no_grad():
+                    for p in network.parameters():
+                        p -= 0.5 * p.grad
+        return F.cross_entropy(network(DATA.inputs[16:].double()), CLASSES.targets[16:], reduction="none")
+
+    torch.testing.assert_close(found[0, 0, :, 0], (losses({3}) - losses(set())).detach().to(found.dtype))
 
 
 def test_a_network_with_a_parameter_that_is_not_finite_is_refused_by_its_name() -> None:

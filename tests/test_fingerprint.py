@@ -352,6 +352,97 @@ def test_variables_of_the_environment_that_a_function_names_are_in_its_descripti
     assert describe(function, "loss") != before
 
 
+VARIABLE = "FIMO_TEST_SCALE"
+NAMES = SimpleNamespace(variable="FIMO_TEST_SCALE")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda o, t: float(os.environ.get(VARIABLE, "1")),
+        lambda o, t: float(os.getenv(NAMES.variable, "1")),
+        lambda o, t, variable="FIMO_TEST_SCALE": float(os.environ.get(variable, "1")),
+        (lambda variable: lambda o, t: float(environ.get(variable, "1")))("FIMO_TEST_SCALE"),
+    ],
+)
+def test_variables_of_the_environment_may_be_named_by_globals_arguments_or_a_closure(
+    function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = describe(function, "loss")
+    monkeypatch.setenv("FIMO_TEST_OTHER", "2")
+    assert describe(function, "loss") == before
+    monkeypatch.setenv("FIMO_TEST_SCALE", "2")
+    assert describe(function, "loss") != before
+
+
+def _by_import_of_sys(o: Any, t: Any) -> Any:
+    import sys as system
+
+    return system.modules["tests.own_settings"].SCALE
+
+
+def _of_a_file(o: Any, t: Any) -> Any:
+    from numpy import load as read
+
+    return read("weights.npy")
+
+
+@pytest.mark.parametrize(
+    ("function", "reads"),
+    [
+        (lambda o, t: float(open("weight.txt").read()), "open"),  # noqa: SIM115
+        (lambda o, t: float(Path("weight.txt").read_text()), r"files \(read_text\)"),
+        (lambda o, t: [sys.modules["tests.own_settings"].SCALE for _ in t], "sys.modules"),
+        (lambda o, t: importlib.import_module("tests.own_settings").SCALE, "importlib.import_module"),
+        (lambda o, t: torch.load("weight.pt") * o, "torch.load"),
+        (_by_import_of_sys, "sys.modules"),
+        (_of_a_file, "numpy.load"),
+    ],
+)
+def test_what_reads_files_or_modules_by_name_has_no_description(function: Any, reads: str) -> None:
+    for thing in (function, functools.partial(function, t=1), [own.squared, function]):
+        with pytest.raises(Indescribable, match=rf"reads {reads}, which may change unseen"):
+            describe(thing, "loss")
+
+
+class Loading(nn.Module):
+    """Loads its weights by methods that a forward pass does not call."""
+
+    def __init__(self, calls: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        if calls:
+            torch.load("weights.pt")
+
+    @classmethod
+    def from_file(cls, path: str) -> Any:
+        return cls(bool(torch.load(path)))
+
+    @torch.no_grad()
+    def restore(self, path: str) -> None:
+        self.load_state_dict(torch.load(path))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.layer(x)
+
+
+class LoadingWhenCalled(Loading):
+    def forward(self, x: torch.Tensor) -> Any:
+        return self._again(x)
+
+    def _again(self, x: torch.Tensor) -> Any:
+        self.restore("weights.pt")
+        return self.layer(x)
+
+
+def test_methods_that_read_files_count_where_code_that_counts_calls_them() -> None:
+    assert describe(Loading(False), "network")
+    with pytest.raises(Indescribable, match=r"restore.* reads torch\.load"):
+        describe(LoadingWhenCalled(False), "network")
+    with pytest.raises(Indescribable, match=r"reads torch\.load"):
+        describe(Loading(False).restore, "loss")
+
+
 def test_globals_that_are_read_by_their_names_are_in_a_description(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(o: Any, t: Any) -> Any:
         return globals()["NUMBER"]

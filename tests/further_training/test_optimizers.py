@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +15,17 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from fimo.app.scoring import applicable
+from fimo.data.instances import Instances
+from fimo.engine.chunk import Chunk
+from fimo.engine.context import Setting
 from fimo.engine.optimizers import KINDS, Optimizer
+from fimo.engine.replicas import Replica
 from fimo.engine.settings import OPTIMIZERS
 from fimo.errors import InputError
-from fimo.further_training import Protocol, tangent_outputs
+from fimo.further_training import Protocol, further_train, tangent_outputs
 from fimo.methods.best import Best
 from fimo.methods.exact import ExactInfluence
+from fimo.models.final_model import FinalModel
 from fimo.models.lightning_module import FinalModelModule
 from fimo.models.losses import mean_squared_error
 from tests.cases import CASES
@@ -139,3 +146,75 @@ def test_the_pure_step_equals_the_one_in_place(name: str) -> None:
         pure = kind.updated(pure, {"p": gradient}, 0.05, taken)
         kind.step_(at, gradient.clone(), state, 0.05, taken)
         torch.testing.assert_close(pure["parameters"]["p"], at, rtol=1e-12, atol=1e-14)
+
+
+class Experts(nn.Module):
+    """Two networks, each for some instances: a batch without such an instance gives one no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1), nn.Linear(2, 1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_zeros(len(x), 1)
+        for k, expert in enumerate(self.experts):  # the last one is never used
+            chosen = ((x[:, 0] > 0.8) == bool(k)) & (k < 2)
+            if chosen.any():
+                out = out.index_put((chosen.nonzero()[:, 0],), expert(x[chosen]))
+        return out
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adam", "lr": 0.05, "weight_decay": 0.1},
+        {"optimizer": "adamw", "lr": 0.05, "weight_decay": 0.1},
+        {"momentum": 0.9, "lr": 0.1},
+        {"weight_decay": 0.1, "lr": 0.1},
+        {"optimizer": "lion", "lr": 0.05, "weight_decay": 0.1, "betas": (0.9, 0.99)},
+    ],
+)
+def test_a_parameter_without_a_gradient_in_a_batch_is_left_alone_as_by_torch(
+    settings: dict[str, Any],
+) -> None:
+    torch.manual_seed(1)
+    x, y = torch.randn(14, 2).double(), torch.randn(14, 1).double()
+    network, train, test = Experts().double(), Instances(x[:12], y[:12]), Instances(x[12:], y[12:])
+    protocol = Protocol(batch_size=2, epochs=2, dtype="float64", leave_out="mask", **settings)
+    model = FinalModel(network, "mse", accept_poor=True)
+    found = further_train(model, train, test, protocol, seeds=[3], left_out=[1, 8]).raw
+
+    def losses(left_out: int | None) -> Tensor:
+        run, draws = copy.deepcopy(network), torch.Generator().manual_seed(3)
+        optimizer = protocol.update_rule.torch_optimizer(run.parameters(), protocol.lr)
+        points = []
+        for _ in range(2):
+            for batch in torch.randperm(12, generator=draws).split(2):
+                optimizer.zero_grad()
+                weight = torch.tensor([0.0 if i == left_out else 0.5 for i in batch.tolist()])
+                ((run(x[batch]) - y[batch]).square()[:, 0] * weight).sum().backward()
+                optimizer.step()
+            points.append((run(x[12:]) - y[12:]).square()[:, 0].detach())
+        return torch.stack(points)
+
+    expected = torch.stack([losses(1) - losses(None), losses(8) - losses(None)], -1)
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_steps_that_left_a_parameter_alone_are_in_a_saved_state() -> None:
+    """Adam's bias correction counts a parameter's own steps."""
+    torch.manual_seed(1)
+    data = Instances(torch.randn(12, 2), torch.randn(12, 1))
+    protocol = Protocol(optimizer="adam", lr=0.05, batch_size=2, epochs=3)
+    setting = Setting.build(FinalModel(Experts(), "mse", accept_poor=True), data, data, protocol)
+    replicas = [Replica(3), Replica(3, (1,))]
+    whole, first, second = (Chunk(setting, replicas) for _ in range(3))
+    whole.advance(15)
+    first.advance(7)
+    assert first.optimizer.skipped
+    second.advance(3)
+    second.restore(first.state(), 7)
+    second.advance(15)
+    for name, state in whole.state().items():
+        assert torch.equal(state, second.state()[name]), name

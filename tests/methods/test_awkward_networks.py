@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fimo
 from fimo.curvature.gradients import InstanceGradients
 from fimo.curvature.operators import GaussNewton, Hessian
 from fimo.data.instances import Instances
@@ -280,3 +281,65 @@ def test_layers_with_gradients_of_any_usual_size_are_damped_by_their_own() -> No
     found = DataInf().attribute(model, case.train, case.test).values
     # relative damping does not see the unit in which a parameter is measured
     torch.testing.assert_close(found, DataInf().attribute(case.final_model, case.train, case.test).values)
+
+
+def margin_case(loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[FinalModel, Instances, Instances]:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    data = Instances(torch.randn(14, 4), torch.arange(14) % 3)
+    return FinalModel(network, loss, accept_poor=True), data[:10], data[10:]
+
+
+@pytest.mark.parametrize(
+    "method", ["exact", "ekfac", "cg", "lissa", "lissa_h", "arnoldi", "response", "best", "source"]
+)
+@pytest.mark.parametrize("name", ["multi_margin_loss", "multilabel_margin_loss"])
+def test_a_loss_without_a_second_derivative_is_refused_in_one_line(method: str, name: str) -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        if name == "multilabel_margin_loss":
+            targets = nn.functional.pad(targets[:, None], (0, 2), value=-1)
+        function: Callable[..., Tensor] = getattr(nn.functional, name)
+        return function(outputs, targets, reduction="none")
+
+    case = margin_case(loss)
+    protocol = Protocol(lr=0.1, batch_size=5, epochs=1)
+    with pytest.raises(InputError, match=rf"^model\.loss: the loss has no second .*{name}") as found:
+        fimo.attribute(*case, method, further_training=protocol, seeds=1)
+    assert "\n" not in str(found.value)
+    for other in ("mirrored", "sketched", "datainf", "trak", "logra", "tracin", "less", "graddot", "gradcos"):
+        assert other in str(found.value)
+        assert fimo.attribute(*case, other, further_training=protocol, seeds=1).values.isfinite().all()
+
+
+class TwoTypes(nn.Module):
+    """A layer in float32 and one in float64."""
+
+    def __init__(self, first: torch.dtype, second: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 5).to(first), nn.Linear(5, 3).to(second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = torch.tanh(self.first(x.to(self.first.weight.dtype)))
+        return self.second(inside.to(self.second.weight.dtype))
+
+
+@pytest.mark.parametrize("method", ["ekfac", "kfac"])
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("types", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_layers_of_two_types_have_the_scores_of_one_in_float64(
+    method: str, rescaled: bool, types: tuple[torch.dtype, torch.dtype]
+) -> None:
+    _, train, test = margin_case(nn.functional.multi_margin_loss)
+    found, expected = (
+        fimo.attribute(
+            FinalModel(network, cross_entropy, accept_poor=True),
+            train,
+            test,
+            method,
+            damping=1.0,
+            rescaled=rescaled,
+        ).values.double()
+        for network in (TwoTypes(*types), TwoTypes(*types).double())
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -72,6 +72,40 @@ def test_a_method_may_return_values_alone() -> None:
     assert (found.method, found.access, found.predicts_loss_change) == ("Own", "CPA", True)
 
 
+@pytest.mark.parametrize(
+    "as_given",
+    [
+        lambda values: values.numpy(),
+        lambda values: values.tolist(),
+        lambda values: values.clone().requires_grad_() * 1,
+        lambda values: values.round().long(),
+        lambda values: values > 0,
+    ],
+)
+def test_scores_may_be_an_array_lists_whole_numbers_or_have_a_graph(as_given: Any) -> None:
+    class Own(AttributionMethod):
+        def scores(self, problem: AttributionProblem) -> Any:
+            return as_given(problem.test.inputs @ problem.removed.inputs.T)
+
+    found = Own().attribute(CASE.final_model, CASE.train, CASE.test, LEFT_OUT).values
+    expected = CASE.test.inputs @ CASE.train.inputs[LEFT_OUT].T
+    assert found.is_floating_point()
+    assert not found.requires_grad
+    torch.testing.assert_close(found.double(), torch.as_tensor(as_given(expected)).detach().double())
+
+
+@pytest.mark.parametrize(
+    "given", [None, "text", [[1.0], [2.0, 3.0]], torch.ones(2, 2, dtype=torch.complex64)]
+)
+def test_what_is_no_numbers_is_refused_as_scores(given: Any) -> None:
+    class Own(AttributionMethod):
+        def scores(self, problem: AttributionProblem) -> Any:
+            return given
+
+    with pytest.raises(InputError, match=r"^Own: expected (a tensor of|real) scores but got "):
+        Own().attribute(CASE.final_model, CASE.train, CASE.test, LEFT_OUT)
+
+
 def test_scores_of_another_shape_are_refused() -> None:
     class Transposed(AttributionMethod):
         def scores(self, problem: AttributionProblem) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fimo.errors import InputError
 from fimo.models.attention import plain_attention
 from fimo.models.final_model import FinalModel, functional_apply
 from fimo.models.losses import cross_entropy, language_modelling
+from fimo.validation.admission import admit
 from tests.models.folders import save_bert
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -316,3 +318,58 @@ def test_attention_of_a_float64_run_is_float64(tmp_path: Path, bare: bool) -> No
 
     slopes = torch.stack([(loss(h) - loss(-h)) / (2 * h) for h in (1e-4, 1e-7)])
     torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-5, atol=0)
+
+
+def gpt2(attention: str, **more: Any) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=8, bos_token_id=1, eos_token_id=2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation=attention, **more,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def padded(side: str, first_counts: bool) -> Instances:
+    """Return six sequences of 1 to 5 tokens.
+
+    Args:
+        side: of the padding.
+        first_counts: whether the last padding before a sequence has its first token as target.
+    """
+    places = torch.arange(5) < torch.tensor([1, 2, 3, 4, 5, 3])[:, None]
+    mask = (places if side == "right" else places.flip(1)).long()
+    tokens = torch.randint(3, 20, (6, 5), generator=torch.Generator().manual_seed(1)) * mask
+    targets = torch.where(mask.bool(), tokens, -100)[:, 1:]
+    if not first_counts:
+        targets = torch.where(mask[:, :-1].bool(), targets, -100)
+    return Instances(
+        {"input_ids": tokens, "attention_mask": mask}, nn.functional.pad(targets, (0, 1), value=-100)
+    )
+
+
+def own_language_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs.transpose(1, 2), targets, reduction="none").sum(1)
+
+
+@pytest.mark.parametrize("loss", ["language_modelling", own_language_loss])
+def test_a_loss_where_attention_sees_no_token_is_refused_or_the_users_own(loss: Any) -> None:
+    """Kernels differ there, and the final model's is the plain one."""
+    for side, first_counts in (("right", True), ("left", False)):
+        network, data = gpt2("sdpa"), padded(side, first_counts)
+        model = FinalModel(network, loss, accept_poor=True)
+        data, _ = admit(model, data)
+        logits = network(**data.inputs).logits.detach()
+        torch.testing.assert_close(model.losses(data), model.loss(logits, data.targets), rtol=1e-4, atol=1e-5)
+    data = padded("left", True)
+    with pytest.raises(
+        InputError, match=r"^dataset\.train: instance 0 has a loss at position 3, .*sdpa.*-100"
+    ):
+        admit(FinalModel(gpt2("sdpa"), loss, accept_poor=True), data)
+    with pytest.raises(InputError, match=r"^dataset\.test: instance 1 has a loss at position 2, "):
+        admit(FinalModel(gpt2("sdpa"), loss, accept_poor=True), padded("right", True), data[1:][[3, 0]])
+    admit(FinalModel(gpt2("eager"), loss, accept_poor=True), data)  # whose attention is the plain one
+    text = data.inputs | {"attention_mask": torch.zeros_like(data.inputs["attention_mask"])}
+    with pytest.raises(InputError, match=r"^dataset\.train: instance 0 has a loss at position 3, "):
+        admit(FinalModel(gpt2("sdpa"), loss, accept_poor=True), Instances(text, data.targets))

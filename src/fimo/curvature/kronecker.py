@@ -77,13 +77,13 @@ class Block:
 
     def rotate(self, matrices: Tensor) -> Tensor:
         """Return the coordinates along the eigenvectors: ``left^T G right``."""
-        found = matrices if self.left is None else self.left.T @ matrices
-        return found if self.right is None else found @ self.right
+        found = matrices if self.left is None else self.left.T.to(matrices) @ matrices
+        return found if self.right is None else found @ self.right.to(matrices)
 
     def rotate_back(self, matrices: Tensor) -> Tensor:
         """Return ``left G right^T``."""
-        found = matrices if self.left is None else self.left @ matrices
-        return found if self.right is None else found @ self.right.T
+        found = matrices if self.left is None else self.left.to(matrices) @ matrices
+        return found if self.right is None else found @ self.right.T.to(matrices)
 
 
 class KroneckerFactors:
@@ -115,19 +115,20 @@ class KroneckerFactors:
             ``[E, P, K]``.
         """
         parts = split(vectors.T, self.shapes)
-        return self._solved(lambda block: block.rotate(block.gather(parts)), dampings, relative, power)
+        found = self._solved(lambda block: block.rotate(block.gather(parts)), dampings, relative, power)
+        return found.to(vectors.dtype)  # layers may have several
 
     def solve_rows(self, rows: Rows, dampings: Tensor, relative: bool = False) -> Tensor:
         """Return the same of rows in memory, ``[E, P, n R]``, turned before they are formed."""
         parts = calls_of(rows)
         if parts is None:
-            return self.solve(rows.dense().flatten(0, 1).T, dampings, relative)
+            return self.solve(rows.dense().flatten(0, 1).T, dampings, relative).to(rows.dtype)
 
         def rotated(block: Block) -> Tensor:
             each = [_rotated(part, block).unflatten(0, (part.n, part.r)) for part in parts]
             return (rows.in_order(each) if isinstance(rows, ArrangedRows) else each[0]).flatten(0, 1)
 
-        return self._solved(rotated, dampings, relative)
+        return self._solved(rotated, dampings, relative).to(rows.dtype)
 
     def _solved(
         self,

@@ -1,12 +1,13 @@
 """Spectral functions of the Gauss-Newton matrix: φ(G) for any φ, by one eigendecomposition.
 
-G = A^T A / N with the N·R rows A of :meth:`InstanceGradients.gauss_newton`. Where N·R <= P the smaller kernel
+G = A^T A / N with the N·R rows A of :meth:`InstanceGradients.gauss_newton`. Where N·R < P the smaller kernel
 K = A A^T / N is decomposed, which has the same nonzero eigenvalues: with K = U diag(λ) U^T, the vectors
 V = A^T U / sqrt(N λ) are G's eigenvectors, and G is zero on their complement, so that
 
     φ(G) = φ(0) I + V diag(φ(λ) - φ(0)) V^T,
 
-and only inner products of rows are needed, never a vector of length P.
+and only inner products of rows are needed, never a vector of length P. Where V has all P eigenvectors of G
+itself, φ(G) = V diag(φ(λ)) V^T: a φ(0) much larger than the rest, as 1 / damping, would cost digits.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class KernelSpectrum:
         self.n = len(train)
         self.scale = None if column_scale is None else column_scale.double()
         size = self.rows.n * self.rows.r
-        self.by_kernel = route == "kernel" or (route == "auto" and size <= self.rows.p)
+        self.by_kernel = route == "kernel" or (route == "auto" and size < self.rows.p)
         if self.by_kernel:
             weight = self._weight
             kernel = self.rows.kernel() if weight is None else self.rows.gram(self.rows, weight)
@@ -88,6 +89,11 @@ class KernelSpectrum:
         """The mean of all P eigenvalues of G."""
         return self.trace / self.rows.p
 
+    @property
+    def complete(self) -> bool:
+        """Whether the eigenvectors span all of parameter space."""
+        return not self.by_kernel and len(self.eigenvalues) == self.rows.p
+
     def coordinates(self, rows: Rows) -> Tensor:
         """Return the coordinates ``[n, R, K]`` of vectors in parameter space along G's eigenvectors."""
         rows = rows.to(torch.float64)
@@ -99,7 +105,9 @@ class KernelSpectrum:
 
     def pair(self, left: Rows, right: Rows) -> SpectralPair:
         """Return what all spectral functions between two sets of vectors share, computed once."""
-        inner = left.to(torch.float64).gram(right.to(torch.float64), self._weight)
+        inner = None
+        if not self.complete:
+            inner = left.to(torch.float64).gram(right.to(torch.float64), self._weight)
         return SpectralPair(self.eigenvalues, self.coordinates(left), self.coordinates(right), inner)
 
     def apply(self, phi: Phi, left: Rows, right: Rows) -> Tensor:
@@ -110,6 +118,8 @@ class KernelSpectrum:
         """Return φ(G) applied to each vector, ``[P, n·R]``, in the scaled units if there are any."""
         coordinates = self.coordinates(rows).flatten(0, 1).T
         values, zero = phi(self.eigenvalues), phi(self.eigenvalues.new_zeros(1))
+        if self.complete:
+            return self.vectors @ (values[:, None] * coordinates)
         dense = rows.to(torch.float64).dense().flatten(0, 1).T
         if self.scale is not None:
             dense = dense * self.scale[:, None]
@@ -128,20 +138,22 @@ class SpectralPair:
     Args:
         eigenvalues: ``[K]``.
         left, right: coordinates ``[n, R, K]`` and ``[m, S, K]``.
-        inner: the vectors' inner products ``[n, R, m, S]``.
+        inner: the vectors' inner products ``[n, R, m, S]``; None where the eigenvectors span all.
     """
 
     eigenvalues: Tensor
     left: Tensor
     right: Tensor
-    inner: Tensor
+    inner: Tensor | None
 
     def apply(self, phi: Phi) -> Tensor:
         """Return ``left^T φ(G) right`` as ``[n, R, m, S]``."""
+        values = phi(self.eigenvalues)
+        if self.inner is None:
+            whole: Tensor = torch.tensordot(self.left * values, self.right, dims=([2], [2]))
+            return whole
         zero = phi(torch.zeros(1, dtype=self.eigenvalues.dtype, device=self.eigenvalues.device))
-        inside: Tensor = torch.tensordot(
-            self.left * (phi(self.eigenvalues) - zero), self.right, dims=([2], [2])
-        )
+        inside: Tensor = torch.tensordot(self.left * (values - zero), self.right, dims=([2], [2]))
         return inside.add_(zero * self.inner)
 
 

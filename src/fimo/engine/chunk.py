@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -31,12 +32,14 @@ class StackedOptimizer:
     Attributes:
         state: the optimizer's tensors by name, of the shape of ``flat``.
         taken: steps made so far, on the device: a recorded step counts there.
+        skipped: how many of them left a copy's parameter as it is, by their numbers.
     """
 
     def __init__(self, network: StackedNetwork, protocol: Protocol) -> None:
         self.network, self.rule, self.clip_norm = network, protocol.update_rule, protocol.clip_norm
         self.state = {name: torch.zeros_like(network.flat) for name in self.rule.state}
         self.taken = torch.zeros((), dtype=torch.float32, device=network.device)
+        self.skipped: Counter[tuple[int, int]] = Counter()
 
     @property
     def fusible(self) -> bool:
@@ -44,14 +47,33 @@ class StackedOptimizer:
         return self.rule.is_plain and self.clip_norm is None
 
     def step(self, lr: float) -> None:
-        """Make one step along the network's gradient, which is overwritten."""
-        gradient = self.network.flat_gradient
+        """Make one step along the network's gradient, which is overwritten.
+
+        As in torch.optim, a parameter without a gradient, which a batch's loss does not depend on, is left as
+        it is: without momentum, decay, and a step that counts.
+        """
+        network, gradient = self.network, self.network.flat_gradient
         self.taken.add_(1)
         if self.clip_norm is not None:
-            scale = (self.clip_norm / (self.network.norms(gradient) + 1e-6)).clamp_(max=1.0)
-            for block in self.network.blocks(gradient):
+            scale = (self.clip_norm / (network.norms(gradient) + 1e-6)).clamp_(max=1.0)
+            for block in network.blocks(gradient):
                 block.mul_(scale[:, None])
-        self.rule.step_(self.network.flat, gradient, self.state, lr, self.taken)
+        rests = self.rule.is_plain and not self.rule.weight_decay  # without a gradient, by itself
+        # these are stepped apart, all others together
+        places = [] if rests else sorted({*network.unused, *self.skipped})
+        flats = (network.flat, gradient, *self.state.values()) if places else ()
+        columns = [network.blocks(flat) for flat in flats]
+        before = [[blocks[k][r].clone() for blocks in columns] for r, k in places]
+        self.rule.step_(network.flat, gradient, self.state, lr, self.taken)
+        for (r, k), tensors in zip(places, before, strict=True):
+            if (r, k) not in network.unused:
+                parameters, own, *state = tensors
+                taken = self.taken - self.skipped[r, k]
+                self.rule.step_(parameters, own, dict(zip(self.state, state, strict=True)), lr, taken)
+            elif self.rule.counts_steps:
+                self.skipped[r, k] += 1
+            for blocks, tensor in zip(columns, tensors, strict=True):
+                blocks[k][r] = tensor
 
 
 class Chunk:
@@ -143,8 +165,14 @@ class Chunk:
             return found[: len(self.replicas)].double().cpu()
 
     def state(self) -> dict[str, Tensor]:
-        """Return a copy of all that the rest of the runs depends on: by name, ``[R, P']``."""
-        return {name: self.network.rows(flat) for name, flat in self.buffers().items()}
+        """Return a copy of all that the rest of the runs depends on: by name, ``[R, P']`` (or ``[R, K]``)."""
+        rows = {name: self.network.rows(flat) for name, flat in self.buffers().items()}
+        if not self.optimizer.skipped:
+            return rows
+        skipped = torch.zeros(self.network.replicas, len(self.network.initial), dtype=torch.int64)
+        for place, steps in self.optimizer.skipped.items():
+            skipped[place] = steps
+        return {**rows, "skipped": skipped}
 
     def buffers(self) -> dict[str, Tensor]:
         return {"parameters": self.network.flat, **self.optimizer.state}
@@ -154,6 +182,10 @@ class Chunk:
         for name, flat in self.buffers().items():
             rows = state[name].to(flat.device)
             self.network.load_rows(flat, rows if len(rows) == self.network.replicas else rows[:1])
+        skipped = state.get("skipped", torch.zeros(1, len(self.network.initial), dtype=torch.int64))
+        skipped = skipped if len(skipped) == self.network.replicas else skipped[:1]
+        counts = skipped.expand(self.network.replicas, -1)
+        self.optimizer.skipped = Counter({(r, k): int(counts[r, k]) for r, k in counts.nonzero().tolist()})
         self.step = step
         self.optimizer.taken.fill_(step)
         self._batches = self.stream.starting_at(step)

@@ -45,6 +45,7 @@ class StackedNetwork(ABC):
         flat, flat_gradient: all parameters and gradients, in one dimension, with zeros between them.
         parameters, gradients: views of them by name, ``[R, ...]``; gradients are filled by
             :meth:`differentiate`.
+        unused: the copies and numbers of parameters whose loss did not depend on them there.
     """
 
     def __init__(self, final_model: FinalModel, replicas: int, evaluation_model: FinalModel) -> None:
@@ -65,6 +66,7 @@ class StackedNetwork(ABC):
         self.flat_gradient = torch.zeros_like(self.flat)
         self.parameters = self.views(self.flat)
         self.gradients = self.views(self.flat_gradient)
+        self.unused: list[tuple[int, int]] = []
         for name, p in self.initial.items():
             self.parameters[name].copy_(p.expand_as(self.parameters[name]))
         self._wide = torch.zeros(end, dtype=torch.float64, device=self.device)
@@ -172,6 +174,7 @@ class FunctionalNetwork(StackedNetwork):
         self.mode, self.once, self.micro_batch_size = mode, tuple(once), micro_batch_size
         self.vocabulary = None if vectorise else vocabulary
         self._called: CalledOnce | None = None
+        self._used: list[set[str]] = []
         self.network = mode.set(FinalModel(final_model.network, final_model.loss).network)
         self.buffers = final_model.buffers()
         self.evaluation_buffers = self.evaluation_model.buffers()
@@ -194,10 +197,18 @@ class FunctionalNetwork(StackedNetwork):
         return {n: 0 if t.is_floating_point() else None for n, t in tensors.items()}
 
     def differentiate(self, train: Instances, batch: Batch, seed: int) -> None:
+        self._used = [set() for _ in range(self.replicas)]
         for k, gradients in enumerate(self._gradients(train, batch, seed)):
             for name, g in gradients.items():
                 own = self.gradients[name]
                 _ = own.add_(g) if k else own.copy_(g)
+        self.unused = [
+            (r, k)
+            for r, used in enumerate(self._used)
+            if len(used) < len(self.parameters)
+            for k, name in enumerate(self.parameters)
+            if name not in used
+        ]
 
     def _gradients(self, train: Instances, batch: Batch, seed: int) -> Iterator[dict[str, Tensor]]:
         """Yield gradients ``[R, ...]`` by parameter, whose sum is that of the weighted loss."""
@@ -228,8 +239,7 @@ class FunctionalNetwork(StackedNetwork):
                 self._weighted_loss, in_dims=(self._axes(tensors), axis, axis, 0), randomness="same"
             )
             total = mapped(tensors, instances.inputs, instances.targets, weight).sum()
-        gradients = torch.autograd.grad(total, list(free.values()), materialize_grads=True)
-        return dict(zip(free, gradients, strict=True))
+        return self._gradient(total, free, None, self._used)
 
     def _weighted_loss(
         self,
@@ -265,13 +275,28 @@ class FunctionalNetwork(StackedNetwork):
                 with self._training_step(seed, after), torch.enable_grad():
                     tensors = {**buffers, **parameters}
                     value, weights = self._to_differentiate(tensors, part, w, network)
-                gradients = torch.autograd.grad(
-                    value, list(parameters.values()), weights, materialize_grads=True
-                )
-                for name, g in zip(parameters, gradients, strict=True):
+                for name, g in self._gradient(value, parameters, weights, [self._used[r]]).items():
                     row = found[name][r]
                     _ = row.add_(g) if k else row.copy_(g)
         return found
+
+    @staticmethod
+    def _gradient(
+        value: Tensor, parameters: dict[str, Tensor], weights: Tensor | None, used: list[set[str]]
+    ) -> dict[str, Tensor]:
+        """Return gradients by parameter.
+
+        Args:
+            used: of each copy, gets the names of those that there is one of, even if it is zero.
+        """
+        gradients = torch.autograd.grad(value, list(parameters.values()), weights, allow_unused=True)
+        names = {name for name, g in zip(parameters, gradients, strict=True) if g is not None}
+        for of_copy in used:
+            of_copy |= names
+        return {
+            name: torch.zeros_like(p) if g is None else g
+            for (name, p), g in zip(parameters.items(), gradients, strict=True)
+        }
 
     def _to_differentiate(
         self, tensors: dict[str, Tensor], part: Instances, weight: Tensor, network: nn.Module

@@ -15,7 +15,7 @@ from fimo.curvature.shared_rows import shared_at
 from fimo.data.instances import Instances
 from fimo.engine.leave_out import make_rule
 from fimo.engine.protocol import Protocol
-from fimo.errors import InputError
+from fimo.errors import InputError, reason
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.models.final_model import FinalModel
@@ -110,12 +110,13 @@ class AttributionMethod(ABC):
         """Return scores with what the method and the problem say of them.
 
         Args:
-            values: ``[J, L]`` or ``[E, J, L]``.
+            values: ``[J, L]`` or ``[E, J, L]``; an array or lists of numbers are as good as a tensor.
             more: other fields of :class:`~fimo.scores.Scores`, such as ``sem`` or ``notes``.
 
         Raises:
-            InputError: values of another shape.
+            InputError: values of another shape, or that are no numbers.
         """
+        values = self._numbers(values, problem)
         fields: dict[str, Any] = {
             "method": type(self).__name__,
             "access": self.access,
@@ -199,6 +200,21 @@ class AttributionMethod(ABC):
         if not self.follows_further_training:
             found = self._finite(found)
         return found if extremes is None else found.extremes(extremes)
+
+    def _numbers(self, values: Any, problem: AttributionProblem) -> Tensor:
+        """Return scores as a tensor of floating-point numbers without a graph."""
+        try:
+            found = torch.as_tensor(values).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = type(values).__name__
+            raise InputError(
+                type(self).__name__, f"expected a tensor of scores but got {kind}: {reason(error)}"
+            ) from None
+        if found.is_complex():
+            raise InputError(type(self).__name__, f"expected real scores but got {found.dtype}")
+        if not found.is_floating_point():
+            found = found.to(next(iter(problem.final_model.parameters().values())).dtype)
+        return found
 
     def _finite(self, found: Scores) -> Scores:
         if not (bad := (~found.values.isfinite()).sum().item()):

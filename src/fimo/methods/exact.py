@@ -91,13 +91,13 @@ class Decomposed(RescalableCurvature):
 
     def own(self, rows: Rows, dampings: Tensor) -> Tensor:
         along = self.spectrum.coordinates(rows)
-        inner = rows.to(torch.float64).own_gram()
-        zero, found = torch.zeros_like(along[0, 0, :1]), []
-        for phi in map(inverse, dampings.tolist()):
-            at_zero = phi(zero)
-            inside = (along * (phi(self.spectrum.eigenvalues) - at_zero)) @ along.mT
-            found.append(inside + at_zero * inner)
-        return torch.stack(found)
+        values, phis = self.spectrum.eigenvalues, [inverse(damping) for damping in dampings.tolist()]
+        if self.spectrum.complete:
+            return torch.stack([(along * phi(values)) @ along.mT for phi in phis])
+        inner, zero = rows.to(torch.float64).own_gram(), torch.zeros_like(along[0, 0, :1])
+        return torch.stack(
+            [(along * (phi(values) - phi(zero))) @ along.mT + phi(zero) * inner for phi in phis]
+        )
 
     def combined(self, left: Rows, right: Rows, weights: Tensor, dampings: Tensor) -> Solved:
         pair = self.spectrum.pair(left, right)

@@ -23,6 +23,9 @@ class Adapted(nn.Module):
         arguments: further arguments by name, the same for every call, such as ``return_dict: true``.
         rename: names of inputs, as the data set has them, to the network's own.
         column: whether outputs ``[n]`` are made ``[n, 1]``, also where those of a batch of one are a number.
+
+    Attributes:
+        replaced_attention: of a Hugging Face network, the attention that plain attention takes the place of.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Adapted(nn.Module):
             )
         self.network, self.output, self.column = network, output, column
         self.arguments, self.rename = dict(arguments or {}), dict(rename or {})
+        self.replaced_attention: str | None = None
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         renamed = {self.rename.get(name, name): value for name, value in named.items()}

@@ -90,8 +90,8 @@ class FinalModel:
         set_attribute(self, "loss", loss)
         with usual_state():
             network = copied(network).eval()
-            if wrapped and hasattr(network.network, "set_attn_implementation"):
-                network.network.set_attn_implementation("eager")  # type: ignore[operator]
+            if wrapped and isinstance(network, Adapted):
+                _compute_plain_attention(network)
             kinds = {p.dtype for p in network.parameters() if p.is_floating_point()}
             if kinds and kinds <= {torch.float16, torch.bfloat16}:
                 log.info("parameters in half precision are computed with in float32")
@@ -166,6 +166,15 @@ class FinalModel:
         return torch.cat(
             [self.loss(apply(self.network, b.inputs), b.targets) for b in instances.batches(size)]
         )
+
+
+def _compute_plain_attention(network: Adapted) -> None:
+    """Set a Hugging Face network's attention, in place."""
+    inner: Any = network.network
+    if hasattr(inner, "set_attn_implementation"):
+        before = getattr(inner.config, "_attn_implementation", None)
+        network.replaced_attention = None if before == "eager" else before
+        inner.set_attn_implementation("eager")
 
 
 def patterns(trainable: Any) -> tuple[str, ...]:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fimo.errors import InputError
+
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(outputs ``[n, ...]``, targets ``[n, ...]``) -> one loss per instance ``[n]``."""
 
@@ -146,7 +148,14 @@ def _with_parts(thing: Any, parts: Mapping[Any, Any]) -> Any:
         return list(parts.values())
     if isinstance(thing, dict):
         return dict(parts)
-    twin = copy.copy(thing)
+    try:
+        twin = copy.copy(thing)
+    except RecursionError:
+        raise InputError(
+            "model.loss",
+            f"{type(thing).__name__} holds tensors and can't be copied: its __getattr__ asks for itself in a "
+            "copy without attributes; let it raise AttributeError for names that begin with __",
+        ) from None
     vars(twin).update(parts)
     return twin
 

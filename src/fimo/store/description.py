@@ -16,6 +16,7 @@ import dis
 import enum
 import functools
 import hashlib
+import inspect
 import logging
 import os
 import sys
@@ -23,6 +24,7 @@ import threading
 import types
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fimo.store.sources import origin, package_code, user_code, version
@@ -56,6 +58,7 @@ def describe(value: Any, name: str) -> str:
     walk = _Walk()
     try:
         walk.value(value, name)
+        walk.refuse_hidden_reads()
     except Indescribable:
         raise
     except RecursionError:
@@ -95,6 +98,42 @@ CLASS_OTHER = {
 }  # fmt: skip
 
 
+HIDDEN = {
+    "builtins": ("open", "eval", "exec", "__import__"), "os": ("open", "listdir", "scandir", "stat"),
+    "sys": ("modules",), "importlib": ("import_module", "reload"), "pickle": ("load",), "joblib": ("load",),
+    "torch": ("load",), "torch.jit": ("load",),
+    "numpy": ("load", "loadtxt", "genfromtxt", "fromfile", "memmap"),
+    "pandas": ("read_csv", "read_table", "read_parquet", "read_feather", "read_json", "read_pickle"),
+    "safetensors": ("safe_open",), "safetensors.torch": ("load_file",),
+}  # fmt: skip
+"""By module, what reads files, modules or names that a description doesn't hold."""
+
+HIDDEN_ATTRIBUTES = frozenset({"open", "read_text", "read_bytes"})
+"""The same as attributes, of paths above all."""
+
+NOT_CALLED = frozenset({
+    "__repr__", "__str__", "__del__", "__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__",
+    "__getstate__", "__setstate__", "__init_subclass__", "__class_getitem__", "__set_name__",
+})  # fmt: skip
+"""Methods with names of Python's own that no use of an object for a result calls."""
+
+
+@dataclass(frozen=True)
+class _Used:
+    """A function of the user's own, as far as it matters whether it is called.
+
+    Args:
+        name: under which a class has it; None where it is used by itself.
+        names: that its code reads.
+        hidden: what it reads that is not described; None: nothing.
+    """
+
+    name: str | None
+    names: frozenset[str]
+    hidden: str | None
+    path: str
+
+
 class _Walk:
     """One pass over an object; the digest takes in what is met, in an order that no process decides."""
 
@@ -103,12 +142,29 @@ class _Walk:
         self.seen: dict[int, int] = {}
         self.alive: list[Any] = []  # an address must not be used again while it stands for an object
         self.sources: set[str] = set()
+        self.members: dict[int, str] = {}  # names of classes' functions
+        self.used: list[_Used] = []
+        self.called = {"forward"}  # names of methods that may be
 
     def emit(self, *parts: str | bytes | int) -> None:
         for part in parts:
             data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
             self.digest.update(b"%d:" % len(data))
             self.digest.update(data)
+
+    def refuse_hidden_reads(self) -> None:
+        """Raise where a function that may be called reads what is in no description.
+
+        A class has methods that no result depends on, such as one that loads its weights from a file: those
+        count whose names are read by code that counts.
+        """
+        waiting = self.used
+        while counting := [u for u in waiting if u.name is None or u.name in self.called]:
+            for function in counting:
+                if function.hidden is not None:
+                    raise Indescribable(function.path, f"reads {function.hidden}, which may change unseen")
+                self.called |= function.names
+            waiting = [u for u in waiting if u not in counting]
 
     def value(self, value: Any, path: str) -> None:
         """Take in any object."""
@@ -153,6 +209,7 @@ class _Walk:
             self._function(value, path)
         elif isinstance(value, types.MethodType):
             self.emit("method")
+            self.called.add(value.__func__.__name__)
             self.value(value.__func__, path)
             self.value(value.__self__, f"{path}.__self__")
         elif isinstance(value, functools.partial):
@@ -357,13 +414,22 @@ class _Walk:
             except ValueError:  # not assigned yet
                 self.emit("empty")
                 continue
+            if isinstance(contents, types.FunctionType) and id(function) in self.members:  # that it decorates
+                self.members.setdefault(id(contents), self.members[id(function)])
             self.value(contents, f"{path}.{name}")
         if origin(module) in ("main", "user"):
+            code, names = function.__code__, frozenset(_all_names(function.__code__))
+            hidden = _hidden(code, function.__globals__)
+            self.used.append(_Used(self.members.get(id(function)), names, hidden, path))
             self._by_name(function.__dict__, path)
-            texts = sorted(set(_texts(function.__code__)))
+            texts = sorted({*_texts(code), *_texts_read(function)})
             for chain in sorted(set(_reads(function.__code__))):
                 self._read(chain, function.__globals__, texts, path)
-            imported = set(_imports(function.__code__, function.__globals__))
+            imported = {
+                chain
+                for chain in _imports(function.__code__, function.__globals__)
+                if origin(chain[0]) in ("main", "user")
+            }
             for chain in sorted(imported):
                 name, *rest = chain
                 self.emit("imports", *chain)
@@ -385,7 +451,7 @@ class _Walk:
         """Take in what a function's code reads: a global, or an attribute of a module that is one.
 
         Args:
-            texts: in the code, which say what of the environment, or by ``globals()``, is read.
+            texts: in the code or read by it, which say what of the environment, or by ``globals()``, is read.
         """
         name, *rest = chain
         self.emit("reads", *chain)
@@ -429,7 +495,22 @@ class _Walk:
             members = {k: v for k, v in vars(kind).items() if k not in CLASS_OTHER}
             if issubclass(kind, enum.Enum):  # whose other members are its values, by several ways
                 members = {k: v for k, v in members.items() if not k.startswith("_")}
+            self._note_members(kind, members)
             self._by_name(members, path)
+
+    def _note_members(self, kind: type, members: Mapping[str, Any]) -> None:
+        """Note the functions of a class with the names by which they are called."""
+        bases = [b for b in kind.__mro__[1:] if origin(_module_of(b)) == "package"]
+        for name, member in members.items():
+            if name in ("__init__", "__new__", "__post_init__"):
+                called = kind.__name__
+            else:
+                called = name
+                by_python = name.startswith("__") and name.endswith("__") and name not in NOT_CALLED
+                if by_python or any(name in vars(base) for base in bases):
+                    self.called.add(name)
+            for function in _functions_of(member):
+                self.members.setdefault(id(function), called)
 
     def _module(self, module: types.ModuleType, path: str) -> None:
         """Take in a module that is handed on as a whole: its source, and the values in it."""
@@ -500,13 +581,79 @@ def _texts(code: types.CodeType) -> Iterator[str]:
             yield from _texts(constant)
 
 
+def _texts_read(function: types.FunctionType) -> Iterator[str]:
+    """Yield the texts that a function's code reads: of globals, attributes of these, closure and defaults."""
+    for name, *rest in _reads(function.__code__):
+        value = function.__globals__.get(name)
+        for attribute in rest:
+            value = inspect.getattr_static(value, attribute, None)
+        yield from [value] if isinstance(value, str) else []
+    cells = [c.cell_contents for c in function.__closure__ or () if c != types.CellType()]
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    yield from (value for value in (*cells, *defaults) if isinstance(value, str))
+
+
+def _all_names(code: types.CodeType) -> Iterator[str]:
+    """Yield the names of globals and attributes in code."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _all_names(constant)
+
+
+def _functions_of(member: Any) -> Iterator[types.FunctionType]:
+    """Yield the functions that a class's member is made of."""
+    for part in (member, *(getattr(member, name, None) for name in ("__func__", "fget", "fset", "func"))):
+        if isinstance(part, types.FunctionType):
+            yield part
+
+
+def _hidden(code: types.CodeType, names: Mapping[str, Any]) -> str | None:
+    """Return what code reads of :data:`HIDDEN`; None: nothing.
+
+    Args:
+        names: the globals of the function.
+    """
+    if attributes := sorted(HIDDEN_ATTRIBUTES & set(_attributes(code))):
+        return f"files ({attributes[0]})"
+    loaded = {module: vars(sys.modules[module]) for module in HIDDEN if module in sys.modules}
+    hidden = {
+        id(loaded[module][name]): f"{module}.{name}".removeprefix("builtins.")
+        for module in loaded
+        for name in HIDDEN[module]
+        if name in loaded[module]
+    }
+    chains = [
+        *((names.get(name, vars(builtins).get(name)), rest) for name, *rest in _reads(code)),
+        *((sys.modules.get(name), rest) for name, *rest in _imports(code, names)),
+    ]
+    for value, rest in chains:
+        for attribute in (*rest, ""):
+            if id(value) in hidden:
+                return hidden[id(value)]
+            if not isinstance(value, types.ModuleType):
+                break
+            value = getattr(value, attribute, None)
+    return None
+
+
+def _attributes(code: types.CodeType) -> Iterator[str]:
+    """Yield the names of attributes in code."""
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            yield step.argval
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _attributes(constant)
+
+
 Chain = tuple[str, ...]
 
 
 def _imports(
     code: types.CodeType, names: Mapping[str, Any], bound: Mapping[str, Chain] = types.MappingProxyType({})
 ) -> Iterator[Chain]:
-    """Yield the user's modules that code imports when it runs, each with the attributes that it takes of it.
+    """Yield the modules that code imports when it runs, each with the attributes that it takes of it.
 
     Args:
         names: the globals of the function.
@@ -528,10 +675,8 @@ def _imports(
             above = str(names.get("__package__") or "").rsplit(".", level - 1)[0] if level else ""
             module = ".".join(part for part in (above, step.argval) if part)
             of_it = steps[k - 1].argval is not None  # from … import …
-            own = origin(module) in ("main", "user")
-            pending = () if not own else (module,) if of_it else (module.partition(".")[0],)
-            if own:
-                yield (module,)
+            pending = (module,) if of_it else (module.partition(".")[0],)
+            yield (module,)
         elif pending and step.opname == "IMPORT_FROM":
             pending = (module, step.argval) if of_it else (*pending, step.argval)  # import a.b as c
             yield pending

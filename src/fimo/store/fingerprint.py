@@ -7,7 +7,8 @@ threads, chunk sizes, devices, progress bars, folders, loggers, which other meth
 and instances are asked for.
 
 Where something has no description (:class:`~fimo.store.description.Indescribable`: an open file, a running
-generator), the result is computed but not kept, and the log says what stood in the way.
+generator, code that reads files), the result is computed but not kept, and the log says what stood in the
+way.
 """
 
 from __future__ import annotations

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,8 +31,10 @@ from fimo.validation.independence import (
 )
 from fimo.validation.poor import Comparison, compared, untold
 from fimo.validation.probabilities import unlike_logits
+from fimo.validation.reassigned import reassigned
 from fimo.validation.recomputation import PROBLEM, recomputes
 from fimo.validation.targets import Conversion, candidates, known_targets
+from fimo.validation.unseen import check_seen
 
 log = logging.getLogger(__name__)
 
@@ -68,15 +72,16 @@ def admit(final_model: FinalModel, train: Any, test: Any = None) -> tuple[Instan
         from fimo.data.conversion import train_and_test
 
         train, test = (as_instances(part, "dataset") for part in train_and_test(train, test))
+    digest = functools.cache(_digest)
     memory: list[_Admitted] = final_model.admitted
     for known in memory:
-        if known.is_for(train, test):
-            return known.train or train, known.test or test or known.train or train
+        if known.is_for(train, test, digest):
+            found = known.train.converted(train)
+            return found, found if known.test is None or test is None else known.test.converted(test)
     found, tested = _checked(final_model, train, test)
     entry = _Admitted(
-        _identity(train), None if test is None else _identity(test),
-        None if found is train else found, None if tested is test or tested is found else tested,
-    )  # fmt: skip
+        _Checked.of(train, found, digest), None if test is None else _Checked.of(test, tested, digest)
+    )
     memory[:] = [entry, *(known for known in memory if known.alive)][:REMEMBERED]
     return found, tested
 
@@ -93,27 +98,44 @@ def as_instances(source: Any, key: str) -> Instances:
     return found.detached()
 
 
+Digest = Callable[[Tensor], str]
+
+
 @dataclass(frozen=True)
 class _Known:
-    """A tensor that was seen: the object as it was then, or its content where that is small."""
+    """A tensor that was seen: the object as it was then, or its content.
+
+    Content is compared where that takes milliseconds, and where the tensor was converted: what NumPy or
+    ``.data`` write into it, its version doesn't count.
+
+    Args:
+        small: whether it is remembered when it is gone.
+        converted: what became of it; None where it is taken as it is.
+    """
 
     tensor: weakref.ref[Tensor]
     version: int
+    small: bool
     content: str | None
+    converted: Tensor | None
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Known:
+    def of(cls, tensor: Tensor, found: Tensor, digest: Digest) -> _Known:
+        converted = None if found is tensor else found
+        if converted is not None and converted.data_ptr() == tensor.data_ptr():
+            converted = converted.clone()  # of a view: the tensor may be written into later
         small = tensor.numel() * tensor.element_size() <= SMALL
-        return cls(weakref.ref(tensor), tensor._version, _digest(tensor) if small else None)
+        content = digest(tensor) if small or converted is not None else None
+        return cls(weakref.ref(tensor), tensor._version, small, content, converted)
 
-    def is_like(self, tensor: Tensor) -> bool:
-        if self.tensor() is tensor and tensor._version == self.version:
-            return True
-        return self.content is not None and self.content == _Known.of(tensor).content
+    def is_like(self, tensor: Tensor, digest: Digest) -> bool:
+        if self.content is not None:
+            return self.content == digest(tensor)
+        return self.tensor() is tensor and tensor._version == self.version
 
     @property
     def alive(self) -> bool:
-        return self.content is not None or self.tensor() is not None
+        return self.small or self.tensor() is not None
 
 
 def _digest(tensor: Tensor) -> str:
@@ -127,35 +149,53 @@ SMALL = 2**22
 OF_NETWORK = (MIXING_NETWORK, UNSTEADY)
 """What is wrong, where the network is at fault."""
 
-Identity = dict[str, _Known]
+
+@dataclass(frozen=True)
+class _Checked:
+    """A set of instances that was checked: its tensors by name."""
+
+    tensors: dict[str, _Known]
+
+    @classmethod
+    def of(cls, given: Instances, found: Instances, digest: Digest) -> _Checked:
+        became = found.tensors()
+        return cls({name: _Known.of(t, became[name], digest) for name, t in given.tensors().items()})
+
+    def is_like(self, instances: Instances, digest: Digest) -> bool:
+        now = instances.tensors()
+        return now.keys() == self.tensors.keys() and all(
+            self.tensors[name].is_like(tensor, digest) for name, tensor in now.items()
+        )
+
+    def converted(self, given: Instances) -> Instances:
+        """Return instances as the loss takes them."""
+        made = {n: known.converted for n, known in self.tensors.items() if known.converted is not None}
+        if not made:
+            return given
+        tensors = {**given.tensors(), **made}
+        targets = tensors.pop("targets")
+        return Instances(tensors if isinstance(given.inputs, Mapping) else tensors["inputs"], targets)
+
+    @property
+    def alive(self) -> bool:
+        return all(known.alive for known in self.tensors.values())
 
 
 @dataclass(frozen=True)
 class _Admitted:
-    """Instances that were checked, and what they were converted to (None: nothing to convert)."""
+    """Instances that were checked together."""
 
-    train_was: Identity
-    test_was: Identity | None
-    train: Instances | None
-    test: Instances | None
+    train: _Checked
+    test: _Checked | None
 
-    def is_for(self, train: Instances, test: Instances | None) -> bool:
-        if (test is None) != (self.test_was is None):
-            return False
-        return _is(self.train_was, train) and (test is None or _is(self.test_was or {}, test))
+    def is_for(self, train: Instances, test: Instances | None, digest: Digest) -> bool:
+        if test is None or self.test is None:
+            return test is None and self.test is None and self.train.is_like(train, digest)
+        return self.train.is_like(train, digest) and self.test.is_like(test, digest)
 
     @property
     def alive(self) -> bool:
-        return all(t.alive for t in (*self.train_was.values(), *(self.test_was or {}).values()))
-
-
-def _identity(instances: Instances) -> Identity:
-    return {name: _Known.of(tensor) for name, tensor in instances.tensors().items()}
-
-
-def _is(identity: Identity, instances: Instances) -> bool:
-    now = instances.tensors()
-    return now.keys() == identity.keys() and all(identity[name].is_like(t) for name, t in now.items())
+        return self.train.alive and (self.test is None or self.test.alive)
 
 
 def _checked(model: FinalModel, train: Instances, test: Instances | None) -> tuple[Instances, Instances]:
@@ -171,6 +211,12 @@ def _checked(model: FinalModel, train: Instances, test: Instances | None) -> tup
     outputs = {key: tried(model, _probe(instances)) for key, instances in sets.items()}
     if recomputes(model, sets["dataset.train"][:2].inputs):
         raise InputError("model.network", PROBLEM)
+    if names := reassigned(model, sets["dataset.train"][:2].inputs):
+        raise InputError(
+            "model.network",
+            f"its forward pass assigns another tensor to the data of {shortened(names)}, which steps of "
+            "further training can't follow; write into it: weight.data.copy_(...) for weight.data = ...",
+        )
     _check_trained(model, _probe(sets["dataset.train"]))
     mode = TrainMode.of(model, sets["dataset.train"])
     convert = _conversion(model, sets["dataset.train"], outputs["dataset.train"])
@@ -196,6 +242,10 @@ def _checked(model: FinalModel, train: Instances, test: Instances | None) -> tup
     for key, loss in (("model.loss", model.loss), ("model.measurement", model.measurement)):
         if loss is not None:
             _check_differentiable(loss, tried(model, _probe(last)), _probe(last).targets, key)
+    for key, part in sets.items():
+        check_seen(model, model.loss, part, outputs[key], key)
+    if model.measurement is not None:
+        check_seen(model, model.measurement, last, outputs[key], key)
     if not model.admitted and (said := unlike_logits(model.loss, outputs["dataset.train"])) is not None:
         log.warning("model.network: %s", said)  # once for each model, whatever its instances
     if not model.accept_poor and last is not train:
