@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -279,6 +281,33 @@ def test_a_report_of_scores_opens_without_a_run(
         fimo.report(found, tmp_path / "report.html")
     with pytest.raises(fimo.InputError, match="is missing: this is no folder of a finished run"):
         fimo.load_run(tmp_path)
+
+
+def test_where_larger_values_are_better_what_helps_has_a_negative_score(tmp_path: Path) -> None:
+    model = fimo.FinalModel(nn.Linear(3, 2), "cross_entropy", "correct_probability", accept_poor=True)
+    classes = (Y[:, 0] > 0).long()
+    one = (X, classes), (X[:4], classes[:4])
+    found = fimo.attribute(model, *one, "graddot")
+    found.save(tmp_path / "scores.safetensors")
+    for each in (found, fimo.Scores.load(tmp_path / "scores.safetensors")):
+        assert each.top(0, 1)["train"].item() == each.values[0].argmin()
+        assert each.top(0, 1, harmful=True)["train"].item() == each.values[0].argmax()
+    unknown = dataclasses.replace(found, measured=None)
+    assert unknown.top(0, 1)["train"].item() == found.values[0].argmax()
+    truth = fimo.further_train(model, *one, FT, seeds=3, left_out=6)
+    truth.save(tmp_path / "sensitivity.safetensors")
+    assert fimo.Sensitivity.load(tmp_path / "sensitivity.safetensors").measured == found.measured
+    of_loss = fimo.attribute(dataclasses.replace(model, measurement=None), *one, "graddot")
+    with pytest.raises(fimo.InputError, match="they are changes of the test loss, and the sensitivity is of"):
+        fimo.evaluate({"graddot": of_loss}, truth)
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert "positive: the instance harms" in found.plot(0).axes[0].get_xlabel()
+        assert "what is measured rises without" in unknown.plot(0).axes[0].get_xlabel()
+    if importlib.util.find_spec("plotly") is not None:
+        page = fimo.report({"mine": unknown}, tmp_path / "report.html", truth).read_text()
+        assert "lowers the mean correct probability" in page
+        page = fimo.report(found, tmp_path / "report.html", dataclasses.replace(truth, measured=None))
+        assert "lowers the mean correct probability" in page.read_text()
 
 
 def test_what_is_a_little_wrong_is_said_in_one_line(

@@ -28,6 +28,7 @@ from fimo.further_training.trajectory import FurtherTraining
 from fimo.further_training.trajectory_recorder import full_runs
 from fimo.methods.catalogue import method_of
 from fimo.models.final_model import FinalModel
+from fimo.models.measured import Measured
 from fimo.models.state import one_call
 from fimo.scores import Scores
 from fimo.store.description import describe
@@ -66,7 +67,8 @@ def further_train(
 
     The gold standard (Wei et al., 2025, arXiv 2412.03906, eqs. 13 and 17): with seed s, at amount e of
     further training, ``raw[s, e, j, l] = loss_j(leaving out l) - loss_j(full)``; the sensitivity is its mean
-    over seeds, minus the mean over left-out instances. Positive: removing the instance raises the test loss.
+    over seeds, minus the mean over left-out instances. Positive: removing the instance raises the test loss,
+    or what else the model measures in its place.
 
     Args:
         model: the final model.
@@ -112,7 +114,7 @@ def further_train(
         trainer={**_trainer(device), "enable_progress_bar": progress},
     )
     check_finite(found.sensitivity)
-    return replace(found, **_hashes(model, train, test))
+    return replace(found, **_hashes(model, train, test), measured=Measured.supposed(model))
 
 
 @overload
@@ -171,8 +173,8 @@ def attribute(
 
     Returns:
         Scores ``[J, L]``, or ``[E, J, L]`` with standard errors where the method follows further training; on
-        the CPU. Positive: removing the training instance raises the test loss. Of a list of methods, each
-        one's by its name, with the seconds that it takes alone.
+        the CPU. Positive: removing the training instance raises the test loss, or what else the model
+        measures. Of a list of methods, each one's by its name, with the seconds that it takes alone.
 
     Raises:
         InputError: an unknown method or setting, one that does not apply to this model, and as
@@ -502,6 +504,8 @@ def _results(scores: Mapping[str, Scores], truth: Sensitivity) -> Results:
 
     judged = {name: aligned(found, truth, name) for name, found in scores.items()}
     evaluation = assess(judged, truth)
+    of_scores = (found.measured for found in scores.values() if found.measured is not None)
+    measured = truth.measured or next(of_scores, Measured())
     return Results(
         name=", ".join(scores),
         sensitivity=truth,
@@ -514,7 +518,8 @@ def _results(scores: Mapping[str, Scores], truth: Sensitivity) -> Results:
                 if not math.isnan(found.seconds)
             ]
         ),
-        warnings=evaluation.notes,
+        warnings=(*evaluation.notes, *([] if measured.known else [measured.unknown])),
         bootstrap=evaluation.bootstrap,
         slopes=evaluation.slopes,
+        measured=measured,
     )

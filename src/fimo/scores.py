@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fimo.errors import InputError, shortened
 from fimo.extras import STATIC_FIGURES, require
+from fimo.models.measured import Measured
 from fimo.store.files import read_as, write_tensors
 
 if TYPE_CHECKING:
@@ -35,14 +36,15 @@ class Access(StrEnum):
 class Scores:
     """Scores of test instances for left-out training instances, as one method computed them.
 
-    Sign: a positive score means that removing the training instance raises the test loss.
+    Sign: a positive score means that removing the training instance raises what is measured of the test
+    instance: its loss, or ``model.measurement``, of which larger values may be better.
 
     Args:
         values: ``[J, L]``, or ``[E, J, L]`` where the method predicts each amount of further training.
         left_out: ``[L]`` int64, indices into the training set (of groups: their first members).
         method: its name.
         access: what it saw.
-        predicts_loss_change: whether values are in units of test loss (else only their order matters).
+        predicts_loss_change: whether values are in units of what is measured (else only their order matters).
         sem: standard errors of ``values`` (same shape); None where they are not known.
         sem_adjusted: the same of ``values`` minus their mean over left-out instances.
         withheld: why standard errors are missing, or NaN in part; empty where that needs no reason.
@@ -59,6 +61,7 @@ class Scores:
             :class:`fimo.Sensitivity`.
         ranks: for how many places at each end :meth:`top` is right, where others were left out.
         of_themselves: whether test instance k is left-out instance k, so that the diagonal is self-influence.
+        measured: what they are changes of, and which direction of it is better; None where it isn't known.
 
     Raises:
         InputError: shapes that don't fit.
@@ -85,6 +88,7 @@ class Scores:
     model_hash: str = ""
     seconds: float = math.nan
     ranks: int | None = None
+    measured: Measured | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.values.shape)
@@ -200,7 +204,9 @@ class Scores:
         Args:
             test: position of the test instance, 0 to J - 1; None for the mean over all.
             k: how many.
-            harmful: those whose removal lowers the loss most, instead of those whose removal raises it most.
+            harmful: those that harm most, instead of those that help most. An instance helps where its score
+                is positive; where larger values of what is measured are better, as of a probability, where
+                it is negative. What isn't known (``measured``) is taken to be a loss.
 
         Returns:
             ``train,score`` by rank from 1, the largest effect first; ``sem`` too where it is known of one
@@ -216,7 +222,7 @@ class Scores:
         """
         self._check_rank(k)
         row = self._row(self.values, test)
-        order = row.argsort(descending=not harmful, stable=True)[:k]
+        order = row.argsort(descending=(self._better > 0) != harmful, stable=True)[:k]
         table = pd.DataFrame({"train": self.left_out[order].tolist(), "score": row[order].tolist()})
         if self.sem is not None and test is not None:
             table["sem"] = self._row(self.sem, test)[order].tolist()
@@ -279,7 +285,7 @@ class Scores:
         table = pd.concat([helpful, harmful])
         figure = _figure(figsize=(6, 1.2 + 0.22 * len(table)), layout="constrained")
         axes = figure.add_subplot()
-        colours = ["tab:blue" if score > 0 else "tab:red" for score in table["score"]]
+        colours = ["tab:blue" if self._better * score > 0 else "tab:red" for score in table["score"]]
         axes.barh(range(len(table)), table["score"], xerr=table.get("sem"), color=colours, ecolor="0.4")
         axes.set_yticks(range(len(table)), [f"#{i}" for i in table["train"]])
         axes.invert_yaxis()
@@ -287,11 +293,20 @@ class Scores:
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4), useMathText=True)
         axes.axvline(0, color="0.3", linewidth=0.8)
         axes.set_ylabel("training instance")
-        unit = "rise of the test loss when removed" if self.predicts_loss_change else "score"
-        axes.set_xlabel(f"{unit}\n(positive: the instance helps)")  # beside the axis's power of ten
+        name = "what is measured" if self.measured is None else f"the test {self.measured.name}"
+        unit = f"change of {name} when removed" if self.predicts_loss_change else "score"
+        said = f"{name} rises without the instance"
+        if self.measured is not None and self.measured.known:
+            said = f"the instance {self.measured.positive}"
+        axes.set_xlabel(f"{unit}\n(positive: {said})")  # beside the axis's power of ten
         of = "mean over test instances" if test is None else f"test instance {test}"
         axes.set_title(f"{self.method or 'scores'}: {of}")
         return figure
+
+    @property
+    def _better(self) -> int:
+        """The sign of scores of instances that help."""
+        return 1 if self.measured is None else self.measured.better
 
     def _check_rank(self, k: int) -> None:
         if k < 1:
@@ -312,9 +327,12 @@ class Scores:
         """Write a safetensors file: ``scores``, ``left_out`` and what else is known, the rest as metadata."""
         tensors = {name: getattr(self, field) for name, field in TENSORS.items()}
         tensors["followed_seeds"] = torch.tensor(self.followed) if self.followed else None
-        rest = json.dumps({name: getattr(self, name) for name in METADATA})
+        rest = {name: getattr(self, name) for name in METADATA}
+        if self.measured is not None:
+            rest["measured"] = asdict(self.measured)
         # as one entry, since safetensors writes several in any order
-        write_tensors(Path(path), {k: v for k, v in tensors.items() if v is not None}, {"fields": rest})
+        fields = {"fields": json.dumps(rest)}
+        write_tensors(Path(path), {k: v for k, v in tensors.items() if v is not None}, fields)
 
     @classmethod
     def load(cls, path: Path | str) -> Scores:
@@ -329,6 +347,8 @@ class Scores:
         followed = tensors.get("followed_seeds", torch.tensor([])).long()
         rest["notes"] = tuple(rest.get("notes", ()))
         rest["access"] = Access(rest.get("access", Access.FINAL_MODEL))
+        if "measured" in rest:
+            rest["measured"] = Measured(**rest["measured"])
         return cls(**fields, followed=tuple(followed.tolist()), **rest)
 
 

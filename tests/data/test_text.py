@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from fimo.data.reading import Form, read_file
 from fimo.data.text import TextData, read_table
 from fimo.data.tokens import ByteTokens, ModelTokens, make_tokens
 from fimo.errors import InputError
@@ -293,6 +294,56 @@ def test_a_line_with_more_cells_than_the_header_is_refused(tmp_path: Path) -> No
             text_data(written(tmp_path / name, *given), text="text")  # type: ignore[arg-type]
     lines = ["text,label", *(f'"a film, {k}",{k % 2}' for k in range(8))]
     assert len(text_data(written(tmp_path / "t.csv", *lines), text="text").train) == 7  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (['"broken,0', "fine,1"], "begins in line 4 is never closed"),
+        (['"broken,0', "fine,1", '"well, quoted",0'], "begins in line 4 is followed by text in line 6"),
+        (['"one', 'two",1', '"broken,0', '"fine",1'], "begins in line 6 is followed by text in line 7"),
+        (['"broken,0', "fine,1", '5",0'], "begins in line 4 holds whole rows, up to line 6"),
+        (['"good\n\n""film"", 1\n2; 3",1', '5" wide,0', "'\"',1"], None),
+        (['"scored 4,1\nor so",1', '"x, 1\ny, 0\nz",1'], None),
+        (['"hello" he said,1'], None),
+    ],
+)
+def test_a_quotation_mark_that_swallows_rows_is_refused_with_its_line(
+    tmp_path: Path, lines: list[str], said: str | None
+) -> None:
+    path = Path(written(tmp_path / "t.csv", "text,label", "a,0", "b,1", *lines))
+    for read in (read_table, lambda path: read_file(path, Form())[0]):
+        if said is None:
+            assert len(read(path)) == 2 + len(lines)
+        else:
+            with pytest.raises(InputError, match=said):
+                read(path)
+
+
+def test_lines_of_json_are_read_under_either_name_and_what_is_neither_is_refused(tmp_path: Path) -> None:
+    rows = [{"text": "é", "label": 1}, {"text": "b", "label": 0}]
+    path = tmp_path / "t.json"
+    written(path, *map(json.dumps, rows))
+    for read in (read_table, lambda path: read_file(path, Form())[0]):
+        path.write_text("\n".join(map(json.dumps, rows)))
+        assert read(path).to_dict("records") == rows
+        path.write_text(json.dumps(rows))
+        assert read(path).to_dict("records") == rows
+        for content, said in (
+            ('{"text": 1}\noops', "line 2 of .* is no JSON value by itself: .*expected a list of rows, col"),
+            ('[{"text": 1}', "is no JSON: .*expected a list of rows"),
+            ("null", "holds no table"),
+            ("3", "holds no table"),
+        ):
+            path.write_text(content)
+            with pytest.raises(InputError, match=said):
+                read(path)
+        for name in ("l.json", "l.jsonl"):
+            (tmp_path / name).write_bytes(json.dumps(rows[0], ensure_ascii=False).encode("latin-1"))
+            with pytest.raises(InputError, match=f"{name} is not UTF-8 text, as JSON is"):
+                read(tmp_path / name)
+    latin = read_file(tmp_path / "l.jsonl", Form(encoding="latin-1"))[0]
+    assert latin.to_dict("records") == rows[:1]
 
 
 @pytest.mark.parametrize(

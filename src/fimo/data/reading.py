@@ -11,7 +11,7 @@ import lzma
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from fimo.data.origin import first_line
+from fimo.data.quoting import check_lines, is_number
 from fimo.errors import InputError
 from fimo.extras import XLS, XLSX, require
 
@@ -83,9 +84,8 @@ def read_file(path: Path, form: Form, key: str = KEY) -> tuple[pd.DataFrame, int
     if suffix in PARQUET:
         return _named(_read(path, key, lambda: pd.read_parquet(path).reset_index(drop=True)), True), None, ""
     if suffix in JSON:
-        text = path.read_text("utf-8-sig")
-        frame = _json(path, text, key)
-        return frame, first_line(text, len(frame), False) if suffix == ".jsonl" else None, ""
+        frame, text = _json(path, form, key)
+        return frame, first_line(text, len(frame), False) if text else None, ""
     text, guessed = decoded(path, form.encoding, key)
     frame = parse(path, text, form.header, form.separator, form.decimal, key, identifiers=form.id)
     return frame, first_line(text, len(frame), form.header), guessed
@@ -95,7 +95,7 @@ def as_written(path: Path, form: Form, key: str = KEY) -> pd.DataFrame:
     """Return a file's table with every cell of text, or value of JSON, as it is written."""
     suffix = path.suffix.lower()
     if suffix in JSON:
-        frame = _json(path, path.read_text("utf-8-sig"), key, object)  # of numbers, 3 would be 3.0 beside 2.5
+        frame, _ = _json(path, form, key, object)  # of numbers, 3 would be 3.0 beside 2.5
     elif suffix in (*SHEETS, *PARQUET):
         frame = read_file(path, replace(form, id=None), key)[0]
     else:
@@ -183,7 +183,7 @@ def parse(
     check_lines(path, text, found, key, skipinitialspace=True)
     first = next(line for line in text.splitlines() if line.strip())
     pattern = found if found == r"\s+" else re.escape(found)
-    numbers_only = all(_is_number(cell) for cell in re.split(pattern, first.strip()))
+    numbers_only = all(is_number(cell) for cell in re.split(pattern, first.strip()))
     if header and numbers_only:
         raise InputError(
             "dataset.header", f"the first line of {path} holds numbers only; set dataset.header=false"
@@ -229,62 +229,16 @@ def guess_separator(text: str) -> str:
     Semicolons come first, since lines with them may hold decimal commas.
     """
     lines = [line for line in text.splitlines()[:20] if line.strip()]
-    for least in (1.0, 0.8):  # a line of another length is said to be wrong, not its separator
-        for candidate in (";", ",", "\t"):
-            widths = Counter(len(row) for row in csv.reader(lines, delimiter=candidate))
-            width, count = widths.most_common(1)[0]
-            if width > 1 and count >= least * widths.total():
-                return candidate
+    rows = {candidate: list(csv.reader(lines, delimiter=candidate)) for candidate in (";", ",", "\t")}
+    # where a quoted cell goes over lines, maybe since it is never closed, the lines as they are come last
+    plain = {c: [line.split(c) for line in lines] for c, read in rows.items() if len(read) < len(lines)}
+    for found in (rows, plain):
+        for least in (1.0, 0.8):  # a line of another length is said to be wrong, not its separator
+            for candidate, cells in found.items():
+                width, count = Counter(map(len, cells)).most_common(1)[0]
+                if width > 1 and count >= least * len(cells):
+                    return candidate
     return r"\s+"
-
-
-def check_lines(path: Path, text: str, separator: str, key: str, **quoting: Any) -> None:
-    """Refuse a line that has more cells than the first; pandas might take some for an index.
-
-    Args:
-        path: for errors.
-        quoting: choices of ``csv.reader``, by which cells are read.
-
-    Raises:
-        InputError: naming the line.
-    """
-    if len(separator) > 1:
-        return
-    limit = csv.field_size_limit(len(text) + 1)  # else a cell of more than 131072 characters is an error
-    try:
-        widths = _quoted_widths(text, separator, **quoting) if '"' in text else _widths(text, separator)
-        _, first = next(widths, (0, 0))
-        wider = next(((number, width) for number, width in widths if width > first), None)
-    finally:
-        csv.field_size_limit(limit)
-    if wider is not None:
-        cells = f"line {wider[0]} has {wider[1]} cells where the first has {first}"
-        raise InputError(key, f"{path} is not a table separated by {separator!r}: {cells}")
-
-
-def _widths(text: str, separator: str) -> Iterator[tuple[int, int]]:
-    """Yield the number of each line that is not blank, and how many cells it has."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, line.count(separator) + 1
-
-
-def _quoted_widths(text: str, separator: str, **quoting: Any) -> Iterator[tuple[int, int]]:
-    """Yield the same of rows with quoted cells, which may go over several lines; the first is named."""
-    reader = csv.reader(io.StringIO(text), delimiter=separator, **quoting)
-    number = 1
-    for row in reader:
-        if len(row) > 1 or any(map(str.strip, row)):
-            yield number, len(row)
-        number = reader.line_num + 1
-
-
-def _is_number(text: object) -> bool:
-    try:
-        float(str(text))
-    except ValueError:
-        return False
-    return True
 
 
 def _text(content: bytes, encoding: str) -> str:
@@ -321,15 +275,48 @@ def _read(path: Path, key: str, reader: Callable[[], Any]) -> pd.DataFrame:
     return frame
 
 
-def _json(path: Path, text: str, key: str, dtype: type | None = None) -> pd.DataFrame:
-    """Return the table of a JSON file, or of lines of JSON."""
-    lines = path.suffix.lower() == ".jsonl"
-    frame = _read(path, key, lambda: pd.DataFrame(_records(text) if lines else json.loads(text), dtype=dtype))
-    return _named(frame, True)
+def _json(path: Path, form: Form, key: str, dtype: type | None = None) -> tuple[pd.DataFrame, str]:
+    """Return the table of a JSON file or of lines of JSON, and the text where its lines are the rows."""
+    text, guessed = decoded(path, form.encoding, key)
+    if guessed:
+        problem = f"{path} is not UTF-8 text, as JSON is; write it in UTF-8"
+        raise InputError(key, f"{problem}, or set dataset.encoding where that is a table's")
+    by_line = path.suffix.lower() == ".jsonl"
+    content: Any = None
+    if not by_line:
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            by_line = error.msg == "Extra data"  # as after the first of several lines
+            if not by_line:
+                raise InputError(key, f"{path} is no JSON: {error}; expected {TABLES}") from None
+    if by_line:
+        content = _records(path, text, key)
+    no_table = InputError(key, f"{path} holds no table; expected {TABLES}")
+    if not isinstance(content, list | dict):
+        raise no_table
+    try:
+        frame = pd.DataFrame(content, dtype=dtype)
+    except (ValueError, TypeError, AttributeError):
+        raise no_table from None
+    return _named(frame, True), text if by_line else ""
 
 
-def _records(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+TABLES = "a list of rows, columns by name, or a row on each line"
+"""That a JSON file may be."""
+
+
+def _records(path: Path, text: str, key: str) -> list[Any]:
+    """Return the JSON value of each line that is not blank."""
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                problem = f"line {number} of {path} is no JSON value by itself: {error.msg}"
+                raise InputError(key, f"{problem}; expected {TABLES}") from None
+    return records
 
 
 def _named(frame: pd.DataFrame, header: bool) -> pd.DataFrame:

@@ -21,7 +21,8 @@ from fimo.data.instances import Instances
 from fimo.data.labels import class_indices, read_labels
 from fimo.data.origin import Origin, first_line
 from fimo.data.parts import parts
-from fimo.data.reading import Form, as_written, check_file, check_lines
+from fimo.data.quoting import check_lines
+from fimo.data.reading import Form, as_written, check_file
 from fimo.data.tokens import Tokens, make_tokens
 from fimo.errors import InputError, nearest, shortened
 

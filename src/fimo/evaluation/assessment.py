@@ -245,12 +245,16 @@ def aligned(scores: Scores, sensitivity: Sensitivity, name: str = "method") -> S
     """Return scores of a sensitivity's left-out instances (or groups), chosen from those of more.
 
     Raises:
-        InputError: there are none of some of them, or they are of other test or training instances or of
-            another final model.
+        InputError: there are none of some of them, or they are of other test or training instances, of
+            another final model or of another measurement.
     """
     for key, other in OTHERS.items():
         if len({getattr(scores, key), getattr(sensitivity, key)} - {""}) > 1:
             raise InputError(f"scores of {name}", f"they {other}")
+    ours, theirs = scores.measured, sensitivity.measured
+    if ours is not None and theirs is not None and ours != theirs:
+        said = f"changes of the test {ours.name}, and the sensitivity is of the test {theirs.name}"
+        raise InputError(f"scores of {name}", f"they are {said}")
     if scores.test is not None and not torch.equal(scores.test, sensitivity.test):
         raise InputError(f"scores of {name}", f"they {OTHERS['test_hash']}")
     if scores.step is not None and scores.step.tolist() != sensitivity.step.tolist():

@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fimo.errors import InputError
 from fimo.further_training.distribution import compared
+from fimo.models.measured import Measured
 from fimo.store.files import read_as, written_aside
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ HASHES = ("test_hash", "train_hash", "model_hash")
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Changes of test losses when an instance is left out of further training.
+    """Changes of test losses (or what else is measured) when an instance is left out of further training.
 
     Args:
         raw: ``[S, E, J, L]`` float32, loss of j leaving out i minus loss of j in the full run, per seed.
@@ -46,6 +47,7 @@ class Sensitivity:
             file that they are; of groups, as ``left_out``, their first members'.
         test_hash, train_hash, model_hash: of the test instances' content, of (a sample of) the training
             instances' and of the final model's, where they are known, so that scores of others are refused.
+        measured: what they are changes of, and which direction of it is better; None where it isn't known.
     """
 
     raw: Tensor
@@ -64,6 +66,7 @@ class Sensitivity:
     test_hash: str = ""
     train_hash: str = ""
     model_hash: str = ""
+    measured: Measured | None = None
 
     @property
     def adjusted(self) -> Tensor:
@@ -138,6 +141,8 @@ class Sensitivity:
             tensors["raw"] = self.raw
         metadata = {"subtract_mean": str(self.subtract_mean).lower()}
         known = {name: value for name in HASHES if (value := getattr(self, name))}
+        if self.measured is not None:
+            known["measured"] = json.dumps(asdict(self.measured))
         write_in_pieces(Path(path), tensors, metadata | known)
 
     @classmethod
@@ -177,6 +182,8 @@ def load_sensitivity(path: Path | str) -> tuple[Sensitivity, bool]:
     if not has_raw:
         tensors["raw"] = mean[None]
     fields: dict[str, Any] = tensors | {name: metadata.get(name, "") for name in HASHES}
+    if "measured" in metadata:
+        fields["measured"] = Measured(**json.loads(metadata["measured"]))
     found = Sensitivity(**fields, subtract_mean=adjusted)
     return found, has_raw
 

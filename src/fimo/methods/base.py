@@ -19,6 +19,7 @@ from fimo.errors import InputError, reason
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.models.final_model import FinalModel
+from fimo.models.measured import Measured
 from fimo.models.state import usual_state
 from fimo.scores import Access, Scores
 from fimo.validation import choices
@@ -185,9 +186,10 @@ class AttributionMethod(ABC):
         if extremes is not None:
             extremes = choices.count(extremes, "extremes")
             if (chosen := self.extreme_scores(problem, extremes)) is not None:
-                return self._finite(chosen)
+                return self._finite(replace(chosen, measured=Measured.supposed(final_model)))
         found = self.scores(problem)
         found = found if isinstance(found, Scores) else self.result(problem, found)
+        found = replace(found, measured=Measured.supposed(final_model))
         if self.follows_further_training and not torch.isfinite(found.values[-1]).any():
             raise InputError(
                 "further_training.lr",

@@ -172,7 +172,7 @@ class Results:
         return adjusted_scores(self.scores[method].values, self.predicts_raw_changes(method), subtract)
 
     def predicts_raw_changes(self, method: str) -> bool:
-        """Return whether scores are loss changes at each amount of further training."""
+        """Return whether scores are changes of what is measured at each amount of further training."""
         return self.scores[method].predicts_loss_change and self.scores[method].values.ndim == 3
 
     def show(self, split: Split, index: int) -> InstanceDisplay | None:
@@ -258,15 +258,16 @@ class Results:
         again = folder / "retraining.safetensors"
         curves = {task: Curve(**curve) for task, curve in content.pop("curves", {}).items()}
         content["warnings"] = tuple(content["warnings"])
-        content["measured"] = Measured(**content.get("measured", {}))
+        measured = Measured(**content["measured"]) if "measured" in content else None
+        content["measured"] = measured or Measured()
         withheld = content.pop("without_bars", {})
         stored = {
             name: found if found.method else _earlier(name, found, evaluation, optional, withheld)
             for name, found in stored.items()
         }
         return cls(
-            sensitivity=sensitivity,
-            scores={name: stored[name] for name in order if name in stored},
+            sensitivity=dataclasses.replace(sensitivity, measured=measured),
+            scores={n: dataclasses.replace(stored[n], measured=measured) for n in order if n in stored},
             evaluation=evaluation,
             cost=pd.read_csv(folder / "cost.csv", **EXACT),
             config=read_config(folder / ".hydra" / "config.yaml"),

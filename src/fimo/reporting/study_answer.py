@@ -170,9 +170,7 @@ def _distrust(run: Results, rows: pd.DataFrame) -> list[str]:
     said = list(all_warnings(run))
     last = run.sensitivity.sensitivity
     if (finite := float(last.isfinite().double().mean())) < 1:
-        said.append(
-            f"Further training diverged in part: {1 - finite:.1%} of the loss changes are not finite."
-        )
+        said.append(f"Further training diverged in part: {1 - finite:.1%} of the changes are not finite.")
     if run.seeds > 1 and not any("seed" in s for s in said):
         ceiling = float(best_method(run)["ceiling"])
         if ceiling < WANTED:
