@@ -657,13 +657,17 @@ def test_scores_depend_on_problem_method_settings_code_instances_and_seed(
     assert key(name="another name").parts == key().parts
 
 
+@pytest.mark.parametrize("module", ["own_hook", "own_hooks.inner.hooks"])
 def test_files_and_code_that_a_methods_settings_name_are_in_its_key(
-    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
-    checkpoint = tmp_path / "model.pt"
-    (tmp_path / "own_hook.py").write_text("def hook(): return 1")
+    checkpoint, source = tmp_path / "model.pt", tmp_path / f"{module.replace('.', '/')}.py"
+    for folder in (p for p in source.parents if p.is_relative_to(tmp_path) and p != tmp_path):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "__init__.py").touch()
+    source.write_text("def hook(): return 1")
     monkeypatch.syspath_prepend(tmp_path)
-    settings = {"checkpoints": [str(checkpoint)], "hook": {"_target_": "own_hook.hook"}}
+    settings = {"checkpoints": [str(checkpoint)], "hook": {"_target_": f"{module}.hook"}}
 
     def key() -> str:
         return str(scores_key(problem, regression()[2], "own", GradDot, settings, [0], 0, None).parts)
@@ -672,7 +676,7 @@ def test_files_and_code_that_a_methods_settings_name_are_in_its_key(
     for content in (b"1", b"2"):
         checkpoint.write_bytes(content)
         found.append(key())
-    (tmp_path / "own_hook.py").write_text("def hook(): return 2")
+    source.write_text("def hook(): return 2")
     found.append(key())
     assert len(set(found)) == len(found)
 

@@ -156,6 +156,7 @@ def test_facts_may_be_columns_of_one_s_own(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_can_t_be_judged_is_refused(make: Any, key: str) -> None:
+    FactTracing(counts=[len(facts().train)]).check(run_of(facts()))  # all of them can be counted
     with pytest.raises(InputError) as caught:
         make()
     assert caught.value.key == key
