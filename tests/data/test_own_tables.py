@@ -274,6 +274,12 @@ def test_parts_that_are_none_are_refused(tmp_path: Path, column: list, said: str
         load(tmp_path, houses().assign(part=column), split="part")
 
 
+@pytest.mark.parametrize("part", [{"split": "part"}, {"test_path": "test.csv"}])
+def test_a_share_is_not_held_out_of_data_that_have_a_test_part(tmp_path: Path, part: dict) -> None:
+    with pytest.raises(InputError, match=r"dataset\.test_size: the data have a test part, .* \(0\.3\)"):
+        load(tmp_path, houses(), test_size=0.3, **part)
+
+
 def test_a_part_without_rows_is_refused(tmp_path: Path) -> None:
     frame = houses().assign(part=["train"] * 190 + ["test"] * 10)
     frame.loc[190:, "rooms"] = np.nan

@@ -35,6 +35,9 @@ __all__ = ["EXACT", "CsvData", "read_frame"]
 
 MISSING = ("impute", "drop", "refuse")
 
+SHARE = 0.1
+"""Of a table that is held out, where nothing else is said."""
+
 
 class CsvData(TabularModule):
     """A table read from ``path``; every column but the target is a feature, if it can be one.
@@ -82,7 +85,7 @@ class CsvData(TabularModule):
         missing: str = "impute",
         name: str | None = None,
         batch_size: int = 32,
-        test_size: float = 0.1,
+        test_size: float = SHARE,
         split_seed: int = 0,
         id: str | int | None = None,
         test_path: str | None = None,
@@ -106,6 +109,9 @@ class CsvData(TabularModule):
             raise InputError("dataset.max_levels", f"expected at least 2 but got {max_levels}")
         if test_path is not None and split is not None:
             raise InputError("dataset.split", "expected either dataset.test_path or dataset.split")
+        if test_size != SHARE and (test_path is not None or split is not None):
+            problem = f"the data have a test part, of which no share is held out ({test_size}); leave it away"
+            raise InputError("dataset.test_size", problem)
         self.path, self.test_path, self.target = Path(path), test_path, target
         self.id, self.split = (None if column is None else str(column) for column in (id, split))
         self.form = Form(header, separator, encoding, sheet, "," if decimal == "," else ".", self.id)
