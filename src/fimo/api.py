@@ -350,12 +350,7 @@ def _judged(name: str, found: Any) -> Scores | tuple[str, Tensor]:
     key = f"scores of {name}"
     if isinstance(found, pd.DataFrame):
         found = found.to_numpy()
-    try:
-        values = torch.as_tensor(found).detach()
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(key, f"expected Scores or an array but got {type(found).__name__}") from None
-    if values.is_complex():
-        raise InputError(key, f"expected real numbers but got {values.dtype}")
+    values = choices.real_numbers(found, key, "Scores or an array")
     if len(bad := (~values.isfinite()).nonzero()):
         at = bad[0].tolist()
         raise InputError(key, f"{len(bad)} of {values.numel()} are NaN or infinite, the first at {at}")

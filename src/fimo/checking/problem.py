@@ -146,9 +146,9 @@ def changes(full: Chunk, leaving_out: Chunk) -> Tensor:
 
 def aligned_steps(setting: Setting, steps: int) -> int:
     """Return after how many steps runs can be compared: all, but where leaving out shortens an epoch."""
-    n, protocol = len(setting.train), setting.protocol
-    shorter = protocol.batches_per_epoch(setting.rule.kept(1))
-    return steps if shorter == protocol.batches_per_epoch(n) else min(steps, max(1, shorter))
+    if not setting.rule.shortens_epochs(setting.protocol):
+        return steps
+    return min(steps, max(1, setting.protocol.batches_per_epoch(setting.rule.kept(1))))
 
 
 def steps_within(pace: Pace, replicas: int, seconds: float, most: int, workers: int = 1) -> int:

@@ -68,6 +68,10 @@ class LeaveOut:
         """Return how many instances an epoch of a run has that leaves out so many."""
         return self.instances
 
+    def shortens_epochs(self, protocol: Protocol) -> bool:
+        """Return whether an epoch without an instance has fewer steps."""
+        return protocol.batches_per_epoch(self.kept(1)) != protocol.batches_per_epoch(self.instances)
+
     def width(self, unit: Unit) -> int:
         """Return in what runs must agree to be advanced together: the width of their batches."""
         return 0
@@ -258,8 +262,7 @@ def evenly(protocol: Protocol, instances: int) -> Protocol:
     rule = RULES[protocol.leave_out]
     if rule.even is None or protocol.clip_norm is not None:
         return protocol
-    kept = rule(instances).kept(1)
-    if protocol.batches_per_epoch(kept) != protocol.batches_per_epoch(instances):
+    if rule(instances).shortens_epochs(protocol):
         return protocol
     return replace(protocol, leave_out=rule.even)
 

@@ -66,7 +66,7 @@ class StackedNetwork(ABC):
         self.flat_gradient = torch.zeros_like(self.flat)
         self.parameters = self.views(self.flat)
         self.gradients = self.views(self.flat_gradient)
-        self.unused: list[tuple[int, int]] = []
+        self.unused: set[tuple[int, int]] = set()
         for name, p in self.initial.items():
             self.parameters[name].copy_(p.expand_as(self.parameters[name]))
         self._wide = torch.zeros(end, dtype=torch.float64, device=self.device)
@@ -202,13 +202,13 @@ class FunctionalNetwork(StackedNetwork):
             for name, g in gradients.items():
                 own = self.gradients[name]
                 _ = own.add_(g) if k else own.copy_(g)
-        self.unused = [
+        self.unused = {
             (r, k)
             for r, used in enumerate(self._used)
             if len(used) < len(self.parameters)
             for k, name in enumerate(self.parameters)
             if name not in used
-        ]
+        }
 
     def _gradients(self, train: Instances, batch: Batch, seed: int) -> Iterator[dict[str, Tensor]]:
         """Yield gradients ``[R, ...]`` by parameter, whose sum is that of the weighted loss."""

@@ -13,6 +13,7 @@ from fimo.data.instances import Instances
 from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.models.final_model import FinalModel
+from fimo.models.train_mode import TrainMode
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,11 @@ class AttributionProblem:
         found = self.train[self.left_out.to(self.train.targets.device)]
         shared = shared_at(self.final_model)
         return found if shared is None else shared.set_of(found)
+
+    @cached_property
+    def stochastic(self) -> bool:
+        """Whether steps of further training draw random numbers, as dropout does."""
+        return TrainMode.of(self.final_model, self.train).stochastic
 
     @property
     def dtype(self) -> torch.dtype:

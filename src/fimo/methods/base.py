@@ -15,7 +15,7 @@ from fimo.curvature.shared_rows import shared_at
 from fimo.data.instances import Instances
 from fimo.engine.leave_out import make_rule
 from fimo.engine.protocol import Protocol
-from fimo.errors import InputError, reason
+from fimo.errors import InputError
 from fimo.further_training.trajectory import FurtherTraining
 from fimo.methods.attribution_problem import AttributionProblem
 from fimo.models.final_model import FinalModel
@@ -205,15 +205,7 @@ class AttributionMethod(ABC):
 
     def _numbers(self, values: Any, problem: AttributionProblem) -> Tensor:
         """Return scores as a tensor of floating-point numbers without a graph."""
-        try:
-            found = torch.as_tensor(values).detach()
-        except (TypeError, ValueError, RuntimeError) as error:
-            kind = type(values).__name__
-            raise InputError(
-                type(self).__name__, f"expected a tensor of scores but got {kind}: {reason(error)}"
-            ) from None
-        if found.is_complex():
-            raise InputError(type(self).__name__, f"expected real scores but got {found.dtype}")
+        found = choices.real_numbers(values, type(self).__name__, "a tensor of scores", "scores")
         if not found.is_floating_point():
             found = found.to(next(iter(problem.final_model.parameters().values())).dtype)
         return found

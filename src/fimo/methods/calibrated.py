@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fimo.engine.leave_out import make_rule
 from fimo.errors import InputError
 from fimo.further_training.trajectory import Trajectory
 from fimo.linear_response.discrepancy import OWN, Correction, correct, correlations, weights
@@ -393,10 +394,8 @@ class CalibratedResponse(Response):
         known = explained[:, :, instance[runs]].permute(2, 0, 1) + correction.own_scale[:, None] * own
         residual = real[runs] - known
         bars = self._bars(problem, pilot, response.spread, residual, explained, correction)
-        protocol, n = problem.followed.protocol, len(problem.train)
-        if protocol.leave_out == "shift" and protocol.batches_per_epoch(n - 1) < protocol.batches_per_epoch(
-            n
-        ):
+        protocol = problem.followed.protocol
+        if make_rule(protocol, problem.train).shortens_epochs(protocol):
             # differences between real runs, by which responses are scaled, say nothing about that
             why = "of raw scores: epochs without an instance have a step less, by which all scores are moved"
             bars = ErrorBars(None, bars.adjusted, "; ".join(filter(None, (why, bars.withheld))))

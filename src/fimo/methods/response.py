@@ -32,7 +32,6 @@ from fimo.methods.following import CHECKED_SEEDS, FollowingMethod, Tally
 from fimo.models.final_model import FinalModel
 from fimo.models.linear_layers import linear_layers
 from fimo.models.loss_changes import loss_changes_by
-from fimo.models.train_mode import TrainMode
 from fimo.scores import Scores
 
 log = logging.getLogger(__name__)
@@ -177,7 +176,7 @@ class Response(FollowingMethod):
 
     def removing(self, problem: AttributionProblem) -> AttributionProblem:
         """Return the problem with the further training that is followed; see ``removal``."""
-        if self.removal == "own" or drops_out(problem):
+        if self.removal == "own" or problem.stochastic:
             return problem
         given = problem.followed
         return problem.along(replace(given, protocol=evenly(given.protocol, len(problem.train))))
@@ -385,11 +384,6 @@ def ignored_parts(problem: AttributionProblem, protocol: Protocol) -> list[str]:
         found.append("the clipping of gradients")
     if unanswered := protocol.update_rule.unanswered:
         found.append(unanswered)
-    if drops_out(problem):
+    if problem.stochastic:
         found.append("dropout during further training")
     return found
-
-
-def drops_out(problem: AttributionProblem) -> bool:
-    """Return whether steps of further training draw random numbers, in modules or in functions."""
-    return TrainMode.of(problem.final_model, problem.train).stochastic

@@ -1,4 +1,4 @@
-"""Numbers and lists by which seeds and instances are chosen, in any form that users hold them in."""
+"""Numbers and lists, in any form that users hold them in: scores, and what chooses seeds and instances."""
 
 from __future__ import annotations
 
@@ -9,6 +9,25 @@ import torch
 from torch import Tensor
 
 from fimo.errors import InputError, reason, shortened
+
+
+def real_numbers(values: Any, key: str, expected: str, what: str = "numbers") -> Tensor:
+    """Return a tensor, an array or lists of numbers as a tensor without a graph.
+
+    Args:
+        expected, what: in what form, and what they are, for errors.
+
+    Raises:
+        InputError: with ``key``: something else, or complex numbers.
+    """
+    try:
+        found = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(values).__name__
+        raise InputError(key, f"expected {expected} but got {kind}: {reason(error)}") from None
+    if found.is_complex():
+        raise InputError(key, f"expected real {what} but got {found.dtype}")
+    return found
 
 
 def spaced(count: int, total: int) -> list[int]:
