@@ -356,6 +356,21 @@ def test_outputs_that_change_from_call_to_call_are_refused_as_such(kind: str, wh
         both(FinalModel(Changing(kind), mean_squared_error), DATA)
 
 
+def test_the_instance_that_a_network_fails_on_is_named() -> None:
+    class Choosy(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            if (x == 0).all(1).any():
+                raise ValueError("nothing to look at")
+            return self.body(x)
+
+    for place, said in ((9, "dataset.train: the model fails on instance 9"), (11, "dataset.test: .* 1")):
+        inputs = DATA.inputs.clone()  # type: ignore[union-attr]
+        inputs[place] = 0
+        data = Instances(inputs, DATA.targets)
+        with pytest.raises(InputError, match=f"^{said}: .*nothing to look at"):
+            admission.admit(FinalModel(Choosy(), mean_squared_error), data[:10], data[10:])
+
+
 def test_a_network_that_computes_otherwise_where_gradients_are_taken_is_refused() -> None:
     class Branching(Plain):
         def forward(self, x: Tensor) -> Tensor:

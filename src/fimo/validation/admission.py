@@ -271,11 +271,27 @@ def _with_quantities(
 
 def _judge(model: FinalModel, train: Instances, test: Instances) -> None:
     """Say in the log that the model predicts worse than a constant, or that this can't be told."""
-    found = compared(model, train, test)
+    try:
+        found = compared(model, train, test)
+    except InputError:
+        raise
+    except Exception:  # of an instance that no trial has seen, such as an empty text
+        _check_each(model, train, "dataset.train")
+        _check_each(model, test, "dataset.test")
+        raise
     if not isinstance(found, Comparison):
         log.info("%s", untold(found))
     elif found.poor is not None:
         log.warning("%s (FinalModel(..., accept_poor=True) says that it is meant)", found.poor)
+
+
+def _check_each(model: FinalModel, instances: Instances, key: str) -> None:
+    """Refuse the first instance that has no loss by itself."""
+    for row, one in enumerate(instances.batches(1)):
+        try:
+            model.losses(one)
+        except Exception as error:  # whatever a network or a loss raises
+            raise InputError(key, f"the model fails on instance {row}: {reason(error)}") from error
 
 
 def _check_numbers(instances: Instances, key: str) -> None:
