@@ -110,7 +110,7 @@ class CsvData(TabularModule):
         if test_path is not None and split is not None:
             raise InputError("dataset.split", "expected either dataset.test_path or dataset.split")
         if test_size != SHARE and (test_path is not None or split is not None):
-            problem = f"the data have a test part, of which no share is held out ({test_size}); leave it away"
+            problem = f"the data have a test part, of which no share is held out ({test_size}); leave it out"
             raise InputError("dataset.test_size", problem)
         self.path, self.test_path, self.target = Path(path), test_path, target
         self.id, self.split = (None if column is None else str(column) for column in (id, split))
